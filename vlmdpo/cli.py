@@ -1,0 +1,199 @@
+"""The command line: options to config, config to command, command to screen. Nothing heavy is imported for `--help`.
+
+Options are made from the fields of the config dataclasses, so that name, type, default and help stand once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from vlmdpo import __version__, ui
+from vlmdpo import config as cf
+from vlmdpo.errors import Interrupted, VlmDpoError, nearest
+from vlmdpo.models import registry
+
+# Command name → (config, module with run and show, one line of help, full-size command)
+COMMANDS: dict[str, tuple[type, str, str, str]] = {
+    "prepare": (
+        cf.PrepareConfig,
+        "vlmdpo.prepare",
+        "Check preference pairs, bound their images, store them.",
+        "vlmdpo prepare --model idefics2-8b --dataset rlaif-v",
+    ),
+    "estimate-memory": (
+        cf.EstimateMemoryConfig,
+        "vlmdpo.estimate_memory",
+        "Count the memory DPO needs before it is paid for.",
+        "vlmdpo estimate-memory --model idefics2-8b --dtype bfloat16 --lora",
+    ),
+    "train": (
+        cf.TrainConfig,
+        "vlmdpo.train",
+        "Train with Direct Preference Optimization (TRL and LoRA).",
+        "vlmdpo train --model idefics2-8b --dataset rlaif-v",
+    ),
+    "infer": (
+        cf.InferConfig,
+        "vlmdpo.infer",
+        "Answer questions about pictures, one or a file of them.",
+        "vlmdpo infer --model idefics2-8b --adapter DIR --image FILE --question TEXT --compare",
+    ),
+    "eval-amber": (
+        cf.EvalAmberConfig,
+        "vlmdpo.eval_amber",
+        "Score hallucination on AMBER, base beside tuned.",
+        "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images AMBER/image",
+    ),
+    "demo": (
+        cf.DemoConfig,
+        "vlmdpo.demo",
+        "All five in one run, offline, in some minutes.",
+        "",
+    ),
+}
+
+app = typer.Typer(
+    name="vlmdpo",
+    help="Direct Preference Optimization for vision-language models: prepare, estimate-memory, train, infer, eval-amber. "
+    "Every command runs offline on the embedded model 'tiny' until told otherwise; try: vlmdpo demo",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut long option names at 80 columns; plain help never does
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        ui.raw(f"vlmdpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=_print_version, is_eager=True),
+) -> None:
+    """Options of the program itself."""
+
+
+def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """One option of the command line, as Typer wants to find it in a signature. Unset options arrive as None."""
+    meta = field.metadata
+    flags = [meta["flag"] or cf.flag_name(field.name)]
+    default = field.default
+    if kind is bool or kind == bool | None:
+        flags = [flags[0]] if field.name in ("json", "overwrite", "resume", "compare") else [f"{flags[0]}/--no-{flags[0][2:]}"]
+        shown = meta["default_text"] or ("on" if default else "off")
+    else:
+        shown = meta["default_text"] or str(default)
+    if typing.get_origin(kind) is tuple:
+        annotation: Any = list[str] | None
+    else:
+        annotation = kind if isinstance(kind, types.UnionType) else kind | None
+    help_text = f"{meta['help']}. [default: {shown}]"
+    declared = typer.Option(None, *flags, help=help_text, show_default=False)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)
+
+
+def _command(name: str) -> Callable[..., None]:
+    """The function behind a command: merge the layers, run, show."""
+    cls, module, help_text, full_size = COMMANDS[name]
+
+    def call(**given: Any) -> None:
+        recipe_file = given.pop("config")
+        flags = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v not in (None, [])}
+        layers: list[Mapping[str, Any]] = [cf.read_recipe(recipe_file) if recipe_file else {}, flags]
+        model = flags.get("model") or layers[0].get("model") or "tiny"
+        settings = cf.build(cls, registry.recipe(str(model), name), *layers)
+        _run(module, settings, _hint(full_size, {**layers[0], **flags}))
+
+    config_option = typer.Option(
+        None, "--config", help="YAML recipe with the same keys as the options; flags win over it. [default: none]", show_default=False
+    )
+    extra = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=config_option, annotation=Path | None)
+    kinds = cf.field_types(cls)
+    parameters = [_parameter(field, kinds[field.name]) for field in dataclasses.fields(cls)]
+    call.__signature__ = inspect.Signature([*parameters, extra])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in [*parameters, extra]}
+    call.__doc__ = help_text + (f"\n\nFull size: {full_size}" if full_size else "")
+    return call
+
+
+def _hint(full_size: str, given: Mapping[str, Any]) -> str:
+    """One line for a bare call: what it works on, and the full-size command."""
+    if not full_size or any(given.get(key) for key in ("model", "dataset", "answers", "data", "adapter")):
+        return ""
+    return f"using the embedded model 'tiny' (and data 'scenes'); full size: {full_size}"
+
+
+def _run(module: str, settings: Any, hint: str) -> None:
+    ui.set_quiet(settings.json)
+    if hint:
+        ui.say(hint)
+    # Say nothing that a user cannot use: tokenizers' fork warning, and transformers' advice for library authors.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    command = importlib.import_module(module)
+    report = command.run(settings)
+    if settings.json:
+        ui.json_result(report)
+    else:
+        command.show(report)
+
+
+for _name in COMMANDS:
+    app.command(_name)(_command(_name))
+
+
+def _spelling(argument: str) -> str:
+    """TRL spells options with underscores; both are taken: --learning_rate is --learning-rate."""
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; every error is one clear line on stderr."""
+    try:
+        code = app([_spelling(argument) for argument in arguments], standalone_mode=False, prog_name="vlmdpo")
+        return code if isinstance(code, int) else 0
+    except Interrupted as stop:
+        ui.warn(str(stop))
+        return stop.exit_code
+    except VlmDpoError as problem:
+        ui.error(str(problem))
+        return problem.exit_code
+    except TyperException as problem:
+        ui.error(_usage_error(problem.format_message(), arguments))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        ui.warn("interrupted; nothing half-written is kept")
+        return Interrupted.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's last flush finds somewhere to go
+        return 0
+
+
+def _usage_error(message: str, arguments: list[str]) -> str:
+    """A usage error as one line that ends in the next step."""
+    named = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    hint = "" if named or not arguments else nearest(arguments[0], COMMANDS)
+    return f"{message.rstrip('.')}.{hint} See: {' '.join(['vlmdpo', *([named] if named else []), '--help'])}"
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

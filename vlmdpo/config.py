@@ -1,0 +1,300 @@
+"""What each command can be told: one frozen dataclass a command, the only home of defaults and range checks.
+
+The command line is made from these fields (`cli.py`), and a YAML recipe has the same keys, so there is no
+second list of options to keep in step. Layers, weakest first: the default here, the model's own recipe
+(only the embedded model has one), the recipe file, the flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlmdpo.errors import ConfigError, nearest
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
+def option(default: Any, text: str, *, default_text: str | None = None, flag: str | None = None) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: the value where nobody says otherwise.
+        text: the help line, with the unit where there is one.
+        default_text: how the help states the default where the value alone would not tell (`None`, say).
+        flag: the option's spelling where it is not the field's own name.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "default_text": default_text, "flag": flag})
+
+
+def _need(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{flag_name(name)}: {value!r} is out of range; give {wanted}")
+
+
+def _one_of(value: str, known: Iterable[str], name: str) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"{flag_name(name)}: unknown value '{value}'.{nearest(value, known)} Known: {', '.join(known)}")
+
+
+def flag_name(field: str) -> str:
+    """The spelling of a field on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """What every command that loads a model can be told."""
+
+    model: str = option("tiny", "Model: an alias (tiny, idefics2-8b, llava-1.5-7b ...), a Hub id or a local folder")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model", default_text="the main branch")
+    trust_remote_code: bool = option(False, "Run code that the model's repository ships")
+    json: bool = option(False, "Print one JSON object to stdout and nothing else there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weights(_Base):
+    """What every command that runs a model can be told."""
+
+    dtype: str = option("auto", f"Data type of the base weights: {', '.join(DTYPES)}; auto is bfloat16 on a GPU that has it")
+    device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps")
+    image_splitting: bool = option(False, "Let Idefics-like processors cut each image into tiles (5 times the image tokens)")
+
+    def __post_init__(self) -> None:
+        _one_of(self.dtype, DTYPES, "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(_Base):
+    """`vlmdpo prepare`: preference pairs in, a checked dataset out."""
+
+    dataset: str = option(
+        "scenes", "Preference data: an alias (scenes, rlaif-v), a Hub id, or a local Parquet/JSONL file or save_to_disk folder"
+    )
+    split: str = option("train", 'Split of the source, slices included: "train", "train[:1%]", "train[100:200]"')
+    output_dir: Path | None = option(None, "Folder for the prepared dataset", default_text="outputs/data/<dataset>-<key>")
+    max_image_side: int | None = option(
+        None, "Longest image side kept, in pixels; larger images are reduced", default_text="half the processor's limit"
+    )
+    limit: int | None = option(None, "Take at most this many rows, counted in rows", default_text="all rows")
+    on_bad: str = option("drop", "A row that cannot be used: drop (counted by reason) or fail (stop at the first)")
+    show: int = option(0, "Row number of the example to show, counted from 0")
+    overwrite: bool = option(False, "Prepare again even where a finished result of the same call exists")
+
+    def __post_init__(self) -> None:
+        _need(self.max_image_side is None or self.max_image_side >= 1, "max_image_side", self.max_image_side, "1 pixel or more")
+        _need(self.limit is None or self.limit >= 1, "limit", self.limit, "1 row or more")
+        _one_of(self.on_bad, ("drop", "fail"), "on_bad")
+        _need(self.show >= 0, "show", self.show, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateMemoryConfig(_Base):
+    """`vlmdpo estimate-memory`: the memory of weights, reference, gradients and optimizer."""
+
+    dtype: str = option("float32", "Data type of the weights: float32 (4 bytes a parameter), bfloat16 or float16 (2 bytes)")
+    lora: bool = option(False, "Train a LoRA adapter instead of every weight")
+    lora_r: int = option(16, "Rank of the LoRA adapter on all linear layers, in dimensions")
+
+    def __post_init__(self) -> None:
+        _one_of(self.dtype, ("float32", "bfloat16", "float16"), "dtype")
+        _need(self.lora_r >= 1, "lora_r", self.lora_r, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Weights):
+    """`vlmdpo train`: DPO with TRL. Names and meanings are TRL's; other `DPOConfig` fields go through `--set`."""
+
+    dataset: str = option("scenes", "A folder that `vlmdpo prepare` wrote, or any dataset it takes (then prepared first)")
+    split: str = option("train", "Split of the source, where it is prepared first")
+    max_image_side: int | None = option(
+        None, "Longest image side kept, in pixels, where data is prepared first", default_text="half the processor's limit"
+    )
+    output_dir: Path | None = option(
+        None, "Folder for adapter, processor, metrics and curves", default_text="outputs/<model>-<dataset>-dpo"
+    )
+    per_device_train_batch_size: int = option(2, "Pairs per device and forward pass")
+    gradient_accumulation_steps: int = option(32, "Forward passes per optimizer step")
+    num_train_epochs: float = option(1.0, "Passes over the data, in epochs")
+    max_steps: int = option(-1, "Optimizer steps, overriding epochs when above 0")
+    learning_rate: float = option(5e-5, "Peak learning rate, per step")
+    lr_scheduler_type: str = option("linear", "Schedule of the learning rate: linear, cosine, constant ...")
+    warmup_steps: float = option(0.0, "Warm-up, in optimizer steps, or below 1 as a share of them")
+    beta: float = option(0.1, "DPO's beta: how strongly the reference holds the policy back, no unit")
+    loss_type: str = option("sigmoid", f"TRL loss: {', '.join(LOSSES)}")
+    max_length: int | None = option(
+        None, "Cut sequences at this many tokens; cuts image tokens too, so better left alone", default_text="never cut"
+    )
+    lora: bool = option(True, "Train a LoRA adapter; --no-lora trains every weight beside a frozen reference copy")
+    lora_r: int = option(16, "Rank of the adapter, in dimensions")
+    lora_alpha: int = option(32, "Scale of the adapter; updates count lora_alpha / lora_r times")
+    lora_dropout: float = option(0.05, "Dropout on the adapter's input, as a share from 0 to 1")
+    lora_target_modules: str = option("all-linear", "Layers that get an adapter: all-linear, or names joined by commas")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time")
+    bf16: bool | None = option(None, "Compute in bfloat16 autocast", default_text="where the GPU has it")
+    optim: str = option("adamw_torch", "Optimizer, by its transformers name")
+    logging_steps: float = option(10.0, "Optimizer steps between two lines of metrics")
+    save_steps: float = option(500.0, "Optimizer steps between two checkpoints")
+    save_total_limit: int = option(2, "Checkpoints kept, in number")
+    dataloader_num_workers: int = option(0, "Processes that load and preprocess batches, in number")
+    report_to: str = option("none", "Trackers: none, tensorboard, wandb, mlflow, trackio")
+    seed: int = option(42, "Seed of adapter weights and data order")
+    resume: bool = option(False, "Go on from the last checkpoint in the output folder")
+    overwrite: bool = option(False, "Replace an earlier run in the output folder")
+    set: tuple[str, ...] = option((), "Any other DPOConfig field, as key=value; may be repeated", default_text="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self.loss_type, LOSSES, "loss_type")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):
+            _need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("num_train_epochs", "learning_rate", "beta", "logging_steps", "save_steps"):
+            _need(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        _need(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a share from 0 up to 1")
+        _need(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more, or -1 for whole epochs")
+        _need(self.max_length is None or self.max_length >= 8, "max_length", self.max_length, "8 tokens or more")
+        _need(self.save_total_limit >= 1, "save_total_limit", self.save_total_limit, "1 or more")
+        _need(self.dataloader_num_workers >= 0, "dataloader_num_workers", self.dataloader_num_workers, "0 or more")
+        _need(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume goes on with what --overwrite would delete; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig(_Weights):
+    """`vlmdpo infer`: one answer, or a JSONL of questions in and a JSONL of answers out."""
+
+    adapter: Path | None = option(None, "Folder of a trained adapter", default_text="the base model alone")
+    image: Path | None = option(None, "Picture to ask about", default_text="a scene of the embedded set")
+    question: str | None = option(None, "Question to ask", default_text='"Describe this image."')
+    compare: bool = option(False, "Print the answers of base and tuned model side by side")
+    input: Path | None = option(None, "JSONL of questions: id, image, question on each line", default_text="none")
+    output: Path | None = option(None, "JSONL of answers to write; goes on where an earlier run stopped", default_text="none")
+    image_root: Path | None = option(None, "Folder that image paths in --input start from", default_text="the folder of --input")
+    batch_size: int = option(8, "Questions per forward pass, in number")
+    max_new_tokens: int = option(128, "Longest answer, in tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
+        if self.compare and self.adapter is None:
+            raise ConfigError("--compare needs --adapter FOLDER: base and tuned would be the same model")
+        if (self.input is None) != (self.output is None):
+            raise ConfigError("--input and --output go together: questions in, answers out")
+        if self.input is not None and (self.image is not None or self.question is not None or self.compare):
+            raise ConfigError("--input asks many questions; leave out --image, --question and --compare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAmberConfig(_Weights):
+    """`vlmdpo eval-amber`: AMBER's discriminative task, scored as AMBER scores it."""
+
+    adapter: Path | None = option(None, "Folder of a trained adapter, scored beside the base model", default_text="base only")
+    data: Path | None = option(None, "AMBER's own data folder (query/, annotations.json)", default_text="the embedded set")
+    images: Path | None = option(None, "Folder of AMBER's pictures", default_text="DATA/image, or the embedded set's")
+    answers: Path | None = option(
+        None, "Score this response file ([{id, response}]) and load no model", default_text="ask the model"
+    )
+    output_dir: Path | None = option(
+        None, "Folder for answers and scores", default_text="outputs/amber/<data>-<model>, or none with --answers"
+    )
+    base: bool = option(True, "With --adapter, score the base model too; --no-base skips it")
+    limit: int | None = option(None, "Ask only the first questions, in number", default_text="all questions")
+    batch_size: int = option(32, "Questions per forward pass, in number")
+    max_new_tokens: int = option(8, "Longest answer, in tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
+        _need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
+        if self.answers is not None and self.adapter is not None:
+            raise ConfigError("--answers scores a file and --adapter asks a model; give one of them")
+        if not self.base and self.adapter is None:
+            raise ConfigError("--no-base leaves nothing to score without --adapter FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """`vlmdpo demo`: all five commands in one run on the embedded model, offline."""
+
+    output_dir: Path = option(Path("outputs/demo"), "Folder for everything the demo writes; an earlier demo there is replaced")
+    seed: int = option(42, "Seed of adapter weights and data order")
+    json: bool = option(False, "Print one JSON object to stdout and nothing else there")
+
+
+Config = TypeVar("Config")
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved type of every field."""
+    return typing.get_type_hints(cls)
+
+
+def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
+    """A config from layers of plain values, later ones winning. Raises ConfigError on an unknown key or wrong type."""
+    types_of = field_types(cls)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in types_of:
+                raise ConfigError(f"unknown key '{key}'.{nearest(key, types_of)}")
+            values[key] = _coerce(types_of[key], value, key)
+    return cls(**values)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML recipe; dashes in keys are read as underscores."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConfigError(f"--config: cannot read '{path}': {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ConfigError(f"--config: '{path}' is no valid YAML: {reason}") from problem
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ConfigError(f"--config: '{path}' must hold 'option: value' lines, as in 'learning_rate: 5.0e-5'")
+    return {key.replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _coerce(wanted: Any, value: Any, key: str) -> Any:
+    """`value` as the field's type, or a ConfigError that names the key. YAML reads 5e-5 as text; we read it as a number."""
+    options = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(t for t in options if t is not type(None))
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+    elif kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif kind is str and isinstance(value, str):
+        return value
+    elif kind in (int, float) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+            if kind is float or number == int(number):
+                return kind(number)
+        except (ValueError, OverflowError) as problem:
+            raise ConfigError(f"{flag_name(key)}: '{value}' is no number") from problem
+    name = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{flag_name(key)}: expected {name}, got {value!r}")

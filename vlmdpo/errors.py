@@ -1,0 +1,59 @@
+"""Every error a user can cause, and the exit code that goes with it.
+
+A message says where, what, and what to do next, in one or two lines. Anything that is not a `VlmDpoError`
+is a bug of ours: it keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class VlmDpoError(Exception):
+    """Something that the user can put right. `exit_code` is the process's exit status."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(VlmDpoError):
+    """An option or recipe key that is unknown, out of range, or at odds with another."""
+
+    exit_code = 2
+
+
+class DataError(VlmDpoError):
+    """A dataset, image, answer file or output folder that cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(VlmDpoError):
+    """A model, processor or adapter that cannot be found, loaded, or is of the wrong kind."""
+
+    exit_code = 4
+
+
+class MemoryBudgetError(VlmDpoError):
+    """Training does not fit the memory it was given."""
+
+    exit_code = 5
+
+
+class MissingDependencyError(VlmDpoError):
+    """An optional package is needed; the message holds the line that installs it."""
+
+    exit_code = 6
+
+
+class Interrupted(VlmDpoError):
+    """Ctrl-C: what was finished is kept, and the message shows how to go on."""
+
+    exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" Did you mean 'x'?" for a misspelt name, or "" where nothing comes near."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

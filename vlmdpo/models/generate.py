@@ -1,0 +1,37 @@
+"""Greedy answers to questions about pictures, many at a time. Knows nothing of benchmarks or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+def prompt_of(processor: Any, question: str) -> str:
+    """One user turn with one picture, rendered through the model's chat template, ready for the answer."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    rendered: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return rendered
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """The model's greedy answers, stripped of special tokens, one for each picture and question.
+
+    Prompts are padded on the left; answers do not depend on the batch but for rounding.
+    """
+    inputs = processor(
+        text=[prompt_of(processor, question) for question in questions],
+        images=[[picture] for picture in pictures],
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,  # the chat template has put them in
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]

@@ -1,0 +1,161 @@
+"""The only place that loads processors, models and adapters, so that one set of rules holds for all commands."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from vlmdpo.errors import MissingDependencyError, ModelError, nearest
+from vlmdpo.models import registry
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def source_of(model: str) -> str:
+    """What `from_pretrained` is given: the embedded folder for "tiny", else the Hub id or local path."""
+    if model == "tiny":
+        return str(resources.files("vlmdpo").joinpath("tiny", "assets", "model"))
+    return registry.hub_id(model)
+
+
+def _not_found(model: str, problem: Exception) -> ModelError:
+    hint = nearest(model, registry.ENTRIES)
+    text = str(problem)
+    if Path(model).exists():
+        return ModelError(f"--model: '{model}' is no complete model folder: {text.splitlines()[0]}")
+    if "gated repo" in text or "401" in text:
+        return ModelError(f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf auth login`")
+    return ModelError(
+        f"--model: cannot find '{model}' as a folder, in the cache, or on the Hub.{hint} "
+        f"Aliases: {', '.join(list(registry.ENTRIES)[:4])} ..."
+    )
+
+
+def check_is_vlm(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration. Raises ModelError where there is none, or where it is no vision-language model."""
+    try:
+        config = AutoConfig.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as problem:
+        if "trust_remote_code" in str(problem):
+            raise ModelError(f"--model: '{model}' runs code of its own; add --trust-remote-code if you trust it") from problem
+        raise _not_found(model, problem) from problem
+    remote = trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
+        raise ModelError(
+            f"--model: '{model}' is a {config.model_type} model, not a vision-language model; "
+            f"try one of {', '.join(list(registry.ENTRIES)[1:5])} ..."
+        )
+    return config
+
+
+def load_processor(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False, image_splitting: bool = False
+) -> ProcessorMixin:
+    """The model's processor, checked to have a chat template. Raises ModelError."""
+    check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(
+            source_of(model), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as problem:
+        raise _not_found(model, problem) from problem
+    except ImportError as problem:
+        raise MissingDependencyError(f"the processor of '{model}' needs a package: {' '.join(str(problem).split())}") from problem
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise ModelError(f"--model: '{model}' has no image processor, so it cannot take pictures")
+    if processor.chat_template is None:
+        raise ModelError(f"--model: '{model}' ships no chat template, which DPO data needs; use an instruction-tuned version")
+    if hasattr(processor.image_processor, "do_image_splitting"):
+        processor.image_processor.do_image_splitting = image_splitting
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def pick_device(device: str) -> torch.device:
+    """The device behind `--device`. Raises ModelError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as problem:
+        raise ModelError(f"--device: '{device}' is not to be had here: {str(problem).splitlines()[0]}") from problem
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The data type behind `--dtype`; "auto" is bfloat16 on a GPU that computes in it, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    picked = getattr(torch, dtype)
+    assert isinstance(picked, torch.dtype)
+    return picked
+
+
+def load_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapter: Path | None = None,
+) -> Any:
+    """The model on its device, in evaluation mode, with its adapter where one is given. Safetensors only.
+
+    Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError.
+    """
+    check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        check_adapter(adapter)
+    where = pick_device(device)
+    try:
+        loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            source_of(model),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=pick_dtype(dtype, where),
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as problem:
+        raise _not_found(model, problem) from problem
+    loaded.to(where)  # type: ignore[arg-type]
+    loaded.eval()
+    return loaded if adapter is None else with_adapter(loaded, adapter)
+
+
+def check_adapter(adapter: Path) -> None:
+    """Raise ModelError where a folder holds no PEFT adapter in safetensors."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise ModelError(f"--adapter: '{adapter}' holds no {name}; give the output folder of vlmdpo train")
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit together."""
+    from peft import PeftModel
+
+    check_adapter(adapter)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+        except (RuntimeError, ValueError, KeyError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise ModelError(f"--adapter: '{adapter}' does not fit the model: {reason}") from problem
+    missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    if missing:
+        raise ModelError(f"--adapter: '{adapter}' was trained on another model: some of its weights are missing here")
+    wrapped.eval()
+    return wrapped

@@ -1,0 +1,60 @@
+"""Learning curves: what DPO's metrics did over the run, as one picture a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss, reward accuracy, rewards of both answers, and margin over steps, written as PNG.
+
+    `lines` are the logged metrics, each with "step", "loss" and TRL's "rewards/..." keys.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    steps = [line["step"] for line in lines]
+    figure, ((loss, accuracy), (rewards, margin)) = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    panels = (
+        (loss, "Loss", [("loss", "loss", "tab:blue")], (0.6931, "ln 2: no preference yet")),
+        (accuracy, "Reward accuracy", [("rewards/accuracies", "accuracy", "tab:green")], (0.5, "chance")),
+        (
+            rewards,
+            "Rewards",
+            [("rewards/chosen", "chosen", "tab:green"), ("rewards/rejected", "rejected", "tab:red")],
+            (0.0, "reference"),
+        ),
+        (margin, "Reward margin (chosen − rejected)", [("rewards/margins", "margin", "tab:purple")], (0.0, "reference")),
+    )
+    for axes, name, series, (level, level_name) in panels:
+        axes.axhline(level, color="0.6", linewidth=1, linestyle="--", label=level_name)
+        for key, label, colour in series:
+            values = [line[key] for line in lines]
+            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(steps, _smooth(values), color=colour, linewidth=2, label=label, marker="o" if len(steps) == 1 else None)
+        axes.set_title(name, loc="left", fontweight="bold")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (rewards, margin):
+        axes.set_xlabel("optimizer step")
+    accuracy.set_ylim(-0.02, 1.02)
+    figure.suptitle(f"{title}   (faint: as logged, strong: smoothed)", fontsize=11, x=0.01, ha="left")
+    part = path.with_name(f".{path.name}.partial")
+    figure.savefig(part, dpi=130, format="png")
+    pyplot.close(figure)
+    part.rename(path)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
+    """Exponential moving average, corrected for its start as Adam's moments are."""
+    smoothed, mean = [], 0.0
+    for count, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**count))
+    return smoothed

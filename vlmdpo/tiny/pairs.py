@@ -1,0 +1,47 @@
+"""The embedded training pairs: stored as scene specs and texts, drawn when they are read.
+
+A row has RLAIF-V's columns (image, question, chosen, rejected) and says where its answers came from.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vlmdpo.data.images import encode
+from vlmdpo.data.sources import Source
+from vlmdpo.tiny import scenes
+
+FILE = "pairs.jsonl.gz"
+
+
+def load() -> list[dict[str, Any]]:
+    """Every stored row: {"scene": spec, "question", "chosen", "rejected", "origin"}.
+
+    `origin` is "sampled" where both answers are the embedded model's own, "truth" where the chosen one was written
+    from the scene because no sample was right.
+    """
+    packed = resources.files("vlmdpo.tiny").joinpath("assets", FILE).read_bytes()
+    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
+
+
+def as_row(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored row with its picture drawn, as PNG bytes."""
+    picture = scenes.draw(scenes.Scene.from_spec(stored["scene"]))
+    return {"image": encode(picture, "PNG"), **{name: stored[name] for name in ("question", "chosen", "rejected")}}
+
+
+def source() -> Source:
+    """The embedded pairs as a source for `prepare`."""
+    rows = load()
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+    def stream(first: int, last: int) -> Iterator[dict[str, Any]]:
+        return (as_row(row) for row in rows[first:last])
+
+    return Source("scenes", digest, len(rows), stream, Path("."))

@@ -1,0 +1,165 @@
+"""`vlmdpo train`: DPO on a prepared dataset, prepared first where need be, with everything a run leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmdpo import prepare, ui
+from vlmdpo.config import PrepareConfig, TrainConfig
+from vlmdpo.data import store
+from vlmdpo.errors import DataError, Interrupted, ModelError
+from vlmdpo.models.registry import hub_id, short_name
+
+RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
+CURVES = "learning_curves.png"
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train, save adapter (or model), processor, metrics and curves, and return the report.
+
+    Raises:
+        ConfigError, DataError, ModelError: see the message.
+        Interrupted: Ctrl-C; a checkpoint is kept.
+    """
+    output_dir = config.output_dir or Path("outputs") / f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
+    config = dataclasses.replace(config, output_dir=output_dir)
+    _check_output(output_dir, config)
+    data = _prepared(config)
+
+    from vlmdpo.models.load import load_model, load_processor, pick_device
+
+    origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    from vlmdpo.dpo import trainer as dpo
+
+    device = pick_device(config.device)
+    args = dpo.dpo_config(config, output_dir, device)
+    dataset = store.load(data)
+    processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)  # type: ignore[arg-type]
+    model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)  # type: ignore[arg-type]
+    _start_output(output_dir, config)
+    watch = dpo.Watch(output_dir / dpo.METRICS)
+    trainer = dpo.make_trainer(model, processor, dataset, args, dpo.lora_config(config, hub_id(config.model)), watch)
+    _say_plan(trainer, config, len(dataset))
+    try:
+        with watch.catching_ctrl_c():
+            outcome = trainer.train(resume_from_checkpoint=config.resume)
+    except OSError as problem:
+        raise DataError(f"cannot write '{output_dir}': {problem.strerror or problem}") from problem
+    if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
+    return _finish(trainer, processor, watch, outcome.metrics, output_dir, config)
+
+
+def _check_output(folder: Path, config: TrainConfig) -> None:
+    """Refuse a folder that holds something else, or an earlier run that nobody said what to do with."""
+    if folder.is_file():
+        raise DataError(f"--output-dir: '{folder}' is a file")
+    held = folder.is_dir() and any(folder.iterdir())
+    if held and not (folder / RECIPE).is_file():
+        raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
+    if held and not (config.resume or config.overwrite):
+        raise DataError(f"--output-dir: '{folder}' holds an earlier run; add --resume, --overwrite, or give another folder")
+    if config.resume and not any(folder.glob("checkpoint-*")):
+        raise DataError(f"--resume: '{folder}' holds no checkpoint; start without --resume")
+
+
+def _start_output(folder: Path, config: TrainConfig) -> None:
+    try:
+        if config.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+        # A recipe is for doing it again: flags that belong to one call stay out of it.
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if name not in ("resume", "overwrite", "json")}
+        (folder / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    except OSError as problem:
+        raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror or problem}") from problem
+
+
+def _prepared(config: TrainConfig) -> Path:
+    """The prepared folder behind --dataset: that folder itself, or what `prepare` makes of the source."""
+    folder = Path(config.dataset)
+    if store.read_manifest(folder) is not None:
+        return folder
+    shared = {name: getattr(config, name) for name in ("model", "revision", "trust_remote_code", "dataset", "split", "max_image_side")}
+    report = prepare.run(PrepareConfig(**shared))
+    ui.say(f"{'found prepared' if report['reused'] else 'prepared'}: {report['rows_out']:,} pairs in {report['path']}")
+    return Path(report["path"])
+
+
+def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * trainer.args.world_size
+    what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
+    ui.say(
+        f"{pairs:,} pairs, {batch} a step; {what}: {trainable:,} of {total:,} parameters train; "
+        f"{trainer.args.device}, {'bfloat16 autocast' if trainer.args.bf16 else str(trainer.model.dtype).removeprefix('torch.')}"
+    )
+
+
+def _finish(
+    trainer: Any, processor: Any, watch: Any, outcome: dict[str, float], folder: Path, config: TrainConfig
+) -> dict[str, Any]:
+    """Save the model and what was seen on the way; returns the report."""
+    import torch
+
+    from vlmdpo.report import curves
+
+    if not all(math.isfinite(line["loss"]) for line in watch.lines):
+        raise ModelError(f"the loss is no longer a number; lower --learning-rate. Metrics: '{folder / 'metrics.jsonl'}'")
+    try:
+        # Not trainer.save_model: it would leave training_args.bin, a pickle, beside the adapter.
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, safe_serialization=True)
+        processor.save_pretrained(folder)
+        curves.draw(watch.lines, f"{config.model} · {config.dataset} · DPO", folder / CURVES)
+        last = watch.lines[-1]
+        report = {
+            "output_dir": str(folder),
+            "model": config.model,
+            "dataset": config.dataset,
+            "steps": trainer.state.global_step,
+            "loss": last["loss"],
+            **{name: last[name] for name in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")},
+            "pairs_per_s": outcome["train_samples_per_second"],
+            "elapsed_s": outcome["train_runtime"],
+            "engine": "stock",
+            "fallback_reason": None,
+            "peak_bytes": torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
+            "curves": str(folder / CURVES),
+        }
+        (folder / "train_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    except OSError as problem:
+        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print how the run ended and where its results are."""
+    ui.table(
+        f"Trained {report['model']} on {report['dataset']}",
+        ["Steps", "Loss", "Reward accuracy", "Reward margin", "Pairs/s", "Seconds"],
+        [
+            [
+                f"{report['steps']}",
+                f"{report['loss']:.4f}",
+                f"{report['rewards/accuracies']:.3f}",
+                f"{report['rewards/margins']:+.3f}",
+                f"{report['pairs_per_s']:.1f}",
+                f"{report['elapsed_s']:.0f}",
+            ]
+        ],
+        note="Loss, accuracy and margin as last logged.",
+    )
+    ui.result(f"Adapter, processor, metrics and curves: {report['output_dir']}")
+    ui.result(f"Curves: {report['curves']}")

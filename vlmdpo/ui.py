@@ -1,0 +1,130 @@
+"""The only room that prints. Results and `--json` go to stdout; talk, warnings and progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_quiet = False  # set by --json: then stdout holds one JSON object and nothing else
+
+
+def _out() -> Console:
+    # Made anew each time, so that a redirected sys.stdout (a test, a notebook) is honoured. A pipe has no width
+    # of its own; cutting a table at 80 columns there would lose data.
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _err() -> Console:
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def set_quiet(quiet: bool) -> None:
+    """With `quiet`, `table` and `result` print nothing: the JSON object is the only result."""
+    global _quiet
+    _quiet = quiet
+
+
+def say(text: str) -> None:
+    """A line of talk on stderr. Text is taken as it is: square brackets in it are no markup."""
+    _err().print(escape(text), style="dim")
+
+
+def step(text: str) -> None:
+    """The heading of a stage of work, on stderr."""
+    _err().print(f"[bold cyan]▸[/] [bold]{escape(text)}[/]")
+
+
+def warn(text: str) -> None:
+    _err().print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def error(text: str) -> None:
+    _err().print(f"[bold red]error:[/] {escape(text)}")
+
+
+def result(text: str = "") -> None:
+    """A line of result on stdout."""
+    if not _quiet:
+        _out().print(text, markup=False, soft_wrap=True)
+
+
+def raw(text: str) -> None:
+    """A line of result whatever the mode: for output that is data itself."""
+    sys.stdout.write(text + "\n")
+
+
+def json_result(report: dict[str, Any]) -> None:
+    """The one JSON object of a `--json` run."""
+    raw(json.dumps(report, indent=2, ensure_ascii=False, default=str))
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Sequence[int] = (), note: str = ""
+) -> None:
+    """A table on stdout. The first column is text, the others numbers; rows numbered in `strong` stand out."""
+    if _quiet:
+        return
+    grid = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", caption_justify="left")
+    if note:
+        grid.caption = escape(note)
+    for i, column in enumerate(columns):
+        grid.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+    for number, row in enumerate(rows):
+        grid.add_row(*(escape(cell) for cell in row), style="bold green" if number in strong else None)
+    _out().print(grid)
+
+
+def columns(title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
+    """Two texts side by side on stdout, each (heading, text)."""
+    if _quiet:
+        return
+    grid = Table(title=escape(title), title_justify="left", title_style="bold", expand=True)
+    grid.add_column(escape(left[0]), ratio=1, overflow="fold")
+    grid.add_column(escape(right[0]), ratio=1, overflow="fold")
+    grid.add_row(escape(left[1]), escape(right[1]))
+    _out().print(grid)
+
+
+class Bar:
+    """A running progress bar; `advance` moves it and may change the text behind it."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, by: int = 1, note: str | None = None) -> None:
+        fields = {} if note is None else {"note": escape(note)}
+        self._progress.update(self._task, advance=by, **fields)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Bar]:
+    """A progress bar on stderr with count, time gone and time left; a plain line where stderr is no terminal."""
+    live = Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=_err(),
+    )
+    with live:
+        yield Bar(live, live.add_task(escape(what), total=total, note=""))
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units (1 GB is 1e9 bytes), three digits or so."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
