@@ -4,7 +4,9 @@ import random
 
 import torch
 
+from vlmdpo.models.generate import prompt_of
 from vlmdpo.tiny import build
+from vlmdpo.tiny import scenes as sc
 
 
 def test_packed_questions_give_the_logits_they_would_have_alone():
@@ -31,3 +33,17 @@ def test_packed_questions_give_the_logits_they_would_have_alone():
             torch.testing.assert_close(packed[row, start : start + len(one)], expected[0, prefix:], atol=2e-5, rtol=1e-4)
             checked += 1
     assert checked == 8  # two images, three questions and one description each
+
+
+def test_lessons_use_the_tokens_of_the_chat_template():
+    processor = build.make_processor()
+    teacher = build.Teacher(processor, build.SEEING, random.Random(0))
+    question, answer = "Is there a star in this image?", "No"
+    asked, answered = teacher._turn(question, answer)
+    picture = sc.draw(sc.sample_scene(random.Random(0), "making"))
+    prompt = processor(text=prompt_of(processor, question), images=[picture], add_special_tokens=False)["input_ids"][0]
+    assert teacher.prefix + asked == prompt
+    whole = processor.apply_chat_template(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenize=False
+    )
+    assert whole.endswith(processor.tokenizer.decode(asked[-5:] + answered))

@@ -12,6 +12,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,9 @@ def _run(module: str, settings: Any, hint: str) -> None:
     ui.set_quiet(settings.json)
     if hint:
         ui.say(hint)
-    # Say nothing that a user cannot use: tokenizers' fork warning, and transformers' advice for library authors.
+    # Say nothing that a user cannot act on: the libraries' advice to those who write code against them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|datasets|accelerate|torch)\b")
     command = importlib.import_module(module)
     report = command.run(settings)
     if settings.json:
@@ -169,6 +170,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error is one clear line on stderr."""
     try:
         code = app([_spelling(argument) for argument in arguments], standalone_mode=False, prog_name="vlmdpo")
+        if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
+            ui.warn("interrupted")
         return code if isinstance(code, int) else 0
     except Interrupted as stop:
         ui.warn(str(stop))
@@ -179,12 +182,8 @@ def run(arguments: list[str]) -> int:
     except TyperException as problem:
         ui.error(_usage_error(problem.format_message(), arguments))
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        ui.warn("interrupted; nothing half-written is kept")
+    except typer.Abort:
         return Interrupted.exit_code
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's last flush finds somewhere to go
-        return 0
 
 
 def _usage_error(message: str, arguments: list[str]) -> str:

@@ -166,6 +166,8 @@ class TrainConfig(_Weights):
         _need(self.save_total_limit >= 1, "save_total_limit", self.save_total_limit, "1 or more")
         _need(self.dataloader_num_workers >= 0, "dataloader_num_workers", self.dataloader_num_workers, "0 or more")
         _need(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        if ":" in self.device:
+            raise ConfigError(f"--device: train takes auto, cpu, cuda or mps; choose '{self.device}' by CUDA_VISIBLE_DEVICES")
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with what --overwrite would delete; give one of them")
 

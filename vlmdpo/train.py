@@ -16,7 +16,7 @@ from vlmdpo import prepare, ui
 from vlmdpo.config import PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.errors import DataError, Interrupted, ModelError
-from vlmdpo.models.registry import hub_id, short_name
+from vlmdpo.models.registry import short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 CURVES = "learning_curves.png"
@@ -34,19 +34,17 @@ def run(config: TrainConfig) -> dict[str, Any]:
     _check_output(output_dir, config)
     data = _prepared(config)
 
+    from vlmdpo.dpo import trainer as dpo
     from vlmdpo.models.load import load_model, load_processor, pick_device
 
-    origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    from vlmdpo.dpo import trainer as dpo
-
-    device = pick_device(config.device)
-    args = dpo.dpo_config(config, output_dir, device)
+    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    args = dpo.dpo_config(config, output_dir, pick_device(config.device))
     dataset = store.load(data)
-    processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)  # type: ignore[arg-type]
-    model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)  # type: ignore[arg-type]
+    processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
     _start_output(output_dir, config)
     watch = dpo.Watch(output_dir / dpo.METRICS)
-    trainer = dpo.make_trainer(model, processor, dataset, args, dpo.lora_config(config, hub_id(config.model)), watch)
+    trainer = dpo.make_trainer(model, processor, dataset, args, dpo.lora_config(config), watch)
     _say_plan(trainer, config, len(dataset))
     try:
         with watch.catching_ctrl_c():

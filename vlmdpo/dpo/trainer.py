@@ -77,8 +77,8 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text) if text.lower() in ("true", "false") else text
 
 
-def lora_config(config: TrainConfig, base_model: str) -> LoraConfig | None:
-    """PEFT's configuration of the adapter, or None for full fine-tuning. `base_model` is what the adapter will name."""
+def lora_config(config: TrainConfig) -> LoraConfig | None:
+    """PEFT's configuration of the adapter, or None for full fine-tuning."""
     if not config.lora:
         return None
     targets: str | list[str] = config.lora_target_modules
@@ -90,7 +90,6 @@ def lora_config(config: TrainConfig, base_model: str) -> LoraConfig | None:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         bias="none",
-        base_model_name_or_path=base_model,
     )
 
 

@@ -39,13 +39,14 @@ from vlmdpo.tiny import scenes as sc
 IMAGE_TOKENS = 16
 END = "<end_of_utterance>"
 SPECIAL = ("<s>", "</s>", "<pad>", "<fake_token_around_image>", "<image>", END)
+# Line breaks stand inside expressions: Jinja, as transformers sets it up, drops one that follows a block.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'] is string %} {{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     + END
-    + "{% if not loop.last %}\n{% endif %}{% endfor %}{% if add_generation_prompt %}\nAssistant:{% endif %}"
+    + "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
 
 
@@ -94,7 +95,7 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
             "intermediate_size": 384,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "patch_size": 8,
+            "patch_size": 12,
             "image_size": 2 * sc.SIDE_PX,
             "initializer_range": 0.04,
         },

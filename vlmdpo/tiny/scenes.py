@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from vlmdpo.tiny import shapes
 
-SIDE_PX = 64
+SIDE_PX = 72
 KINDS = ("circle", "square", "triangle", "star", "moon", "heart", "ring", "cross")
 # What usually stands together. A model that has seen many such scenes will say so of scenes that break the rule.
 COMPANION = {
@@ -132,7 +132,7 @@ def _sample(rng: random.Random) -> Scene:
     touching = tuple(pair for i, pair in enumerate(touching) if i == 0 or touching[i - 1][1] != pair[0])
     lean = {left: 1 for left, _ in touching} | {right: -1 for _, right in touching}
     things = tuple(
-        Thing(kind, *looks[kind], cell, dx=3 * lean[cell] if cell in lean else rng.randint(-1, 1), dy=rng.randint(-1, 1))
+        Thing(kind, *looks[kind], cell, dx=4 * lean[cell] if cell in lean else rng.randint(-1, 1), dy=rng.randint(-1, 1))
         for cell, kind in sorted(placed.items())
     )
     return Scene(rng.choice(shapes.BACKGROUNDS), things, touching)

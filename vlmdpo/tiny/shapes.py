@@ -17,7 +17,7 @@ _INK = {
     "black": "#222222",
 }
 _GREY = "#8a8f98"
-RADIUS_PX = 6.5
+RADIUS_PX = 7.5
 
 Pen = ImageDraw.ImageDraw
 Point = tuple[float, float]
@@ -86,9 +86,9 @@ _SHAPES: dict[str, Callable[[Pen, float, float, float, str, str], None]] = {
 
 def _draw_action(pen: Pen, action: str, x: float, y: float, scale: int) -> None:
     reach = (RADIUS_PX + 2.2) * scale
-    width = max(1, round(1.1 * scale))
+    width = max(1, round(1.4 * scale))
     if action == "jump":  # a shadow on the ground below
-        pen.ellipse((x - 5 * scale, y + 7.5 * scale, x + 5 * scale, y + 10 * scale), fill=_GREY)
+        pen.ellipse((x - 6 * scale, y + 8 * scale, x + 6 * scale, y + 11 * scale), fill=_GREY)
     elif action == "spin":  # two arcs around
         for start in (200, 20):
             pen.arc(_around(x, y, reach), start, start + 100, fill=_GREY, width=width)
@@ -98,7 +98,7 @@ def _draw_action(pen: Pen, action: str, x: float, y: float, scale: int) -> None:
             inner, outer = reach - 1.2 * scale, reach + 1.4 * scale
             pen.line((x + dx * inner, y + dy * inner, x + dx * outer, y + dy * outer), fill="#e08a00", width=width)
     elif action == "sleep":  # a letter z at the upper right
-        left, top, size = x + 4.5 * scale, y - 9.5 * scale, 4.5 * scale
+        left, top, size = x + 5 * scale, y - 11 * scale, 5.5 * scale
         corners = [(left, top), (left + size, top), (left, top + size), (left + size, top + size)]
         pen.line(corners, fill="#3c4048", width=width)
 
