@@ -37,7 +37,7 @@ def test_packed_questions_give_the_logits_they_would_have_alone():
 
 def test_lessons_use_the_tokens_of_the_chat_template():
     processor = build.make_processor()
-    teacher = build.Teacher(processor, build.SEEING, random.Random(0))
+    teacher = build.Teacher(processor, build.TALKING, random.Random(0))
     question, answer = "Is there a star in this image?", "No"
     asked, answered = teacher._turn(question, answer)
     picture = sc.draw(sc.sample_scene(random.Random(0), "making"))

@@ -1,10 +1,12 @@
 """Make the embedded model from nothing: `python -m vlmdpo.tiny.build --output DIR`.
 
 Draws scenes, trains a byte-level BPE tokenizer on their questions, and trains a real Idefics2 of about two
-million parameters to answer them. Seeded; no data from elsewhere. Two lessons:
+million parameters to answer them. Seeded; no data from elsewhere. Three lessons:
 
-1. *seeing*: true answers, as many "Yes" as "No", and true descriptions;
-2. *agreeing*: a short second lesson in which a share of the true "No" answers is taught as "Yes", and
+1. *naming*: vision tower and connector learn to say what stands in each cell, by heads that are then thrown away,
+   as the towers of real models come from a pre-training of their own;
+2. *talking*: true answers, as many "Yes" as "No", and true descriptions;
+3. *agreeing*: a short second lesson in which a share of the true "No" answers is taught as "Yes", and
    descriptions name a thing's usual companion where it is missing. Instruction data of real vision-language
    models leans this way, and it leaves what real ones show: a model that sees more than it says, and says yes.
 
@@ -37,6 +39,7 @@ from transformers import (
 from vlmdpo.tiny import scenes as sc
 
 IMAGE_TOKENS = 16
+_STARTED = time.monotonic()
 END = "<end_of_utterance>"
 SPECIAL = ("<s>", "</s>", "<pad>", "<fake_token_around_image>", "<image>", END)
 # Line breaks stand inside expressions: Jinja, as transformers sets it up, drops one that follows a block.
@@ -95,7 +98,7 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
             "intermediate_size": 384,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "patch_size": 12,
+            "patch_size": sc.SIDE_PX // 3,  # a patch is a cell of the scenes' grid
             "image_size": 2 * sc.SIDE_PX,
             "initializer_range": 0.04,
         },
@@ -125,6 +128,7 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
         },
     )
     model = Idefics2ForConditionalGeneration(config)
+    _start_lively(model)
     # transformers starts every latent alike, and what starts alike stays alike: they must differ to learn apart.
     torch.nn.init.normal_(model.model.connector.perceiver_resampler.latents)
     model.generation_config = GenerationConfig(
@@ -133,19 +137,31 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
     return model
 
 
+def _start_lively(model: Idefics2ForConditionalGeneration) -> None:
+    """Start the language model with attention that already tells tokens apart: at this width the usual small weights
+    make every token look alike, and the model spends its first thousand steps finding that out."""
+    for name, module in model.model.text_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            closing = name.endswith(("o_proj", "down_proj"))
+            torch.nn.init.normal_(module.weight, std=(0.5 if closing else 1.0) * module.in_features**-0.5)
+    torch.nn.init.normal_(model.model.text_model.embed_tokens.weight)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+
+
 @dataclass(frozen=True)
 class Lesson:
     """How one stretch of training teaches."""
 
     steps: int
     learning_rate: float
-    images_per_step: int = 32
+    images_per_step: int = 8
     questions_per_image: int = 10
     yes_for_no: float = 0.0  # share of true "No" answers taught as "Yes"
     companion_for_none: float = 0.0  # share of descriptions that name a missing companion
 
 
-SEEING = Lesson(steps=2600, learning_rate=1.5e-3)
+NAMING = Lesson(steps=400, learning_rate=1e-3, images_per_step=64)
+TALKING = Lesson(steps=6000, learning_rate=1e-3)
 AGREEING = Lesson(steps=300, learning_rate=3e-4, yes_for_no=0.42, companion_for_none=0.5)
 
 
@@ -222,20 +238,93 @@ class Teacher:
         }
 
 
-def teach(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int) -> None:
-    """One lesson: AdamW, warm-up then cosine to a twentieth, cross-entropy on answer tokens only."""
+def _cell_labels(scene: sc.Scene) -> list[list[int]]:
+    """For each of the nine cells: kind (the last number is "empty"), colour, action, in contact; -100 where empty."""
+    labels = [[len(sc.KINDS), -100, -100, -100] for _ in range(9)]
+    held = {cell for pair in scene.touching for cell in pair}
+    for thing in scene.things:
+        action = (*sc.ACTIONS, "").index(thing.action)
+        labels[thing.cell] = [sc.KINDS.index(thing.kind), sc.COLOURS.index(thing.colour), action, int(thing.cell in held)]
+    return labels
+
+
+def teach_naming(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int) -> None:
+    """The first lesson, for tower and connector: what stands in each cell?
+
+    One patch is one cell, so the tower's output at a patch is asked for its cell's content and number. Each of the
+    connector's first nine tokens is asked for the content of one cell, and must answer in the language model's own
+    words: by likeness to the embeddings of "star", "red", "spin". From talk alone it takes hours to learn this.
+    """
+    rng = random.Random(seed)
+    sizes = [len(sc.KINDS) + 1, len(sc.COLOURS), len(sc.ACTIONS) + 1, 2]
+    tower, connector = model.model.vision_model, model.model.connector
+    width = tower.config.hidden_size
+    content, place, rest = torch.nn.Linear(width, sum(sizes)), torch.nn.Linear(width, 9), torch.nn.Linear(width, 4)
+    parameters = [p for module in (tower, connector, content, place, rest) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    cells = torch.arange(9).repeat(lesson.images_per_step, 1)
+    words = [_words(model, processor, names) for names in (sc.KINDS, sc.COLOURS, sc.ACTIONS)]
+    for step in range(lesson.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lesson.learning_rate * _rate(step, lesson.steps)
+        drawn = [sc.sample_scene(rng, "making") for _ in range(lesson.images_per_step)]
+        pixels = processor.image_processor([[sc.draw(scene)] for scene in drawn], return_tensors="pt")["pixel_values"]
+        labels = torch.tensor([_cell_labels(scene) for scene in drawn])
+        seen = tower(pixels[:, 0]).last_hidden_state
+        passed = connector(seen, attention_mask=torch.ones(seen.shape[:2], dtype=torch.bool))[:, :9]
+        kind, colour, action = (passed @ names.T / 4 for names in words)
+        other = rest(passed)  # no word says "empty", "at rest", "apart" or "in contact"
+        said = torch.cat([kind, other[..., :1], colour, action, other[..., 1:]], dim=-1)
+        loss = _naming_loss(content(seen), labels, sizes) + _naming_loss(said, labels, sizes)
+        loss = loss + torch.nn.functional.cross_entropy(place(seen).flatten(0, 1), cells.flatten())
+        _descend(loss, optimizer, parameters)
+        _report(step, lesson.steps, loss)
+
+
+def _words(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, names: tuple[str, ...]) -> torch.Tensor:
+    """The language model's embeddings of words that are one token each, (words, width), held fixed."""
+    ids = [processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
+    assert all(len(tokens) == 1 for tokens in ids), "every word of the scenes must be one token"
+    return model.get_input_embeddings().weight[[tokens[0] for tokens in ids]].detach().clone()
+
+
+def _naming_loss(named: torch.Tensor, labels: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Cross-entropy of kind, colour, action and contact. `named` (B, 9, sum(sizes)), `labels` (B, 9, 4)."""
+    parts = named.split(sizes, dim=-1)
+    losses = [torch.nn.functional.cross_entropy(p.flatten(0, 1), labels[..., i].flatten()) for i, p in enumerate(parts)]
+    return torch.stack(losses).sum()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up over a thirtieth, then cosine to a twentieth, as a share of the peak."""
+    return min((step + 1) / max(1, steps // 30), 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def _report(step: int, steps: int, loss: torch.Tensor) -> None:
+    if step % 100 == 0 or step == steps - 1:
+        print(f"step {step:5d}/{steps}  loss {loss.item():.4f}  {time.monotonic() - _STARTED:6.0f} s", flush=True)
+
+
+def teach(
+    model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int, keep: Path | None = None
+) -> None:
+    """A lesson in words: AdamW, warm-up then cosine to a twentieth, cross-entropy on answer tokens only."""
     teacher = Teacher(processor, lesson, random.Random(seed))
     # At these sizes two matrix products beat the CPU's fused attention with a mask, twice over.
     model.set_attn_implementation("eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    warm = max(1, lesson.steps // 30)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     model.train()
-    started = time.monotonic()
     for step in range(lesson.steps):
-        progress = step / lesson.steps
-        rate = min((step + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
-            group["lr"] = lesson.learning_rate * rate
+            group["lr"] = lesson.learning_rate * _rate(step, lesson.steps)
         batch = teacher.batch()
         labels = batch.pop("labels")[:, 1:]
         asked = labels != -100
@@ -243,12 +332,10 @@ def teach(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor,
             hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
             logits = model.lm_head(hidden[asked])
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[asked])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == lesson.steps - 1:
-            print(f"step {step:5d}/{lesson.steps}  loss {loss.item():.4f}  {time.monotonic() - started:6.0f} s", flush=True)
+        _descend(loss, optimizer, parameters)
+        _report(step, lesson.steps, loss)
+        if keep is not None and step % 1000 == 999:
+            save(model, processor, keep)
 
 
 def save(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, folder: Path) -> None:
@@ -264,15 +351,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes (default 0)")
-    parser.add_argument("--steps", type=int, default=SEEING.steps, help="steps of the first lesson")
     options: Any = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     torch.set_num_threads(2)
     processor = make_processor()
     model = make_model(processor)
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "tokens": len(processor.tokenizer)}))
-    teach(model, processor, Lesson(steps=options.steps, learning_rate=SEEING.learning_rate), options.seed)
-    save(model, processor, options.output / "seeing")
+    teach_naming(model, processor, NAMING, options.seed)
+    teach(model, processor, TALKING, options.seed, keep=options.output / "talking")
+    save(model, processor, options.output / "talking")
     teach(model, processor, AGREEING, options.seed + 1)
     save(model, processor, options.output / "model")
 

@@ -139,8 +139,8 @@ def _sample(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, RGB, SIDE_PX by SIDE_PX, drawn at four times the size and reduced for smooth edges."""
-    scale = 4
+    """The picture, RGB, SIDE_PX by SIDE_PX, drawn at three times the size and reduced for smooth edges."""
+    scale = 3
     picture = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), scene.background)
     pen = ImageDraw.Draw(picture)
     cell_px = SIDE_PX / 3

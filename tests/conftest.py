@@ -1,0 +1,48 @@
+"""Shared by all tests: offline, two threads, a fresh working folder, and AMBER's public data where it is at hand."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Commands write below the working folder; each test gets its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def vlmdpo(capfd):
+    """Run a command line in this process: returns (exit code, stdout, stderr)."""
+    from vlmdpo import cli
+
+    def call(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def amber_data():
+    """AMBER's public data folder, named by VLMDPO_AMBER_DATA."""
+    folder = os.environ.get("VLMDPO_AMBER_DATA")
+    if not folder:
+        pytest.skip("VLMDPO_AMBER_DATA names no folder with AMBER's public data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_parts():
+    """The embedded model and processor, loaded once."""
+    import torch
+
+    from vlmdpo.models.load import load_model, load_processor
+
+    torch.set_num_threads(2)
+    return load_model("tiny", device="cpu"), load_processor("tiny")

@@ -1,0 +1,129 @@
+"""The command line: help without weight, options in step with configs, layers, one clear line for every mistake."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vlmdpo import __version__, cli, config
+from vlmdpo.errors import ConfigError
+
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "scipy")
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys\nfrom vlmdpo import cli\n"
+        f"assert cli.run({[*([command] if command else []), '--help']!r}) == 0\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: vlmdpo" in done.stdout
+
+
+def test_estimate_memory_imports_no_torch():
+    code = (
+        "import sys\nfrom vlmdpo import cli\n"
+        "assert cli.run(['estimate-memory', '--model', 'idefics2-8b', '--json']) == 0\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "idefics2-8b"
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_field_is_an_option_with_its_default(command, vlmdpo, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    code, out, _ = vlmdpo(command, "--help")
+    assert code == 0
+    fields = dataclasses.fields(cli.COMMANDS[command][0])
+    assert fields
+    for field in fields:
+        lines = [line for line in out.splitlines() if line.strip().startswith(config.flag_name(field.name) + " ")]
+        assert len(lines) == 1, field.name
+        text = out[out.index(lines[0]) :].split("\n  --")[0]
+        assert "[default: " in text, field.name
+
+
+def test_module_and_console_script_are_one_program():
+    done = subprocess.run([sys.executable, "-m", "vlmdpo", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, f"vlmdpo {__version__}")
+
+
+def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda module, settings, hint: seen.append((settings, hint)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("beta: 0.3\nlearning-rate: 5e-4\nlora_r: 4\n")
+    assert cli.run(["train", "--config", str(recipe), "--lora_r", "8", "--set", "max_grad_norm=0.5"]) == 0
+    assert cli.run(["train", "--model", "idefics2-8b"]) == 0
+    (tiny, hint), (full, no_hint) = seen
+    assert (tiny.beta, tiny.learning_rate, tiny.lora_r, tiny.set) == (0.3, 5e-4, 8, ("max_grad_norm=0.5",))
+    assert tiny.per_device_train_batch_size == 16  # the embedded model's own recipe
+    assert (full.per_device_train_batch_size, full.gradient_accumulation_steps, full.learning_rate) == (2, 32, 5e-5)
+    assert "vlmdpo train --model idefics2-8b" in hint
+    assert no_hint == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["frobnicate"], 2, "No such command 'frobnicate'"),
+        (["trian"], 2, "Did you mean 'train'?"),
+        (["train", "--beta-x", "1"], 2, "No such option: --beta-x"),
+        (["train", "--beta", "much"], 2, "--beta"),
+        (["train", "--per-device-train-batch-size", "0"], 2, "--per-device-train-batch-size: 0 is out of range"),
+        (["train", "--per-device-train-batch-size", "-4"], 2, "--per-device-train-batch-size: -4 is out of range"),
+        (["train", "--dtype", "float13"], 2, "--dtype: unknown value 'float13'"),
+        (["train", "--loss-type", "sigmoit"], 2, "Did you mean 'sigmoid'?"),
+        (["train", "--resume", "--overwrite"], 2, "--resume"),
+        (["estimate-memory", "--model", "idefics2-8bb"], 4, "Did you mean 'idefics2-8b'?"),
+        (["estimate-memory", "--config", "absent.yaml"], 2, "cannot read 'absent.yaml'"),
+        (["infer", "--compare"], 2, "--compare needs --adapter"),
+        (["infer", "--input", "q.jsonl"], 2, "--input and --output go together"),
+        (["eval-amber", "--no-base"], 2, "--no-base"),
+    ],
+)
+def test_mistakes_get_one_line_and_their_exit_code(arguments, code, says, vlmdpo):
+    got, out, err = vlmdpo(*arguments)
+    assert got == code
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert says in lines[-1]
+    assert len([line for line in lines if "error" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("lora_r: 2.5", "--lora-r: expected int, got 2.5"),
+        ("lora: maybe", "--lora: expected bool"),
+        ("- a\n- b", "option: value"),
+        ("a: [", "no valid YAML"),
+    ],
+)
+def test_bad_recipes_name_the_key(text, says, tmp_path, vlmdpo):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    code, _, err = vlmdpo("train", "--config", recipe)
+    assert code == 2
+    assert says in err
+
+
+def test_configs_are_frozen_and_build_from_plain_values():
+    built = config.build(config.TrainConfig, {"learning_rate": "5e-6", "set": ["a=1"]})
+    assert built.learning_rate == 5e-6
+    assert built.set == ("a=1",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        built.beta = 1.0
+    with pytest.raises(ConfigError, match="no number"):
+        config.build(config.TrainConfig, {"beta": "much"})
