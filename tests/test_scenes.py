@@ -57,7 +57,13 @@ def test_evaluation_set_is_ambers_layout_and_proportions():
     benchmark = qs.load(evaluation.FOLDER, None)
     assert len(benchmark.questions) >= 1000
     counts = Counter((question.dimension, question.truth) for question in benchmark.questions)
-    amber = {"Existence": (4924, 0), "State": (4764, 2382), "Number": (2072, 1036), "Action": (792, 396), "Relation": (1664, 975)}
+    amber = {
+        "Existence": (4924, 0),
+        "State": (4764, 2382),
+        "Number": (2072, 1036),
+        "Action": (792, 396),
+        "Relation": (1664, 975),
+    }
     scale = len(benchmark.questions) / 14216
     for dimension, (questions, yes) in amber.items():
         assert abs(counts[dimension, "yes"] + counts[dimension, "no"] - scale * questions) <= 3, dimension

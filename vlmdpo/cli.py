@@ -84,7 +84,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=_print_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", callback=_print_version, is_eager=True
+    ),
 ) -> None:
     """Options of the program itself."""
 
@@ -121,7 +123,10 @@ def _command(name: str) -> Callable[..., None]:
         _run(module, settings, _hint(full_size, {**layers[0], **flags}))
 
     config_option = typer.Option(
-        None, "--config", help="YAML recipe with the same keys as the options; flags win over it. [default: none]", show_default=False
+        None,
+        "--config",
+        help="YAML recipe with the same keys as the options; flags win over it. [default: none]",
+        show_default=False,
     )
     extra = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=config_option, annotation=Path | None)
     kinds = cf.field_types(cls)

@@ -182,7 +182,9 @@ class InferConfig(_Weights):
     compare: bool = option(False, "Print the answers of base and tuned model side by side")
     input: Path | None = option(None, "JSONL of questions: id, image, question on each line", default_text="none")
     output: Path | None = option(None, "JSONL of answers to write; goes on where an earlier run stopped", default_text="none")
-    image_root: Path | None = option(None, "Folder that image paths in --input start from", default_text="the folder of --input")
+    image_root: Path | None = option(
+        None, "Folder that image paths in --input start from", default_text="the folder of --input"
+    )
     batch_size: int = option(8, "Questions per forward pass, in number")
     max_new_tokens: int = option(128, "Longest answer, in tokens")
 

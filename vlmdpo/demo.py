@@ -39,7 +39,14 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     ui.step("5/5 eval-amber: held-out questions, before and after")
     layer = {"adapter": adapter, "output_dir": folder / "amber"}
     evaluated = eval_amber.run(cf.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
-    return {"output_dir": str(folder), "prepare": prepared, "estimate": estimates, "train": trained, "infer": answered, "eval": evaluated}
+    return {
+        "output_dir": str(folder),
+        "prepare": prepared,
+        "estimate": estimates,
+        "train": trained,
+        "infer": answered,
+        "eval": evaluated,
+    }
 
 
 def _clear(folder: Path) -> None:

@@ -54,6 +54,6 @@ class Interrupted(VlmDpoError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for a misspelt name, or "" where nothing comes near."""
+    """ " Did you mean 'x'?" for a misspelt name, or "" where nothing comes near."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

@@ -55,8 +55,16 @@ def show(report: dict[str, Any]) -> None:
         )
     article = report["article"]
     rows = [[line["name"], line["formula"], f"{line['gb']:.1f}"] for line in article["components"]]
-    ui.table("Rounded, as in the article", ["Component", "Calculation", "GB"], [*rows, ["Total", "", f"{article['total_gb']:.1f}"]], strong=[4])
-    exact = [[line["name"], line["formula"], f"{line['bytes'] / 1e9:.3f}", f"{line['bytes'] / 2**30:.3f}"] for line in report["components"]]
+    ui.table(
+        "Rounded, as in the article",
+        ["Component", "Calculation", "GB"],
+        [*rows, ["Total", "", f"{article['total_gb']:.1f}"]],
+        strong=[4],
+    )
+    exact = [
+        [line["name"], line["formula"], f"{line['bytes'] / 1e9:.3f}", f"{line['bytes'] / 2**30:.3f}"]
+        for line in report["components"]
+    ]
     total = report["total_bytes"]
     ui.table(
         f"Exact ({report['dtype']})",

@@ -184,11 +184,21 @@ def show(report: dict[str, Any]) -> None:
     scores = report["scores"]
     head = ["", "Questions"] + [f"{who} {figure}" for who in scores for figure in ("acc.", "prec.", "recall", "F1")]
     names = [name for name in COVERS if any(name in table for table in scores.values())]
-    rows = [[name, f"{report['questions'][name]:,}"] + [cell for who in scores for cell in _cells(scores[who].get(name))] for name in names]
-    ui.table(f"{report['data']}, discriminative ({report['model']})", head, rows, strong=[0], note="Per cent; the positive class is \"No\".")
+    rows = [
+        [name, f"{report['questions'][name]:,}"] + [cell for who in scores for cell in _cells(scores[who].get(name))]
+        for name in names
+    ]
+    ui.table(
+        f"{report['data']}, discriminative ({report['model']})",
+        head,
+        rows,
+        strong=[0],
+        note='Per cent; the positive class is "No".',
+    )
     for who, facts in report["models"].items():
         unread = f"; {facts['unparsed']} answers are neither Yes nor No and count as wrong" if facts["unparsed"] else ""
-        ui.result(f"{who}: said No to {100 * facts['said_no']:.1f}% of the questions, answered {100 * facts['coverage']:.1f}% of them{unread}")
+        no, coverage = 100 * facts["said_no"], 100 * facts["coverage"]
+        ui.result(f"{who}: said No to {no:.1f}% of the questions, answered {coverage:.1f}% of them{unread}")
     always = report["always_no"]
     ui.result(f"for comparison, always No: accuracy {always['accuracy']}, F1 {always['f1']}")
     if report["comparison"]:

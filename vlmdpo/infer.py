@@ -76,7 +76,7 @@ def _picture(config: InferConfig) -> tuple[str, Image.Image]:
 
 
 def _many(config: InferConfig) -> dict[str, Any]:
-    assert config.input is not None and config.output is not None
+    assert config.input is not None
     tasks = _read_tasks(config.input, config.image_root or config.input.parent)
     done = _finished(config)
     left = [task for task in tasks if task.id not in done]
@@ -192,6 +192,8 @@ def show(report: dict[str, Any]) -> None:
         ui.result(f"{report['answered_now']} answers written{before}: {report['output']}")
     elif "base_answer" in report:
         title = f"{report['image']}: {report['question']}"
-        ui.columns(title, (f"base: {report['model']}", report["base_answer"]), (f"tuned: {report['adapter']}", report["answer"]))
+        ui.columns(
+            title, (f"base: {report['model']}", report["base_answer"]), (f"tuned: {report['adapter']}", report["answer"])
+        )
     else:
         ui.result(report["answer"])

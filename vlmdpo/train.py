@@ -78,7 +78,11 @@ def _start_output(folder: Path, config: TrainConfig) -> None:
         settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
         # A recipe is for doing it again: flags that belong to one call stay out of it.
-        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if name not in ("resume", "overwrite", "json")}
+        plain = {
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in plain.items()
+            if name not in ("resume", "overwrite", "json")
+        }
         (folder / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     except OSError as problem:
         raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror or problem}") from problem
@@ -89,7 +93,9 @@ def _prepared(config: TrainConfig) -> Path:
     folder = Path(config.dataset)
     if store.read_manifest(folder) is not None:
         return folder
-    shared = {name: getattr(config, name) for name in ("model", "revision", "trust_remote_code", "dataset", "split", "max_image_side")}
+    shared = {
+        name: getattr(config, name) for name in ("model", "revision", "trust_remote_code", "dataset", "split", "max_image_side")
+    }
     report = prepare.run(PrepareConfig(**shared))
     ui.say(f"{'found prepared' if report['reused'] else 'prepared'}: {report['rows_out']:,} pairs in {report['path']}")
     return Path(report["path"])
@@ -99,10 +105,11 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * trainer.args.world_size
+    precision = "bfloat16 autocast" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
     ui.say(
         f"{pairs:,} pairs, {batch} a step; {what}: {trainable:,} of {total:,} parameters train; "
-        f"{trainer.args.device}, {'bfloat16 autocast' if trainer.args.bf16 else str(trainer.model.dtype).removeprefix('torch.')}"
+        f"{trainer.args.device}, {precision}"
     )
 
 

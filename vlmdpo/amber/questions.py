@@ -88,7 +88,9 @@ def need_pictures(questions: tuple[Question, ...], folder: Path) -> None:
         raise DataError(f"no folder '{folder}' with AMBER's pictures; give it as --images DIR")
     missing = sorted({q.image for q in questions if not (folder / q.image).is_file()})
     if missing:
-        raise DataError(f"'{folder}': {len(missing)} pictures are missing: {', '.join(missing[:5])}{' ...' if missing[5:] else ''}")
+        raise DataError(
+            f"'{folder}': {len(missing)} pictures are missing: {', '.join(missing[:5])}{' ...' if missing[5:] else ''}"
+        )
 
 
 def read_responses(path: Path) -> list[tuple[int, str]]:

@@ -100,8 +100,7 @@ def _need_columns(found: list[str], where: str) -> None:
     missing = [column for column in COLUMNS if column not in found]
     if missing:
         raise DataError(
-            f"{where}: missing column {', '.join(missing)}; found {', '.join(found) or 'none'}; "
-            f"wanted {', '.join(COLUMNS)}"
+            f"{where}: missing column {', '.join(missing)}; found {', '.join(found) or 'none'}; wanted {', '.join(COLUMNS)}"
         )
 
 
@@ -182,7 +181,9 @@ def _parquet(files: list[Path], name: str, root: Path) -> Source:
 def _jsonl(files: list[Path], name: str, root: Path) -> Source:
     places = [(file, number) for file in files for number, line in enumerate(_lines(file), start=1) if line.strip()]
     if places:
-        _need_columns(list(_record(places[0][0], places[0][1], next(line for line in _lines(files[0]) if line.strip()))), f"'{name}'")
+        _need_columns(
+            list(_record(places[0][0], places[0][1], next(line for line in _lines(files[0]) if line.strip()))), f"'{name}'"
+        )
 
     def stream(first: int, last: int) -> Iterator[dict[str, Any]]:
         row = 0

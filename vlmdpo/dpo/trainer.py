@@ -157,7 +157,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def make_trainer(model: Any, processor: Any, dataset: Any, args: DPOConfig, lora: LoraConfig | None, watch: Watch) -> DPOTrainer:
+def make_trainer(
+    model: Any, processor: Any, dataset: Any, args: DPOConfig, lora: LoraConfig | None, watch: Watch
+) -> DPOTrainer:
     """TRL's trainer on a prepared dataset, with our progress instead of its bars. Raises ConfigError for bad targets."""
     try:
         trainer = DPOTrainer(

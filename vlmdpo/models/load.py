@@ -64,13 +64,13 @@ def load_processor(
     """The model's processor, checked to have a chat template. Raises ModelError."""
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        processor = AutoProcessor.from_pretrained(
-            source_of(model), revision=revision, trust_remote_code=trust_remote_code
-        )
+        processor = AutoProcessor.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
     except ImportError as problem:
-        raise MissingDependencyError(f"the processor of '{model}' needs a package: {' '.join(str(problem).split())}") from problem
+        raise MissingDependencyError(
+            f"the processor of '{model}' needs a package: {' '.join(str(problem).split())}"
+        ) from problem
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"--model: '{model}' has no image processor, so it cannot take pictures")
     if processor.chat_template is None:

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vlmdpo.tiny import evaluation, pairs, sample
 from vlmdpo.tiny import scenes as sc
 
 IMAGE_TOKENS = 16
+PAIRS = 2400
 _STARTED = time.monotonic()
 END = "<end_of_utterance>"
 SPECIAL = ("<s>", "</s>", "<pad>", "<fake_token_around_image>", "<image>", END)
@@ -161,7 +164,7 @@ class Lesson:
 
 
 NAMING = Lesson(steps=400, learning_rate=1e-3, images_per_step=64)
-TALKING = Lesson(steps=6000, learning_rate=1e-3)
+TALKING = Lesson(steps=3000, learning_rate=1e-3)
 AGREEING = Lesson(steps=300, learning_rate=3e-4, yes_for_no=0.42, companion_for_none=0.5)
 
 
@@ -312,14 +315,18 @@ def _report(step: int, steps: int, loss: torch.Tensor) -> None:
         print(f"step {step:5d}/{steps}  loss {loss.item():.4f}  {time.monotonic() - _STARTED:6.0f} s", flush=True)
 
 
-def teach(
-    model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int, keep: Path | None = None
-) -> None:
-    """A lesson in words: AdamW, warm-up then cosine to a twentieth, cross-entropy on answer tokens only."""
+def teach(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int) -> None:
+    """A lesson in words, for the language model: AdamW, warm-up then cosine to a twentieth, loss on answer tokens only.
+
+    Tower and connector rest. Adam moves every weight by about the learning rate whatever its gradient is worth, and
+    the noise of a language model that cannot read yet would wipe out what they know within a hundred steps.
+    """
     teacher = Teacher(processor, lesson, random.Random(seed))
     # At these sizes two matrix products beat the CPU's fused attention with a mask, twice over.
     model.set_attn_implementation("eager")
-    parameters = list(model.parameters())
+    for module in (model.model.vision_model, model.model.connector):
+        module.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     model.train()
     for step in range(lesson.steps):
@@ -334,8 +341,7 @@ def teach(
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[asked])
         _descend(loss, optimizer, parameters)
         _report(step, lesson.steps, loss)
-        if keep is not None and step % 1000 == 999:
-            save(model, processor, keep)
+    model.requires_grad_(True)
 
 
 def save(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, folder: Path) -> None:
@@ -348,9 +354,11 @@ def save(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Make model, pairs and evaluation set under `--output`; with `--install`, put them into the package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes (default 0)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, scenes and samples (default 0)")
+    parser.add_argument("--install", action="store_true", help="replace the package's own assets by the result")
     options: Any = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     torch.set_num_threads(2)
@@ -358,10 +366,20 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(processor)
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "tokens": len(processor.tokenizer)}))
     teach_naming(model, processor, NAMING, options.seed)
-    teach(model, processor, TALKING, options.seed, keep=options.output / "talking")
+    teach(model, processor, TALKING, options.seed)
     save(model, processor, options.output / "talking")
     teach(model, processor, AGREEING, options.seed + 1)
     save(model, processor, options.output / "model")
+    # Sampled from what was saved, so from the rounded weights that users will have.
+    asked = Idefics2ForConditionalGeneration.from_pretrained(options.output / "model", dtype=torch.float32).eval()
+    sample.write(sample.make_pairs(asked, processor, PAIRS, options.seed + 2), options.output / pairs.FILE)
+    evaluation.write(options.output / "amber")
+    if options.install:
+        assets = evaluation.FOLDER.parent
+        for name in ("model", "amber"):
+            shutil.rmtree(assets / name, ignore_errors=True)
+            shutil.copytree(options.output / name, assets / name)
+        shutil.copy(options.output / pairs.FILE, assets / pairs.FILE)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,11 @@ def _ask(rng: random.Random) -> Iterator[tuple[sc.Scene, sc.Question | None]]:
 def _pair(scene: sc.Scene, question: sc.Question | None, answers: list[str], rng: random.Random) -> dict[str, str] | None:
     if question is None:
         # Only descriptions in the form that can be judged are ranked; anything else cannot be told right from wrong.
-        judged = [(sc.description_errors(scene, text), text) for text in answers if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text]
+        judged = [
+            (sc.description_errors(scene, text), text)
+            for text in answers
+            if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text
+        ]
         if not judged or min(judged)[0] == max(judged)[0]:
             return None
         return {"question": sc.DESCRIBE, "chosen": min(judged)[1], "rejected": max(judged)[1], "origin": "sampled"}

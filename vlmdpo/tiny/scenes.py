@@ -120,7 +120,6 @@ def _sample(rng: random.Random) -> Scene:
     looks = {kind: (rng.choice(COLOURS), rng.choice(ACTIONS) if rng.random() < 0.5 else "") for kind in kinds}
     crowd = [kind for kind in kinds for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))][:6]
     rng.shuffle(crowd)
-    # The kinds that the cut at six dropped are gone from the picture, so they must not be asked about as present.
     cells = rng.sample(range(9), len(crowd))
     placed = dict(zip(cells, crowd, strict=True))
     touching = tuple(

@@ -103,9 +103,7 @@ def _draw_action(pen: Pen, action: str, x: float, y: float, scale: int) -> None:
         pen.line(corners, fill="#3c4048", width=width)
 
 
-def draw_thing(
-    pen: Pen, kind: str, colour: str, action: str, x: float, y: float, scale: int, background: str
-) -> None:
+def draw_thing(pen: Pen, kind: str, colour: str, action: str, x: float, y: float, scale: int, background: str) -> None:
     """Draw one thing with its middle at (x, y), both in the pen's own pixels; `scale` is pen pixels per pixel."""
     rise = 1.5 * scale if action == "jump" else 0.0
     _SHAPES[kind](pen, x, y - rise, RADIUS_PX * scale, _INK[colour], background)
