@@ -119,7 +119,7 @@ def _command(name: str) -> Callable[..., None]:
         flags = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v not in (None, [])}
         layers: list[Mapping[str, Any]] = [cf.read_recipe(recipe_file) if recipe_file else {}, flags]
         model = flags.get("model") or layers[0].get("model") or "tiny"
-        settings = cf.build(cls, registry.recipe(str(model), name), *layers)
+        settings: Any = cf.build(cls, registry.recipe(str(model), name), *layers)
         _run(module, settings, _hint(full_size, {**layers[0], **flags}))
 
     config_option = typer.Option(

@@ -100,7 +100,7 @@ class Bar:
         self._progress, self._task = progress, task
 
     def advance(self, by: int = 1, note: str | None = None) -> None:
-        fields = {} if note is None else {"note": escape(note)}
+        fields: dict[str, Any] = {} if note is None else {"note": escape(note)}
         self._progress.update(self._task, advance=by, **fields)
 
 

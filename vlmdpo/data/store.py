@@ -112,7 +112,7 @@ def _write_shards(folder: Path, pairs: Iterator[PreferencePair]) -> tuple[list[s
         writer.finalize()
     # The two small files that make the folder a `save_to_disk` one.
     DatasetInfo(features=features()).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": hashlib.sha256(str(folder).encode()).hexdigest()[:16],
         "_format_columns": None,

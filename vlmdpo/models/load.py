@@ -132,7 +132,7 @@ def load_model(
         raise _not_found(model, problem) from problem
     # What adapters and model cards will name as their base: the embedded model's folder means nothing elsewhere.
     loaded.name_or_path = loaded.config._name_or_path = registry.hub_id(model)
-    loaded.to(where)  # type: ignore[arg-type]
+    loaded.to(where)
     loaded.eval()
     return loaded if adapter is None else with_adapter(loaded, adapter)
 

@@ -49,7 +49,7 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
 }
 
 _ENTRIES = (
-    _entry("tiny", "tiny", (0, 0, 0, 0), 0, recipe=TINY_RECIPE),
+    _entry("tiny", "tiny", (887680, 641920, 105472, 787584), 401408, recipe=TINY_RECIPE),
     _entry("idefics2-8b", "HuggingFaceM4/idefics2-8b", (417792240, 743219200, 262168576, 6979588096), 55348736),
     _entry("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", (303507456, 20979712, 262668288, 6476271616), 47267840),
     _entry("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", (303507456, 31467520, 328335360, 12688184320), 69926912),

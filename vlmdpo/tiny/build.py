@@ -192,7 +192,7 @@ class Teacher:
 
     def _turns(self, scene: sc.Scene) -> list[tuple[list[int], list[int]]]:
         groups = list(sc.questions(scene, self.rng).values())
-        picked = []
+        picked: list[sc.Question] = []
         while groups and len(picked) < self.lesson.questions_per_image:
             group = self.rng.choice(groups)  # by (type, truth), so that "yes" and "no" come up alike
             picked.append(group.pop())
