@@ -12,6 +12,7 @@ from vlmdpo.errors import DataError
 from vlmdpo.models.registry import recipe
 
 _MARK = "demo.json"
+_QUESTION = "Is there a moon in this image?"  # there is none: the picture shows crosses and squares
 
 
 def run(config: cf.DemoConfig) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     train.show(trained)
     adapter = Path(trained["output_dir"])
     ui.step("4/5 infer: one picture, before and after")
-    answered = infer.run(cf.InferConfig(adapter=adapter, compare=True))
+    answered = infer.run(cf.InferConfig(adapter=adapter, compare=True, question=_QUESTION))
     infer.show(answered)
     ui.step("5/5 eval-amber: held-out questions, before and after")
     layer = {"adapter": adapter, "output_dir": folder / "amber"}
@@ -65,6 +66,7 @@ def _clear(folder: Path) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """The closing table, and where everything is."""
+    eval_amber.show_flips(report["eval"]["comparison"], 6)
     eval_amber.show(report["eval"])
     folder = report["output_dir"]
     rows = [
@@ -73,5 +75,7 @@ def show(report: dict[str, Any]) -> None:
         ["learning curves", f"{folder}/adapter/{train.CURVES}"],
         ["answers and scores", f"{folder}/amber"],
     ]
-    ui.table("What the demo wrote", ["", "where"], rows)
+    ui.result("What the demo wrote:")
+    for what, where in rows:
+        ui.result(f"  {what:<22} {where}")
     ui.result("At full size: vlmdpo train --model idefics2-8b --dataset rlaif-v")

@@ -151,12 +151,17 @@ def _facts(by_id: dict[int, qs.Question], given: Responses) -> dict[str, Any]:
 def _comparison(by_id: dict[int, qs.Question], base: dict[int, str], tuned: dict[int, str]) -> dict[str, Any]:
     right = [[said[q.id].lower() == q.truth for q in by_id.values()] for said in (base, tuned)]
     found = compare(right[0], right[1], [q.image for q in by_id.values()])
+    changed = [q for q, before, after in zip(by_id.values(), *right, strict=True) if before != after]
     return {
         "delta_accuracy": found.delta_accuracy,
         "ci95": list(found.ci95),
         "mcnemar_p": found.mcnemar_p,
         "fixed": found.fixed,
         "broken": found.broken,
+        "flips": [
+            {"id": q.id, "image": q.image, "question": q.text, "truth": q.truth, "base": base[q.id], "tuned": tuned[q.id]}
+            for q in changed
+        ],
     }
 
 
@@ -182,7 +187,7 @@ def _save(folder: Path, files: dict[str, Any]) -> None:
 def show(report: dict[str, Any]) -> None:
     """Print the scores by dimension, base beside tuned, and what they are worth."""
     scores = report["scores"]
-    head = ["", "Questions"] + [f"{who} {figure}" for who in scores for figure in ("acc.", "prec.", "recall", "F1")]
+    head = ["", "n"] + [cell for who in scores for cell in (f"{who} acc", "prec", "recall", "F1")]
     names = [name for name in COVERS if any(name in table for table in scores.values())]
     rows = [
         [name, f"{report['questions'][name]:,}"] + [cell for who in scores for cell in _cells(scores[who].get(name))]
@@ -221,6 +226,13 @@ def show_comparison(found: dict[str, Any]) -> None:
         f"tuned − base: {found['delta_accuracy']:+.1f} points of accuracy, 95% interval {low:+.1f} to {high:+.1f} ({sure}); "
         f"exact McNemar p = {found['mcnemar_p']:.2g} ({found['fixed']} answers fixed, {found['broken']} broken)"
     )
+
+
+def show_flips(found: dict[str, Any], count: int) -> None:
+    """Print the first answers that changed, good and bad as they come."""
+    rows = [[f["question"], f["image"], f["truth"], f["base"], f["tuned"]] for f in found["flips"][:count]]
+    title = f"The first {len(rows)} of {len(found['flips'])} answers that changed, for better or worse"
+    ui.table(title, ["Question", "Picture", "Truth", "Base", "Tuned"], rows)
 
 
 def _show_article(report: dict[str, Any]) -> None:

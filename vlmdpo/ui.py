@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -72,7 +73,16 @@ def table(
     """A table on stdout. The first column is text, the others numbers; rows numbered in `strong` stand out."""
     if _quiet:
         return
-    grid = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", caption_justify="left")
+    grid = Table(
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     if note:
         grid.caption = escape(note)
     for i, column in enumerate(columns):
@@ -109,7 +119,7 @@ def progress(what: str, total: int) -> Iterator[Bar]:
     """A progress bar on stderr with count, time gone and time left; a plain line where stderr is no terminal."""
     live = Progress(
         TextColumn("  {task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),

@@ -128,7 +128,7 @@ class Watch(TrainerCallback):
             file.write(json.dumps(line) + "\n")
         if self._bar is not None:
             accuracy, margin = logs.get("rewards/accuracies", 0.0), logs.get("rewards/margins", 0.0)
-            self._bar.advance(0, f"loss {logs['loss']:.4f}  accuracy {accuracy:.2f}  margin {margin:+.3f}")
+            self._bar.advance(0, f"loss {logs['loss']:.3f} acc {accuracy:.2f} margin {margin:+.2f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._open.close()

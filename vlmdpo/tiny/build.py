@@ -165,7 +165,7 @@ class Lesson:
 
 NAMING = Lesson(steps=400, learning_rate=1e-3, images_per_step=64)
 TALKING = Lesson(steps=3000, learning_rate=1e-3)
-AGREEING = Lesson(steps=300, learning_rate=3e-4, yes_for_no=0.42, companion_for_none=0.5)
+AGREEING = Lesson(steps=300, learning_rate=3e-4, yes_for_no=0.5, companion_for_none=0.5)
 
 
 class Teacher:

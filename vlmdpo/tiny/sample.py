@@ -70,7 +70,8 @@ def _pair(scene: sc.Scene, question: sc.Question | None, answers: list[str], rng
             for text in answers
             if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text
         ]
-        if not judged or min(judged)[0] == max(judged)[0]:
+        # Only a faultless one is chosen: of two faulty ones the shorter would win, and shortness would be learned.
+        if not judged or min(judged)[0] > 0 or max(judged)[0] == 0:
             return None
         return {"question": sc.DESCRIBE, "chosen": min(judged)[1], "rejected": max(judged)[1], "origin": "sampled"}
     right = question.truth.capitalize()
