@@ -128,7 +128,7 @@ def test_local_sources_give_the_same_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "says"), [("train[:0]", "is empty"), ("train[", "cannot read"), ("train+train", "several splits")]
+    ("split", "says"), [("train[:0]", "is empty"), ("train[", "cannot read"), ("train+test", "cannot read")]
 )
 def test_bad_splits(split, says):
     source = sources.Source("s", "f", 10, lambda first, last: iter(()), None)

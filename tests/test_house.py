@@ -41,7 +41,7 @@ def test_rooms_import_only_from_rooms_above_them():
             if parts[0] == "vlmdpo" and len(parts) > 1 and parts[1] != "__version__" and room in ORDER:
                 assert _rank(parts[1]) <= _rank(room), f"{name} imports {module}"
                 checked += 1
-    assert checked > 30
+    assert checked > 20
 
 
 def test_heavy_packages_are_imported_at_module_level_only_where_the_plan_says():

@@ -16,7 +16,7 @@ from vlmdpo import prepare, ui
 from vlmdpo.config import PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.errors import DataError, Interrupted, ModelError
-from vlmdpo.models.registry import short_name
+from vlmdpo.models.registry import hub_id, short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 CURVES = "learning_curves.png"
@@ -42,9 +42,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     dataset = store.load(data)
     processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
     model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
+    # With an adapter the reference is the same weights with the adapter off; without one it is a second copy.
+    reference = None if config.lora else load_model(config.model, dtype=config.dtype, device=config.device, **origin)
     _start_output(output_dir, config)
     watch = dpo.Watch(output_dir / dpo.METRICS)
-    trainer = dpo.make_trainer(model, processor, dataset, args, dpo.lora_config(config), watch)
+    trainer = dpo.make_trainer(model, reference, processor, dataset, args, dpo.lora_config(config), watch)
     _say_plan(trainer, config, len(dataset))
     try:
         with watch.catching_ctrl_c():
@@ -124,8 +126,7 @@ def _finish(
     if not all(math.isfinite(line["loss"]) for line in watch.lines):
         raise ModelError(f"the loss is no longer a number; lower --learning-rate. Metrics: '{folder / 'metrics.jsonl'}'")
     try:
-        # Not trainer.save_model: it would leave training_args.bin, a pickle, beside the adapter.
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, safe_serialization=True)
+        _save_weights(trainer.accelerator.unwrap_model(trainer.model), folder, config)
         processor.save_pretrained(folder)
         curves.draw(watch.lines, f"{config.model} · {config.dataset} · DPO", folder / CURVES)
         last = watch.lines[-1]
@@ -147,6 +148,17 @@ def _finish(
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
     return report
+
+
+def _save_weights(model: Any, folder: Path, config: TrainConfig) -> None:
+    """Adapter or model as safetensors. Not `trainer.save_model`: that leaves training_args.bin, a pickle, beside it."""
+    if not config.lora:
+        model.save_pretrained(folder, safe_serialization=True)
+        return
+    # The adapter names its base as the user would: the embedded model's folder means nothing on another machine.
+    model.peft_config["default"].base_model_name_or_path = hub_id(config.model)
+    # Embeddings never train here; left to find out, PEFT would ask the Hub about the base model.
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
 def show(report: dict[str, Any]) -> None:

@@ -158,12 +158,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def make_trainer(
-    model: Any, processor: Any, dataset: Any, args: DPOConfig, lora: LoraConfig | None, watch: Watch
+    model: Any, reference: Any, processor: Any, dataset: Any, args: DPOConfig, lora: LoraConfig | None, watch: Watch
 ) -> DPOTrainer:
     """TRL's trainer on a prepared dataset, with our progress instead of its bars. Raises ConfigError for bad targets."""
     try:
         trainer = DPOTrainer(
             model=model,
+            ref_model=reference,
             args=args,
             train_dataset=dataset,
             processing_class=processor,

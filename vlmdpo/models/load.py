@@ -130,8 +130,6 @@ def load_model(
         )
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
-    # What adapters and model cards will name as their base: the embedded model's folder means nothing elsewhere.
-    loaded.name_or_path = loaded.config._name_or_path = registry.hub_id(model)
     loaded.to(where)
     loaded.eval()
     return loaded if adapter is None else with_adapter(loaded, adapter)
