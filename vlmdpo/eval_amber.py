@@ -229,9 +229,11 @@ def show_comparison(found: dict[str, Any]) -> None:
 
 
 def show_flips(found: dict[str, Any], count: int) -> None:
-    """Print the first answers that changed, good and bad as they come."""
-    rows = [[f["question"], f["image"], f["truth"], f["base"], f["tuned"]] for f in found["flips"][:count]]
-    title = f"The first {len(rows)} of {len(found['flips'])} answers that changed, for better or worse"
+    """Print answers that changed, good and bad as they come: every so many-th, so that all parts of the list show."""
+    flips = found["flips"]
+    picked = [flips[i * len(flips) // count] for i in range(count)] if len(flips) > count else flips
+    rows = [[f["question"], f["image"], f["truth"], f["base"], f["tuned"]] for f in picked]
+    title = f"{len(rows)} of {len(flips)} answers that changed, evenly spaced, for better or worse"
     ui.table(title, ["Question", "Picture", "Truth", "Base", "Tuned"], rows)
 
 

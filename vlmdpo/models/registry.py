@@ -42,7 +42,7 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-4,
         "logging_steps": 5,
     },
     "eval-amber": {"batch_size": 128},
