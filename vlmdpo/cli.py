@@ -194,8 +194,9 @@ def run(arguments: list[str]) -> int:
 def _usage_error(message: str, arguments: list[str]) -> str:
     """A usage error as one line that ends in the next step."""
     named = arguments[0] if arguments and arguments[0] in COMMANDS else ""
-    hint = "" if named or not arguments else nearest(arguments[0], COMMANDS)
-    return f"{message.rstrip('.')}.{hint} See: {' '.join(['vlmdpo', *([named] if named else []), '--help'])}"
+    known = named or not arguments or "Did you mean" in message
+    hint = "" if known else nearest(arguments[0], COMMANDS)
+    return f"{message.rstrip('.')}{'' if message.rstrip('.').endswith('?') else '.'}{hint} See: {' '.join(['vlmdpo', *([named] if named else []), '--help'])}"
 
 
 def main() -> None:

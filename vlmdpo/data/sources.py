@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.data.images import BadImage, read
 from vlmdpo.errors import DataError, nearest
 
@@ -221,13 +223,15 @@ def _hub(repo: str, asked: str, split: str) -> Source:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     name = split.split("[", 1)[0]
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report every retry
+    ui.say(f"opening dataset {repo}")
     try:
         dataset = load_dataset(repo, split=name)
     except (DatasetNotFoundError, HFValidationError, FileNotFoundError) as problem:
         hint = nearest(asked, DATASETS)
         raise DataError(f"no dataset '{repo}' here or on the Hub.{hint} Aliases: {', '.join(DATASETS)}") from problem
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
-        hint = nearest(asked, DATASETS)
+        hint = "" if asked in DATASETS else nearest(asked, DATASETS)
         raise DataError(f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint}") from problem
     except ValueError as problem:
         raise DataError(f"dataset '{repo}': {str(problem).splitlines()[0]}") from problem

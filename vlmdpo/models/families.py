@@ -1,9 +1,104 @@
-"""What differs between model families, and nothing else: today, how far their processors let an image grow."""
+"""What differs between model families, and nothing else: image limits, chat templates, token types, positions, parts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PARTS = ("vision", "connector", "language", "head")
+# PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos> and a line break.
+_PALIGEMMA_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def own_chat_template(processor: Any) -> str | None:
+    """A chat template for processors that ship none though their models need none; None for all others."""
+    return _PALIGEMMA_TEMPLATE if _is_paligemma(processor) else None
+
+
+def _is_paligemma(thing: Any) -> bool:
+    return "paligemma" in type(thing).__name__.lower()
+
+
+def answer_token_type(processor: Any, name: str) -> int:
+    """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0 (text)."""
+    return int(name == "token_type_ids" and _is_paligemma(processor))
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT model; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_configs(backbone: Any) -> list[Any]:
+    """Every configuration object that the language model reads, each once (modules may hold copies)."""
+    found = [backbone.config.get_text_config()]
+    found += [module.config for module in backbone.get_decoder().modules() if hasattr(module, "config")]
+    return list({id(config): config for config in found}.values())
+
+
+def positions(backbone: Any, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1) -> Tensor:
+    """The position ids that the model would give stock rows.
+
+    Args:
+        backbone: the model without its head.
+        ids, mask: (B, S) token ids and 1 where there is a token, padded on the right.
+        inputs: the rest of the batch: image grids and token types, where the family has them.
+        copies: how often the rows' images stand in `inputs` less than in `ids`.
+
+    Returns:
+        (B, S), or (3, B, S) for families that count time, height and width apart (M-RoPE).
+    """
+    if hasattr(backbone, "compute_3d_position_ids") and inputs.get("image_grid_thw") is not None:
+        found: Tensor = backbone.compute_3d_position_ids(
+            input_ids=ids,
+            inputs_embeds=None,
+            image_grid_thw=inputs["image_grid_thw"].repeat(copies, 1),
+            video_grid_thw=None,
+            past_key_values=None,
+            attention_mask=mask,
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+        )
+        return found
+    first = 1 if _is_paligemma(backbone) else 0
+    return torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
+
+
+def parts(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(part, name, parameter) for each parameter: language model, head, the projection between, or the vision tower."""
+    base = base_of(model)
+    language = {id(p) for p in base.base_model.get_decoder().parameters()}
+    head = base.get_output_embeddings()
+    ends = {id(p) for p in head.parameters()} if head is not None else set()
+    ends |= {id(p) for p in base.get_input_embeddings().parameters()}
+    for name, parameter in base.named_parameters():
+        if id(parameter) in ends:
+            yield "head", name, parameter
+        elif id(parameter) in language:
+            yield "language", name, parameter
+        else:
+            yield part_of(name), name, parameter
+
+
+def part_of(name: str) -> str:
+    """The part of a parameter or module outside the language model, by the names that families use."""
+    if any(word in name for word in ("connector", "projector", "merger", "perceiver", "resampler", "image_newline")):
+        return "connector"
+    return "vision"
+
+
+def vision_parameters(backbone: Any) -> list[nn.Parameter]:
+    """Everything that image features are made of: all parameters outside the language model."""
+    language = {id(p) for p in backbone.get_decoder().parameters()}
+    language |= {id(p) for p in backbone.get_input_embeddings().parameters()}
+    return [p for p in backbone.parameters() if id(p) not in language]
 
 
 def image_side_limit(processor: Any) -> tuple[int | None, bool]:

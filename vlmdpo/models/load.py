@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlmdpo.errors import MissingDependencyError, ModelError, nearest
 from vlmdpo.models import registry
+from vlmdpo.models.families import own_chat_template
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -35,6 +36,8 @@ def _not_found(model: str, problem: Exception) -> ModelError:
         return ModelError(f"--model: '{model}' is no complete model folder: {text.splitlines()[0]}")
     if "gated repo" in text or "401" in text:
         return ModelError(f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf auth login`")
+    if registry.known(model) is not None:
+        return ModelError(f"--model: '{registry.hub_id(model)}' is not in the cache, and the Hub cannot be reached")
     return ModelError(
         f"--model: cannot find '{model}' as a folder, in the cache, or on the Hub.{hint} "
         f"Aliases: {', '.join(list(registry.ENTRIES)[:4])} ..."
@@ -73,6 +76,8 @@ def load_processor(
         ) from problem
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"--model: '{model}' has no image processor, so it cannot take pictures")
+    if processor.chat_template is None:
+        processor.chat_template = own_chat_template(processor)
     if processor.chat_template is None:
         raise ModelError(f"--model: '{model}' ships no chat template, which DPO data needs; use an instruction-tuned version")
     if hasattr(processor.image_processor, "do_image_splitting"):

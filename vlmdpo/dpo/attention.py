@@ -1,0 +1,195 @@
+"""Packed preference pairs, and attention over them: image and prompt once, then both answers against it.
+
+One batch is one row of slots, without padding. Each pair lies in it as
+
+    [ prompt but its last token | last, chosen ... | last, rejected ... ]
+
+and every slot knows which index it would have in the row that stock TRL makes of prompt and answer. That map is all:
+positions are gathered by it, and the model's own mask function is evaluated at it, so sliding windows and
+bidirectional images keep their meaning. This module knows nothing of images, losses or trainers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+_NAMES = {"sdpa": "vlmdpo_pairs_sdpa", "eager": "vlmdpo_pairs_eager"}
+_active: contextvars.ContextVar[PairLayout | None] = contextvars.ContextVar("vlmdpo_pair_layout", default=None)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one pair lies, in slots: `prefix` (prompt but its last token), then the two branches (last token, answer)."""
+
+    start: int
+    prefix: int
+    chosen: int
+    rejected: int
+
+    @property
+    def length(self) -> int:
+        return self.prefix + self.chosen + self.rejected
+
+
+class PairLayout:
+    """The index maps of one packed batch of B pairs with T slots; S is the longest row stock would have.
+
+    Args:
+        lengths: for each pair the tokens of prompt, chosen and rejected answer.
+        device: where the maps are needed.
+
+    Attributes:
+        slot_pair, slot_index: (T,) the pair of a slot, and its index in the stock row of prompt and answer.
+        row_slot, row_mask: (B, S) the slot of each index, following the longer answer, and whether there is one.
+        hidden_slot: (2B, 1 + C) the slot of each branch token, chosen rows first, as TRL's loss wants them.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.spans: list[Span] = []
+        start = 0
+        for prompt, chosen, rejected in lengths:
+            self.spans.append(Span(start, prompt - 1, 1 + chosen, 1 + rejected))
+            start += self.spans[-1].length
+        pairs, indices, chosen_slots, rejected_slots, rows = [], [], [], [], []
+        for number, span in enumerate(self.spans):
+            first, second = span.start + span.prefix, span.start + span.prefix + span.chosen
+            chosen_slots.append(torch.arange(first, second))
+            rejected_slots.append(torch.arange(second, second + span.rejected))
+            longer = max(chosen_slots[-1], rejected_slots[-1], key=len)
+            rows.append(torch.cat([torch.arange(span.start, first), longer]))
+            branch = [torch.arange(span.prefix, span.prefix + n) for n in (span.chosen, span.rejected)]
+            indices.append(torch.cat([torch.arange(span.prefix), *branch]))
+            pairs.append(torch.full((span.length,), number))
+        self.slot_pair = torch.cat(pairs).to(device)
+        self.slot_index = torch.cat(indices).to(device)
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        self.hidden_slot = pad(chosen_slots + rejected_slots).to(device)
+        self.row_slot = pad(rows).to(device)
+        self.row_mask = pad([torch.ones_like(row) for row in rows]).to(device)
+
+    def to_rows(self, packed: Tensor) -> Tensor:
+        """(1, T) values of the slots → (B, S) as stock rows would hold them, zero where a row has ended."""
+        return packed[0][self.row_slot] * self.row_mask
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """(..., B, S) values of stock rows → (..., 1, T) values of the slots."""
+        return rows[..., self.slot_pair, self.slot_index].unsqueeze(-2)
+
+    def may_see(self, span: Span, device: torch.device) -> Tensor:
+        """(branch slots, pair slots) bool: a branch sees the prefix and itself, never the other branch."""
+        branch = torch.cat([torch.full((span.chosen,), 1), torch.full((span.rejected,), 2)]).to(device)
+        key_branch = torch.cat([branch.new_zeros(span.prefix), branch])
+        return (key_branch == 0) | (key_branch == branch[:, None])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The masks of one pair: prefix queries (None: plainly causal among themselves) and branch queries, bool (q, kv)."""
+
+    prefix: Tensor | None
+    branches: Tensor
+
+
+class PairMask:
+    """What stands in for an attention mask while pairs are packed. It travels through the layers as a mask would."""
+
+    def __init__(self, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device) -> None:
+        self.spans = layout.spans
+        self.blocks = [self._block(layout, number, mask_function, device) for number in range(len(layout.spans))]
+
+    @staticmethod
+    def _block(layout: PairLayout, number: int, allowed: Callable[..., Tensor], device: torch.device) -> _Block:
+        span = layout.spans[number]
+        index = layout.slot_index[span.start : span.start + span.length]
+        at = partial(allowed, torch.tensor(number, device=device), torch.tensor(0, device=device))
+        # Where a prompt is read in both directions, its last token is seen too: by its copy in the first branch.
+        queries, keys = index[: span.prefix], index[: span.prefix + 1]
+        prefix = at(queries[:, None], keys[None, :]).expand(len(queries), len(keys))
+        plain = bool((prefix == (keys[None, :] <= queries[:, None])).all())
+        branches = at(index[span.prefix :, None], index[None, :]) & layout.may_see(span, device)
+        return _Block(None if plain else prefix, branches)
+
+
+def _attend(plain: Callable[..., Any] | None, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    """transformers' attention interface: (1, heads, T, d) in, (1, T, heads, d) out, one pair after the other."""
+    if plain is None:  # eager attention is each model's own function
+        plain = sys.modules[type(module).__module__].eager_attention_forward
+        additive = True
+    else:
+        additive = False
+    if not isinstance(mask, PairMask):
+        return plain(module, query, key, value, mask, **kwargs)
+    kwargs.pop("is_causal", None)
+    # One split each, not many slices: its gradient is one concatenation.
+    queries = query.split([n for span in mask.spans for n in (span.prefix, span.chosen + span.rejected)], dim=2)
+    keys, values = (whole.split([span.length for span in mask.spans], dim=2) for whole in (key, value))
+    outputs = []
+    for number, (span, block) in enumerate(zip(mask.spans, mask.blocks, strict=True)):
+        k, v = keys[number], values[number]
+        if span.prefix:
+            seen = span.prefix if block.prefix is None else span.prefix + 1
+            allowed = block.prefix
+            if additive and allowed is None:
+                allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
+            part = _as_mask(allowed, k.dtype if additive else None)
+            outputs.append(plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[0])
+        part = _as_mask(block.branches, k.dtype if additive else None)
+        outputs.append(plain(module, queries[2 * number + 1], k, v, part, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _as_mask(allowed: Tensor | None, additive: torch.dtype | None) -> Tensor | None:
+    """(1, 1, q, kv): bool, or with `additive` zeros and the lowest number, which is what eager attention adds."""
+    if allowed is None:
+        return None
+    if additive is not None:
+        zero = torch.zeros((), dtype=additive, device=allowed.device)
+        allowed = torch.where(allowed, zero, torch.finfo(additive).min)
+    return allowed[None, None]
+
+
+def _mask(plain: Callable[..., Any], *, mask_function: Any, device: Any, **kwargs: Any) -> Any:
+    """transformers' mask interface: a PairMask while a packed batch is running, else the plain mask."""
+    layout = _active.get()
+    if layout is None:
+        return plain(mask_function=mask_function, device=device, **kwargs)
+    return PairMask(layout, mask_function, torch.device(device))
+
+
+AttentionInterface.register(_NAMES["sdpa"], partial(_attend, sdpa_attention_forward))
+AttentionInterface.register(_NAMES["eager"], partial(_attend, None))
+AttentionMaskInterface.register(_NAMES["sdpa"], partial(_mask, sdpa_mask))
+AttentionMaskInterface.register(_NAMES["eager"], partial(_mask, eager_mask))
+
+
+@contextlib.contextmanager
+def packed(layout: PairLayout) -> Iterator[None]:
+    """While open, language models that `use_pair_attention` switched read their input as this packed batch."""
+    token = _active.set(layout)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def use_pair_attention(configs: Sequence[Any]) -> None:
+    """Switch these text configurations to attention that also takes packed pairs; all else it hands on unchanged.
+
+    FlashAttention takes no mask, so its users get sdpa, which runs the same kernels where it can.
+    """
+    for config in configs:
+        name = config._attn_implementation
+        if name not in _NAMES.values():
+            config._attn_implementation = _NAMES.get(name, _NAMES["sdpa"])

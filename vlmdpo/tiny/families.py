@@ -1,0 +1,276 @@
+"""Small models of every supported family with random weights and real processors, made from nothing.
+
+For tests and benchmarks: the architectures are transformers' own, only narrow and shallow. A token is a byte of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}
+
+
+def tokenizer(*special: str, image: str = "") -> Any:
+    """A byte-level tokenizer without merges; `special` tokens come after <s>, </s> and <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<s>", "</s>", "<pad>", *special]
+    bytes_only = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    bytes_only.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    extra = {"image_token": image} if image else {}
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={**extra, **{f"special_{i}": name for i, name in enumerate(special) if name != image}},
+    )
+
+
+class _ImagesOnly:
+    """Without the video processor, which exists only where torchvision does."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class _Qwen2VLImages(_ImagesOnly, tf.Qwen2VLProcessor):  # type: ignore[misc]
+    pass
+
+
+class _Qwen25VLImages(_ImagesOnly, tf.Qwen2_5_VLProcessor):  # type: ignore[misc]
+    pass
+
+
+class _Qwen3VLImages(_ImagesOnly, tf.Qwen3VLProcessor):  # type: ignore[misc]
+    pass
+
+
+def _ids(tok: Any, *names: str) -> list[int]:
+    found: list[int] = tok.convert_tokens_to_ids(list(names))
+    return found
+
+
+def _common(tok: Any) -> dict[str, Any]:
+    return {"pad_token_id": tok.pad_token_id, "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
+
+
+def _text(tok: Any, **more: Any) -> dict[str, Any]:
+    return {**_TEXT, "vocab_size": len(tok), **_common(tok), **more}
+
+
+def _idefics2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any) -> tuple[Any, Any]:
+    tok = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", image="<image>")
+    tok.image_boundary_token, tok.image_token_id = "<fake_token_around_image>", _ids(tok, "<image>")[0]
+    latents = more.get("latents", 4)
+    wide = {**_text(tok, model_type="mistral", sliding_window=None), **text}
+    heads = {"resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 2}
+    perceiver = {"resampler_n_latents": latents, "resampler_depth": 2, **heads, **more.get("perceiver", {})}
+    config = tf.Idefics2Config(
+        image_token_id=_ids(tok, "<image>")[0],
+        tie_word_embeddings=False,
+        text_config=wide,
+        vision_config={**_VISION, "patch_size": 8, "image_size": image_size, **vision},
+        perceiver_config={**perceiver, "hidden_size": wide["hidden_size"]},
+    )
+    size = {"shortest_edge": 8, "longest_edge": image_size}
+    images = tf.Idefics2ImageProcessorPil(size=size, do_image_splitting=False)
+    template = _TEMPLATE.replace("IMAGE", "<image>").replace("eos_token", "'<end_of_utterance>'")
+    return config, tf.Idefics2Processor(images, tok, image_seq_len=latents, chat_template=template)
+
+
+def _idefics3(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, smol: bool = False) -> tuple[Any, Any]:
+    rows = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+    tok = tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *rows, image="<image>")
+    # SmolVLM's own processor needs num2words, for videos; Idefics3's makes the same of images.
+    config = (tf.SmolVLMConfig if smol else tf.Idefics3Config)(
+        image_token_id=_ids(tok, "<image>")[0],
+        tie_word_embeddings=False,
+        scale_factor=2,
+        text_config={**_text(tok, model_type="llama"), **text},
+        vision_config={**_VISION, "patch_size": 8, "image_size": image_size, **vision},
+    )
+    sizes: dict[str, Any] = {"size": {"longest_edge": 2 * image_size}, "max_image_size": {"longest_edge": image_size}}
+    images = tf.Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
+    tokens = (image_size // 8 // 2) ** 2
+    template = _TEMPLATE.replace("IMAGE", "<image>")
+    return config, tf.Idefics3Processor(images, tokenizer=tok, image_seq_len=tokens, chat_template=template)
+
+
+def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, following: bool = False) -> tuple[Any, Any]:
+    tok = tokenizer("<image>", image="<image>")
+    shared: dict[str, Any] = {
+        "image_token_id": _ids(tok, "<image>")[0],
+        "image_token_index": _ids(tok, "<image>")[0],
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": {**_text(tok, model_type="llama"), **text},
+        "vision_config": {
+            **_VISION,
+            "model_type": "clip_vision_model",
+            "patch_size": 8,
+            "image_size": image_size,
+            "projection_dim": 32,
+            **vision,
+        },
+    }
+    patch = shared["vision_config"]["patch_size"]
+    told = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    template = _TEMPLATE.replace("IMAGE", "<image>")
+    sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    if not following:
+        images = tf.CLIPImageProcessorPil(**sizes)
+        return tf.LlavaConfig(**shared), tf.LlavaProcessor(images, tok, chat_template=template, **told)
+    pinpoints = [[image_size, 2 * image_size], [2 * image_size, image_size], [2 * image_size, 2 * image_size]]
+    images = tf.LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints)
+    config = tf.LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
+    return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **told)
+
+
+def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int) -> tuple[Any, Any]:
+    tok = tokenizer("<image>", image="<image>")
+    tokens = (image_size // 8) ** 2
+    config = tf.PaliGemmaConfig(
+        image_token_index=_ids(tok, "<image>")[0],
+        image_token_id=_ids(tok, "<image>")[0],
+        projection_dim=32,
+        text_config={**_text(tok, model_type="gemma"), **text},
+        vision_config={**_VISION, "model_type": "siglip_vision_model", "patch_size": 8, "image_size": image_size, **vision},
+    )
+    images = tf.SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    images.image_seq_length = tokens
+    return config, tf.PaliGemmaProcessor(images, tok)
+
+
+def _gemma3(text: dict[str, Any], vision: dict[str, Any], image_size: int) -> tuple[Any, Any]:
+    tok = tokenizer("<image>", "<start>", "<end>", image="<image>")
+    tok.boi_token, tok.eoi_token = "<start>", "<end>"
+    tok.image_token_id, tok.boi_token_id = _ids(tok, "<image>", "<start>")
+    tokens = (image_size // 16) ** 2
+    config = tf.Gemma3Config(
+        image_token_id=_ids(tok, "<image>")[0],
+        image_token_index=_ids(tok, "<image>")[0],
+        boi_token_index=_ids(tok, "<start>")[0],
+        eoi_token_index=_ids(tok, "<end>")[0],
+        mm_tokens_per_image=tokens,
+        text_config={
+            **_text(tok, sliding_window=24, query_pre_attn_scalar=8),
+            "layer_types": ["sliding_attention", "full_attention"],
+            **text,
+        },
+        vision_config={**_VISION, "model_type": "siglip_vision_model", "patch_size": 8, "image_size": image_size, **vision},
+    )
+    images = tf.Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size})
+    template = _TEMPLATE.replace("IMAGE", "<start>")
+    return config, tf.Gemma3Processor(images, tok, image_seq_length=tokens, chat_template=template)
+
+
+def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, version: str) -> tuple[Any, Any]:
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tok = tokenizer(*names, image="<|image_pad|>")
+    tok.video_token = "<|video_pad|>"
+    start, end, image, video = _ids(tok, *names)
+    tok.image_token_id, tok.video_token_id = image, video
+    tower: dict[str, Any] = {
+        "depth": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_heads": 4,
+        "initializer_range": 0.1,
+    }
+    width = text.get("hidden_size", _TEXT["hidden_size"])
+    if version == "2":
+        tower |= {"embed_dim": 32, "hidden_size": width, "mlp_ratio": 2}
+    else:
+        tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": width}
+    if version == "2.5":
+        tower |= {"window_size": 32, "fullatt_block_indexes": [1]}
+    if version == "3":
+        tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    sections = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
+    if version == "3":
+        sections |= {"mrope_interleaved": True}
+    classes = {
+        "2": (tf.Qwen2VLConfig, _Qwen2VLImages),
+        "2.5": (tf.Qwen2_5_VLConfig, _Qwen25VLImages),
+        "3": (tf.Qwen3VLConfig, _Qwen3VLImages),
+    }
+    config = classes[version][0](
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=False,
+        text_config={**_text(tok, rope_parameters=sections, rope_scaling=sections), **text},
+        vision_config={**tower, **vision},
+    )
+    images = tf.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 16 * 16, "longest_edge": image_size**2}, patch_size=config.vision_config.patch_size, merge_size=2
+    )
+    template = _TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    return config, classes[version][1](images, tok, chat_template=template)
+
+
+FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "idefics2": _idefics2,
+    "idefics3": _idefics3,
+    "smolvlm": lambda *a, **k: _idefics3(*a, smol=True, **k),
+    "llava": _llava,
+    "llava_next": lambda *a, **k: _llava(*a, following=True, **k),
+    "paligemma": _paligemma,
+    "gemma3": _gemma3,
+    "qwen2_vl": lambda *a, **k: _qwen(*a, version="2", **k),
+    "qwen2_5_vl": lambda *a, **k: _qwen(*a, version="2.5", **k),
+    "qwen3_vl": lambda *a, **k: _qwen(*a, version="3", **k),
+}
+
+
+def make(
+    family: str,
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    image_size: int = 32,
+    seed: int = 0,
+    **more: Any,
+) -> tuple[Any, Any]:
+    """A (model, processor) of one of FAMILIES, float32, random weights.
+
+    Args:
+        text, vision: overrides of the two configurations, by their own names.
+        image_size: the processor's limit, in pixels a side.
+    """
+    config, processor = FAMILIES[family](text or {}, vision or {}, image_size, **more)
+    torch.manual_seed(seed)
+    model = tf.AutoModelForImageTextToText.from_config(config)
+    model.config.pad_token_id = processor.tokenizer.pad_token_id
+    return model, processor
