@@ -97,7 +97,11 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     flags = [meta["flag"] or cf.flag_name(field.name)]
     default = field.default
     if kind is bool or kind == bool | None:
-        flags = [flags[0]] if field.name in ("json", "overwrite", "resume", "compare") else [f"{flags[0]}/--no-{flags[0][2:]}"]
+        flags = (
+            [flags[0]]
+            if field.name in ("json", "overwrite", "resume", "compare", "doctor")
+            else [f"{flags[0]}/--no-{flags[0][2:]}"]
+        )
         shown = meta["default_text"] or ("on" if default else "off")
     else:
         shown = meta["default_text"] or str(default)
@@ -196,7 +200,8 @@ def _usage_error(message: str, arguments: list[str]) -> str:
     named = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     known = named or not arguments or "Did you mean" in message
     hint = "" if known else nearest(arguments[0], COMMANDS)
-    return f"{message.rstrip('.')}{'' if message.rstrip('.').endswith('?') else '.'}{hint} See: {' '.join(['vlmdpo', *([named] if named else []), '--help'])}"
+    stop = "" if message.rstrip(".").endswith("?") else "."
+    return f"{message.rstrip('.')}{stop}{hint} See: {' '.join(['vlmdpo', *([named] if named else []), '--help'])}"
 
 
 def main() -> None:

@@ -140,7 +140,17 @@ class TrainConfig(_Weights):
     lora_alpha: int = option(32, "Scale of the adapter; updates count lora_alpha / lora_r times")
     lora_dropout: float = option(0.05, "Dropout on the adapter's input, as a share from 0 to 1")
     lora_target_modules: str = option("all-linear", "Layers that get an adapter: all-linear, or names joined by commas")
+    lora_scope: str = option("all", "Where those layers may be: language, connector (with the language model), or all")
+    engine: str = option(
+        "shared", "shared runs image and prompt once for both answers; stock is TRL's own way, two rows a pair"
+    )
+    reference_cache: bool = option(True, "Keep reference log-probs on disk beside the prepared data, for later epochs and runs")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time")
+    checkpointing: str = option(
+        "all",
+        "With gradient checkpointing, the language layers that recompute: all, a number of layers, or auto, as few as "
+        "keep memory below what stock TRL would take",
+    )
     bf16: bool | None = option(None, "Compute in bfloat16 autocast", default_text="where the GPU has it")
     optim: str = option("adamw_torch", "Optimizer, by its transformers name")
     logging_steps: float = option(10.0, "Optimizer steps between two lines of metrics")
@@ -149,6 +159,7 @@ class TrainConfig(_Weights):
     dataloader_num_workers: int = option(0, "Processes that load and preprocess batches, in number")
     report_to: str = option("none", "Trackers: none, tensorboard, wandb, mlflow, trackio")
     seed: int = option(42, "Seed of adapter weights and data order")
+    doctor: bool = option(False, "Check engine, data and model on a few rows, show each finding, and stop before training")
     resume: bool = option(False, "Go on from the last checkpoint in the output folder")
     overwrite: bool = option(False, "Replace an earlier run in the output folder")
     set: tuple[str, ...] = option((), "Any other DPOConfig field, as key=value; may be repeated", default_text="none")
@@ -156,6 +167,10 @@ class TrainConfig(_Weights):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of(self.loss_type, LOSSES, "loss_type")
+        _one_of(self.engine, ("shared", "stock"), "engine")
+        _one_of(self.lora_scope, ("language", "connector", "all"), "lora_scope")
+        counted = self.checkpointing in ("all", "auto") or self.checkpointing.isdigit()
+        _need(counted, "checkpointing", self.checkpointing, "all, auto, or a number of layers")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("num_train_epochs", "learning_rate", "beta", "logging_steps", "save_steps"):

@@ -15,6 +15,7 @@ import yaml
 from vlmdpo import prepare, ui
 from vlmdpo.config import PrepareConfig, TrainConfig
 from vlmdpo.data import store
+from vlmdpo.dpo import setup as engine_room
 from vlmdpo.errors import DataError, Interrupted, ModelError
 from vlmdpo.models.registry import hub_id, short_name
 
@@ -31,32 +32,36 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     output_dir = config.output_dir or Path("outputs") / f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
     config = dataclasses.replace(config, output_dir=output_dir)
-    _check_output(output_dir, config)
-    data = _prepared(config)
+    from vlmdpo.dpo.arguments import dpo_config
+    from vlmdpo.dpo.watch import METRICS, Watch
+    from vlmdpo.models.load import pick_device
 
-    from vlmdpo.dpo import trainer as dpo
-    from vlmdpo.models.load import load_model, load_processor, pick_device
-
-    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    args = dpo.dpo_config(config, output_dir, pick_device(config.device))
-    dataset = store.load(data)
-    processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
-    model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
-    # With an adapter the reference is the same weights with the adapter off; without one it is a second copy.
-    reference = None if config.lora else load_model(config.model, dtype=config.dtype, device=config.device, **origin)
-    _start_output(output_dir, config)
-    watch = dpo.Watch(output_dir / dpo.METRICS)
-    trainer = dpo.make_trainer(model, reference, processor, dataset, args, dpo.lora_config(config), watch)
-    _say_plan(trainer, config, len(dataset))
+    args = dpo_config(config, output_dir, pick_device(config.device))
+    if args.process_index > 0:
+        ui.mute()
+    with args.main_process_first():  # the others find the data prepared and the folder made
+        if args.process_index == 0 and not config.doctor:
+            _check_output(output_dir, config)
+        data = _prepared(config)
+    setup = engine_room.set_up(config, args, data, Watch(output_dir / METRICS))
+    trainer = setup.trainer
+    if config.doctor:
+        return engine_room.examine(setup, config)
+    if args.process_index == 0:
+        _start_output(output_dir, config)
+    trainer.accelerator.wait_for_everyone()
+    engine_room.check(setup, config)
+    _say_plan(trainer, config, len(setup.dataset))
     try:
-        with watch.catching_ctrl_c():
+        with setup.watch.catching_ctrl_c():
             outcome = trainer.train(resume_from_checkpoint=config.resume)
     except OSError as problem:
         raise DataError(f"cannot write '{output_dir}': {problem.strerror or problem}") from problem
-    if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
+    trainer.save_references()
+    if setup.watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
         again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
-    return _finish(trainer, processor, watch, outcome.metrics, output_dir, config)
+    return _finish(setup, outcome.metrics, output_dir, config)
 
 
 def _check_output(folder: Path, config: TrainConfig) -> None:
@@ -107,47 +112,59 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * trainer.args.world_size
+    way = {"shared": "shared prefix", "rows": "stock rows, images once", "stock": "stock TRL"}[trainer.engine]
     precision = "bfloat16 autocast" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
     ui.say(
         f"{pairs:,} pairs, {batch} a step; {what}: {trainable:,} of {total:,} parameters train; "
-        f"{trainer.args.device}, {precision}"
+        f"{trainer.args.device}, {precision}, {way}"
     )
 
 
-def _finish(
-    trainer: Any, processor: Any, watch: Any, outcome: dict[str, float], folder: Path, config: TrainConfig
-) -> dict[str, Any]:
+def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig) -> dict[str, Any]:
     """Save the model and what was seen on the way; returns the report."""
-    import torch
-
     from vlmdpo.report import curves
 
+    trainer, watch = setup.trainer, setup.watch
     if not all(math.isfinite(line["loss"]) for line in watch.lines):
         raise ModelError(f"the loss is no longer a number; lower --learning-rate. Metrics: '{folder / 'metrics.jsonl'}'")
+    report = {
+        "output_dir": str(folder),
+        "model": config.model,
+        "dataset": config.dataset,
+        "steps": trainer.state.global_step,
+        **_last_metrics(watch.lines[-1]),
+        "pairs_per_s": outcome["train_samples_per_second"],
+        "elapsed_s": outcome["train_runtime"],
+        "engine": "shared" if trainer.engine == "shared" else "stock",
+        "images_once": trainer.engine != "stock",
+        "fallback_reason": setup.fallback_reason,
+        "peak_bytes": _peak_bytes(trainer.args.device),
+        "curves": str(folder / CURVES),
+    }
     try:
-        _save_weights(trainer.accelerator.unwrap_model(trainer.model), folder, config)
-        processor.save_pretrained(folder)
-        curves.draw(watch.lines, f"{config.model} · {config.dataset} · DPO", folder / CURVES)
-        last = watch.lines[-1]
-        report = {
-            "output_dir": str(folder),
-            "model": config.model,
-            "dataset": config.dataset,
-            "steps": trainer.state.global_step,
-            "loss": last["loss"],
-            **{name: last[name] for name in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")},
-            "pairs_per_s": outcome["train_samples_per_second"],
-            "elapsed_s": outcome["train_runtime"],
-            "engine": "stock",
-            "fallback_reason": None,
-            "peak_bytes": torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
-            "curves": str(folder / CURVES),
-        }
-        (folder / "train_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        if trainer.args.process_index == 0:
+            _save_weights(trainer.accelerator.unwrap_model(trainer.model), folder, config)
+            setup.processor.save_pretrained(folder)
+            engine_room.check_saved(setup, folder, config)
+            curves.draw(watch.lines, f"{config.model} · {config.dataset} · DPO", folder / CURVES)
+            (folder / "train_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
     return report
+
+
+def _last_metrics(line: dict[str, Any]) -> dict[str, Any]:
+    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    return {name: line[name] for name in names}
+
+
+def _peak_bytes(device: Any) -> int | None:
+    """The most that PyTorch had allocated on a CUDA device; None elsewhere, where nothing counts it."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
 def _save_weights(model: Any, folder: Path, config: TrainConfig) -> None:
@@ -162,7 +179,10 @@ def _save_weights(model: Any, folder: Path, config: TrainConfig) -> None:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print how the run ended and where its results are."""
+    """Print how the run ended and where its results are; for `--doctor`, that all is well."""
+    if "checks" in report:
+        ui.result(f"All {len(report['checks'])} checks hold; leave out --doctor to train.")
+        return
     ui.table(
         f"Trained {report['model']} on {report['dataset']}",
         ["Steps", "Loss", "Reward accuracy", "Reward margin", "Pairs/s", "Seconds"],
@@ -178,5 +198,7 @@ def show(report: dict[str, Any]) -> None:
         ],
         note="Loss, accuracy and margin as last logged.",
     )
+    if report["fallback_reason"]:
+        ui.result(f"Engine: stock rows, because {report['fallback_reason']}")
     ui.result(f"Adapter, processor, metrics and curves: {report['output_dir']}")
     ui.result(f"Curves: {report['curves']}")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _quiet = False  # set by --json: then stdout holds one JSON object and nothing else
+_muted = False  # set in all processes but the first
 
 
 def _out() -> Console:
@@ -24,7 +25,13 @@ def _out() -> Console:
 
 
 def _err() -> Console:
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=_muted)
+
+
+def mute() -> None:
+    """Print nothing at all any more: for every process of a distributed run but the first."""
+    global _quiet, _muted
+    _quiet = _muted = True
 
 
 def set_quiet(quiet: bool) -> None:
@@ -59,7 +66,8 @@ def result(text: str = "") -> None:
 
 def raw(text: str) -> None:
     """A line of result whatever the mode: for output that is data itself."""
-    sys.stdout.write(text + "\n")
+    if not _muted:
+        sys.stdout.write(text + "\n")
 
 
 def json_result(report: dict[str, Any]) -> None:

@@ -102,8 +102,21 @@ class _Block:
     branches: Tensor
 
 
-class PairMask:
-    """What stands in for an attention mask while pairs are packed. It travels through the layers as a mask would."""
+class PairMask(Tensor):
+    """What stands in for the (1, 1, T, T) mask while pairs are packed: the blocks of it that are looked at.
+
+    A tensor in name only, without storage: models hand a ready 4-D mask through to their attention untouched.
+    """
+
+    @staticmethod
+    def __new__(cls, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device) -> PairMask:
+        slots = len(layout.slot_pair)
+        made: PairMask = Tensor._make_wrapper_subclass(cls, (1, 1, slots, slots), dtype=torch.bool, device=device)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        raise TypeError(f"{func} needs the numbers of a mask, and a PairMask holds none")
 
     def __init__(self, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device) -> None:
         self.spans = layout.spans

@@ -32,7 +32,7 @@ def check_shareable(model: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or []) - _SHAREABLE
     if kinds:
         raise CannotShare(f"its layers of kind {', '.join(sorted(kinds))} carry state from token to token")
-    if getattr(config, "output_router_logits", None) is not None and getattr(config, "router_aux_loss_coef", 0.0):
+    if getattr(config, "output_router_logits", None) is not None and getattr(config, "router_aux_loss_coef", None):
         raise CannotShare("its mixture-of-experts balancing loss counts whole rows")
     if config._attn_implementation not in ("sdpa", "eager") and "flash" not in config._attn_implementation:
         raise CannotShare(f"attention '{config._attn_implementation}' takes no mask of ours")
@@ -53,10 +53,15 @@ class SharedForward:
         self._features: Callable[..., Any] = self.backbone.get_image_features
         self._kept: list[Any] | None = None
         self._copies = 1
+        self.layout_class = PairLayout  # the self-check puts broken ones here, to see that it would notice
         if share:
             use_pair_attention(families.text_configs(self.backbone))
         self.backbone.forward = self._forward
         self.backbone.get_image_features = self._image_features
+
+    def remove(self) -> None:
+        """Take the wrapping off again. The attention stays: it hands on what is not packed."""
+        self.backbone.forward, self.backbone.get_image_features = self._run, self._features
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -96,7 +101,7 @@ class SharedForward:
         self, pairs: list[list[int]], *, pair_ids: Tensor, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> Any:
         """One pass over (1, T) slots; returns last hidden states (2B, 1 + C, H), as two stock rows would end."""
-        layout = PairLayout(pairs, pair_ids.device)
+        layout = self.layout_class(pairs, pair_ids.device)
         types = {name: layout.to_rows(kwargs.pop(name)) for name in TYPE_KEYS if kwargs.get(name) is not None}
         positions = families.positions(self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types})
         if "token_type_ids" in types:  # masks are built of it; they are evaluated at indices of stock rows

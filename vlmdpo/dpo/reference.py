@@ -1,2 +1,141 @@
+"""Reference log-probs on disk: computed once per row, kept beside the prepared data, never used where anything differs.
+
+One Arrow file per key: row, chosen and rejected log-prob sums. This module knows nothing of trainers.
+"""
+
 from __future__ import annotations
-class ReferenceCache: ...
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from vlmdpo import ui
+
+FOLDER = "reference-logprobs"
+_COLUMNS = ("row", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over names and bytes of every weight and buffer: reads all of them once."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+def processor_digest(processor: Any) -> str:
+    """SHA-256 over all that turns a row into ids and pixels: settings, chat template, tokenizer."""
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    settings = [processor.to_dict(), processor.image_processor.to_dict(), processor.chat_template, vocabulary]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """The name of one set of reference log-probs: a hash of all that changes them."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class ReferenceCache:
+    """Chosen and rejected reference log-probs of `rows` rows, filled as they are computed.
+
+    Args:
+        folder: the prepared dataset's folder; files lie in a folder below it.
+        key: see `key_of`. What is on disk under another key is never read.
+        rows: how many rows the dataset has.
+
+    A file that is damaged or says anything else than it should is reported, not used, and written anew.
+    """
+
+    def __init__(self, folder: Path, key: str, rows: int) -> None:
+        self.path = folder / FOLDER / f"{key}.arrow"
+        self.key = key
+        self._values = torch.full((rows, 2), math.nan, dtype=torch.float32)
+        self._fresh: set[int] = set()
+        self._load()
+
+    @property
+    def known(self) -> int:
+        """How many rows have their log-probs."""
+        return int((~self._values.isnan()).all(dim=1).sum())
+
+    @property
+    def complete(self) -> bool:
+        return self.known == len(self._values)
+
+    def get(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(chosen, rejected) log-probs of these rows, each (B,) float32 on the CPU; None where any is missing."""
+        found = self._values[rows.cpu()]
+        return None if found.isnan().any() else (found[:, 0], found[:, 1])
+
+    def put(self, rows: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+        """Keep the log-probs (B,) of these rows. Raises FloatingPointError where one is no number."""
+        values = torch.stack([chosen, rejected], dim=1).detach().float().cpu()
+        if not values.isfinite().all():
+            raise FloatingPointError("a reference log-prob is no finite number")
+        self._values[rows.cpu()] = values
+        self._fresh.update(rows.tolist())
+
+    def fresh(self) -> list[tuple[int, float, float]]:
+        """What was put since the last save, as (row, chosen, rejected)."""
+        return [(row, *self._values[row].tolist()) for row in sorted(self._fresh)]
+
+    def save(self, others: Iterable[tuple[int, float, float]] = (), *, write: bool = True) -> None:
+        """Write everything known, under a temporary name first; `others` is what other processes found.
+
+        Every process calls this and one writes. A folder that cannot be written costs the reuse, not the run.
+        """
+        fresh = bool(self._fresh)
+        for row, chosen, rejected in others:
+            fresh = True
+            self._values[row] = torch.tensor([chosen, rejected])
+        self._fresh.clear()
+        if not (write and fresh):
+            return
+        part = self.path.with_suffix(".partial")
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, self._table().schema) as writer:
+                writer.write_table(self._table())
+            part.replace(self.path)
+        except OSError as problem:
+            ui.warn(f"reference log-probs are not kept: cannot write '{self.path}': {problem.strerror or problem}")
+
+    def _table(self) -> pa.Table:
+        rows = (~self._values.isnan()).all(dim=1).nonzero().flatten()
+        columns = [rows.numpy(), self._values[rows, 0].numpy(), self._values[rows, 1].numpy()]
+        table = pa.table(dict(zip(_COLUMNS, columns, strict=True)))
+        return table.replace_schema_metadata({"key": self.key, "rows": str(len(self._values)), "digest": _digest(table)})
+
+    def _load(self) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            with pa.OSFile(str(self.path), "rb") as file:
+                table = pa.ipc.open_file(file).read_all()
+            told = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+            if told.get("key") != self.key or told.get("rows") != str(len(self._values)):
+                raise ValueError("it belongs to other data or another reference")
+            if told.get("digest") != _digest(table):
+                raise ValueError("its content does not match its digest")
+            rows = torch.from_numpy(table["row"].to_numpy().copy())
+            values = [torch.from_numpy(table[name].to_numpy().copy()) for name in _COLUMNS[1:]]
+        except (pa.ArrowException, OSError, ValueError, KeyError) as problem:
+            ui.warn(f"'{self.path}' is not used and will be made anew: {str(problem).splitlines()[0]}")
+            return
+        self._values[rows] = torch.stack(values, dim=1)
+
+
+def _digest(table: pa.Table) -> str:
+    parts = [table[name].to_numpy().tobytes() for name in _COLUMNS]
+    return hashlib.sha256(b"|".join(parts)).hexdigest()

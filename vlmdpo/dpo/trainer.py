@@ -1,180 +1,194 @@
-"""DPO training itself: TRL's `DPOTrainer`, told what vlmdpo knows, watched by one callback.
+"""The DPOTrainer subclass: TRL's trainer, loss and metrics, fed by the pair engine.
 
-Loss, metrics and logging are TRL's own. This module adds what a person needs around them: live progress, a
-metrics file, and a stop that keeps a checkpoint.
+Nothing of the loss is written here. The batch is shaped so that TRL's code reads it as its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
-import signal
-from collections.abc import Iterator
-from pathlib import Path
+import copy
 from typing import Any
 
-import torch
-import yaml
-from peft import LoraConfig
+from accelerate.utils import gather_object
+from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
-from vlmdpo.config import TrainConfig, flag_name
-from vlmdpo.errors import ConfigError, nearest
-
-METRICS = "metrics.jsonl"
-# Fields that have the same name and meaning in TrainConfig and DPOConfig.
-_SHARED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate"),
-    *("lr_scheduler_type", "warmup_steps", "beta", "max_length", "gradient_checkpointing", "optim", "logging_steps"),
-    *("save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "seed"),
-)
+from vlmdpo.dpo.batch import PairCollator, StockCollator
+from vlmdpo.dpo.forward import SharedForward
+from vlmdpo.dpo.reference import ReferenceCache
+from vlmdpo.dpo.watch import Watch
+from vlmdpo.errors import ConfigError
+from vlmdpo.models.families import base_of
 
 
-def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> DPOConfig:
-    """TRL's arguments for a run. Raises ConfigError where TRL refuses them or `--set` names no field of theirs."""
-    gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    values: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
-    values |= {
-        "output_dir": str(output_dir),
-        "loss_type": [config.loss_type],
-        "bf16": gpu_has_bf16 if config.bf16 is None else config.bf16,
-        "use_cpu": device.type == "cpu",
-        "disable_tqdm": True,
-        "logging_first_step": True,
-        "dataloader_pin_memory": device.type == "cuda",
-    }
-    values |= _extra_fields(config.set, values)
-    try:
-        return DPOConfig(**values)
-    except (ValueError, TypeError, ImportError) as problem:
-        raise ConfigError(f"TRL refuses these settings: {' '.join(str(problem).split())}") from problem
+class PairTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` on prepared pairs, with one of three engines.
 
-
-def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        key = key.strip().replace("-", "_")
-        if not separator:
-            raise ConfigError(f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5")
-        if key in ours:
-            where = flag_name(key) if key in _SHARED else "an option of vlmdpo's own, or vlmdpo itself, for it"
-            raise ConfigError(f"--set: '{key}' is not set here; use {where}")
-        if key not in fields:
-            raise ConfigError(f"--set: DPOConfig has no field '{key}'.{nearest(key, fields)}")
-        found[key] = _value(text)
-    return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):  # plain text then: a name, a path
-        return yaml.safe_load(text) if text.lower() in ("true", "false") else text
-
-
-def lora_config(config: TrainConfig) -> LoraConfig | None:
-    """PEFT's configuration of the adapter, or None for full fine-tuning."""
-    if not config.lora:
-        return None
-    targets: str | list[str] = config.lora_target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in config.lora_target_modules.split(",") if name.strip()]
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        bias="none",
-    )
-
-
-class Watch(TrainerCallback):
-    """Shows progress, appends to the metrics file, and turns Ctrl-C into a checkpoint and a clean stop.
-
-    After training, `interrupted` tells whether Ctrl-C ended it and `lines` holds every logged line.
+    Args:
+        engine: "shared" runs image and prompt once for both answers; "rows" gives each answer its own row but
+            encodes each image once, for models that cannot share; "stock" is TRL as it is.
+        references: reference log-probs by row; needs the column `row` in the dataset. None: TRL's own way, every
+            batch anew.
+        others: what `DPOTrainer` takes.
     """
 
-    def __init__(self, metrics_file: Path) -> None:
-        self.metrics_file = metrics_file
-        self.interrupted = False
-        self.lines: list[dict[str, Any]] = []
-        self._bar: ui.Bar | None = None
-        self._open = contextlib.ExitStack()
+    def __init__(
+        self,
+        *,
+        engine: str,
+        processing_class: Any,
+        args: DPOConfig,
+        references: ReferenceCache | None = None,
+        **others: Any,
+    ) -> None:
+        # TRL wants a collator at birth; `use_engine` gives it the engine's own.
+        collator: Any = StockCollator(processing_class, max_length=args.max_length)
+        super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
+        self.references = references
+        self._shared: list[SharedForward] = []
+        if references is not None and not isinstance(self.model, PeftModel):
+            self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
+        self.use_engine(engine)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # After a resume, lines past the checkpoint belong to steps that will be done again.
-        self.lines = [line for line in _read_lines(self.metrics_file) if line["step"] <= state.global_step]
-        self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        self._bar = self._open.enter_context(ui.progress("train", state.max_steps))
-        self._bar.advance(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._bar is not None
-        self._bar.advance()
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs:  # the summary at the end, which `train` returns anyway
+    def use_engine(self, engine: str) -> None:
+        """Let policy and, where there is one, reference model read this engine's batches from now on."""
+        for shared in self._shared:
+            shared.remove()
+        self.engine, self._shared = engine, []
+        processor, limit = self.processing_class, self.args.max_length
+        collator: Any = PairCollator(processor, max_length=limit, share=engine == "shared")
+        self.data_collator = StockCollator(processor, max_length=limit) if engine == "stock" else collator
+        if engine == "stock":
             return
-        line = {"step": state.global_step, **logs}
-        self.lines.append(line)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._bar is not None:
-            accuracy, margin = logs.get("rewards/accuracies", 0.0), logs.get("rewards/margins", 0.0)
-            self._bar.advance(0, f"loss {logs['loss']:.3f} acc {accuracy:.2f} margin {margin:+.2f}")
+        models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
+        self._shared = [SharedForward(model, share=engine == "shared") for model in models]
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._open.close()
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = vars(self)["_signature_columns"]
+        self._signature_columns = [*(name for name in columns if name != "row"), "row"]
 
-    @contextlib.contextmanager
-    def catching_ctrl_c(self) -> Iterator[None]:
-        """The first Ctrl-C ends the step and saves; a second one stops at once. The bar closes either way."""
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        rows = inputs.pop("row", None)
+        if not self._shared:
+            return self._with_references(model, inputs, rows, return_outputs)
+        with self._shared[0].one_batch():
+            return self._with_references(model, inputs, rows, return_outputs)
 
-        def stop(signum: int, frame: Any) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            ui.warn("stopping after this step, keeping a checkpoint; press Ctrl-C again to stop at once")
+    def _with_references(self, model: Any, inputs: dict[str, Any], rows: Any, return_outputs: bool) -> Any:
+        """TRL's loss, with the rows' reference log-probs from the cache; those not in it yet are computed first."""
+        if self.references is not None:
+            known = self.references.get(rows)
+            if known is None:
+                assert self.ref_model is not None or isinstance(self.model, PeftModel), "the policy is no reference any more"
+                known = self.compute_ref_log_probs(self.ref_model or model, inputs)
+                self.references.put(rows, *known)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (logps.to(rows.device) for logps in known)
+            self.precompute_ref_logps = True
+        return super()._compute_loss(model, inputs, return_outputs)
 
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-            self._open.close()
+    def compute_references(self) -> None:
+        """Fill the cache over the whole dataset now, in batches larger than training's: nothing is kept for a backward.
+
+        For runs whose reference is a model of its own: afterwards it is needed no more.
+        """
+        assert self.references is not None
+        loader = self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_size=4 * self.args.per_device_train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        )
+        model = self.ref_model or self.model
+        with ui.progress("reference", len(loader)) as bar:
+            for batch in loader:
+                inputs = dict(self._prepare_inputs(batch))
+                rows = inputs.pop("row")
+                if self.references.get(rows) is None:
+                    self.references.put(rows, *self.compute_ref_log_probs(model, inputs))
+                bar.advance()
+        self.save_references()
+
+    def save_references(self) -> None:
+        """Bring together what the processes found, and write it. Every process must call this."""
+        if self.references is not None:
+            many = self.accelerator.num_processes > 1
+            others = gather_object(self.references.fresh()) if many else []
+            self.references.save(others, write=self.accelerator.is_main_process)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+class _Keeper(TrainerCallback):
+    """Writes reference log-probs at every checkpoint, after every epoch, and at the end."""
+
+    trainer: PairTrainer
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.save_references()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.save_references()
+
+
+class _Checkpointing(TrainerCallback):
+    """Lets only the first `layers` layers of the language model recompute; the others keep their activations."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        checkpoint_layers(model, self.layers)
+
+
+def checkpoint_layers(model: Any, layers: int) -> None:
+    """Of the language model's layers that recompute, let only the first `layers` do so."""
+    decoder = base_of(model).base_model.get_decoder()
+    for layer in [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)][layers:]:
+        layer.gradient_checkpointing = False
 
 
 def make_trainer(
-    model: Any, reference: Any, processor: Any, dataset: Any, args: DPOConfig, lora: LoraConfig | None, watch: Watch
-) -> DPOTrainer:
-    """TRL's trainer on a prepared dataset, with our progress instead of its bars. Raises ConfigError for bad targets."""
+    *,
+    engine: str,
+    model: Any,
+    reference: Any,
+    processor: Any,
+    dataset: Any,
+    args: DPOConfig,
+    lora: LoraConfig | None,
+    watch: Watch | None = None,
+    references: ReferenceCache | None = None,
+) -> PairTrainer:
+    """A `PairTrainer` with our progress instead of TRL's bars. Raises ConfigError for bad targets."""
+    if "row" not in dataset.column_names:
+        dataset = dataset.add_column("row", range(len(dataset)))
+    keeper = _Keeper()
+    if references is not None and lora is None:
+        # Without an adapter TRL insists on a reference model. The cache makes one needless: a second handle on the
+        # same weights, which owns no memory, satisfies it until `PairTrainer` drops it.
+        reference = copy.copy(model)
     try:
-        trainer = DPOTrainer(
+        trainer = PairTrainer(
+            engine=engine,
+            references=references,
             model=model,
             ref_model=reference,
             args=args,
             train_dataset=dataset,
             processing_class=processor,
             peft_config=lora,
-            callbacks=[watch],
+            callbacks=[keeper] if watch is None else [keeper, watch],
         )
     except ValueError as problem:
         if "Target modules" not in str(problem):
             raise
         raise ConfigError(f"--lora-target-modules: {str(problem).splitlines()[0]}") from problem
+    keeper.trainer = trainer
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer

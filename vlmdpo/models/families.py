@@ -132,3 +132,18 @@ def default_image_side(processor: Any) -> int | None:
     if limit is None:
         return None
     return max(1, limit // 2) if upper_bound else limit
+
+
+def linear_layers(model: Any, scope: str) -> list[str]:
+    """Names of all linear layers that LoRA may adapt within `scope`: "language", or "connector" (both of them)."""
+    base = base_of(model)
+    language = {id(module) for module in base.base_model.get_decoder().modules()}
+    head = base.get_output_embeddings()
+    found = []
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        inside = id(module) in language or (scope == "connector" and part_of(name) == "connector")
+        if inside:
+            found.append(name)
+    return found

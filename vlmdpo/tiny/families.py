@@ -62,15 +62,15 @@ class _ImagesOnly:
         return ["image_processor", "tokenizer"]
 
 
-class _Qwen2VLImages(_ImagesOnly, tf.Qwen2VLProcessor):  # type: ignore[misc]
+class _Qwen2VLImages(_ImagesOnly, tf.Qwen2VLProcessor):
     pass
 
 
-class _Qwen25VLImages(_ImagesOnly, tf.Qwen2_5_VLProcessor):  # type: ignore[misc]
+class _Qwen25VLImages(_ImagesOnly, tf.Qwen2_5_VLProcessor):
     pass
 
 
-class _Qwen3VLImages(_ImagesOnly, tf.Qwen3VLProcessor):  # type: ignore[misc]
+class _Qwen3VLImages(_ImagesOnly, tf.Qwen3VLProcessor):
     pass
 
 
@@ -273,4 +273,7 @@ def make(
     torch.manual_seed(seed)
     model = tf.AutoModelForImageTextToText.from_config(config)
     model.config.pad_token_id = processor.tokenizer.pad_token_id
+    for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # Gemma 3's starts at zero, which would hide the image
+            torch.nn.init.normal_(parameter, std=0.2)
     return model, processor

@@ -1,0 +1,188 @@
+"""From settings to a trainer that has passed its checks: model, reference cache, engine, and why the engine is another.
+
+Imports torch only when called, so that the command above it stays light.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmdpo import ui
+from vlmdpo.config import TrainConfig
+from vlmdpo.data import store
+from vlmdpo.errors import ModelError
+
+_ROWS_CHECKED = 4
+_ROWS_LOOKED_AT = 64
+
+
+@dataclass
+class Setup:
+    """Everything a run needs, ready to train."""
+
+    trainer: Any
+    processor: Any
+    dataset: Any
+    watch: Any
+    fallback_reason: str | None
+
+    def examples(self) -> list[dict[str, Any]]:
+        """A few rows to check on: of the first ones those with long answers, where a mistake in one would show."""
+        texts = self.trainer.train_dataset.select_columns(["chosen", "rejected"])[:_ROWS_LOOKED_AT]
+        lengths = [min(len(str(c)), len(str(r))) for c, r in zip(texts["chosen"], texts["rejected"], strict=True)]
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:_ROWS_CHECKED]
+        return [self.trainer.train_dataset[row] for row in longest]
+
+
+def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
+    """Load, wrap, and choose the engine. Raises ConfigError, DataError, ModelError."""
+    from vlmdpo.dpo.arguments import lora_config
+    from vlmdpo.dpo.trainer import make_trainer
+    from vlmdpo.models.load import load_model, load_processor
+
+    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    dataset = store.load(data)
+    processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
+    engine, reason = _engine(config, model)
+    references = _references(config, args, data, model, processor, engine, len(dataset))
+    # With an adapter the reference is the same weights with the adapter off; with a cache, what they said at the start.
+    second = not config.lora and references is None
+    trainer = make_trainer(
+        engine=engine,
+        model=model,
+        reference=load_model(config.model, dtype=config.dtype, device=config.device, **origin) if second else None,
+        processor=processor,
+        dataset=dataset,
+        args=args,
+        lora=lora_config(config, model),
+        watch=watch,
+        references=references,
+    )
+    setup = Setup(trainer, processor, dataset, watch, reason)
+    _self_check(setup)
+    return setup
+
+
+def _engine(config: TrainConfig, model: Any) -> tuple[str, str | None]:
+    from vlmdpo.dpo.forward import CannotShare, check_shareable
+
+    if config.engine == "stock":
+        return "stock", None
+    try:
+        check_shareable(model)
+    except CannotShare as why:
+        return "rows", str(why)
+    return "shared", None
+
+
+def _references(config: TrainConfig, args: Any, data: Path, model: Any, processor: Any, engine: str, rows: int) -> Any:
+    """The cache for this run, holding what earlier runs with the same reference found; None where it is not wanted."""
+    from importlib.metadata import version
+
+    from vlmdpo.dpo import reference
+
+    if not config.reference_cache:
+        return None
+    if args.sync_ref_model:
+        ui.warn("no reference cache: sync_ref_model moves the reference while it trains")
+        return None
+    if not config.lora and (args.deepspeed or args.fsdp):
+        ui.warn("no reference cache: full fine-tuning under FSDP or DeepSpeed keeps a reference model of its own")
+        return None
+    manifest = store.read_manifest(data) or {}
+    facts = {
+        "weights": reference.weights_digest(model),
+        "processor": reference.processor_digest(processor),
+        "data": [manifest.get("key"), manifest.get("rows_out")],
+        "computed": [str(model.dtype), args.bf16, args.fp16, engine, args.max_length, args.ld_alpha],
+        "transformers": version("transformers"),
+    }
+    cache = reference.ReferenceCache(data, reference.key_of(facts), rows)
+    if cache.known:
+        ui.say(f"reference log-probs: {cache.known:,} of {rows:,} rows found in {cache.path}")
+    return cache
+
+
+def _self_check(setup: Setup) -> None:
+    """The engine against stock rows on the first pair; on a disagreement the next simpler engine, with the reason."""
+    from vlmdpo.dpo import doctor
+
+    trainer = setup.trainer
+    while trainer.engine != "stock":
+        example = setup.examples()[0]
+        check = doctor.self_check(trainer, example) if trainer.engine == "shared" else doctor.rows_check(trainer, example)
+        if check.passed:
+            ui.say(f"self-check: {check.name} {check.seen}")
+            break
+        setup.fallback_reason = f"{check.name}: {check.cause}"
+        ui.warn(f"self-check: {check.name} {check.seen}; going on with a simpler engine")
+        trainer.use_engine("rows" if trainer.engine == "shared" else "stock")
+    if setup.fallback_reason and trainer.engine != "shared":
+        how = "encoding each image once" if trainer.engine == "rows" else "as TRL does"
+        ui.warn(f"no shared prefix ({setup.fallback_reason}); two rows a pair, {how}")
+
+
+def check(setup: Setup, config: TrainConfig) -> None:
+    """The brief checks before a run, and the reference log-probs of runs whose reference is about to change.
+
+    Raises ModelError where the run could not learn; warns where it would learn less.
+    """
+    from vlmdpo.dpo import doctor
+
+    found = doctor.checkup(setup.trainer, setup.examples())
+    for finding in found:
+        if finding.passed is False:
+            ui.warn(f"check: {finding.name}: {finding.seen}. Likely cause: {finding.cause}")
+    if not found[0].passed:
+        raise ModelError(f"the loss at step 0 is {found[0].seen}, not ln 2. Likely cause: {found[0].cause}")
+    ui.say("checks: " + "; ".join(f"{finding.name} ({finding.seen})" for finding in found))
+    cache = setup.trainer.references
+    if cache is not None and not config.lora and not cache.complete:
+        setup.trainer.compute_references()
+
+
+def examine(setup: Setup, config: TrainConfig) -> dict[str, Any]:
+    """`--doctor`: every check, as a table. Raises ModelError where one fails."""
+    from vlmdpo.dpo import doctor
+
+    trainer = setup.trainer
+    found = [*_engine_findings(setup), *doctor.checkup(trainer, setup.examples())]
+    if config.lora and not setup.trainer.args.process_index:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, save_embedding_layers=False)
+            found.append(doctor.adapter_check(trainer, setup.examples()[0], Path(folder)))
+    marks = {True: "yes", False: "NO", None: "-"}
+    rows = [[f.name, marks[f.passed], f.seen] for f in found]
+    ui.table("Before training", ["Check", "Holds", "Seen"], rows)
+    failed = [f for f in found if f.passed is False]
+    if failed:
+        raise ModelError(f"{failed[0].name}: {failed[0].seen}. Likely cause: {failed[0].cause}")
+    return {"checks": [vars(f) for f in found], "engine": trainer.engine, "fallback_reason": setup.fallback_reason}
+
+
+def _engine_findings(setup: Setup) -> list[Any]:
+    from vlmdpo.dpo import doctor
+
+    if setup.trainer.engine == "shared":
+        return [doctor.self_check(setup.trainer, setup.examples()[0])]
+    return [doctor.Check("shared forward", None, f"not used: {setup.fallback_reason or 'stock asked for'}")]
+
+
+def check_saved(setup: Setup, folder: Path, config: TrainConfig) -> None:
+    """Does what was just saved say what the live model says? Raises ModelError where it does not."""
+    from vlmdpo.dpo import doctor
+    from vlmdpo.models.load import load_model
+
+    if config.lora:
+        finding = doctor.adapter_check(setup.trainer, setup.examples()[0], folder)
+    else:
+        live = setup.trainer.accelerator.unwrap_model(setup.trainer.model)
+        finding = doctor.weights_check(
+            live, load_model(str(folder), dtype=str(live.dtype).removeprefix("torch."), device="cpu")
+        )
+    if not finding.passed:
+        raise ModelError(f"{finding.name}: {finding.seen}. Likely cause: {finding.cause}")
