@@ -48,6 +48,7 @@ class PairTrainer(DPOTrainer):
         collator: Any = StockCollator(processing_class, max_length=args.max_length)
         super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
         self.references = references
+        self.checkpointed_layers: int | None = None  # None: all, where checkpointing is on
         self._shared: list[SharedForward] = []
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
@@ -89,6 +90,8 @@ class PairTrainer(DPOTrainer):
                 self.references.put(rows, *known)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (logps.to(rows.device) for logps in known)
             self.precompute_ref_logps = True
+        if self.checkpointed_layers is not None:  # each time: TRL turns all of them on again after a reference forward
+            checkpoint_layers(self.model, self.checkpointed_layers)
         return super()._compute_loss(model, inputs, return_outputs)
 
     def compute_references(self) -> None:
@@ -133,16 +136,6 @@ class _Keeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.save_references()
-
-
-class _Checkpointing(TrainerCallback):
-    """Lets only the first `layers` layers of the language model recompute; the others keep their activations."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        checkpoint_layers(model, self.layers)
 
 
 def checkpoint_layers(model: Any, layers: int) -> None:

@@ -216,7 +216,8 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
         tower |= {"window_size": 32, "fullatt_block_indexes": [1]}
     if version == "3":
         tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-    sections = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
+    half = text.get("head_dim", _TEXT["head_dim"]) // 2
+    sections = {"mrope_section": [half // 2, half // 4, half // 4], "rope_type": "default", "rope_theta": 1e6}
     if version == "3":
         sections |= {"mrope_interleaved": True}
     classes = {

@@ -1,0 +1,391 @@
+"""One training step of stock TRL beside the pair engine: same model, same pairs, same process, in turns.
+
+    python examples/benchmarks/train_step.py [--json] [--markdown FILE] [--plot FILE] [--cases llava ...]
+
+Models are small with random weights, but in proportion: image tokens, answer lengths, and the ratio of the vision
+tower's work to the language model's are those of the real ones, and printed beside them. LoRA r=16 on the language
+model, vision tower frozen, gradient checkpointing on in both. Batches are collated beforehand, so image processing,
+which the engine halves, is not in the times. "1 epoch" computes the reference as it goes; "3 epochs" reads it from
+the cache after the first; both pay for it.
+
+A case passes where loss and metrics agree to 1e-4 and the median ratio reaches what it must.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import counted_flops, interleaved, peak_bytes, versions
+from datasets import Dataset
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from vlmdpo.data.store import features
+from vlmdpo.dpo.arguments import dpo_config, lora_config
+from vlmdpo.dpo.reference import ReferenceCache
+from vlmdpo.dpo.trainer import PairTrainer, make_trainer
+from vlmdpo.config import TrainConfig
+from vlmdpo.tiny import families
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One family at one size: the toy's make-up, the image in pixels, token counts, and what must be reached.
+
+    `real_vision_share`: the real model's vision and connector FLOPs over its language model's, for one stock row.
+    """
+
+    name: str
+    family: str
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    image_size: int
+    image: tuple[int, int]
+    prompt: int
+    answers: tuple[int, int]
+    real_vision_share: float
+    wanted: tuple[float, float]
+    more: dict[str, Any]
+    pairs: int = 2
+
+
+def _share(patches: int, tower: float, tower_layers: int, tower_width: int, tokens: int, lm: float, extra: float = 0.0) -> float:
+    """Vision over language FLOPs of one row: 2 × parameters × tokens, and 4 × tokens² × width × layers of attention."""
+    vision = 2 * tower * patches + 4 * patches**2 * tower_width * tower_layers + extra
+    return vision / (2 * lm * tokens + 4 * tokens**2 * 4096 * 32)
+
+
+_LM = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "initializer_range": 0.05,
+}
+_GQA = {**_LM, "num_key_value_heads": 1}
+
+
+def _tower(width: int, layers: int, inner: int, heads: int = 2) -> dict[str, Any]:
+    return {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": heads}
+
+
+SHAPES = (
+    Shape(
+        "Idefics2-8B, 640×480",
+        "idefics2",
+        _GQA,
+        _tower(128, 3, 384),
+        368,
+        (368, 272),
+        94,
+        (80, 80),
+        _share(1530, 0.413e9, 27, 1152, 174, 6.98e9, extra=2 * 0.092e9 * 1530 + 1.1e11),
+        (2.1, 2.4),
+        {"latents": 64, "perceiver": {"resampler_head_dim": 32}},
+        pairs=4,
+    ),
+    Shape(
+        "LLaVA-1.5-7B, 600-token prompt",
+        "llava",
+        _LM,
+        _tower(96, 3, 256),
+        192,
+        (192, 192),
+        600,
+        (80, 80),
+        _share(577, 0.303e9, 24, 1024, 680, 6.48e9),
+        (1.75, 2.1),
+        {},
+    ),
+    Shape(
+        "Qwen2.5-VL-7B, 1 megapixel",
+        "qwen2_5_vl",
+        _GQA,
+        {"hidden_size": 128, "depth": 4, "intermediate_size": 512, "num_heads": 4, "fullatt_block_indexes": [3]},
+        576,
+        (576, 576),
+        1330,
+        (80, 80),
+        _share(5180, 0.632e9, 4, 1280, 1410, 6.53e9, extra=2 * 0.045e9 * 1295),
+        (2.2, 2.6),
+        {},
+        pairs=1,
+    ),
+    Shape(
+        "LLaVA-1.5-7B, answers of 20–250",
+        "llava",
+        _LM,
+        _tower(96, 3, 256),
+        192,
+        (192, 192),
+        600,
+        (20, 250),
+        _share(577, 0.303e9, 24, 1024, 735, 6.48e9),
+        (2.0, 2.4),
+        {},
+        pairs=4,
+    ),
+)
+
+
+def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
+    """Random pictures and letters; a letter is a token. `answers` are the shortest and longest answer in tokens."""
+    rng = np.random.default_rng(0)
+    shortest, longest = shape.answers
+
+    def letters(count: int) -> str:
+        return "".join(rng.choice(list("abcdefgh"), size=count))
+
+    def answer() -> list[dict[str, str]]:
+        # The chat template closes an answer with two more tokens.
+        return [{"role": "assistant", "content": letters(int(rng.integers(shortest, longest + 1)) - 2)}]
+
+    rows = [
+        {
+            "images": [Image.fromarray(rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8))],
+            "prompt": [{"role": "user", "content": letters(prompt_letters)}],
+            "chosen": answer(),
+            "rejected": answer(),
+        }
+        for _ in range(shape.pairs)
+    ]
+    return Dataset.from_list(rows, features=features())
+
+
+def trainer_of(shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached: bool = False) -> PairTrainer:
+    """Stock TRL's trainer or ours on the same toy, its adapter moved off zero, ready to step."""
+    model, processor = families.make(shape.family, text=shape.text, vision=shape.vision, image_size=shape.image_size, **shape.more)
+    settings = TrainConfig(engine=engine, lora_scope="language", per_device_train_batch_size=shape.pairs, device="cpu")
+    args = dpo_config(settings, folder, torch.device("cpu"))
+    cache = ReferenceCache(folder, f"{engine}-{shape.pairs}", len(rows)) if cached else None
+    trainer = make_trainer(
+        engine=engine,
+        model=model,
+        reference=None,
+        processor=processor,
+        dataset=rows,
+        args=args,
+        lora=lora_config(settings, model),
+        references=cache,
+    )
+    enable_checkpointing(trainer.model)
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    trainer.model.train()
+    return trainer
+
+
+def enable_checkpointing(model: Any) -> None:
+    """What `Trainer.train` does first, under the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
+    """One training step on the whole batch: forward, reference, loss, backward. `forget`: the cache is empty again."""
+    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+
+    def run() -> float:
+        if forget:
+            trainer.references._values.fill_(math.nan)
+        for parameter in trainer.model.parameters():
+            parameter.grad = None
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        return loss.item()
+
+    return run
+
+
+def measured_share(trainer: PairTrainer) -> float:
+    """The toy's vision FLOPs over its language model's, forward, one stock row each."""
+    backbone = trainer.model.get_base_model().base_model
+    batch = trainer.data_collator([dict(trainer.train_dataset[0])])
+    kwargs = {k: batch[k] for k in ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes") if k in batch}
+    with torch.no_grad():
+        vision = counted_flops(lambda: backbone.get_image_features(**kwargs))
+        batch.pop("row"), batch.pop("completion_mask")
+        whole = counted_flops(lambda: backbone(**batch, use_cache=False))
+    # A stock batch of one pair has two rows and the picture twice.
+    return vision / (whole - vision)
+
+
+def measure(shape: Shape, repeats: int) -> dict[str, Any]:
+    """One case: medians, ratios, counted FLOPs, peaks, agreement."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        probe = trainer_of(shape, rows_of(shape, 8), "shared", folder)
+        fixed = probe.data_collator([dict(probe.train_dataset[0])])["pairs"][0][0]
+        rows = rows_of(shape, shape.prompt - fixed + 8)
+        stock = trainer_of(shape, rows, "stock", folder)
+        ours = trainer_of(shape, rows, "shared", folder, cached=True)
+        lengths = ours.data_collator([dict(row) for row in ours.train_dataset])["pairs"]
+        steps = {"stock": stepper(stock), "first": stepper(ours, forget=True), "cached": stepper(ours)}
+        losses = {step: run() for step, run in steps.items()}
+        metrics = [{k: v[-1] for k, v in t._metrics["train"].items()} for t in (stock, ours)]
+        flops = {step: counted_flops(run) for step, run in steps.items()}
+        weights = {id(t): list(t.model.parameters()) for t in (stock, ours)}
+        peaks = {"stock": peak_bytes(steps["stock"], weights[id(stock)]), "first": peak_bytes(steps["first"], weights[id(ours)])}
+        seconds = interleaved(steps, repeats)
+        layers, free_peak = _free_layers(shape, rows, folder, peaks["stock"])
+        kept = trainer_of(shape, rows, "shared", folder, cached=True)
+        kept.checkpointed_layers = layers
+        equal = interleaved({"stock": steps["stock"], "first": stepper(kept, forget=True), "cached": stepper(kept)}, repeats)
+    agreement = max(
+        abs(losses["first"] - losses["stock"]),
+        abs(losses["cached"] - losses["stock"]),
+        *(abs(metrics[1][k] - v) / max(1.0, abs(v)) for k, v in metrics[0].items() if k != "num_tokens"),
+    )
+    ratios, counted, at_equal = _ratios(seconds), _ratios(flops), _ratios(equal)
+    return {
+        "name": shape.name,
+        "lengths": lengths,
+        "vision_share": {"toy": measured_share(stock), "real": shape.real_vision_share},
+        "pairs_per_s": {step: shape.pairs / value for step, value in seconds.items()},
+        "ratio": ratios["3 epochs"],
+        "ratios": ratios,
+        "counted": counted,
+        "of_counted": {span: ratios[span] / counted[span] for span in ratios},
+        "peak_bytes": {**peaks, "fewer layers": free_peak},
+        "peak_ratio": peaks["first"] / peaks["stock"],
+        "at_equal_memory": {**at_equal, "checkpointed_layers": layers},
+        "wanted": dict(zip(("1 epoch", "3 epochs"), shape.wanted, strict=True)),
+        "agreement": agreement,
+        "passed": agreement < 1e-4 and ratios["1 epoch"] >= shape.wanted[0] and ratios["3 epochs"] >= shape.wanted[1],
+    }
+
+
+def _ratios(cost: dict[str, float]) -> dict[str, float]:
+    return {
+        "1 epoch": cost["stock"] / cost["first"],
+        "3 epochs": 3 * cost["stock"] / (cost["first"] + 2 * cost["cached"]),
+        "cached": cost["stock"] / cost["cached"],
+    }
+
+
+def _free_layers(shape: Shape, rows: Dataset, folder: Path, budget: int) -> tuple[int, int]:
+    """The fewest language layers to checkpoint so that our peak stays at or below stock's, and that peak."""
+    trainer = trainer_of(shape, rows, "shared", folder)
+    weights = list(trainer.model.parameters())
+    run = stepper(trainer)
+    for layers in range(shape.text["num_hidden_layers"] + 1):
+        enable_checkpointing(trainer.model)
+        trainer.checkpointed_layers = layers
+        peak = peak_bytes(run, weights)
+        if peak <= budget:
+            break
+    return layers, peak
+
+
+def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
+    """The dated report."""
+    lines = [
+        "# One training step: stock TRL beside the pair engine",
+        "",
+        f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}, 2 CPU threads, float32, medians of",
+        f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/train_step.py`, which says what is measured.",
+        "",
+        "| shape | pairs/s stock → ours (cached) | 1 epoch | 3 epochs | cache on disk | counted FLOPs 1 / 3 / disk "
+        "| share of counted | peak, ours / stock | agreement |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in cases:
+        speed, r, f = c["pairs_per_s"], c["ratios"], c["counted"]
+        part = min(c["of_counted"].values())
+        lines.append(
+            f"| {c['name']} | {speed['stock']:.2f} → {speed['first']:.2f} ({speed['cached']:.2f}) | {r['1 epoch']:.2f}× "
+            f"| {r['3 epochs']:.2f}× | {r['cached']:.2f}× | {f['1 epoch']:.2f} / {f['3 epochs']:.2f} / {f['cached']:.2f} "
+            f"| ≥ {100 * part:.0f}% | {c['peak_ratio']:.2f} | {c['agreement']:.0e} |"
+        )
+    lines += [
+        "",
+        "At equal peak memory, ours keeps the activations that sharing frees:",
+        "",
+        "| shape | layers checkpointed (of 6) | peak, MB stock / ours | 1 epoch | 3 epochs | cache on disk |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in cases:
+        e, p = c["at_equal_memory"], c["peak_bytes"]
+        lines.append(
+            f"| {c['name']} | {e['checkpointed_layers']} | {p['stock'] / 1e6:.0f} / {p['fewer layers'] / 1e6:.0f} "
+            f"| {e['1 epoch']:.2f}× | {e['3 epochs']:.2f}× | {e['cached']:.2f}× |"
+        )
+    lines += ["", "Vision and connector over language model, forward FLOPs of one stock row (toy / real):", ""]
+    lines += [f"- {c['name']}: {c['vision_share']['toy']:.3f} / {c['vision_share']['real']:.3f}" for c in cases]
+    return "\n".join(lines) + "\n"
+
+
+def plot(cases: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the measured ratios, with the counted-FLOP limit as a mark on each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    spans = ("1 epoch", "3 epochs", "cached")
+    for i, span in enumerate(spans):
+        places = [n + (i - 1) * 0.27 for n in range(len(cases))]
+        axes.bar(places, [c["ratios"][span] for c in cases], width=0.25, label=span if i < 2 else "cache on disk")
+        limits = [c["counted"][span] for c in cases]
+        axes.scatter(places, limits, marker="_", s=500, color="black", label="counted FLOPs" if i == 0 else None, zorder=3)
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set_xticks(range(len(cases)), [c["name"].replace(", ", "\n") for c in cases])
+    axes.set_ylabel("× stock TRL, pairs/s")
+    axes.set_title("Training step against stock TRL 1.16 (checkpointing on in both)")
+    axes.legend(ncols=4, loc="upper center")
+    axes.set_ylim(0, 1.25 * max(max(c["counted"].values()) for c in cases))
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", help="only shapes whose name contains one of these, in any case")
+    parser.add_argument("--repeats", type=int, default=7, help="measured rounds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--markdown", type=Path, help="write the report here")
+    parser.add_argument("--plot", type=Path, help="write the picture here")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    wanted = [s for s in SHAPES if not options.cases or any(word.lower() in s.name.lower() for word in options.cases)]
+    cases = [measure(shape, options.repeats) for shape in wanted]
+    if options.markdown:
+        options.markdown.write_text(markdown(cases, options.repeats), encoding="utf-8")
+    if options.plot:
+        plot(cases, options.plot)
+    if options.json:
+        print(json.dumps({"cases": cases}, indent=2))
+        return
+    table = Table(title="stock TRL ÷ ours, and the counted-FLOP limit")
+    for column in ("shape", "1 epoch", "3 epochs", "cache on disk", "peak", "equal memory, 3 epochs", "agreement", "passed"):
+        table.add_column(column)
+    for c in cases:
+        table.add_row(
+            c["name"],
+            *(f"{c['ratios'][s]:.2f}× of {c['counted'][s]:.2f}" for s in ("1 epoch", "3 epochs", "cached")),
+            f"{c['peak_ratio']:.2f}",
+            f"{c['at_equal_memory']['3 epochs']:.2f}× ({c['at_equal_memory']['checkpointed_layers']} layers)",
+            f"{c['agreement']:.0e}",
+            "yes" if c["passed"] else "NO",
+        )
+    Console(width=150).print(table)
+    for c in cases:
+        print(f"{c['name']}: vision/language FLOPs, toy {c['vision_share']['toy']:.3f}, real {c['vision_share']['real']:.3f}; {c['lengths']}")
+
+
+if __name__ == "__main__":
+    main()
