@@ -10,7 +10,11 @@ ROOT = Path(vlmdpo.__file__).parent
 ORDER = ("errors", "config", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report")
 COMMANDS = ("prepare", "estimate_memory", "train", "infer", "eval_amber", "demo")
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
-MAY_BE_HEAVY = {"models/families", "models/load", "models/generate", "tiny/build", "tiny/sample", "dpo/trainer"}
+MAY_BE_HEAVY = {
+    *("models/families", "models/load", "models/generate", "tiny/build", "tiny/families", "tiny/sample", "memory/living"),
+    *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/doctor", "dpo/forward", "dpo/lengths"),
+    *("dpo/reference", "dpo/trainer", "dpo/watch"),
+}
 
 
 def _files():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_a_run_leaves_everything_behind(trained):
     folder, report = trained
     assert set(report) >= {"output_dir", "steps", "loss", "rewards/accuracies", "rewards/margins", "pairs_per_s"}
     assert set(report) >= {"engine", "fallback_reason", "peak_bytes"}
-    assert (report["steps"], report["engine"]) == (6, "stock")
+    assert (report["steps"], report["engine"], report["fallback_reason"]) == (6, "shared", None)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference agree before the first step
@@ -144,3 +145,85 @@ def test_ctrl_c_keeps_a_checkpoint_and_shows_the_next_command(few_pairs, tmp_pat
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == stopped_at + 2
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, stopped_at + 3))
+
+
+def test_stock_and_shared_log_the_same(few_pairs, tmp_path, vlmdpo):
+    lines = {}
+    for engine in ("stock", "shared"):
+        out = tmp_path / engine
+        more = ["--max-steps", "3", "--logging-steps", "1", "--lora-dropout", "0", "--engine", engine, "--json"]
+        code, stdout, err = vlmdpo("train", "--dataset", few_pairs, "--output-dir", out, *more)
+        assert code == 0, err
+        assert json.loads(stdout)["engine"] == engine
+        lines[engine] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for stock, shared in zip(lines["stock"], lines["shared"], strict=True):
+        assert stock.keys() == shared.keys()
+        for name, value in stock.items():
+            assert shared[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize(("scope", "parts"), [("language", {"text_model"}), ("connector", {"text_model", "connector"})])
+def test_lora_scope_is_where_the_adapter_is(scope, parts, few_pairs, tmp_path, vlmdpo):
+    out = tmp_path / "out"
+    more = ["--max-steps", "1", "--lora-scope", scope, "--output-dir", out, "--json"]
+    code, _, err = vlmdpo("train", "--dataset", few_pairs, *more)
+    assert code == 0, err
+    names = load_file(out / "adapter_model.safetensors")
+    assert {part for name in names for part in ("vision_model", "connector", "text_model") if f".{part}." in name} == parts
+    said = " ".join(err.split())
+    assert "trainable parameters (" in said
+    assert ("connector " in said.split("trainable parameters (")[1].split(")")[0]) == (scope == "connector")
+
+
+@pytest.mark.parametrize(("over_length", "done"), [("drop", {"dropped": 3}), ("trim", {"trimmed": 2, "dropped": 1})])
+def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done, tmp_path, vlmdpo):
+    from PIL import Image as Picture
+
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(6):
+        Picture.new("RGB", (64, 64), (40 * i, 90, 10)).save(tmp_path / "images" / f"{i}.png")
+        question = "what is this " * (40 if i == 5 else 1)
+        answers = {"chosen": "a red star " * (30 if i in (1, 3) else 2), "rejected": "a moon"}
+        rows.append({"image": f"images/{i}.png", "question": question, **answers})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--max-length", "60", "--over-length", over_length, "--max-steps", "1", "--output-dir", "out", "--json"]
+    code, out, err = vlmdpo("train", "--dataset", "pairs.jsonl", *more)
+    assert code == 0, err
+    assert json.loads(out)["over_length"] == done
+    listed = [json.loads(line) for line in (tmp_path / "out" / "over_length.jsonl").read_text().splitlines()]
+    assert {line["row"] for line in listed} == {1, 3, 5}
+    assert all(line["prompt"] + max(line["chosen"], line["rejected"]) > 60 for line in listed)
+    assert "3 of 6 rows are over --max-length 60" in " ".join(err.split())
+    code, _, err = vlmdpo("train", "--dataset", "pairs.jsonl", "--max-length", "10", "--output-dir", "none")
+    assert code == 3
+    assert "no row is that short" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_checkpointing_auto_stays_below_stock(few_pairs, tmp_path, vlmdpo):
+    more = ["--max-steps", "1", "--checkpointing", "auto", "--output-dir", tmp_path / "out", "--json"]
+    code, out, err = vlmdpo("train", "--dataset", few_pairs, *more)
+    assert code == 0, err
+    assert 0 <= json.loads(out)["checkpointed_layers"] <= 4
+    said = " ".join(err.split())
+    peaks = re.search(r"peaks at ([\d.]+) MB, stock TRL's at ([\d.]+) MB", said)
+    assert peaks, said
+    assert float(peaks[1]) <= float(peaks[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--checkpointing", "9"], "has 4 layers"),
+        (["--checkpointing", "some"], "all, auto, or a number"),
+        (["--checkpointing", "2", "--no-gradient-checkpointing"], "needs gradient checkpointing"),
+        (["--lora-scope", "tongue"], "unknown value 'tongue'"),
+        (["--over-length", "cut"], "unknown value 'cut'"),
+    ],
+)
+def test_engine_options_that_cannot_be(arguments, says, few_pairs, tmp_path, vlmdpo):
+    code, _, err = vlmdpo("train", "--dataset", few_pairs, "--output-dir", tmp_path / "new", *arguments)
+    assert code == 2, err
+    assert says in " ".join(err.split())
+    assert not (tmp_path / "new").exists()

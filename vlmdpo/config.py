@@ -133,7 +133,10 @@ class TrainConfig(_Weights):
     beta: float = option(0.1, "DPO's beta: how strongly the reference holds the policy back, no unit")
     loss_type: str = option("sigmoid", f"TRL loss: {', '.join(LOSSES)}")
     max_length: int | None = option(
-        None, "Cut sequences at this many tokens; cuts image tokens too, so better left alone", default_text="never cut"
+        None, "Longest sequence, prompt and images and answer together, in tokens", default_text="no limit"
+    )
+    over_length: str = option(
+        "drop", "Rows beyond --max-length: drop them, or trim their answers (images are never cut); either way they are listed"
     )
     lora: bool = option(True, "Train a LoRA adapter; --no-lora trains every weight beside a frozen reference copy")
     lora_r: int = option(16, "Rank of the adapter, in dimensions")
@@ -168,7 +171,10 @@ class TrainConfig(_Weights):
         super().__post_init__()
         _one_of(self.loss_type, LOSSES, "loss_type")
         _one_of(self.engine, ("shared", "stock"), "engine")
+        _one_of(self.over_length, ("drop", "trim"), "over_length")
         _one_of(self.lora_scope, ("language", "connector", "all"), "lora_scope")
+        if self.checkpointing != "all" and not self.gradient_checkpointing:
+            raise ConfigError(f"--checkpointing {self.checkpointing} needs gradient checkpointing; leave one of the two out")
         counted = self.checkpointing in ("all", "auto") or self.checkpointing.isdigit()
         _need(counted, "checkpointing", self.checkpointing, "all, auto, or a number of layers")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +21,12 @@ from vlmdpo import prepare, ui
 from vlmdpo.config import PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
-from vlmdpo.errors import DataError, Interrupted, ModelError
+from vlmdpo.errors import DataError, Interrupted, ModelError, VlmDpoError
 from vlmdpo.models.registry import hub_id, short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 CURVES = "learning_curves.png"
+OVER_LENGTH = "over_length.jsonl"  # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -30,25 +36,26 @@ def run(config: TrainConfig) -> dict[str, Any]:
         ConfigError, DataError, ModelError: see the message.
         Interrupted: Ctrl-C; a checkpoint is kept.
     """
-    output_dir = config.output_dir or Path("outputs") / f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
-    config = dataclasses.replace(config, output_dir=output_dir)
     from vlmdpo.dpo.arguments import dpo_config
     from vlmdpo.dpo.watch import METRICS, Watch
     from vlmdpo.models.load import pick_device
 
+    output_dir = config.output_dir or Path("outputs") / f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
+    if config.doctor:
+        return _examined(config)
+    config = dataclasses.replace(config, output_dir=output_dir)
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
-    with args.main_process_first():  # the others find the data prepared and the folder made
-        if args.process_index == 0 and not config.doctor:
+    with args.main_process_first():  # the others find the data prepared
+        if args.process_index == 0:
             _check_output(output_dir, config)
         data = _prepared(config)
-    setup = engine_room.set_up(config, args, data, Watch(output_dir / METRICS))
+    with _gone_if_empty(output_dir):
+        setup = engine_room.set_up(config, args, data, Watch(output_dir / METRICS))
     trainer = setup.trainer
-    if config.doctor:
-        return engine_room.examine(setup, config)
     if args.process_index == 0:
-        _start_output(output_dir, config)
+        _start_output(output_dir, config, setup.over_length)
     trainer.accelerator.wait_for_everyone()
     engine_room.check(setup, config)
     _say_plan(trainer, config, len(setup.dataset))
@@ -64,10 +71,37 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _finish(setup, outcome.metrics, output_dir, config)
 
 
+def _examined(config: TrainConfig) -> dict[str, Any]:
+    """`--doctor`: everything up to the first step, in a folder that is gone afterwards; returns the findings."""
+    from vlmdpo.dpo.arguments import dpo_config
+    from vlmdpo.dpo.watch import METRICS, Watch
+    from vlmdpo.models.load import pick_device
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        args = dpo_config(config, folder, pick_device(config.device))
+        setup = engine_room.set_up(config, args, _prepared(config), Watch(folder / METRICS))
+        return engine_room.examine(setup, config)
+
+
+@contextlib.contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    """The trainer makes its folder at once; where setting up fails, an empty one does not stay behind."""
+    try:
+        yield
+    except VlmDpoError:
+        with contextlib.suppress(OSError):  # it holds something, then: an earlier run
+            folder.rmdir()
+        raise
+
+
 def _check_output(folder: Path, config: TrainConfig) -> None:
-    """Refuse a folder that holds something else, or an earlier run that nobody said what to do with."""
-    if folder.is_file():
-        raise DataError(f"--output-dir: '{folder}' is a file")
+    """Refuse a folder that cannot be, holds something else, or an earlier run that nobody said what to do with."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise DataError(f"--output-dir: cannot write '{folder}': '{nearest}' is a file")
+    if not os.access(nearest, os.W_OK):
+        raise DataError(f"--output-dir: cannot write '{folder}': no permission in '{nearest}'")
     held = folder.is_dir() and any(folder.iterdir())
     if held and not (folder / RECIPE).is_file():
         raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
@@ -77,7 +111,7 @@ def _check_output(folder: Path, config: TrainConfig) -> None:
         raise DataError(f"--resume: '{folder}' holds no checkpoint; start without --resume")
 
 
-def _start_output(folder: Path, config: TrainConfig) -> None:
+def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str, Any]]) -> None:
     try:
         if config.overwrite and folder.exists():
             shutil.rmtree(folder)
@@ -88,8 +122,10 @@ def _start_output(folder: Path, config: TrainConfig) -> None:
         plain = {
             name: list(v) if isinstance(v, tuple) else v
             for name, v in plain.items()
-            if name not in ("resume", "overwrite", "json")
+            if name not in ("resume", "overwrite", "doctor", "json")
         }
+        if over_length:
+            (folder / OVER_LENGTH).write_text("".join(json.dumps(row) + "\n" for row in over_length), encoding="utf-8")
         (folder / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     except OSError as problem:
         raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror or problem}") from problem
@@ -139,6 +175,8 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
         "engine": "shared" if trainer.engine == "shared" else "stock",
         "images_once": trainer.engine != "stock",
         "fallback_reason": setup.fallback_reason,
+        "checkpointed_layers": trainer.checkpointed_layers,
+        "over_length": dict(Counter(row["done"] for row in setup.over_length)),
         "peak_bytes": _peak_bytes(trainer.args.device),
         "curves": str(folder / CURVES),
     }

@@ -41,8 +41,8 @@ class PairCollator:
     share: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        texts = [self._render(example) for example in examples]
-        prompts = self._prompts([text["prompt"] for text in texts], [_images(example) for example in examples])
+        texts = [self.render(example) for example in examples]
+        prompts = self.prompts([text["prompt"] for text in texts], [_images(example) for example in examples])
         mask = prompts.pop("attention_mask").bool()
         ids = prompts.pop("input_ids")
         prompts.pop("labels", None)  # PaliGemma's processor makes some; TRL has its own
@@ -60,7 +60,7 @@ class PairCollator:
             batch["row"] = torch.tensor([example["row"] for example in examples])
         return {**batch, **prompts}
 
-    def _render(self, example: dict[str, Any]) -> dict[str, str]:
+    def render(self, example: dict[str, Any]) -> dict[str, str]:
         """The texts of one example, through the chat template, split into prompt and answers as TRL does."""
         if isinstance(example["prompt"], str):
             return {name: example[name] for name in ("prompt", "chosen", "rejected")}
@@ -72,7 +72,7 @@ class PairCollator:
         rendered: dict[str, str] = apply_chat_template(messages, self.processor)
         return rendered
 
-    def _prompts(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
+    def prompts(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
         return dict(
             self.processor(
                 images=images if any(images) else None,

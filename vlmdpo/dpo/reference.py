@@ -69,9 +69,9 @@ class ReferenceCache:
         """How many rows have their log-probs."""
         return int((~self._values.isnan()).all(dim=1).sum())
 
-    @property
-    def complete(self) -> bool:
-        return self.known == len(self._values)
+    def holds(self, rows: Iterable[int]) -> bool:
+        """Whether the log-probs of all these rows are known."""
+        return not bool(self._values[list(rows)].isnan().any())
 
     def get(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """(chosen, rejected) log-probs of these rows, each (B,) float32 on the CPU; None where any is missing."""

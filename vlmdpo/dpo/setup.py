@@ -6,6 +6,7 @@ Imports torch only when called, so that the command above it stays light.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from vlmdpo import ui
 from vlmdpo.config import TrainConfig
 from vlmdpo.data import store
-from vlmdpo.errors import ModelError
+from vlmdpo.errors import DataError, ModelError
 
 _ROWS_CHECKED = 4
 _ROWS_LOOKED_AT = 64
@@ -28,27 +29,32 @@ class Setup:
     dataset: Any
     watch: Any
     fallback_reason: str | None
+    over_length: list[dict[str, Any]]
 
-    def examples(self) -> list[dict[str, Any]]:
+    def examples(self, count: int = _ROWS_CHECKED) -> list[dict[str, Any]]:
         """A few rows to check on: of the first ones those with long answers, where a mistake in one would show."""
         texts = self.trainer.train_dataset.select_columns(["chosen", "rejected"])[:_ROWS_LOOKED_AT]
         lengths = [min(len(str(c)), len(str(r))) for c, r in zip(texts["chosen"], texts["rejected"], strict=True)]
-        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:_ROWS_CHECKED]
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count]
         return [self.trainer.train_dataset[row] for row in longest]
 
 
 def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     """Load, wrap, and choose the engine. Raises ConfigError, DataError, ModelError."""
+    from vlmdpo.dpo import checkpointing
     from vlmdpo.dpo.arguments import lora_config
     from vlmdpo.dpo.trainer import make_trainer
     from vlmdpo.models.load import load_model, load_processor
 
     origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dataset = store.load(data)
+    dataset = dataset.add_column("row", range(len(dataset)))
+    all_rows = len(dataset)
     processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    dataset, over_length = _within(config, dataset, processor)
     model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
     engine, reason = _engine(config, model)
-    references = _references(config, args, data, model, processor, engine, len(dataset))
+    references = _references(config, args, data, model, processor, engine, all_rows)
     # With an adapter the reference is the same weights with the adapter off; with a cache, what they said at the start.
     second = not config.lora and references is None
     trainer = make_trainer(
@@ -62,9 +68,31 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
         watch=watch,
         references=references,
     )
-    setup = Setup(trainer, processor, dataset, watch, reason)
+    setup = Setup(trainer, processor, dataset, watch, reason, over_length)
     _self_check(setup)
+    if config.gradient_checkpointing:
+        checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup
+
+
+def _within(config: TrainConfig, dataset: Any, processor: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """The rows within `--max-length`, or whose answers may be trimmed to it; and what was done with the others."""
+    from vlmdpo.dpo.lengths import row_lengths, sift
+
+    if config.max_length is None:
+        return dataset, []
+    stay, records = sift(row_lengths(processor, dataset), config.max_length, config.over_length)
+    if not stay:
+        shortest = min(record["prompt"] + max(record["chosen"], record["rejected"]) for record in records)
+        raise DataError(
+            f"--max-length {config.max_length}: no row is that short; the shortest has {shortest} tokens with its images"
+        )
+    if records:
+        done = Counter(record["done"] for record in records)
+        what = " and ".join(f"{count:,} {name}" for name, count in sorted(done.items()))
+        first = ", ".join(str(record["row"]) for record in records[:5]) + (" ..." if len(records) > 5 else "")
+        ui.warn(f"{len(records):,} of {len(dataset):,} rows are over --max-length {config.max_length}: {what} (rows {first})")
+    return dataset.select(stay), records
 
 
 def _engine(config: TrainConfig, model: Any) -> tuple[str, str | None]:
@@ -141,7 +169,7 @@ def check(setup: Setup, config: TrainConfig) -> None:
         raise ModelError(f"the loss at step 0 is {found[0].seen}, not ln 2. Likely cause: {found[0].cause}")
     ui.say("checks: " + "; ".join(f"{finding.name} ({finding.seen})" for finding in found))
     cache = setup.trainer.references
-    if cache is not None and not config.lora and not cache.complete:
+    if cache is not None and not config.lora and not cache.holds(setup.trainer.train_dataset["row"]):
         setup.trainer.compute_references()
 
 

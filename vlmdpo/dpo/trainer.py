@@ -91,7 +91,8 @@ class PairTrainer(DPOTrainer):
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (logps.to(rows.device) for logps in known)
             self.precompute_ref_logps = True
         if self.checkpointed_layers is not None:  # each time: TRL turns all of them on again after a reference forward
-            checkpoint_layers(self.model, self.checkpointed_layers)
+            for layer in recomputing_layers(self.model)[self.checkpointed_layers :]:
+                layer.gradient_checkpointing = False
         return super()._compute_loss(model, inputs, return_outputs)
 
     def compute_references(self) -> None:
@@ -138,11 +139,10 @@ class _Keeper(TrainerCallback):
         self.trainer.save_references()
 
 
-def checkpoint_layers(model: Any, layers: int) -> None:
-    """Of the language model's layers that recompute, let only the first `layers` do so."""
+def recomputing_layers(model: Any) -> list[Any]:
+    """The language model's layers that can recompute their activations, in order."""
     decoder = base_of(model).base_model.get_decoder()
-    for layer in [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)][layers:]:
-        layer.gradient_checkpointing = False
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def make_trainer(

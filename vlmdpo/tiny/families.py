@@ -214,16 +214,24 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
         tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": width}
     if version == "2.5":
         tower |= {"window_size": 32, "fullatt_block_indexes": [1]}
+    if version.startswith("3"):
+        tower |= {"num_position_embeddings": 64}
     if version == "3":
-        tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        tower |= {"deepstack_visual_indexes": [0, 1]}
     half = text.get("head_dim", _TEXT["head_dim"]) // 2
     sections = {"mrope_section": [half // 2, half // 4, half // 4], "rope_type": "default", "rope_theta": 1e6}
-    if version == "3":
+    if version.startswith("3"):
         sections |= {"mrope_interleaved": True}
+    more = {}
+    if version == "3.5":
+        sections |= {"partial_rotary_factor": 1.0}
+        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        more = {**heads, "layer_types": ["linear_attention", "full_attention"]}
     classes = {
         "2": (tf.Qwen2VLConfig, _Qwen2VLImages),
         "2.5": (tf.Qwen2_5_VLConfig, _Qwen25VLImages),
         "3": (tf.Qwen3VLConfig, _Qwen3VLImages),
+        "3.5": (tf.Qwen3_5Config, _Qwen3VLImages),
     }
     config = classes[version][0](
         image_token_id=image,
@@ -231,7 +239,7 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
         vision_start_token_id=start,
         vision_end_token_id=end,
         tie_word_embeddings=False,
-        text_config={**_text(tok, rope_parameters=sections, rope_scaling=sections), **text},
+        text_config={**_text(tok, rope_parameters=sections, rope_scaling=sections), **more, **text},
         vision_config={**tower, **vision},
     )
     images = tf.Qwen2VLImageProcessorPil(
@@ -252,7 +260,9 @@ FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "qwen2_vl": lambda *a, **k: _qwen(*a, version="2", **k),
     "qwen2_5_vl": lambda *a, **k: _qwen(*a, version="2.5", **k),
     "qwen3_vl": lambda *a, **k: _qwen(*a, version="3", **k),
+    "qwen3_5": lambda *a, **k: _qwen(*a, version="3.5", **k),
 }
+RECURRENT = ("qwen3_5",)  # families whose layers carry state from token to token
 
 
 def make(
