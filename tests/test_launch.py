@@ -16,7 +16,8 @@ def test_two_processes_share_the_work_and_the_cache(tmp_path):
     prepare.run(PrepareConfig(limit=24, output_dir=data))
     settings = ["--dataset", data, "--output-dir", out, "--per-device-train-batch-size", "2", "--json", "--checkpointing", "2"]
     settings += ["--gradient-accumulation-steps", "1", "--num-train-epochs", "1", "--logging-steps", "1"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "-m", "vlmdpo"]
+    settings += ["--gradient-checkpointing", "--device", "cpu"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "vlmdpo"]
     done = subprocess.run(
         [sys.executable, *launch, "train", *map(str, settings)],
         capture_output=True,

@@ -95,20 +95,21 @@ def test_cached_reference_gives_the_same_step(engine, tmp_path):
     assert second[0] == third[0] == pytest.approx(plain[0], rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
+@pytest.fixture
+def few(tmp_path):
+    """A prepared folder of 24 embedded pairs, without any cache."""
     from vlmdpo import prepare
     from vlmdpo.config import PrepareConfig
 
-    folder = tmp_path_factory.mktemp("data") / "few"
-    prepare.run(PrepareConfig(limit=24, output_dir=folder))
-    return folder
+    prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
+    return tmp_path / "few"
 
 
 def train(vlmdpo, data, out, *more):
     code, stdout, err = vlmdpo("train", "--dataset", data, "--output-dir", out, "--logging-steps", "1", "--json", *more)
     assert code == 0, err
-    return json.loads(stdout), " ".join(err.split()), [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads(stdout), " ".join(err.split()), lines
 
 
 @pytest.mark.parametrize("kind", ["--lora", "--no-lora"])
@@ -126,29 +127,29 @@ def test_runs_share_the_cache_and_learn_the_same(kind, few, tmp_path, vlmdpo, mo
     assert "24 of 24 rows found" in said
     assert len(calls) == once, "nothing is computed a second time"
     plain, _, third = train(vlmdpo, few, tmp_path / "c", *more, "--no-reference-cache")
-    assert len(calls) > once or kind == "--no-lora"
     for lines in (second, third):
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in first], rel=1e-3)
     assert cached["steps"] == plain["steps"]
 
 
 def test_no_cache_leaves_no_file(few, tmp_path, vlmdpo):
-    import shutil
+    train(vlmdpo, few, tmp_path / "out", "--no-reference-cache", "--max-steps", "1")
+    assert not (few / "reference-logprobs").exists()
+    train(vlmdpo, few, tmp_path / "out2", "--max-steps", "1")
+    assert len(list((few / "reference-logprobs").glob("*.arrow"))) == 1
 
-    data = tmp_path / "data"
-    shutil.copytree(few, data, ignore=shutil.ignore_patterns("reference-logprobs"))
-    train(vlmdpo, data, tmp_path / "out", "--no-reference-cache", "--max-steps", "1")
-    assert not (data / "reference-logprobs").exists()
-    train(vlmdpo, data, tmp_path / "out2", "--max-steps", "1")
-    assert len(list((data / "reference-logprobs").glob("*.arrow"))) == 1
+
+def test_lora_and_full_fine_tuning_start_from_the_same_reference(few, tmp_path, vlmdpo):
+    train(vlmdpo, few, tmp_path / "a", "--no-lora", "--max-steps", "1")
+    _, said, _ = train(vlmdpo, few, tmp_path / "b", "--lora", "--max-steps", "1")
+    assert "24 of 24 rows found" in said
 
 
 def test_a_damaged_cache_is_made_anew_by_the_next_run(few, tmp_path, vlmdpo):
     train(vlmdpo, few, tmp_path / "a", "--num-train-epochs", "1")
-    [path] = [p for p in (few / "reference-logprobs").glob("*.arrow") if pa.ipc.open_file(p).read_all().num_rows == 24][:1]
+    [path] = (few / "reference-logprobs").glob("*.arrow")
     before = pa.ipc.open_file(path).read_all()
-    for file in (few / "reference-logprobs").glob("*.arrow"):
-        file.write_bytes(file.read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[:100])
     _, said, _ = train(vlmdpo, few, tmp_path / "b", "--num-train-epochs", "1")
     assert "is not used and will be made anew" in said
     after = pa.ipc.open_file(path).read_all()

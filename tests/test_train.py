@@ -202,7 +202,16 @@ def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done
 
 
 def test_checkpointing_auto_stays_below_stock(few_pairs, tmp_path, vlmdpo):
-    more = ["--max-steps", "1", "--checkpointing", "auto", "--output-dir", tmp_path / "out", "--json"]
+    more = [
+        "--max-steps",
+        "1",
+        "--gradient-checkpointing",
+        "--checkpointing",
+        "auto",
+        "--output-dir",
+        tmp_path / "out",
+        "--json",
+    ]
     code, out, err = vlmdpo("train", "--dataset", few_pairs, *more)
     assert code == 0, err
     assert 0 <= json.loads(out)["checkpointed_layers"] <= 4
@@ -215,9 +224,9 @@ def test_checkpointing_auto_stays_below_stock(few_pairs, tmp_path, vlmdpo):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--checkpointing", "9"], "has 4 layers"),
+        (["--checkpointing", "9", "--gradient-checkpointing"], "has 4 layers"),
         (["--checkpointing", "some"], "all, auto, or a number"),
-        (["--checkpointing", "2", "--no-gradient-checkpointing"], "needs gradient checkpointing"),
+        (["--checkpointing", "2", "--no-gradient-checkpointing"], "needs --gradient-checkpointing"),
         (["--lora-scope", "tongue"], "unknown value 'tongue'"),
         (["--over-length", "cut"], "unknown value 'cut'"),
     ],

@@ -148,6 +148,11 @@ class TrainConfig(_Weights):
         "shared", "shared runs image and prompt once for both answers; stock is TRL's own way, two rows a pair"
     )
     reference_cache: bool = option(True, "Keep reference log-probs on disk beside the prepared data, for later epochs and runs")
+    feature_cache: bool = option(
+        False,
+        "Keep image features on disk too, where vision and connector do not train (--lora-scope language): pays over "
+        "several epochs or runs with a large vision tower, such as Idefics2's; the size is said first",
+    )
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time")
     checkpointing: str = option(
         "all",
@@ -173,10 +178,12 @@ class TrainConfig(_Weights):
         _one_of(self.engine, ("shared", "stock"), "engine")
         _one_of(self.over_length, ("drop", "trim"), "over_length")
         _one_of(self.lora_scope, ("language", "connector", "all"), "lora_scope")
-        if self.checkpointing != "all" and not self.gradient_checkpointing:
-            raise ConfigError(f"--checkpointing {self.checkpointing} needs gradient checkpointing; leave one of the two out")
         counted = self.checkpointing in ("all", "auto") or self.checkpointing.isdigit()
         _need(counted, "checkpointing", self.checkpointing, "all, auto, or a number of layers")
+        if self.checkpointing != "all" and not self.gradient_checkpointing:
+            raise ConfigError(f"--checkpointing {self.checkpointing} needs --gradient-checkpointing, which is off")
+        if self.feature_cache and (self.engine == "stock" or not self.lora or self.lora_scope != "language"):
+            raise ConfigError("--feature-cache needs frozen image features: --lora-scope language, and not --engine stock")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("num_train_epochs", "learning_rate", "beta", "logging_steps", "save_steps"):

@@ -76,9 +76,15 @@ def json_result(report: dict[str, Any]) -> None:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Sequence[int] = (), note: str = ""
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    strong: Sequence[int] = (),
+    note: str = "",
+    text: Sequence[int] = (0,),
 ) -> None:
-    """A table on stdout. The first column is text, the others numbers; rows numbered in `strong` stand out."""
+    """A table on stdout. Columns in `text` are text, the others numbers; rows numbered in `strong` stand out."""
     if _quiet:
         return
     grid = Table(
@@ -94,7 +100,7 @@ def table(
     if note:
         grid.caption = escape(note)
     for i, column in enumerate(columns):
-        grid.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+        grid.add_column(escape(column), justify="left" if i in text else "right", overflow="fold")
     for number, row in enumerate(rows):
         grid.add_row(*(escape(cell) for cell in row), style="bold green" if number in strong else None)
     _out().print(grid)

@@ -165,6 +165,13 @@ class StockCollator(DataCollatorForVisionPreference):
         return batch
 
 
+def row_ids(inputs: dict[str, Any]) -> list[Tensor]:
+    """The token ids of each pair of a batch of `PairCollator`, images' tokens once."""
+    if "pairs" in inputs:
+        return list(inputs["pair_ids"][0].split([sum(lengths) + 1 for lengths in inputs["pairs"]]))
+    return list(inputs["input_ids"][: len(inputs["input_ids"]) // 2])
+
+
 def _images(example: dict[str, Any]) -> list[Any]:
     return list(example.get("images") or [])
 

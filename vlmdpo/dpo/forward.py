@@ -7,14 +7,16 @@ before. Image features are computed once for policy and reference where nothing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vlmdpo.dpo.attention import PairLayout, packed, use_pair_attention
 from vlmdpo.dpo.batch import TYPE_KEYS
+from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.models import families
 
 _SHAREABLE = {"full_attention", "sliding_attention"}
@@ -44,15 +46,20 @@ class SharedForward:
     Args:
         model: the model or PEFT model.
         share: whether batches will be packed; without it only the image features are shared.
+        features: image features on disk, for a vision tower and connector that do not train.
     """
 
-    def __init__(self, model: Any, *, share: bool = True) -> None:
-        self.model = model
+    def __init__(self, model: Any, *, share: bool = True, features: FeatureCache | None = None) -> None:
+        self.model, self.share, self.features = model, share, features
         self.backbone = families.base_of(model).base_model
         self._run: Callable[..., Any] = self.backbone.forward
         self._features: Callable[..., Any] = self.backbone.get_image_features
         self._kept: list[Any] | None = None
         self._copies = 1
+        self._rows: list[tuple[int, int]] = []
+        self._towers: list[_Once] = []
+        language = set(map(id, self.backbone.get_decoder().modules()))
+        self._outside = [module for module in self.backbone.modules() if id(module) not in language]
         self.layout_class = PairLayout  # the self-check puts broken ones here, to see that it would notice
         if share:
             use_pair_attention(families.text_configs(self.backbone))
@@ -68,24 +75,65 @@ class SharedForward:
         """Whether nothing that makes image features trains, so that policy and reference see the same ones."""
         return not any(p.requires_grad for p in families.vision_parameters(self.backbone))
 
+    def ask_no_pixel_gradients(self) -> None:
+        """Take off the hooks by which patch embeddings ask for gradients: only reentrant checkpointing needs them.
+
+        With them a backward pass runs through every vision layer, frozen or not, down to the pixels.
+        """
+        for module in self._outside:
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__qualname__", "").startswith("PreTrainedModel.enable_input_require_grads"):
+                    del module._forward_hooks[key]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the frozen image features of the batch that is open, each picture's once."""
+        tensors = [leaf for leaf in tree_leaves([dict(kept) for kept in self._kept or []]) if isinstance(leaf, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors) // (1 if self.share else 2)
+
     @contextlib.contextmanager
-    def one_batch(self) -> Iterator[None]:
-        """Inside, all forwards are of one batch: frozen image features are computed once, without gradient."""
-        self._kept = [] if self.vision_is_frozen else None
+    def one_batch(self, rows: Tensor | None = None, ids: Sequence[Tensor] = ()) -> Iterator[None]:
+        """Inside, all forwards are of one batch: what is frozen of the vision part runs once, without gradient.
+
+        Args:
+            rows: (B,) the rows' numbers, by which image features are found on disk.
+            ids: the token ids of each of these rows, to count its image tokens.
+        """
+        frozen = self.vision_is_frozen
+        self._kept = [] if frozen else None
+        image = self.backbone.config.image_token_id
+        tokens = [int(torch.eq(row_ids, image).sum()) for row_ids in ids]
+        self._rows = [] if rows is None else list(zip(rows.tolist(), tokens, strict=True))
+        self._towers = [] if frozen else [_Once(tower) for tower in families.frozen_towers(self.backbone)]
         try:
             yield
         finally:
             self._kept = None
+            while self._towers:
+                self._towers.pop().remove()
 
     def _image_features(self, *args: Any, **kwargs: Any) -> Any:
         if self._kept is None:
             return _repeat(self._features(*args, **kwargs), self._copies)
         if not self._kept:
-            with torch.no_grad():
-                self._kept.append(_repeat(self._features(*args, **kwargs), self._copies))
+            self._kept.append(_repeat(self._frozen_features(*args, **kwargs), self._copies))
         return self._kept[0]
 
+    @torch.no_grad()
+    def _frozen_features(self, *args: Any, **kwargs: Any) -> Any:
+        pictured = [(row, tokens) for row, tokens in self._rows if tokens]
+        if self.features is None or not pictured:
+            return self._features(*args, **kwargs)
+        rows, tokens = zip(*pictured, strict=True)
+        found = self.features.get(rows, next(self.backbone.parameters()).device)
+        if found is None:
+            found = self._features(*args, **kwargs)
+            self.features.put(rows, tokens, found)
+        return found
+
     def _forward(self, *args: Any, pairs: Any = None, image_copies: int = 1, **kwargs: Any) -> Any:
+        for tower in self._towers:
+            tower.rewind()
         if pairs is not None:
             return self._packed(pairs, **kwargs)
         if image_copies == 1:
@@ -115,6 +163,31 @@ class SharedForward:
             )
         output.last_hidden_state = output.last_hidden_state[0][layout.hidden_slot]
         return output
+
+
+class _Once:
+    """A frozen tower that runs once a batch, without gradient; later forwards of the batch are told the same again."""
+
+    def __init__(self, tower: Any) -> None:
+        self.tower, self.run = tower, tower.forward
+        self.said: list[Any] = []
+        self.rewind()
+        tower.forward = self
+
+    def rewind(self) -> None:
+        """A forward of the whole model begins: its first call of the tower is the batch's first."""
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.calls == len(self.said):
+            with torch.no_grad():
+                self.said.append(self.run(*args, **kwargs))
+        self.calls += 1
+        return self.said[self.calls - 1]
+
+    def remove(self) -> None:
+        """The tower is itself again."""
+        self.tower.forward = self.run
 
 
 def _repeat(value: Any, copies: int) -> Any:

@@ -5,6 +5,7 @@ Imports torch only when called, so that the command above it stays light.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     )
     setup = Setup(trainer, processor, dataset, watch, reason, over_length)
     _self_check(setup)
+    if config.feature_cache:
+        _keep_features(setup, data)
     if config.gradient_checkpointing:
         checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup
@@ -135,6 +138,37 @@ def _references(config: TrainConfig, args: Any, data: Path, model: Any, processo
     return cache
 
 
+def _keep_features(setup: Setup, data: Path) -> None:
+    """Let the trainer keep image features on disk, having said how much that takes. Raises DataError for a full disk."""
+    from vlmdpo.dpo import doctor, features, reference
+    from vlmdpo.models.families import vision_parameters
+
+    trainer = setup.trainer
+    shared = trainer._shared[0]
+    manifest = store.read_manifest(data) or {}
+    facts = {
+        "tower": features.tower_digest(vision_parameters(shared.backbone)),
+        "processor": reference.processor_digest(setup.processor),
+        "data": [manifest.get("key"), manifest.get("rows_out")],
+        "computed": [str(trainer.model.dtype), trainer.args.bf16, trainer.args.fp16],
+    }
+    cache = features.FeatureCache(data, reference.key_of(facts))
+    examples = setup.examples()
+    with shared.one_batch():
+        doctor.token_logps(trainer, trainer.data_collator([dict(example) for example in examples]))
+        per_row = shared.kept_bytes / len(examples)
+    known, free = cache.known(), shutil.disk_usage(data).free
+    needed = per_row * (len(setup.dataset) - known)
+    ui.say(
+        f"image features: {known:,} of {len(setup.dataset):,} rows found; the others will take about "
+        f"{ui.human_bytes(needed)} in {cache.path}"
+    )
+    if needed > free:
+        raise DataError(f"--feature-cache: about {ui.human_bytes(needed)} needed, {ui.human_bytes(free)} free at '{data}'")
+    trainer.features = cache
+    trainer.use_engine(trainer.engine)
+
+
 def _self_check(setup: Setup) -> None:
     """The engine against stock rows on the first pair; on a disagreement the next simpler engine, with the reason."""
     from vlmdpo.dpo import doctor
@@ -185,7 +219,7 @@ def examine(setup: Setup, config: TrainConfig) -> dict[str, Any]:
             found.append(doctor.adapter_check(trainer, setup.examples()[0], Path(folder)))
     marks = {True: "yes", False: "NO", None: "-"}
     rows = [[f.name, marks[f.passed], f.seen] for f in found]
-    ui.table("Before training", ["Check", "Holds", "Seen"], rows)
+    ui.table("Before training", ["Check", "Holds", "Seen"], rows, text=(0, 1, 2))
     failed = [f for f in found if f.passed is False]
     if failed:
         raise ModelError(f"{failed[0].name}: {failed[0].seen}. Likely cause: {failed[0].cause}")

@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
-from vlmdpo.dpo.batch import PairCollator, StockCollator
+from vlmdpo.dpo.batch import PairCollator, StockCollator, row_ids
+from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
 from vlmdpo.dpo.reference import ReferenceCache
 from vlmdpo.dpo.watch import Watch
@@ -48,6 +49,7 @@ class PairTrainer(DPOTrainer):
         collator: Any = StockCollator(processing_class, max_length=args.max_length)
         super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
         self.references = references
+        self.features: FeatureCache | None = None
         self.checkpointed_layers: int | None = None  # None: all, where checkpointing is on
         self._shared: list[SharedForward] = []
         if references is not None and not isinstance(self.model, PeftModel):
@@ -65,7 +67,10 @@ class PairTrainer(DPOTrainer):
         if engine == "stock":
             return
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
-        self._shared = [SharedForward(model, share=engine == "shared") for model in models]
+        # The reference model of full fine-tuning has a tower of its own, which is not the policy's.
+        kept = [self.features] + [None] * (len(models) - 1)
+        share = engine == "shared"
+        self._shared = [SharedForward(m, share=share, features=features) for m, features in zip(models, kept, strict=True)]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -77,7 +82,7 @@ class PairTrainer(DPOTrainer):
         rows = inputs.pop("row", None)
         if not self._shared:
             return self._with_references(model, inputs, rows, return_outputs)
-        with self._shared[0].one_batch():
+        with self._shared[0].one_batch(rows, row_ids(inputs) if rows is not None else ()):
             return self._with_references(model, inputs, rows, return_outputs)
 
     def _with_references(self, model: Any, inputs: dict[str, Any], rows: Any, return_outputs: bool) -> Any:
@@ -90,7 +95,10 @@ class PairTrainer(DPOTrainer):
                 self.references.put(rows, *known)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (logps.to(rows.device) for logps in known)
             self.precompute_ref_logps = True
-        if self.checkpointed_layers is not None:  # each time: TRL turns all of them on again after a reference forward
+        # Each time, because TRL turns checkpointing on again after every reference forward, and all that goes with it.
+        if self._shared and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            self._shared[0].ask_no_pixel_gradients()
+        if self.checkpointed_layers is not None:
             for layer in recomputing_layers(self.model)[self.checkpointed_layers :]:
                 layer.gradient_checkpointing = False
         return super()._compute_loss(model, inputs, return_outputs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 PARTS = ("vision", "connector", "language", "head")
 # PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos> and a line break.
@@ -99,6 +100,20 @@ def vision_parameters(backbone: Any) -> list[nn.Parameter]:
     language = {id(p) for p in backbone.get_decoder().parameters()}
     language |= {id(p) for p in backbone.get_input_embeddings().parameters()}
     return [p for p in backbone.parameters() if id(p) not in language]
+
+
+def frozen_towers(backbone: Any) -> list[Any]:
+    """The outermost models inside `backbone`, besides the language model, none of whose parameters train."""
+    language = set(map(id, backbone.get_decoder().modules()))
+    found: list[Any] = []
+    inside: set[int] = set()
+    for module in backbone.modules():
+        if id(module) in language | inside or not isinstance(module, PreTrainedModel) or module is backbone:
+            continue
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            found.append(module)
+            inside |= set(map(id, module.modules()))
+    return found
 
 
 def image_side_limit(processor: Any) -> tuple[int | None, bool]:
