@@ -131,7 +131,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
 
 
 def test_a_wrong_shared_forward_is_noticed_and_the_run_goes_on_without_it(few, tmp_path, vlmdpo, monkeypatch):
-    monkeypatch.setattr(PairLayout, "may_see", lambda self, span, device: torch.tensor(True, device=device))
+    monkeypatch.setattr(PairLayout, "seen_by_rejected", lambda self, span, device: torch.tensor(True, device=device))
     more = ["--max-steps", "1", "--output-dir", tmp_path / "out", "--json"]
     code, out, err = vlmdpo("train", "--dataset", few, *more)
     assert code == 0, err

@@ -144,8 +144,9 @@ def planted(name):
     """A layout with one mistake."""
 
     class Leaking(PairLayout):
-        def may_see(self, span, device):
-            return super().may_see(span, device) | (torch.arange(span.length, device=device) == span.prefix + 1)
+        def seen_by_rejected(self, span, device):
+            seen = super().seen_by_rejected(span, device)
+            return seen | (torch.arange(span.length, device=device) == span.prefix + 1)
 
     class Shifted(PairLayout):
         def from_rows(self, rows):

@@ -1,4 +1,4 @@
-"""Packed preference pairs, and attention over them: image and prompt once, then both answers against it.
+"""Packed preference pairs, and attention over them: image, prompt and chosen answer, then the rejected one against the prompt.
 
 One batch is one row of slots, without padding. Each pair lies in it as
 
@@ -37,6 +37,11 @@ class Span:
     prefix: int
     chosen: int
     rejected: int
+
+    @property
+    def chosen_row(self) -> int:
+        """Slots of prompt and chosen answer, which lie together as a row of their own would."""
+        return self.prefix + self.chosen
 
     @property
     def length(self) -> int:
@@ -87,19 +92,18 @@ class PairLayout:
         """(..., B, S) values of stock rows → (..., 1, T) values of the slots."""
         return rows[..., self.slot_pair, self.slot_index].unsqueeze(-2)
 
-    def may_see(self, span: Span, device: torch.device) -> Tensor:
-        """(branch slots, pair slots) bool: a branch sees the prefix and itself, never the other branch."""
-        branch = torch.cat([torch.full((span.chosen,), 1), torch.full((span.rejected,), 2)]).to(device)
-        key_branch = torch.cat([branch.new_zeros(span.prefix), branch])
-        return (key_branch == 0) | (key_branch == branch[:, None])
+    def seen_by_rejected(self, span: Span, device: torch.device) -> Tensor:
+        """(pair slots,) bool: a rejected answer sees the prefix and itself. A chosen one ends before it begins."""
+        slots = torch.arange(span.length, device=device)
+        return (slots < span.prefix) | (slots >= span.chosen_row)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The masks of one pair: prefix queries (None: plainly causal among themselves) and branch queries, bool (q, kv)."""
+    """The masks of one pair, bool (q, kv): prompt and chosen answer (None: plainly causal), rejected answer over all."""
 
-    prefix: Tensor | None
-    branches: Tensor
+    chosen_row: Tensor | None
+    rejected: Tensor
 
 
 class PairMask(Tensor):
@@ -127,12 +131,11 @@ class PairMask(Tensor):
         span = layout.spans[number]
         index = layout.slot_index[span.start : span.start + span.length]
         at = partial(allowed, torch.tensor(number, device=device), torch.tensor(0, device=device))
-        # Where a prompt is read in both directions, its last token is seen too: by its copy in the first branch.
-        queries, keys = index[: span.prefix], index[: span.prefix + 1]
-        prefix = at(queries[:, None], keys[None, :]).expand(len(queries), len(keys))
-        plain = bool((prefix == (keys[None, :] <= queries[:, None])).all())
-        branches = at(index[span.prefix :, None], index[None, :]) & layout.may_see(span, device)
-        return _Block(None if plain else prefix, branches)
+        row, other = index[: span.chosen_row], index[span.chosen_row :]
+        chosen_row = at(row[:, None], row[None, :]).expand(len(row), len(row))
+        plain = bool((chosen_row == (row[None, :] <= row[:, None])).all())
+        rejected = at(other[:, None], index[None, :]) & layout.seen_by_rejected(span, device)
+        return _Block(None if plain else chosen_row, rejected)
 
 
 def _attend(plain: Callable[..., Any] | None, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
@@ -146,19 +149,17 @@ def _attend(plain: Callable[..., Any] | None, module: Any, query: Any, key: Any,
         return plain(module, query, key, value, mask, **kwargs)
     kwargs.pop("is_causal", None)
     # One split each, not many slices: its gradient is one concatenation.
-    queries = query.split([n for span in mask.spans for n in (span.prefix, span.chosen + span.rejected)], dim=2)
+    queries = query.split([n for span in mask.spans for n in (span.chosen_row, span.rejected)], dim=2)
     keys, values = (whole.split([span.length for span in mask.spans], dim=2) for whole in (key, value))
     outputs = []
     for number, (span, block) in enumerate(zip(mask.spans, mask.blocks, strict=True)):
         k, v = keys[number], values[number]
-        if span.prefix:
-            seen = span.prefix if block.prefix is None else span.prefix + 1
-            allowed = block.prefix
-            if additive and allowed is None:
-                allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
-            part = _as_mask(allowed, k.dtype if additive else None)
-            outputs.append(plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[0])
-        part = _as_mask(block.branches, k.dtype if additive else None)
+        seen, allowed = span.chosen_row, block.chosen_row
+        if additive and allowed is None:
+            allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
+        part = _as_mask(allowed, k.dtype if additive else None)
+        outputs.append(plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[0])
+        part = _as_mask(block.rejected, k.dtype if additive else None)
         outputs.append(plain(module, queries[2 * number + 1], k, v, part, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 

@@ -36,10 +36,10 @@ class Check:
 
 
 class _Leaking(PairLayout):
-    """Broken on purpose: each answer sees the other."""
+    """Broken on purpose: the rejected answer sees the chosen one."""
 
-    def may_see(self, span: Span, device: torch.device) -> Tensor:
-        return torch.ones(span.chosen + span.rejected, span.length, dtype=torch.bool, device=device)
+    def seen_by_rejected(self, span: Span, device: torch.device) -> Tensor:
+        return torch.ones(span.length, dtype=torch.bool, device=device)
 
 
 class _Shifted(PairLayout):
