@@ -7,7 +7,8 @@ from tests.engines import assert_same, pairs, step, trainer
 from vlmdpo.config import LOSSES
 from vlmdpo.dpo import doctor
 from vlmdpo.dpo.attention import PairLayout
-from vlmdpo.dpo.forward import CannotShare, check_shareable
+from vlmdpo.dpo.forward import check_pairs_shareable
+from vlmdpo.models.packing import CannotShare
 from vlmdpo.tiny import families
 
 ALL = sorted(set(families.FAMILIES) - set(families.RECURRENT))
@@ -48,7 +49,7 @@ def test_any_number_of_images(family, images, tmp_path):
 def test_recurrent_layers_cannot_share_and_say_so(family):
     model, _ = families.make(family)
     with pytest.raises(CannotShare, match="linear_attention carry state"):
-        check_shareable(model)
+        check_pairs_shareable(model)
 
 
 def test_a_batch_of_paligemma_pairs_is_the_sum_of_its_pairs(tmp_path):

@@ -11,7 +11,18 @@ ORDER = ("errors", "config", "ui", "data", "models", "tiny", "memory", "dpo", "a
 COMMANDS = ("prepare", "estimate_memory", "train", "infer", "eval_amber", "demo")
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
-    *("models/families", "models/load", "models/generate", "tiny/build", "tiny/families", "tiny/sample", "memory/living"),
+    *(
+        "models/families",
+        "models/load",
+        "models/asking",
+        "models/digest",
+        "models/generate",
+        "models/packing",
+        "tiny/build",
+        "tiny/families",
+        "tiny/sample",
+        "memory/living",
+    ),
     *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/doctor", "dpo/features"),
     *("dpo/forward", "dpo/lengths", "dpo/reference", "dpo/trainer", "dpo/watch"),
 }

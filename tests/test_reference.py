@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.engines import pairs, step, trainer
-from vlmdpo.dpo.reference import ReferenceCache, key_of, weights_digest
+from vlmdpo.dpo.reference import ReferenceCache, key_of
+from vlmdpo.models.digest import weights_digest
 from vlmdpo.tiny import families
 
 

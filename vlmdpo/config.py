@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from vlmdpo.errors import ConfigError, nearest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DIMENSIONS = ("existence", "attribute", "state", "number", "action", "relation")  # AMBER's, of its yes/no questions
 LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -230,7 +231,7 @@ class InferConfig(_Weights):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalAmberConfig(_Weights):
-    """`vlmdpo eval-amber`: AMBER's discriminative task, scored as AMBER scores it."""
+    """`vlmdpo eval-amber`: both of AMBER's tasks, scored as AMBER scores them."""
 
     adapter: Path | None = option(None, "Folder of a trained adapter, scored beside the base model", default_text="base only")
     data: Path | None = option(None, "AMBER's own data folder (query/, annotations.json)", default_text="the embedded set")
@@ -242,15 +243,38 @@ class EvalAmberConfig(_Weights):
         None, "Folder for answers and scores", default_text="outputs/amber/<data>-<model>, or none with --answers"
     )
     base: bool = option(True, "With --adapter, score the base model too; --no-base skips it")
-    limit: int | None = option(None, "Ask only the first questions, in number", default_text="all questions")
+    task: str = option("all", "discriminative (yes/no questions), generative (descriptions) or all")
+    dimension: tuple[str, ...] = option(
+        (), f"Ask only questions of this dimension ({', '.join(DIMENSIONS)}); may be repeated", default_text="all dimensions"
+    )
+    limit: int | None = option(None, "Ask only the first questions of each task, in number", default_text="all questions")
+    extractor: str = option(
+        "lexicon", "How nouns are found in descriptions: lexicon (no download) or official (as AMBER's scorer; nltk, spaCy)"
+    )
+    strict: bool = option(False, 'Take only exact "Yes" and "No", as AMBER\'s scorer does, and stop where a picture is bad')
+    engine: str = option(
+        "shared", "shared (picture and common prompt once for all questions), plain (batched generate) or vllm (an extra)"
+    )
+    verify: int = option(8, "Questions that are also asked the plain way first; the shared one is left where they differ")
     batch_size: int = option(32, "Questions per forward pass, in number")
-    max_new_tokens: int = option(8, "Longest answer, in tokens")
+    max_new_tokens: int = option(8, "Longest answer to a yes/no question, in tokens")
+    max_description_tokens: int = option(256, "Longest description, in tokens")
+    overwrite: bool = option(False, "Remove another run's answers from the output folder, and ask anew")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _need(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
         _need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
+        _need(self.max_description_tokens >= 1, "max_description_tokens", self.max_description_tokens, "1 token or more")
+        _need(self.verify >= 0, "verify", self.verify, "0 or more")
+        _one_of(self.task, ("all", "discriminative", "generative"), "task")
+        _one_of(self.extractor, ("lexicon", "official"), "extractor")
+        _one_of(self.engine, ("shared", "plain", "vllm"), "engine")
+        for name in self.dimension:
+            _one_of(name, DIMENSIONS, "dimension")
+        if self.dimension and self.task == "generative":
+            raise ConfigError("--dimension picks yes/no questions, and --task generative asks none")
         if self.answers is not None and self.adapter is not None:
             raise ConfigError("--answers scores a file and --adapter asks a model; give one of them")
         if not self.base and self.adapter is None:

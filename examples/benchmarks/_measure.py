@@ -10,36 +10,43 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 _OPS = torch.ops.aten
-
-
-def _computed(q: Sequence[int], k: Sequence[int], causal: bool) -> float:
-    """The share of the scores that attention computes: without mask it skips what lies after the diagonal."""
-    return (k[-2] + 1) / (2 * k[-2]) if causal and q[-2] == k[-2] else 1.0
-
-
-def _forward(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, **more: Any) -> float:
-    return sdpa_flop_count(q, k, v) * _computed(q, k, causal)
-
-
-def _backward(grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, dropout: float, causal: bool, **more: Any) -> float:
-    return sdpa_backward_flop_count(grad, q, k, v) * _computed(q, k, causal)
-
-
-# torch counts the attention kernels of GPUs; these are the CPU's.
+# torch counts the attention kernels of GPUs; these are the CPU's, counted by its own formulas (causal or not, in full).
 _CPU_ATTENTION = {
-    _OPS._scaled_dot_product_flash_attention_for_cpu: _forward,
-    _OPS._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+    _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v),
+    _OPS._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(grad, q, k, v)
+    ),
 }
 
 
-def counted_flops(run: Callable[[], Any]) -> float:
+def counted_flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of matrix products, convolutions and attention in one call."""
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         run()
     return counter.get_total_flops()
+
+
+_PARTS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::convolution"),
+    "attention": ("aten::_scaled_dot_product",),
+}
+
+
+def by_part(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that one call spends in matrix products, in attention, and in all the rest (of each operator's own time)."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    seconds = dict.fromkeys([*_PARTS, "the rest"], 0.0)
+    for event in profiled.key_averages():
+        part = next(
+            (part for part, names in _PARTS.items() if event.key in names or event.key.startswith(names[-1])), "the rest"
+        )
+        seconds[part] += event.self_cpu_time_total / 1e6
+    return seconds
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:

@@ -1,9 +1,10 @@
-"""AMBER's data: questions joined to their annotations by id, and response files. No models, no scores."""
+"""AMBER's data: questions and descriptions joined to their annotations by id, and response files. No models, no scores."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,39 +38,110 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Description:
+    """One picture to describe: what is in it, and what models are wont to see there besides."""
+
+    id: int
+    image: str
+    text: str
+    truth: tuple[str, ...]
+    hallu: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """AMBER's closed vocabulary: each annotated word with the words that may stand for it, and words that never count."""
+
+    association: Mapping[str, tuple[str, ...]]
+    safe: frozenset[str]
+
+    @property
+    def words(self) -> frozenset[str]:
+        """Every word of the vocabulary (safe words only where they are among them)."""
+        return frozenset(self.association).union(*self.association.values())
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """A question set, what opens its pictures, and whether it is AMBER's own public data, whole."""
+    """A question set, what opens its pictures, and whether it is AMBER's own public data, whole.
+
+    `vocabulary` is None where the folder lacks the generative half. `digest` names all of the folder's content.
+    """
 
     name: str
     questions: tuple[Question, ...]
+    descriptions: tuple[Description, ...]
+    vocabulary: Vocabulary | None
     picture: Callable[[str], Image.Image]
     is_amber: bool
-    generative_ids: frozenset[int]  # a response file may answer these too; the yes/no scores pass over them
+    digest: str
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The names of all pictures asked about, each once, in the questions' order."""
+        return tuple(dict.fromkeys(asked.image for asked in (*self.questions, *self.descriptions)))
 
 
-def load(folder: Path, images: Path | None) -> Benchmark:
-    """The discriminative half of an AMBER data folder. Raises DataError where it is incomplete or does not join."""
+def load(folder: Path, images: Path | None, *, generative: bool = True) -> Benchmark:
+    """An AMBER data folder; its generative half only where wanted and there. Raises DataError where it does not join."""
     queries = _read_list(folder / "query" / "query_discriminative.json", ("id", "image", "query"))
     annotations = _read_list(folder / "annotations.json", ("id", "type", "truth"))
     by_id = {entry["id"]: entry for entry in annotations}
-    questions = []
-    for query in queries:
-        annotation = by_id.get(query["id"])
-        if annotation is None:
-            raise DataError(f"'{folder}': question {query['id']} has no entry in annotations.json")
-        if annotation["type"] not in DIMENSION_OF or annotation["truth"] not in ("yes", "no"):
-            raise DataError(
-                f"'{folder}': annotation {query['id']} is no yes/no question "
-                f"(type {annotation['type']!r}, truth {annotation['truth']!r})"
-            )
-        dimension = DIMENSION_OF[annotation["type"]]
-        questions.append(Question(query["id"], query["image"], query["query"], dimension, annotation["truth"]))
+    if len(by_id) < len(annotations):
+        raise DataError(f"'{folder}': annotations.json holds an id twice")
+    questions = tuple(_question(folder, query, by_id.get(query["id"])) for query in queries)
     if not questions:
         raise DataError(f"'{folder}': query/query_discriminative.json holds no question")
     is_amber = (len(queries), len(annotations)) == _REAL_SIZE
-    generative = frozenset(entry["id"] for entry in annotations if entry["type"] == "generative")
+    described = folder / "query" / "query_generative.json"
+    vocabulary, descriptions = None, ()
+    if generative and described.is_file():
+        vocabulary = _vocabulary(folder)
+        asked = _read_list(described, ("id", "image", "query"))
+        descriptions = tuple(_description(folder, query, by_id.get(query["id"]), vocabulary) for query in asked)
     name = "AMBER" if is_amber else folder.resolve().name
-    return Benchmark(name, tuple(questions), _opener(images or folder / "image"), is_amber, generative)
+    if len({asked.id for asked in (*questions, *descriptions)}) < len(questions) + len(descriptions):
+        raise DataError(f"'{folder}': two questions have the same id")
+    words = [sorted(vocabulary.association.items()), sorted(vocabulary.safe)] if vocabulary else []
+    digest = hashlib.sha256(repr((questions, descriptions, words)).encode()).hexdigest()[:16]
+    return Benchmark(name, questions, descriptions, vocabulary, _opener(images or folder / "image"), is_amber, digest)
+
+
+def _question(folder: Path, query: Mapping[str, Any], annotation: Mapping[str, Any] | None) -> Question:
+    if annotation is None:
+        raise DataError(f"'{folder}': question {query['id']} has no entry in annotations.json")
+    if annotation["type"] not in DIMENSION_OF or annotation["truth"] not in ("yes", "no"):
+        raise DataError(
+            f"'{folder}': annotation {query['id']} is no yes/no question "
+            f"(type {annotation['type']!r}, truth {annotation['truth']!r})"
+        )
+    return Question(query["id"], query["image"], query["query"], DIMENSION_OF[annotation["type"]], annotation["truth"])
+
+
+def _description(
+    folder: Path, query: Mapping[str, Any], annotation: Mapping[str, Any] | None, vocabulary: Vocabulary
+) -> Description:
+    if annotation is None or annotation["type"] != "generative":
+        raise DataError(f"'{folder}': generative question {query['id']} has no generative entry in annotations.json")
+    truth, hallu = annotation["truth"], annotation.get("hallu")
+    if not _is_words(truth) or not _is_words(hallu):
+        raise DataError(f"'{folder}': annotation {query['id']} must hold lists of words as truth and hallu")
+    unknown = [word for word in (*truth, *hallu) if word not in vocabulary.association]
+    if unknown:
+        raise DataError(f"'{folder}': annotation {query['id']} names '{unknown[0]}', which relation.json lacks")
+    return Description(query["id"], query["image"], query["query"], tuple(truth), tuple(hallu))
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def _vocabulary(folder: Path) -> Vocabulary:
+    association = _read_json(folder / "relation.json")
+    if not isinstance(association, dict) or not all(_is_words(words) for words in association.values()):
+        raise DataError(f"'{folder / 'relation.json'}' must hold a JSON object of lists of words")
+    safe = _read_text(folder / "safe_words.txt").split("\n")
+    return Vocabulary({word: tuple(words) for word, words in association.items()}, frozenset(safe))
 
 
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
@@ -82,38 +154,57 @@ def _opener(folder: Path) -> Callable[[str], Image.Image]:
     return picture
 
 
-def need_pictures(questions: tuple[Question, ...], folder: Path) -> None:
-    """Raise DataError, naming the first few, where a picture is missing: better now than an hour into the run."""
+def missing_pictures(benchmark: Benchmark, folder: Path) -> list[str]:
+    """The names of pictures that are not there. Raises DataError where there is no such folder, or none of them."""
     if not folder.is_dir():
         raise DataError(f"no folder '{folder}' with AMBER's pictures; give it as --images DIR")
-    missing = sorted({q.image for q in questions if not (folder / q.image).is_file()})
-    if missing:
-        raise DataError(
-            f"'{folder}': {len(missing)} pictures are missing: {', '.join(missing[:5])}{' ...' if missing[5:] else ''}"
-        )
+    missing = [name for name in benchmark.pictures if not _is_there(folder, name)]
+    if len(missing) == len(benchmark.pictures):
+        raise DataError(f"'{folder}' holds none of the {len(missing)} pictures ({missing[0]} ...); give theirs as --images DIR")
+    return missing
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return inside(folder, name).is_file()
+    except BadImage as problem:
+        raise DataError(f"picture '{name}': {problem}") from problem
 
 
 def read_responses(path: Path) -> list[tuple[int, str]]:
     """(id, response) of a response file in AMBER's form, in its order, duplicates kept. Raises DataError."""
     responses = []
     for entry in _read_list(path, ("id", "response")):
-        if not isinstance(entry["id"], int) or not isinstance(entry["response"], str):
+        if not isinstance(entry["response"], str):
             raise DataError(f"'{path}': an entry must be {{'id': number, 'response': text}}, not {str(entry)[:80]}")
         responses.append((entry["id"], entry["response"]))
     return responses
 
 
-def _read_list(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+def _read_text(path: Path) -> str:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise DataError(f"cannot read '{path}': {problem.strerror}") from problem
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"cannot read '{path}': {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
     except ValueError as problem:
         raise DataError(f"'{path}' is no valid JSON: {problem}") from problem
+
+
+def _read_list(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    loaded = _read_json(path)
     if not isinstance(loaded, list):
         raise DataError(f"'{path}' must hold a JSON list of objects with {', '.join(keys)}")
+    kinds = {"id": int, "image": str, "query": str, "type": str}
     for number, entry in enumerate(loaded):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise DataError(f"'{path}' entry {number} (counted from 0) lacks {', '.join(missing)}")
+        wrong = [key for key in keys if key in kinds and type(entry[key]) is not kinds[key]]
+        if wrong:
+            raise DataError(f"'{path}' entry {number} (counted from 0): {wrong[0]} cannot be {entry[wrong[0]]!r}"[:300])
     return loaded

@@ -9,7 +9,15 @@ import re
 _START = re.compile(r"^[\s\"'*_(\[]*(yes|no)\b(?!-)", re.IGNORECASE)
 
 
+_ENDED = re.compile(_START.pattern.removesuffix(r"\b(?!-)") + r"[^\w-]", re.IGNORECASE)
+
+
 def verdict(answer: str) -> str | None:
     """ "Yes" or "No" as AMBER's scorer wants it, or None where the answer begins with neither word."""
     match = _START.match(answer)
     return match.group(1).capitalize() if match else None
+
+
+def settled(answer: str) -> bool:
+    """Whether nothing that may yet follow changes the verdict: the first word is read, and something ended it."""
+    return _ENDED.match(answer) is not None

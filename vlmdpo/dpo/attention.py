@@ -11,22 +11,15 @@ bidirectional images keep their meaning. This module knows nothing of images, lo
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
 
-_NAMES = {"sdpa": "vlmdpo_pairs_sdpa", "eager": "vlmdpo_pairs_eager"}
-_active: contextvars.ContextVar[PairLayout | None] = contextvars.ContextVar("vlmdpo_pair_layout", default=None)
+from vlmdpo.models.packing import additive_mask
 
 
 @dataclass(frozen=True)
@@ -97,6 +90,10 @@ class PairLayout:
         slots = torch.arange(span.length, device=device)
         return (slots < span.prefix) | (slots >= span.chosen_row)
 
+    def mask(self, allowed: Callable[..., Tensor], device: torch.device) -> PairMask:
+        """What attention is given of the model's own mask function: see `models.packing.Layout`."""
+        return PairMask(self, allowed, device)
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -137,73 +134,29 @@ class PairMask(Tensor):
         rejected = at(other[:, None], index[None, :]) & layout.seen_by_rejected(span, device)
         return _Block(None if plain else chosen_row, rejected)
 
-
-def _attend(plain: Callable[..., Any] | None, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-    """transformers' attention interface: (1, heads, T, d) in, (1, T, heads, d) out, one pair after the other."""
-    if plain is None:  # eager attention is each model's own function
-        plain = sys.modules[type(module).__module__].eager_attention_forward
-        additive = True
-    else:
-        additive = False
-    if not isinstance(mask, PairMask):
-        return plain(module, query, key, value, mask, **kwargs)
-    kwargs.pop("is_causal", None)
-    # One split each, not many slices: its gradient is one concatenation.
-    queries = query.split([n for span in mask.spans for n in (span.chosen_row, span.rejected)], dim=2)
-    keys, values = (whole.split([span.length for span in mask.spans], dim=2) for whole in (key, value))
-    outputs = []
-    for number, (span, block) in enumerate(zip(mask.spans, mask.blocks, strict=True)):
-        k, v = keys[number], values[number]
-        seen, allowed = span.chosen_row, block.chosen_row
-        if additive and allowed is None:
-            allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
-        part = _as_mask(allowed, k.dtype if additive else None)
-        outputs.append(plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[0])
-        part = _as_mask(block.rejected, k.dtype if additive else None)
-        outputs.append(plain(module, queries[2 * number + 1], k, v, part, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    def attend(
+        self, plain: Callable[..., Any], additive: bool, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """(1, heads, T, d) in, (1, T, heads, d) out, one pair after the other. `additive`: masks are added to scores."""
+        kwargs.pop("is_causal", None)
+        # One split each, not many slices: its gradient is one concatenation.
+        queries = query.split([n for span in self.spans for n in (span.chosen_row, span.rejected)], dim=2)
+        keys, values = (whole.split([span.length for span in self.spans], dim=2) for whole in (key, value))
+        outputs = []
+        for number, (span, block) in enumerate(zip(self.spans, self.blocks, strict=True)):
+            k, v = keys[number], values[number]
+            seen, allowed = span.chosen_row, block.chosen_row
+            if additive and allowed is None:
+                allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
+            part = _as_mask(allowed, k.dtype if additive else None)
+            outputs.append(plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[0])
+            part = _as_mask(block.rejected, k.dtype if additive else None)
+            outputs.append(plain(module, queries[2 * number + 1], k, v, part, **kwargs)[0])
+        return torch.cat(outputs, dim=1), None
 
 
 def _as_mask(allowed: Tensor | None, additive: torch.dtype | None) -> Tensor | None:
-    """(1, 1, q, kv): bool, or with `additive` zeros and the lowest number, which is what eager attention adds."""
+    """(1, 1, q, kv): bool, or with `additive` as eager attention wants it."""
     if allowed is None:
         return None
-    if additive is not None:
-        zero = torch.zeros((), dtype=additive, device=allowed.device)
-        allowed = torch.where(allowed, zero, torch.finfo(additive).min)
-    return allowed[None, None]
-
-
-def _mask(plain: Callable[..., Any], *, mask_function: Any, device: Any, **kwargs: Any) -> Any:
-    """transformers' mask interface: a PairMask while a packed batch is running, else the plain mask."""
-    layout = _active.get()
-    if layout is None:
-        return plain(mask_function=mask_function, device=device, **kwargs)
-    return PairMask(layout, mask_function, torch.device(device))
-
-
-AttentionInterface.register(_NAMES["sdpa"], partial(_attend, sdpa_attention_forward))
-AttentionInterface.register(_NAMES["eager"], partial(_attend, None))
-AttentionMaskInterface.register(_NAMES["sdpa"], partial(_mask, sdpa_mask))
-AttentionMaskInterface.register(_NAMES["eager"], partial(_mask, eager_mask))
-
-
-@contextlib.contextmanager
-def packed(layout: PairLayout) -> Iterator[None]:
-    """While open, language models that `use_pair_attention` switched read their input as this packed batch."""
-    token = _active.set(layout)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def use_pair_attention(configs: Sequence[Any]) -> None:
-    """Switch these text configurations to attention that also takes packed pairs; all else it hands on unchanged.
-
-    FlashAttention takes no mask, so its users get sdpa, which runs the same kernels where it can.
-    """
-    for config in configs:
-        name = config._attn_implementation
-        if name not in _NAMES.values():
-            config._attn_implementation = _NAMES.get(name, _NAMES["sdpa"])
+    return (allowed if additive is None else additive_mask(allowed, additive))[None, None]

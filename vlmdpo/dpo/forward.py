@@ -14,30 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vlmdpo.dpo.attention import PairLayout, packed, use_pair_attention
+from vlmdpo.dpo.attention import PairLayout
 from vlmdpo.dpo.batch import TYPE_KEYS
 from vlmdpo.dpo.features import FeatureCache
-from vlmdpo.models import families
-
-_SHAREABLE = {"full_attention", "sliding_attention"}
+from vlmdpo.models import families, packing
 
 
-class CannotShare(Exception):
-    """Why two answers of this model cannot be read in one row."""
-
-
-def check_shareable(model: Any) -> None:
-    """Raise CannotShare for recurrent or convolution layers, prompt-learning adapters, and attention not known here."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise CannotShare("prompt-learning adapters put tokens of their own before each row")
+def check_pairs_shareable(model: Any) -> None:
+    """Raise CannotShare where two answers of this model cannot be read, and trained on, in one row."""
+    packing.check_shareable(model)
     config = families.base_of(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - _SHAREABLE
-    if kinds:
-        raise CannotShare(f"its layers of kind {', '.join(sorted(kinds))} carry state from token to token")
     if getattr(config, "output_router_logits", None) is not None and getattr(config, "router_aux_loss_coef", None):
-        raise CannotShare("its mixture-of-experts balancing loss counts whole rows")
-    if config._attn_implementation not in ("sdpa", "eager") and "flash" not in config._attn_implementation:
-        raise CannotShare(f"attention '{config._attn_implementation}' takes no mask of ours")
+        raise packing.CannotShare("its mixture-of-experts balancing loss counts whole rows")
 
 
 class SharedForward:
@@ -62,7 +50,7 @@ class SharedForward:
         self._outside = [module for module in self.backbone.modules() if id(module) not in language]
         self.layout_class = PairLayout  # the self-check puts broken ones here, to see that it would notice
         if share:
-            use_pair_attention(families.text_configs(self.backbone))
+            packing.use_packed_attention(families.text_configs(self.backbone))
         self.backbone.forward = self._forward
         self.backbone.get_image_features = self._image_features
 
@@ -114,9 +102,9 @@ class SharedForward:
 
     def _image_features(self, *args: Any, **kwargs: Any) -> Any:
         if self._kept is None:
-            return _repeat(self._features(*args, **kwargs), self._copies)
+            return families.repeat_features(self._features(*args, **kwargs), self._copies)
         if not self._kept:
-            self._kept.append(_repeat(self._frozen_features(*args, **kwargs), self._copies))
+            self._kept.append(families.repeat_features(self._frozen_features(*args, **kwargs), self._copies))
         return self._kept[0]
 
     @torch.no_grad()
@@ -154,7 +142,7 @@ class SharedForward:
         positions = families.positions(self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types})
         if "token_type_ids" in types:  # masks are built of it; they are evaluated at indices of stock rows
             kwargs["token_type_ids"] = types["token_type_ids"]
-        with packed(layout):
+        with packing.packed(layout):
             output = self._run(
                 input_ids=pair_ids,
                 attention_mask=torch.ones_like(pair_ids),
@@ -188,20 +176,3 @@ class _Once:
     def remove(self) -> None:
         """The tower is itself again."""
         self.tower.forward = self.run
-
-
-def _repeat(value: Any, copies: int) -> Any:
-    """Image features as if every image stood `copies` times in the batch, the whole list after itself."""
-    if copies == 1 or value is None:
-        return value
-    for name in ("pooler_output", "deepstack_features"):
-        part = getattr(value, name, None)
-        if isinstance(part, Tensor):
-            value[name] = torch.cat([part] * copies)
-        elif name == "pooler_output" and part is not None:
-            value[name] = tuple(part) * copies
-        elif part is not None:
-            value[name] = [
-                tuple(layer) * copies if not isinstance(layer, Tensor) else torch.cat([layer] * copies) for layer in part
-            ]
-    return value

@@ -22,25 +22,6 @@ FOLDER = "reference-logprobs"
 _COLUMNS = ("row", "ref_chosen_logps", "ref_rejected_logps")
 
 
-def weights_digest(model: Any) -> str:
-    """SHA-256 over names and bytes of every weight and buffer: reads all of them once."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
-    return digest.hexdigest()
-
-
-def processor_digest(processor: Any) -> str:
-    """SHA-256 over all that turns a row into ids and pixels: settings, chat template, tokenizer."""
-    tokenizer = processor.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    settings = [processor.to_dict(), processor.image_processor.to_dict(), processor.chat_template, vocabulary]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def key_of(facts: dict[str, Any]) -> str:
     """The name of one set of reference log-probs: a hash of all that changes them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -99,12 +99,13 @@ def _within(config: TrainConfig, dataset: Any, processor: Any) -> tuple[Any, lis
 
 
 def _engine(config: TrainConfig, model: Any) -> tuple[str, str | None]:
-    from vlmdpo.dpo.forward import CannotShare, check_shareable
+    from vlmdpo.dpo.forward import check_pairs_shareable
+    from vlmdpo.models.packing import CannotShare
 
     if config.engine == "stock":
         return "stock", None
     try:
-        check_shareable(model)
+        check_pairs_shareable(model)
     except CannotShare as why:
         return "rows", str(why)
     return "shared", None
@@ -115,6 +116,7 @@ def _references(config: TrainConfig, args: Any, data: Path, model: Any, processo
     from importlib.metadata import version
 
     from vlmdpo.dpo import reference
+    from vlmdpo.models import digest
 
     if not config.reference_cache:
         return None
@@ -126,8 +128,8 @@ def _references(config: TrainConfig, args: Any, data: Path, model: Any, processo
         return None
     manifest = store.read_manifest(data) or {}
     facts = {
-        "weights": reference.weights_digest(model),
-        "processor": reference.processor_digest(processor),
+        "weights": digest.weights_digest(model),
+        "processor": digest.processor_digest(processor),
         "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [str(model.dtype), args.bf16, args.fp16, engine, args.max_length, args.ld_alpha],
         "transformers": version("transformers"),
@@ -141,6 +143,7 @@ def _references(config: TrainConfig, args: Any, data: Path, model: Any, processo
 def _keep_features(setup: Setup, data: Path) -> None:
     """Let the trainer keep image features on disk, having said how much that takes. Raises DataError for a full disk."""
     from vlmdpo.dpo import doctor, features, reference
+    from vlmdpo.models import digest
     from vlmdpo.models.families import vision_parameters
 
     trainer = setup.trainer
@@ -148,7 +151,7 @@ def _keep_features(setup: Setup, data: Path) -> None:
     manifest = store.read_manifest(data) or {}
     facts = {
         "tower": features.tower_digest(vision_parameters(shared.backbone)),
-        "processor": reference.processor_digest(setup.processor),
+        "processor": digest.processor_digest(setup.processor),
         "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [str(trainer.model.dtype), trainer.args.bf16, trainer.args.fp16],
     }

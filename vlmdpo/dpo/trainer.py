@@ -50,7 +50,7 @@ class PairTrainer(DPOTrainer):
         super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
         self.references = references
         self.features: FeatureCache | None = None
-        self.checkpointed_layers: int | None = None  # None: all, where checkpointing is on
+        self.checkpointed_layers: int | None = None  # None: all (ours: but the last), where checkpointing is on
         self._shared: list[SharedForward] = []
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
@@ -98,9 +98,13 @@ class PairTrainer(DPOTrainer):
         # Each time, because TRL turns checkpointing on again after every reference forward, and all that goes with it.
         if self._shared and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             self._shared[0].ask_no_pixel_gradients()
-        if self.checkpointed_layers is not None:
-            for layer in recomputing_layers(self.model)[self.checkpointed_layers :]:
-                layer.gradient_checkpointing = False
+        layers = recomputing_layers(self.model)
+        wanted = self.checkpointed_layers
+        if wanted is None and self.engine == "shared":
+            # The last layer's activations are needed first: to drop them is to make them again at once, for nothing.
+            wanted = max(1, len(layers) - 1)
+        for layer in layers[wanted:] if wanted is not None else ():
+            layer.gradient_checkpointing = False
         return super()._compute_loss(model, inputs, return_outputs)
 
     def compute_references(self) -> None:

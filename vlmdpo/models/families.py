@@ -28,6 +28,11 @@ def _is_paligemma(thing: Any) -> bool:
     return "paligemma" in type(thing).__name__.lower()
 
 
+def reads_prompts_both_ways(backbone: Any) -> bool:
+    """Whether a prompt's tokens see what follows them in the prompt, so that no two prompts share their beginning."""
+    return _is_paligemma(backbone) or bool(getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False))
+
+
 def answer_token_type(processor: Any, name: str) -> int:
     """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0 (text)."""
     return int(name == "token_type_ids" and _is_paligemma(processor))
@@ -162,3 +167,20 @@ def linear_layers(model: Any, scope: str) -> list[str]:
         if inside:
             found.append(name)
     return found
+
+
+def repeat_features(value: Any, copies: int) -> Any:
+    """Image features as if every image stood `copies` times in the batch, the whole list after itself."""
+    if copies == 1 or value is None:
+        return value
+    for name in ("pooler_output", "deepstack_features"):
+        part = getattr(value, name, None)
+        if isinstance(part, Tensor):
+            value[name] = torch.cat([part] * copies)
+        elif name == "pooler_output" and part is not None:
+            value[name] = tuple(part) * copies
+        elif part is not None:
+            value[name] = [
+                tuple(layer) * copies if not isinstance(layer, Tensor) else torch.cat([layer] * copies) for layer in part
+            ]
+    return value

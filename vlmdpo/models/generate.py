@@ -24,7 +24,14 @@ def answer(
 
     Prompts are padded on the left; answers do not depend on the batch but for rounding.
     """
-    inputs = processor(
+    inputs = _inputs(model, processor, pictures, questions)
+    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+def _inputs(model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
+    return processor(
         text=[prompt_of(processor, question) for question in questions],
         images=[[picture] for picture in pictures],
         padding=True,
@@ -32,6 +39,19 @@ def answer(
         add_special_tokens=False,  # the chat template has put them in
         return_tensors="pt",
     ).to(model.device, model.dtype)
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in answers]
+
+
+@torch.inference_mode()
+def is_near_tie(model: Any, processor: Any, picture: Image.Image, question: str, max_new_tokens: int) -> bool:
+    """Whether the model's two best next tokens lie, somewhere in its answer, within its data type's rounding.
+
+    Then either is a right greedy answer: which one comes depends on the order of the arithmetic.
+    """
+    inputs = _inputs(model, processor, [picture], [question])
+    settings = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    made = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    for scores in made.scores:
+        first, second = scores[0].float().topk(2).values.tolist()
+        if first - second <= 8 * torch.finfo(model.dtype).eps * max(1.0, abs(first)):
+            return True
+    return False
