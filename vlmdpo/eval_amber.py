@@ -1,231 +1,346 @@
-"""`vlmdpo eval-amber`: AMBER's yes/no questions, scored as AMBER scores them, with the uncertainty it leaves out."""
+"""`vlmdpo eval-amber`: both tasks of AMBER, scored as AMBER scores them, with the uncertainty it leaves out."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
+from vlmdpo.amber import answers as kept
+from vlmdpo.amber import nouns
 from vlmdpo.amber import questions as qs
-from vlmdpo.amber.scores import COVERS, score
-from vlmdpo.amber.stats import compare
+from vlmdpo.amber.published import beside_article
+from vlmdpo.amber.scores import COVERS
+from vlmdpo.amber.stats import DRAWS
+from vlmdpo.amber.summary import Responses, summarize
 from vlmdpo.amber.verdict import verdict
 from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
+from vlmdpo.report import amber_page
+from vlmdpo.report.amber_page import span
 
-SCORES = "scores.json"
-# Accuracy and F1 on AMBER's discriminative task, from the article "Preference Optimization for Vision Language
-# Models with TRL" (2024).
-ARTICLE = (
-    ("GPT-4o", 88.8, 91.6),
-    ("Idefics2+DPO", 85.9, 89.4),
-    ("Idefics2", 85.8, 89.1),
-    ("GPT-4v", 83.4, 87.4),
-    ("MiniGemini", 82.6, 87.6),
-    ("LLaVA-NeXT", 81.4, 85.4),
-    ("QWEN-VL", 81.9, 86.4),
-    ("LURE", 73.5, 77.7),
-    ("OPERA", 75.2, 78.3),
-    ("Less-is-more", 72.4, 75.8),
-    ("VCD", 71.8, 74.9),
-)
-Responses = list[tuple[int, str]]
+SCORES, PAGE, MARKDOWN = "scores.json", "report.html", "report.md"
+_NAMED = 10  # missing pictures that are named on the screen; scores.json has all
 
 
 def run(config: EvalAmberConfig) -> dict[str, Any]:
-    """Ask and score, or score a response file. Raises DataError, ModelError."""
-    benchmark = _benchmark(config)
+    """Ask and score, or score a response file. Raises ConfigError, DataError, ModelError, MissingDependencyError."""
+    whole, folder = _benchmark(config)
+    asked = _cut(config, whole)
     if config.answers is not None:
-        report = _report(config, benchmark, {"base": _from_file(config.answers, benchmark)})
+        given = _from_file(config.answers, whole)
+        said = {"base": dict(given)}
+        report = _report(config, asked, {"base": given}, said, {})
         if config.output_dir is not None:
-            _save(config.output_dir, {SCORES: report})
+            _check_free(config)
+            _write(config, asked, report, said)
         return report
-    folder = config.output_dir or Path("outputs") / "amber" / f"{benchmark.name}-{short_name(config.model)}"
-    _check_output(folder)
-    if benchmark.picture is not None and config.data is not None:
-        qs.need_pictures(benchmark.questions, config.images or config.data / "image")
-    said = _ask_all(config, benchmark)
-    responses = {who: [(number, verdict(text) or text) for number, text in texts] for who, texts in said.items()}
-    report = {**_report(config, benchmark, responses), "output_dir": str(folder)}
-    files: dict[str, Any] = {
-        f"answers_{who}.json": [
-            {"id": number, "response": response, "said": text}
-            for (number, response), (_, text) in zip(responses[who], texts, strict=True)
-        ]
-        for who, texts in said.items()
-    }
-    _save(folder, {**files, SCORES: report})
-    return report
+    if asked.descriptions and config.extractor == "official":
+        _extractor(config, asked)  # fails now rather than after an hour of asking
+    return _interview(config, whole, asked, folder)
 
 
-def _benchmark(config: EvalAmberConfig) -> qs.Benchmark:
-    if config.data is not None:
-        benchmark = qs.load(config.data, config.images)
-    else:
+def _benchmark(config: EvalAmberConfig) -> tuple[qs.Benchmark, Path | None]:
+    """All of the data, and the folder of its pictures (None: drawn from the embedded set)."""
+    if config.data is None:
         from vlmdpo.tiny import evaluation
 
         shipped = qs.load(evaluation.FOLDER, None)
-        benchmark = qs.Benchmark("scenes", shipped.questions, evaluation.picture, False, shipped.generative_ids)
-    if config.limit is None or config.limit >= len(benchmark.questions):
-        return benchmark
-    some = benchmark.questions[: config.limit]
-    return qs.Benchmark(benchmark.name, some, benchmark.picture, False, benchmark.generative_ids)
+        return dataclasses.replace(shipped, name="scenes", picture=evaluation.picture), None
+    generative = config.task != "discriminative"
+    whole = qs.load(config.data, config.images, generative=generative)
+    if config.task == "generative" and not whole.descriptions:
+        raise DataError(f"'{config.data}' holds no query/query_generative.json; give --task discriminative")
+    return whole, config.images or config.data / "image"
 
 
-def _from_file(path: Path, benchmark: qs.Benchmark) -> Responses:
-    known = {question.id for question in benchmark.questions}
-    responses = []
-    for number, response in qs.read_responses(path):
-        if number in known:
-            responses.append((number, response))
-        elif number not in benchmark.generative_ids:
-            raise DataError(f"'{path}': id {number} is no question of {benchmark.name}; is --data the right folder?")
-    if not responses:
-        raise DataError(f"'{path}' answers none of the questions of {benchmark.name}")
+def _cut(config: EvalAmberConfig, whole: qs.Benchmark) -> qs.Benchmark:
+    """What of the data is asked: its task, dimensions, and first so many."""
+    covered = {dimension for name in config.dimension for dimension in COVERS[name.capitalize()]}
+    questions = tuple(q for q in whole.questions if not covered or q.dimension in covered)[: config.limit]
+    descriptions = whole.descriptions[: config.limit]
+    if config.task == "generative":
+        questions = ()
+    if config.task == "discriminative" or config.dimension:
+        descriptions = ()
+    same = (questions, descriptions) == (whole.questions, whole.descriptions)
+    is_amber = whole.is_amber and (same or len(questions) == len(whole.questions))
+    return dataclasses.replace(whole, questions=questions, descriptions=descriptions, is_amber=is_amber)
+
+
+def _extractor(config: EvalAmberConfig, benchmark: qs.Benchmark) -> nouns.Extractor:
+    assert benchmark.vocabulary is not None
+    return nouns.make(config.extractor, benchmark.vocabulary.words)
+
+
+def _from_file(path: Path, whole: qs.Benchmark) -> list[tuple[int, str]]:
+    known = {one.id for one in whole.asked} | whole.other_ids
+    responses = qs.read_responses(path)
+    for number, _ in responses:
+        if number not in known:
+            raise DataError(f"'{path}': id {number} is no question of {whole.name}; is --data the right folder?")
     return responses
 
 
-def _ask_all(config: EvalAmberConfig, benchmark: qs.Benchmark) -> dict[str, Responses]:
-    """What base and tuned model said, in their own words, to every question."""
-    from vlmdpo.models import load
+def _interview(config: EvalAmberConfig, whole: qs.Benchmark, asked: qs.Benchmark, folder: Path | None) -> dict[str, Any]:
+    """Ask the model all that is not answered yet; every process returns the whole report, and the first writes it."""
+    whose = config.adapter.resolve().name if config.adapter else short_name(config.model)
+    config = dataclasses.replace(config, output_dir=config.output_dir or Path("outputs") / "amber" / f"{whole.name}-{whose}")
+    missing = _missing(config, asked, folder)
+    from vlmdpo.models.processes import join_run
 
-    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    model = load.load_model(config.model, dtype=config.dtype, device=config.device, adapter=config.adapter, **origin)
-    processor = load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
-    said = {}
-    if config.base:
-        with model.disable_adapter() if config.adapter else contextlib.nullcontext():
-            said["base"] = _ask(config, benchmark, model, processor, "base")
-    if config.adapter:
-        said["tuned"] = _ask(config, benchmark, model, processor, "tuned")
-    return said
-
-
-def _ask(config: EvalAmberConfig, benchmark: qs.Benchmark, model: Any, processor: Any, who: str) -> Responses:
-    from vlmdpo.models.generate import answer
-
-    said: Responses = []
-    with ui.progress(f"ask {who}", len(benchmark.questions)) as bar:
-        for start in range(0, len(benchmark.questions), config.batch_size):
-            batch = benchmark.questions[start : start + config.batch_size]
-            pictures = [benchmark.picture(question.image) for question in batch]
-            texts = answer(model, processor, pictures, [question.text for question in batch], config.max_new_tokens)
-            said += [(question.id, text) for question, text in zip(batch, texts, strict=True)]
-            bar.advance(len(batch))
-    return said
-
-
-def _report(config: EvalAmberConfig, benchmark: qs.Benchmark, responses: dict[str, Responses]) -> dict[str, Any]:
-    by_id = {question.id: question for question in benchmark.questions}
-    models = {who: _facts(by_id, given) for who, given in responses.items()}
-    report: dict[str, Any] = {
-        "data": benchmark.name,
-        "is_amber": benchmark.is_amber,
-        "model": config.model if config.answers is None else str(config.answers),
-        "adapter": str(config.adapter) if config.adapter else None,
-        "questions": {name: sum(q.dimension in dims for q in benchmark.questions) for name, dims in COVERS.items()},
-        "scores": {who: score(by_id, given) for who, given in responses.items()},
-        "coverage": min(facts["coverage"] for facts in models.values()),
-        "unparsed": sum(facts["unparsed"] for facts in models.values()),
-        "models": models,
-        "always_no": score(by_id, [(number, "No") for number in by_id])["Discriminative"],
-        "comparison": None,
+    processes = join_run(config.device)
+    if processes.index:
+        ui.mute()
+    config = dataclasses.replace(config, device=processes.device)
+    if processes.index == 0:
+        _check_free(config)
+        kept.check(_folder(config), _plain_identity(config, whole))
+    processes.wait()
+    answers, facts = _ask_all(config, whole, asked, missing, processes)
+    questions = {question.id for question in whole.questions}
+    responses = {
+        who: {n: (verdict(text) or text) if n in questions and not config.strict else text for n, text in said.items()}
+        for who, said in answers.said.items()
     }
-    if len(responses) == 2:
-        report["comparison"] = _comparison(by_id, dict(responses["base"]), dict(responses["tuned"]))
+    mine: dict[str, Responses] = {who: sorted(responses[who].items()) for who in facts.pop("whos")}
+    report = _report(config, asked, mine, answers.said, facts)
+    processes.wait()
+    if processes.index == 0:
+        answers.join(sorted({n for by_id in responses.values() for n in by_id}), responses)
+        _write(config, asked, report, answers.said)
+    processes.wait()
+    processes.end()
     return report
 
 
-def _facts(by_id: dict[int, qs.Question], given: Responses) -> dict[str, Any]:
-    read = [response for _, response in given if response in ("Yes", "No")]
+def _missing(config: EvalAmberConfig, asked: qs.Benchmark, folder: Path | None) -> list[str]:
+    """Pictures that are not there, said before any model is loaded. Raises DataError for none, or with --strict any."""
+    missing = qs.missing_pictures(asked, folder) if folder is not None else []
+    if not missing:
+        return []
+    more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
+    which = f"{len(missing):,} of {len(asked.pictures):,} pictures are missing: {', '.join(missing[:_NAMED])}{more}"
+    if config.strict:
+        raise DataError(f"'{folder}': {which}; --strict wants them all")
+    ui.warn(f"'{folder}': {which}; what is asked of them stays unanswered")
+    return missing
+
+
+def _folder(config: EvalAmberConfig) -> Path:
+    assert config.output_dir is not None
+    return config.output_dir
+
+
+def _check_free(config: EvalAmberConfig) -> None:
+    if config.overwrite:
+        kept.clear(_folder(config))
+    else:
+        kept.check(_folder(config))
+
+
+def _plain_identity(config: EvalAmberConfig, whole: qs.Benchmark) -> dict[str, Any]:
+    """What answers depend on, as far as it is known before the model is loaded."""
     return {
-        "coverage": len({number for number, _ in given}) / len(by_id),
-        "unparsed": len(given) - len(read),
-        "said_no": read.count("No") / len(given),
+        "data": whole.name,
+        "data_digest": whole.digest,
+        "model": config.model,
+        "revision": config.revision,
+        "engine": "vllm" if config.engine == "vllm" else "transformers",
+        "strict": config.strict,
+        "image_splitting": config.image_splitting,
+        "max_new_tokens": config.max_new_tokens,
+        "max_description_tokens": config.max_description_tokens,
     }
 
 
-def _comparison(by_id: dict[int, qs.Question], base: dict[int, str], tuned: dict[int, str]) -> dict[str, Any]:
-    right = [[said[q.id].lower() == q.truth for q in by_id.values()] for said in (base, tuned)]
-    found = compare(right[0], right[1], [q.image for q in by_id.values()])
-    changed = [q for q, before, after in zip(by_id.values(), *right, strict=True) if before != after]
-    return {
-        "delta_accuracy": found.delta_accuracy,
-        "ci95": list(found.ci95),
-        "mcnemar_p": found.mcnemar_p,
-        "fixed": found.fixed,
-        "broken": found.broken,
-        "flips": [
-            {"id": q.id, "image": q.image, "question": q.text, "truth": q.truth, "base": base[q.id], "tuned": tuned[q.id]}
-            for q in changed
-        ],
-    }
+def _ask_all(
+    config: EvalAmberConfig, whole: qs.Benchmark, asked: qs.Benchmark, missing: list[str], processes: Any
+) -> tuple[kept.Answers, dict[str, Any]]:
+    """What base and tuned model said, in their own words, and how it was found out."""
+    from vlmdpo.amber.ask import Interview, Outcome
 
-
-def _check_output(folder: Path) -> None:
-    if folder.is_file():
-        raise DataError(f"--output-dir: '{folder}' is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SCORES).is_file():
-        raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
-
-
-def _save(folder: Path, files: dict[str, Any]) -> None:
-    """Write each file under a temporary name, then rename it: a reader never sees half of one."""
+    model, processor, identity = _loaded(config, whole)
+    whos = [who for who, wanted in (("base", config.base), ("tuned", config.adapter is not None)) if wanted]
+    if processes.index == 0:
+        answers = kept.Answers(_folder(config), identity)
+    processes.wait()
+    if processes.index > 0:
+        answers = kept.Answers(_folder(config), identity, processes.index)
+    processes.wait()  # no process writes before all have read
+    start = Outcome(config.engine, bad_pictures=dict.fromkeys(missing, "missing"))
+    interview = Interview(config, asked, model, processor, whos, answers, (processes.index, processes.count), start)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            part = folder / f".{name}.partial"
-            part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            part.rename(folder / name)
-    except OSError as problem:
-        raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror or problem}") from problem
+        outcomes = processes.gather(interview.run())
+    finally:
+        answers.close()
+    processes.wait()
+    answers.read()
+    reason = next((outcome.reason for outcome in outcomes if outcome.reason), "")
+    bad = {name: why for outcome in outcomes for name, why in outcome.bad_pictures.items()}
+    engine = "plain" if any(outcome.engine == "plain" for outcome in outcomes) else config.engine
+    for who in whos:
+        answers.of(who)  # there, even where nothing was answered
+    facts = {"engine": engine, "fallback_reason": reason or None, "bad_pictures": bad, "identity": identity, "whos": whos}
+    return answers, facts
+
+
+def _loaded(config: EvalAmberConfig, whole: qs.Benchmark) -> tuple[Any, Any, dict[str, Any]]:
+    """Model (None for vLLM, which loads its own), processor, and all that the answers depend on."""
+    from vlmdpo.models import digest, load
+
+    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.adapter is not None:
+        load.check_adapter(config.adapter)
+    processor = load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    identity = {**_plain_identity(config, whole), "processor": digest.processor_digest(processor)[:16]}
+    trained = config.adapter / "adapter_model.safetensors" if config.adapter else None
+    identity["adapter_digest"] = digest.file_digest(trained)[:16] if trained else None
+    if config.engine == "vllm":
+        return None, processor, {**identity, "dtype": config.dtype}
+    model = load.load_model(config.model, dtype=config.dtype, device=config.device, **origin)
+    identity |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": digest.weights_digest(model)[:16]}
+    return model if config.adapter is None else load.with_adapter(model, config.adapter), processor, identity
+
+
+def _report(
+    config: EvalAmberConfig,
+    asked: qs.Benchmark,
+    responses: dict[str, Responses],
+    said: dict[str, dict[int, str]],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    given = {number for by_id in responses.values() for number, _ in by_id}
+    if not given.intersection(one.id for one in asked.asked):
+        where = f"'{config.answers}' answers" if config.answers is not None else "the model answered"
+        raise DataError(f"{where} none of the questions of {asked.name}")
+    names = ("vlmdpo", "torch", "transformers", "peft")
+    return {
+        "data": asked.name,
+        "is_amber": asked.is_amber,
+        "model": config.model if config.answers is None else str(config.answers),
+        "adapter": str(config.adapter) if config.adapter else None,
+        **summarize(asked, responses, said, lambda: _extractor(config, asked)),
+        "engine": None,
+        "fallback_reason": None,
+        "bad_pictures": {},
+        **facts,
+        "settings": {
+            field.name: str(value) if isinstance(value := getattr(config, field.name), Path) else value
+            for field in dataclasses.fields(config)
+            if field.name not in ("json", "overwrite")
+        },
+        "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        **({"output_dir": str(config.output_dir)} if config.output_dir else {}),
+    }
+
+
+def _write(config: EvalAmberConfig, asked: qs.Benchmark, report: dict[str, Any], said: dict[str, dict[int, str]]) -> None:
+    """scores.json, report.md and report.html, each under a temporary name first."""
+    folder = _folder(config)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    if config.answers is not None:
+        kept.write_json(folder / kept.RUN, {"answers": str(config.answers), "data_digest": asked.digest})
+    kept.write_json(folder / SCORES, report)
+    kept.write_text(folder / MARKDOWN, amber_page.markdown(report))
+    kept.write_text(folder / PAGE, amber_page.page(report, asked, said))
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the scores by dimension, base beside tuned, and what they are worth."""
-    scores = report["scores"]
+    _show_questions(report)
+    _show_descriptions(report)
+    if report["comparison"]:
+        show_comparison(report["comparison"])
+    if report["is_amber"] and any("Discriminative" in table for table in report["scores"].values()):
+        _show_article(report)
+    if report["bad_pictures"]:
+        ui.result(f"{len(report['bad_pictures'])} pictures could not be read; coverage {100 * report['coverage']:.1f}%")
+    if "output_dir" in report:
+        ui.result(f"Answers, scores and report: {report['output_dir']}/{PAGE}")
+
+
+def _show_questions(report: dict[str, Any]) -> None:
+    scores = {who: table for who, table in report["scores"].items() if "Discriminative" in table}
+    if not scores:
+        return
     head = ["", "n"] + [cell for who in scores for cell in (f"{who} acc", "prec", "recall", "F1")]
     names = [name for name in COVERS if any(name in table for table in scores.values())]
     rows = [
         [name, f"{report['questions'][name]:,}"] + [cell for who in scores for cell in _cells(scores[who].get(name))]
         for name in names
     ]
-    ui.table(
-        f"{report['data']}, discriminative ({report['model']})",
-        head,
-        rows,
-        strong=[0],
-        note='Per cent; the positive class is "No".',
-    )
-    for who, facts in report["models"].items():
-        unread = f"; {facts['unparsed']} answers are neither Yes nor No and count as wrong" if facts["unparsed"] else ""
-        no, coverage = 100 * facts["said_no"], 100 * facts["coverage"]
-        ui.result(f"{who}: said No to {no:.1f}% of the questions, answered {coverage:.1f}% of them{unread}")
-    always = report["always_no"]
+    note = 'Per cent; the positive class is "No".'
+    ui.table(f"{report['data']}, discriminative ({report['model']})", head, rows, strong=[0], note=note)
+    for who in scores:
+        _show_facts(who, report["models"][who], sum(report["questions"][name] for name in COVERS if name == "Discriminative"))
+    always = report["always_no"]["Discriminative"]
     ui.result(f"for comparison, always No: accuracy {always['accuracy']}, F1 {always['f1']}")
-    if report["comparison"]:
-        show_comparison(report["comparison"])
-    if report["is_amber"]:
-        _show_article(report)
-    if "output_dir" in report:
-        ui.result(f"Answers and scores: {report['output_dir']}")
+
+
+def _show_facts(who: str, facts: dict[str, Any], asked: int) -> None:
+    unread = ""
+    if facts["unparsed"]:
+        unread = f"; {facts['unparsed']} answers are neither Yes nor No and count as wrong, such as " + ", ".join(
+            repr(example["said"][:40]) for example in facts["unparsed_examples"][:2]
+        )
+    ui.result(
+        f"{who}: said No to {100 * facts['said_no']:.1f}% of the questions, "
+        f"answered {100 * facts['answered'] / asked:.1f}% of them{unread}"
+    )
+    if facts["unparsed_but_begin_so"]:
+        ui.result(
+            f"{facts['unparsed_but_begin_so']} of these begin with Yes or No; AMBER's own scorer counts only the exact words"
+        )
 
 
 def _cells(figures: dict[str, float] | None) -> list[str]:
     return [f"{figures[name]:.1f}" if figures else "-" for name in ("accuracy", "precision", "recall", "f1")]
 
 
+def _show_descriptions(report: dict[str, Any]) -> None:
+    described = {who: table["Generative"] for who, table in report["scores"].items() if "Generative" in table}
+    if not described:
+        return
+    extractor = next(iter(described.values()))["extractor"]
+    compared = report.get("generative_comparison", {}).get("figures", {})
+    rows = []
+    for name, label in (("chair", "CHAIR ↓"), ("cover", "Cover ↑"), ("hal", "Hal ↓"), ("cog", "Cog ↓")):
+        row = [label]
+        for who, figures in described.items():
+            row += [f"{figures[name]:.1f}", span(report["intervals"][who]["Generative"][name])]
+        if name in compared:
+            row += [f"{compared[name]['delta']:+.1f}", span(compared[name]["ci95"], sign=True), compared[name]["verdict"]]
+        rows.append(row)
+    head = [""] + [cell for who in described for cell in (who, "95%")] + (["change", "95%", ""] if compared else [])
+    note = f"Per cent, of {report['descriptions']:,} descriptions; nouns found by the {extractor} extractor."
+    if extractor == "lexicon":
+        note += " Not comparable with published figures: those need --extractor official."
+    title = f"{report['data']}, generative, {extractor} extractor ({report['model']})"
+    ui.table(title, head, rows, note=note, text=(0, len(head) - 1) if compared else (0,))
+
+
 def show_comparison(found: dict[str, Any]) -> None:
     """Print the difference with its interval, and whether it may be called one."""
     low, high = found["ci95"]
-    sure = "the interval holds zero: no difference shown" if low <= 0 <= high else "the interval is clear of zero"
+    sure = {
+        "no difference shown": "the interval holds zero: no difference shown",
+        "improvement": "the interval is clear of zero: an improvement",
+        "decline": "the interval is clear of zero: a decline",
+    }[found["verdict"]]
     ui.result(
         f"tuned − base: {found['delta_accuracy']:+.1f} points of accuracy, 95% interval {low:+.1f} to {high:+.1f} ({sure}); "
         f"exact McNemar p = {found['mcnemar_p']:.2g} ({found['fixed']} answers fixed, {found['broken']} broken)"
     )
+    each = ", ".join(f"{name} {d['fixed']}/{d['broken']}" for name, d in found["dimensions"].items())
+    ui.result(f"fixed/broken by dimension: {each}")
 
 
 def show_flips(found: dict[str, Any], count: int) -> None:
@@ -238,11 +353,7 @@ def show_flips(found: dict[str, Any], count: int) -> None:
 
 
 def _show_article(report: dict[str, Any]) -> None:
-    ours = [
-        (f"{report['model']} ({who}), here", table["Discriminative"]["accuracy"], table["Discriminative"]["f1"])
-        for who, table in report["scores"].items()
-    ]
-    lines = sorted([*ARTICLE, *ours], key=lambda line: -line[1])
-    strong = [number for number, line in enumerate(lines) if line in ours]
-    rows = [[name, f"{accuracy:.1f}", f"{f1:.1f}"] for name, accuracy, f1 in lines]
+    lines = beside_article(report)
+    strong = [number for number, line in enumerate(lines) if line[-1]]
+    rows = [[name, f"{accuracy:.1f}", f"{f1:.1f}"] for name, accuracy, f1, _ in lines]
     ui.table("Beside the article's table", ["Model", "Accuracy", "F1"], rows, strong=strong)

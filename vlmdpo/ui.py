@@ -11,8 +11,18 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 _quiet = False  # set by --json: then stdout holds one JSON object and nothing else
 _muted = False  # set in all processes but the first
@@ -24,12 +34,12 @@ def _out() -> Console:
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def _err() -> Console:
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=_muted)
+def _err(*, always: bool = False) -> Console:
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=_muted and not always)
 
 
 def mute() -> None:
-    """Print nothing at all any more: for every process of a distributed run but the first."""
+    """Print nothing but errors any more: for every process of a distributed run but the first."""
     global _quiet, _muted
     _quiet = _muted = True
 
@@ -55,7 +65,7 @@ def warn(text: str) -> None:
 
 
 def error(text: str) -> None:
-    _err().print(f"[bold red]error:[/] {escape(text)}")
+    _err(always=True).print(f"[bold red]error:[/] {escape(text)}")
 
 
 def result(text: str = "") -> None:
@@ -87,23 +97,17 @@ def table(
     """A table on stdout. Columns in `text` are text, the others numbers; rows numbered in `strong` stand out."""
     if _quiet:
         return
-    grid = Table(
-        title=escape(title),
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    if note:
-        grid.caption = escape(note)
+    grid = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, column in enumerate(columns):
         grid.add_column(escape(column), justify="left" if i in text else "right", overflow="fold")
     for number, row in enumerate(rows):
         grid.add_row(*(escape(cell) for cell in row), style="bold green" if number in strong else None)
-    _out().print(grid)
+    # Title and note are lines of their own: rich would fold them at the width of a narrow table.
+    out = _out()
+    out.print(f"[bold]{escape(title)}[/]")
+    out.print(grid)
+    if note:
+        out.print(escape(note), style="italic")
 
 
 def columns(title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
@@ -128,9 +132,22 @@ class Bar:
         self._progress.update(self._task, advance=by, **fields)
 
 
+class _Rate(ProgressColumn):
+    """How many a second, in the unit's own name."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The speed of the last half minute, or of the whole once it is done."""
+        speed = task.finished_speed or task.speed or (task.completed / task.elapsed if task.completed and task.elapsed else 0)
+        return Text(f"{speed:.1f} {self._unit}/s" if speed else "")
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Bar]:
-    """A progress bar on stderr with count, time gone and time left; a plain line where stderr is no terminal."""
+def progress(what: str, total: int, *, unit: str = "") -> Iterator[Bar]:
+    """A progress bar on stderr with count, time gone and left, with `unit` the speed; a plain line where it is no terminal."""
     live = Progress(
         TextColumn("  {task.description}"),
         BarColumn(bar_width=16),
@@ -138,6 +155,7 @@ def progress(what: str, total: int) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        *([_Rate(unit)] if unit else []),
         TextColumn("{task.fields[note]}"),
         console=_err(),
     )

@@ -40,14 +40,22 @@ class Answers:
         check(folder, identity)
         try:
             (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
-            self._read_final()
-            for path in sorted((folder / PARTIAL).glob("*.jsonl")):
-                self._read_partial(path)
+            self.read()
             if process == 0:
                 write_json(folder / RUN, dict(identity))
             self._file = (folder / PARTIAL / f"{process}.jsonl").open("ab")
         except OSError as problem:
             raise _cannot_write(folder, problem) from problem
+
+    def read(self) -> None:
+        """What is on disk, other processes' answers too. Raises DataError where a file is damaged."""
+        for who in ("base", "tuned"):
+            path = self.folder / final_name(who)
+            if path.is_file():
+                for entry in _entries(path, path.read_text(encoding="utf-8")):
+                    self.of(who)[entry["id"]] = entry["said"]
+        for path in sorted((self.folder / PARTIAL).glob("*.jsonl")):
+            self._read_partial(path)
 
     def of(self, who: str) -> dict[int, str]:
         """What one model has said, by id."""
@@ -83,18 +91,11 @@ class Answers:
         except OSError as problem:
             raise _cannot_write(self.folder, problem) from problem
 
-    def _read_final(self) -> None:
-        for who in ("base", "tuned"):
-            path = self.folder / final_name(who)
-            if path.is_file():
-                for entry in _entries(path, path.read_text(encoding="utf-8")):
-                    self.of(who)[entry["id"]] = entry["said"]
-
     def _read_partial(self, path: Path) -> None:
         """A line cut short by a kill is cut off: it is asked again."""
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.decode("utf-8").splitlines():
+        for line in whole.decode("utf-8").split("\n")[:-1]:  # not splitlines: answers may hold other line breaks
             for entry in _entries(path, f"[{line}]"):
                 self.of(entry["who"])[entry["id"]] = entry["said"]
         if whole != content:
@@ -103,7 +104,7 @@ class Answers:
 
 
 def check(folder: Path, identity: Mapping[str, Any] | None = None) -> None:
-    """Raise DataError where a folder holds something else than answers, or, with `identity`, another run's."""
+    """Raise DataError where a folder holds something else than answers, or those of a run with another `identity`."""
     if folder.is_file():
         raise DataError(f"--output-dir: '{folder}' is a file")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -114,7 +115,7 @@ def check(folder: Path, identity: Mapping[str, Any] | None = None) -> None:
         raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder") from problem
     if identity is None:
         return
-    for name in sorted({*found, *identity}):
+    for name in sorted(identity):
         there, here = found.get(name), identity.get(name)
         if there != here:
             raise DataError(

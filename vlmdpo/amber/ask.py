@@ -41,6 +41,7 @@ class Interview:
         whos: "base" and "tuned", as far as they are asked.
         answers: what is known already is not asked again.
         share: (this process, all of them).
+        outcome: how it begins: the engine, and pictures that are known to be bad.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Interview:
         processor: Any,
         whos: Sequence[str],
         answers: Answers,
-        share: tuple[int, int] = (0, 1),
+        share: tuple[int, int],
+        outcome: Outcome,
     ) -> None:
         self.config, self.benchmark, self.model, self.processor = config, benchmark, model, processor
         self.whos, self.answers = whos, answers
         self.pictures = benchmark.pictures[share[0] :: share[1]]
         self.decided = None if config.strict else settled
-        self.outcome = Outcome(config.engine)
+        self.outcome = outcome
 
     def run(self) -> Outcome:
         """Ask all that is not answered yet. Raises DataError for a bad picture where the settings are strict."""
@@ -106,7 +108,7 @@ class Interview:
         if self.config.engine == "shared":
             asker = self._checked_asker(groups)
         try:
-            with ui.progress(f"ask {' and '.join(self.whos)}", total, rate="questions/s") as bar:
+            with ui.progress("ask", total, unit="questions") as bar:
                 for name, group in groups.items():
                     counted = sum(len(self._left(who, group)) for who in self.whos)
                     picture = self._picture(name)
@@ -185,10 +187,11 @@ class Interview:
         if not total:
             return
         size = self.config.batch_size
-        with ui.progress("describe", total, rate="descriptions/s") as bar:
+        with ui.progress("describe", total, unit="descriptions") as bar:
             for start in range(0, len(descriptions), _WINDOW * size):
-                window = [d for d in descriptions[start : start + _WINDOW * size]]
-                window = [d for d in window if any(self._left(who, [d]) for who in self.whos)]
+                window = [
+                    d for d in descriptions[start : start + _WINDOW * size] if any(self._left(who, [d]) for who in self.whos)
+                ]
                 opened = [(d, picture) for d in window if (picture := self._picture(d.image)) is not None]
                 opened.sort(key=lambda one: one[1].size)  # pictures of one size have as many tokens: no padding
                 for who in self.whos:
@@ -213,7 +216,7 @@ class Interview:
             for asked, longest in whole:
                 left = self._left(who, asked)
                 window = 8 * config.batch_size
-                with ui.progress(f"ask {who}", len(left), rate="questions/s") as bar:
+                with ui.progress(f"ask {who}", len(left), unit="questions") as bar:
                     for start in range(0, len(left), window):
                         opened = [(o, p) for o in left[start : start + window] if (p := self._picture(o.image)) is not None]
                         texts, pictures = [o.text for o, _ in opened], [p for _, p in opened]

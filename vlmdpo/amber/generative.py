@@ -20,10 +20,10 @@ FIGURES = ("chair", "cover", "hal", "cog")
 
 @dataclass(frozen=True)
 class Counts:
-    """One description: nouns named and hallucinated, truths covered of all, likely hallucinations named of all."""
+    """One description: nouns named, those hallucinated, truths covered of all, likely hallucinations named of all."""
 
     nouns: int
-    hallucinated: int
+    hallucinated: tuple[str, ...]
     covered: int
     truths: int
     named_hallu: int
@@ -35,7 +35,7 @@ def count(nouns: Sequence[str], asked: Description, vocabulary: Vocabulary, extr
     truth, hallu = (_entries(words, vocabulary) for words in (asked.truth, asked.hallu))
     covered: set[int] = set()
     named: set[int] = set()
-    hallucinated = 0
+    hallucinated: list[str] = []
     for noun in nouns:
         if noun in vocabulary.safe:
             continue
@@ -45,8 +45,9 @@ def count(nouns: Sequence[str], asked: Description, vocabulary: Vocabulary, extr
         _mark(named, hallu, exactly)
         alike = extractor.alike(noun)
         _mark(named, hallu, alike)
-        hallucinated += not _mark(covered, truth, alike)
-    return Counts(len(nouns), hallucinated, len(covered), len(asked.truth), len(named), len(asked.hallu))
+        if not _mark(covered, truth, alike):
+            hallucinated.append(noun)
+    return Counts(len(nouns), tuple(hallucinated), len(covered), len(asked.truth), len(named), len(asked.hallu))
 
 
 def _entries(words: Sequence[str], vocabulary: Vocabulary) -> list[tuple[str, int]]:
@@ -70,9 +71,9 @@ def figures(counts: Sequence[Counts]) -> dict[str, float]:
     def per_cent(part: int, whole: int) -> float:
         return part / (whole + _START) * 100
 
-    clean = sum(c.hallucinated == 0 for c in counts)
+    clean = sum(not c.hallucinated for c in counts)
     return {
-        "chair": round(per_cent(sum(c.hallucinated for c in counts), sum(c.nouns for c in counts)), 1),
+        "chair": round(per_cent(sum(len(c.hallucinated) for c in counts), sum(c.nouns for c in counts)), 1),
         "cover": round(per_cent(sum(c.covered for c in counts), sum(c.truths for c in counts)), 1),
         "hal": round(100 - per_cent(clean, len(counts)), 1),
         "cog": round(per_cent(sum(c.named_hallu for c in counts), sum(c.hallus for c in counts)), 1),

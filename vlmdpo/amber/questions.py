@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -23,6 +23,10 @@ DIMENSION_OF = {
     "discriminative-relation": "Relation",
     "relation": "Relation",
 }
+_FILES = (
+    *("annotations.json", "query/query_discriminative.json", "query/query_generative.json"),
+    *("relation.json", "safe_words.txt"),
+)
 _REAL_SIZE = (14216, 15220)  # discriminative questions and annotations of the public AMBER data
 
 
@@ -75,11 +79,17 @@ class Benchmark:
     picture: Callable[[str], Image.Image]
     is_amber: bool
     digest: str
+    other_ids: frozenset[int] = frozenset()  # annotated, but of a half that was not read; response files may hold them
+
+    @property
+    def asked(self) -> tuple[Question | Description, ...]:
+        """All questions, then all descriptions."""
+        return (*self.questions, *self.descriptions)
 
     @property
     def pictures(self) -> tuple[str, ...]:
         """The names of all pictures asked about, each once, in the questions' order."""
-        return tuple(dict.fromkeys(asked.image for asked in (*self.questions, *self.descriptions)))
+        return tuple(dict.fromkeys(asked.image for asked in self.asked))
 
 
 def load(folder: Path, images: Path | None, *, generative: bool = True) -> Benchmark:
@@ -94,17 +104,28 @@ def load(folder: Path, images: Path | None, *, generative: bool = True) -> Bench
         raise DataError(f"'{folder}': query/query_discriminative.json holds no question")
     is_amber = (len(queries), len(annotations)) == _REAL_SIZE
     described = folder / "query" / "query_generative.json"
-    vocabulary, descriptions = None, ()
+    vocabulary: Vocabulary | None = None
+    descriptions: tuple[Description, ...] = ()
     if generative and described.is_file():
         vocabulary = _vocabulary(folder)
         asked = _read_list(described, ("id", "image", "query"))
         descriptions = tuple(_description(folder, query, by_id.get(query["id"]), vocabulary) for query in asked)
     name = "AMBER" if is_amber else folder.resolve().name
-    if len({asked.id for asked in (*questions, *descriptions)}) < len(questions) + len(descriptions):
+    asked_ids = {question.id for question in questions} | {description.id for description in descriptions}
+    if len(asked_ids) < len(questions) + len(descriptions):
         raise DataError(f"'{folder}': two questions have the same id")
-    words = [sorted(vocabulary.association.items()), sorted(vocabulary.safe)] if vocabulary else []
-    digest = hashlib.sha256(repr((questions, descriptions, words)).encode()).hexdigest()[:16]
-    return Benchmark(name, questions, descriptions, vocabulary, _opener(images or folder / "image"), is_amber, digest)
+    picture = _opener(images or folder / "image")
+    others = frozenset(by_id) - asked_ids
+    return Benchmark(name, questions, descriptions, vocabulary, picture, is_amber, _digest(folder), others)
+
+
+def _digest(folder: Path) -> str:
+    """A hash of all files that questions, truths and vocabulary come from, whichever half was read."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _question(folder: Path, query: Mapping[str, Any], annotation: Mapping[str, Any] | None) -> Question:
@@ -132,7 +153,7 @@ def _description(
     return Description(query["id"], query["image"], query["query"], tuple(truth), tuple(hallu))
 
 
-def _is_words(value: Any) -> bool:
+def _is_words(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 

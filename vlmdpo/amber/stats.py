@@ -52,11 +52,14 @@ class Bootstrap:
             return 100 * self.drawn(part) / self.drawn(whole)
 
     @staticmethod
-    def interval(values: Any) -> Interval:
-        """The middle 95% of the draws."""
+    def interval(values: Any) -> Interval | None:
+        """The middle 95% of the draws; None where none of them is a number."""
         import numpy as np
 
-        low, high = np.nanpercentile(values, [2.5, 97.5])
+        known = values[~np.isnan(values)]
+        if not len(known):
+            return None
+        low, high = np.percentile(known, [2.5, 97.5])
         return float(low), float(high)
 
 
@@ -79,12 +82,7 @@ def compare(
     change = after.astype(float) - before.astype(float)
     bootstrap = Bootstrap(image_of, draws=draws, seed=seed)
     interval = bootstrap.interval(bootstrap.per_cent(change.tolist(), [1.0] * len(change)))
+    assert interval is not None, "every draw holds questions"
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
     p = float(binomtest(fixed, fixed + broken, 0.5).pvalue) if fixed + broken else 1.0
     return Comparison(100 * float(change.mean()), interval, p, fixed, broken)
-
-
-def accuracy_interval(right: Sequence[bool], image_of: Sequence[str], *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The 95% bootstrap interval over images of an accuracy, in per cent."""
-    bootstrap = Bootstrap(image_of, draws=draws, seed=seed)
-    return bootstrap.interval(bootstrap.per_cent([float(r) for r in right], [1.0] * len(right)))

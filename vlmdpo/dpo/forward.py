@@ -51,8 +51,8 @@ class SharedForward:
         self.layout_class = PairLayout  # the self-check puts broken ones here, to see that it would notice
         if share:
             packing.use_packed_attention(families.text_configs(self.backbone))
-        self.backbone.forward = self._forward
-        self.backbone.get_image_features = self._image_features
+        self.backbone.forward = families.stand_in(self._run, self._forward)
+        self.backbone.get_image_features = families.stand_in(self._features, self._image_features)
 
     def remove(self) -> None:
         """Take the wrapping off again. The attention stays: it hands on what is not packed."""

@@ -118,7 +118,7 @@ class Asker:
         self._pictured: dict[str, _Prompt] = {}
         self._pixels: dict[str, Any] = {}
         self._picture: Image.Image | None = None
-        self.backbone.get_image_features = self._image_features
+        self.backbone.get_image_features = families.stand_in(self._features, self._image_features)
 
     def close(self) -> None:
         """Take the wrapping off again."""

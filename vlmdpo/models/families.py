@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -167,6 +168,16 @@ def linear_layers(model: Any, scope: str) -> list[str]:
         if inside:
             found.append(name)
     return found
+
+
+def stand_in(method: Any, replacement: Any) -> Any:
+    """`replacement` with the name and signature of `method`, since transformers' `generate` looks at signatures."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return replacement(*args, **kwargs)
+
+    return call
 
 
 def repeat_features(value: Any, copies: int) -> Any:

@@ -32,12 +32,14 @@ QUOTA = {
     (sc.RELATION, "yes"): 97,
     (sc.RELATION_NO, "no"): 69,
 }
+# What a description may call a thing, as AMBER's relation.json lists it.
+SYNONYMS = {"circle": ("disc",), "moon": ("crescent",), "ring": ("hoop",), "cross": ("plus",)}
 FOLDER = Path(str(resources.files("vlmdpo.tiny").joinpath("assets", "amber")))
 _SPECS = "scenes.json"
 
 
 def make(seed: int = 2024) -> dict[str, Any]:
-    """The set as {file name: JSON data}."""
+    """The set as {file name: JSON data, or text}."""
     rng = random.Random(seed)
     drawn: dict[str, sc.Scene] = {}
     while len(drawn) < SCENES:
@@ -61,6 +63,8 @@ def make(seed: int = 2024) -> dict[str, Any]:
         "query/query_all.json": queries,
         "query/query_generative.json": generative,
         "query/query_discriminative.json": queries[SCENES:],
+        "relation.json": {kind: list(SYNONYMS.get(kind, ())) for kind in sc.KINDS},
+        "safe_words.txt": "",
         _SPECS: {name: scene.spec() for name, scene in names.items()},
     }
 
@@ -84,7 +88,8 @@ def write(folder: Path = FOLDER) -> None:
     for name, data in make().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+        text = data if isinstance(data, str) else json.dumps(data, indent=None, separators=(",", ":")) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 @cache
