@@ -49,15 +49,17 @@ def by_part(run: Callable[[], Any]) -> dict[str, float]:
     return seconds
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:
-    """Seconds of each call in each round, taken in turns A B C A B C, after one unmeasured round."""
+def interleaved(
+    runs: dict[str, Callable[[], Any]], repeats: int, *, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, float]]:
+    """Seconds of each call in each round by `clock`, taken in turns A B C A B C, after one unmeasured round."""
     rounds = []
     for _ in range(repeats + 1):
         seconds = {}
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            seconds[name] = time.perf_counter() - started
+            seconds[name] = clock() - started
         rounds.append(seconds)
     return rounds[1:]
 
