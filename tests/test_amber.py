@@ -133,11 +133,56 @@ def test_bad_answer_files(content, says, tmp_path, vlmdpo):
     assert says in err
 
 
-def test_missing_pictures_are_named_before_a_model_is_loaded(tmp_path, vlmdpo):
+def test_a_folder_without_its_pictures_is_refused_before_a_model_is_loaded(tmp_path, vlmdpo):
     data = _folder(tmp_path, [_QUERY], [{"id": 5, "type": "relation", "truth": "no"}])
     (tmp_path / "image").mkdir()
     code, _, err = vlmdpo("eval-amber", "--data", data, "--model", "nobody/nothing")
     assert code == 3
-    assert "1 pictures are missing: a.png" in err
+    assert "holds none of the 1 pictures (a.png ...)" in err
     code, _, err = vlmdpo("eval-amber", "--data", tmp_path / "absent")
     assert (code, "cannot read" in err) == (3, True)
+
+
+_DESCRIBE = {"id": 1, "image": "a.png", "query": "Describe this image."}
+_TRUTH = {"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sea"]}
+
+
+@pytest.mark.parametrize(
+    ("described", "truth", "relation", "safe", "says"),
+    [
+        ([_DESCRIBE], _TRUTH, {"sky": [], "sea": []}, None, "cannot read .*safe_words.txt"),
+        ([_DESCRIBE], _TRUTH, None, "", "cannot read .*relation.json"),
+        ([_DESCRIBE], _TRUTH, {"sky": "sea"}, "", "JSON object of lists of words"),
+        ([_DESCRIBE], _TRUTH, {"sky": []}, "", "names 'sea', which relation.json lacks"),
+        ([_DESCRIBE], {**_TRUTH, "truth": "sky"}, {"sky": [], "sea": []}, "", "lists of words as truth and hallu"),
+        ([{**_DESCRIBE, "id": 2}], _TRUTH, {"sky": [], "sea": []}, "", "question 2 has no generative entry"),
+        ([{**_DESCRIBE, "id": 5}], _TRUTH, {"sky": [], "sea": []}, "", "question 5 has no generative entry"),
+    ],
+)
+def test_a_generative_half_that_does_not_join_is_refused(described, truth, relation, safe, says, tmp_path):
+    folder = _folder(tmp_path, [_QUERY], [{"id": 5, "type": "relation", "truth": "no"}, truth])
+    (folder / "query" / "query_generative.json").write_text(json.dumps(described))
+    if relation is not None:
+        (folder / "relation.json").write_text(json.dumps(relation))
+    if safe is not None:
+        (folder / "safe_words.txt").write_text(safe)
+    with pytest.raises(DataError, match=says):
+        qs.load(folder, None)
+    assert len(qs.load(folder, None, generative=False).questions) == 1, "its other half can be used all the same"
+
+
+def test_real_amber_has_the_defects_that_the_docs_name(amber_data):
+    benchmark = qs.load(amber_data, None)
+    things = {description.image: description.truth for description in benchmark.descriptions}
+    existence = [q for q in benchmark.questions if q.dimension == "Existence"]
+    assert {q.truth for q in existence} == {"no"}
+
+    def named(question):
+        return question.text.removeprefix("Is there ").split(" ", 1)[1].removesuffix(" in this image?")
+
+    assert sum(named(q) in things[q.image] for q in existence) == 63
+    asked = [(q.image, q.text) for q in benchmark.questions]
+    assert len(asked) - len(set(asked)) == 10
+    odd = next(q for q in benchmark.questions if q.id == 13193)
+    assert named(odd) in benchmark.vocabulary.association["sofa"]
+    assert "sofa" in things[odd.image]

@@ -45,6 +45,8 @@ def join_run(device: str) -> Processes:
         return Processes(device=device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    from vlmdpo.models.load import pick_device
+
+    state = PartialState(cpu=pick_device(device).type == "cpu")
     own = str(state.device) if device in ("auto", "cuda") else device
     return Processes(state.process_index, state.num_processes, own)
