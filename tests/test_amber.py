@@ -186,3 +186,7 @@ def test_real_amber_has_the_defects_that_the_docs_name(amber_data):
     odd = next(q for q in benchmark.questions if q.id == 13193)
     assert named(odd) in benchmark.vocabulary.association["sofa"]
     assert "sofa" in things[odd.image]
+    lists = [(d.truth, d.hallu) for d in benchmark.descriptions]
+    assert sum(len(set(truth)) < len(truth) for truth, _ in lists) == 14
+    assert sum(len(set(hallu)) < len(hallu) for _, hallu in lists) == 6
+    assert sum(bool(set(truth) & set(hallu)) for truth, hallu in lists) == 61

@@ -8,6 +8,7 @@ from vlmdpo.config import LOSSES
 from vlmdpo.dpo import doctor
 from vlmdpo.dpo.attention import PairLayout
 from vlmdpo.dpo.forward import check_pairs_shareable
+from vlmdpo.dpo.lengths import row_lengths
 from vlmdpo.models.packing import CannotShare
 from vlmdpo.tiny import families
 
@@ -172,3 +173,20 @@ def test_the_self_check_catches_planted_mistakes_in_bfloat16(family, mistake, tm
         monkeypatch.setattr(doctor, "PairLayout", planted(mistake))
         made._shared[0].layout_class = planted(mistake)
     assert not doctor.self_check(made, rows[0]).passed
+
+
+def test_rows_grouped_by_length_need_less_padding(tmp_path):
+    rows = pairs(120, images=(0,), seed=12, answer=60)
+    made = trainer("llava", "rows", rows, tmp_path, per_device_train_batch_size=4)
+    lengths = [length.longest for length in row_lengths(made.processing_class, rows)]
+    assert max(lengths) > 2 * min(lengths)
+
+    def padding():
+        order = list(made._get_train_sampler())
+        assert sorted(order) == list(range(120)), "every row once"
+        batches = [[lengths[row] for row in order[i : i + 4]] for i in range(0, 120, 4)]
+        return sum(4 * max(batch) - sum(batch) for batch in batches)
+
+    random = padding()
+    made.lengths = lengths
+    assert padding() < random / 4

@@ -109,7 +109,7 @@ def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(small, tmp_pa
     known = len(answers(tmp_path / "out"))
     asked = []
     real, describe = Asker.ask, generate.answer
-    monkeypatch.setattr(Asker, "ask", lambda self, questions, *r, **k: asked.extend(questions) or real(self, questions, *r, **k))
+    monkeypatch.setattr(Asker, "ask", lambda s, texts, *r, **k: asked.extend(texts) or real(s, texts, *r, **k))
     monkeypatch.setattr(generate, "answer", lambda m, p, pictures, *r: asked.extend(pictures) or describe(m, p, pictures, *r))
     run(vlmdpo, *out, "--verify", "0")
     assert len(asked) == len(answers(tmp_path / "out")) - known > 0

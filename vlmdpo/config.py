@@ -148,6 +148,11 @@ class TrainConfig(_Weights):
     engine: str = option(
         "shared", "shared runs image and prompt once for both answers; stock is TRL's own way, two rows a pair"
     )
+    group_by_length: bool | None = option(
+        None,
+        "Put rows of like length into one batch: less padding where answers have rows of their own",
+        default_text="only where a model cannot share its prefix; shared rows have no padding",
+    )
     reference_cache: bool = option(True, "Keep reference log-probs on disk beside the prepared data, for later epochs and runs")
     feature_cache: bool = option(
         False,

@@ -158,6 +158,7 @@ SHAPES = (
         answers=MIXED,
         wanted=None,
         wanted_at_equal_memory=None,
+        wanted_peak=1.0,
         pairs=4,
     ),
 )

@@ -44,6 +44,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     """Load, wrap, and choose the engine. Raises ConfigError, DataError, ModelError."""
     from vlmdpo.dpo import checkpointing
     from vlmdpo.dpo.arguments import lora_config
+    from vlmdpo.dpo.lengths import row_lengths
     from vlmdpo.dpo.trainer import make_trainer
     from vlmdpo.models.load import load_model, load_processor
 
@@ -71,6 +72,8 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     )
     setup = Setup(trainer, processor, dataset, watch, reason, over_length)
     _self_check(setup)
+    if config.group_by_length or (config.group_by_length is None and trainer.engine == "rows"):
+        trainer.lengths = [length.longest for length in row_lengths(processor, dataset)]
     if config.feature_cache:
         _keep_features(setup, data)
     if config.gradient_checkpointing:

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
@@ -50,6 +51,7 @@ class PairTrainer(DPOTrainer):
         super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
         self.references = references
         self.features: FeatureCache | None = None
+        self.lengths: list[int] | None = None  # tokens of each row's longer sequence, where rows are grouped by it
         self.checkpointed_layers: int | None = None  # None: all (ours: but the last), where checkpointing is on
         self._shared: list[SharedForward] = []
         if references is not None and not isinstance(self.model, PeftModel):
@@ -76,6 +78,12 @@ class PairTrainer(DPOTrainer):
         super()._set_signature_columns_if_needed()
         columns: list[str] = vars(self)["_signature_columns"]
         self._signature_columns = [*(name for name in columns if name != "row"), "row"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=self.lengths)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
