@@ -1,35 +1,60 @@
-"""`vlmdpo estimate-memory`: how much memory DPO's weights, reference, gradients and optimizer take.
+"""`vlmdpo estimate-memory`: what a training step will take, foreseen before anything is downloaded or paid for.
 
-Reads the registry's exact counts: no network, no torch.
+Exact counts, the article's table, what vlmdpo allocates, the peak of a simulated step, and whether it fits. `--fast` uses a
+closed formula instead of the simulation and needs no torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
-from vlmdpo.config import EstimateMemoryConfig
-from vlmdpo.memory.terms import as_in_article, components
+from vlmdpo.config import EstimateMemoryConfig, TrainConfig, flag_name
+from vlmdpo.errors import ConfigError
+from vlmdpo.memory import fast
+from vlmdpo.memory.fit import BAND, Line, largest_batch, verdict
+from vlmdpo.memory.gpus import capacity_bytes
+from vlmdpo.memory.terms import CONTEXT_BYTES, Component, Shards, allocated, as_in_article, components
 from vlmdpo.models import registry
+
+_GIB = 2**30
+_SHARED = (
+    *("model", "revision", "trust_remote_code", "lora", "lora_r", "lora_scope", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "engine", "reference_cache", "optim", "image_splitting"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    name: str
+    hub_id: str
+    total: int
+    by_part: dict[str, int]
+    adapter: int
+    nf4_weights: int = 0
 
 
 def run(config: EstimateMemoryConfig) -> dict[str, Any]:
-    """The report: counts, components in bytes, and the article's rounded table beside them."""
-    entry = registry.entry(config.model)
-    adapter = entry.lora_per_rank * config.lora_r if config.lora else 0
-    trainable = adapter if config.lora else entry.parameters
-    lines = components(entry.parameters, trainable, config.dtype, lora=config.lora)
-    article = as_in_article(entry.parameters, trainable, config.dtype, lora=config.lora)
-    return {
-        "model": entry.alias,
-        "hub_id": entry.hub_id,
+    """The report. Raises ConfigError, DataError, ModelError."""
+    capacity = capacity_bytes(config.gpu) if config.gpu else None
+    counts = _counts(config)
+    trainable = counts.adapter if config.lora else counts.total
+    lines = components(counts.total, trainable, config.dtype, lora=config.lora)
+    article = as_in_article(counts.total, trainable, config.dtype, lora=config.lora)
+    ours = _allocated(config, counts)
+    report: dict[str, Any] = {
+        "model": counts.name,
+        "hub_id": counts.hub_id,
         "dtype": config.dtype,
         "lora_r": config.lora_r if config.lora else None,
         "parameters": {
-            "total": entry.parameters,
+            "total": counts.total,
             "trainable": trainable,
-            "with_adapter": entry.parameters + adapter,
-            "by_part": dict(entry.by_part),
+            "with_adapter": counts.total + counts.adapter,
+            "by_part": counts.by_part,
         },
         "components": [{"name": c.name, "bytes": c.bytes, "formula": c.formula} for c in lines],
         "total_bytes": sum(c.bytes for c in lines),
@@ -37,43 +62,297 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
             "components": [{"name": name, "gb": gb, "formula": text} for name, gb, text in article],
             "total_gb": round(sum(gb for _, gb, _ in article), 1),
         },
-        "peak_bytes": None,  # activations are not simulated yet
-        "verdict": None,
+        "settings": {name: getattr(config, name) for name in (*_SHARED, "images", "prompt_tokens", "answer_tokens", "dataset")},
     }
+    if config.fast:
+        report |= _fast(config, counts, ours)
+    else:
+        report |= _simulated(config, counts, capacity)
+    report["allocated"] = {"components": [dataclasses.asdict(c) for c in ours], "total_bytes": sum(c.bytes for c in ours)}
+    report["unvalidated"] = _unvalidated(config)
+    if capacity is not None:
+        report |= _judged(config, report, capacity)
+    if config.plot is not None:
+        from vlmdpo.report import memory_plot
+
+        memory_plot.draw(report, config.plot)
+        report["plot"] = str(config.plot)
+    return report
+
+
+def _counts(config: EstimateMemoryConfig) -> _Counts:
+    """From the registry where it knows the model and nothing else is asked; else from the architecture itself."""
+    known = registry.known(config.model)
+    simple = config.lora_scope == "all" and config.quantization == "none"
+    if known is not None and (simple or config.fast):
+        if not simple:
+            raise ConfigError("--fast counts adapters on all layers and no quantization; leave out --fast")
+        adapter = known.lora_per_rank * config.lora_r if config.lora else 0
+        return _Counts(known.alias, known.hub_id, known.parameters, dict(known.by_part), adapter)
+    if config.fast:
+        registry.entry(config.model)  # says which models are known
+    from vlmdpo.memory import architecture as arch
+
+    shape = arch.architecture(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    model = arch.on_meta(shape.config)
+    by_part = arch.counts(model)
+    adapter = arch.adapter_size(model, config.lora_r, config.lora_scope) if config.lora else 0
+    nf4 = arch.linear_weights(model) if config.quantization == "nf4" else 0
+    name = registry.short_name(config.model)
+    return _Counts(name, registry.hub_id(config.model), sum(by_part.values()), by_part, adapter, nf4)
+
+
+def _allocated(config: EstimateMemoryConfig, counts: _Counts) -> list[Component]:
+    return allocated(
+        counts.total,
+        counts.adapter,
+        config.dtype,
+        lora=config.lora,
+        cached=config.reference_cache,
+        optim=config.optim,
+        nf4_weights=counts.nf4_weights,
+        shards=Shards.of(config.strategy, config.num_gpus),
+    )
+
+
+def _unvalidated(config: EstimateMemoryConfig) -> list[str]:
+    """What of the estimate was never held against a measurement."""
+    said = ["CUDA context and workspaces", "fragmentation"]
+    said += ["nf4 weights"] if config.quantization == "nf4" else []
+    said += ["8-bit optimizer"] if "8bit" in config.optim else []
+    return said + (["sharding over GPUs"] if config.num_gpus > 1 else [])
+
+
+def _image(config: EstimateMemoryConfig, limit: int | None) -> tuple[int, int]:
+    """The picture's size: as given, or the bound of `prepare` in photographs' proportions."""
+    if config.image_size is None:
+        side = limit or 1024
+        return side, round(side * 3 / 4)
+    width, _, height = config.image_size.partition("x")
+    return int(width), int(height or width)
+
+
+def _fast(config: EstimateMemoryConfig, counts: _Counts, ours: list[Component]) -> dict[str, Any]:
+    if counts.name not in fast.architectures():
+        return {"peak_bytes": None, "verdict": None, "phases": None}
+    family = fast.architectures()[counts.name]
+    image = _image(config, fast.default_side(counts.name))
+    tokens, patches = fast.image_tokens(counts.name, image)
+    rows = config.per_device_train_batch_size * (1 if config.engine == "shared" else 2)
+    answers = config.answer_tokens * (2 if config.engine == "shared" else 1)
+    made = fast.activations(
+        fast.Sizes.of(family["config"]),
+        rows * (config.images * tokens + config.prompt_tokens + answers),
+        rows * config.images * patches,
+        2,  # bfloat16 autocast
+        checkpointing=config.gradient_checkpointing,
+        lora=config.lora,
+    )
+    peak = sum(c.bytes for c in ours) + made
+    return {"peak_bytes": peak, "verdict": None, "phases": None, "error_per_cent": fast.ERROR_PER_CENT, "image": image}
+
+
+def _simulated(config: EstimateMemoryConfig, counts: _Counts, capacity: int | None) -> dict[str, Any]:
+    foreseen = _Foreseer(config)
+    batch = config.per_device_train_batch_size
+    whole = foreseen.at(batch)
+    shift = _shift(config, counts)
+    found: dict[str, Any] = {"peak_bytes": round(whole.peak + shift), "verdict": None, "image": list(foreseen.image)}
+    found["phases"] = {name: round(size + shift) for name, size in whole.phases.items()}
+    if capacity is not None:
+        other = foreseen.at(1 if batch > 1 else 2)
+        small, large = ((1, other), (batch, whole)) if batch > 1 else ((1, whole), (2, other))
+        line = Line(small[0], large[0], small[1].phases, large[1].phases)
+        effective = batch * config.gradient_accumulation_steps
+        best = largest_batch(line, shift + CONTEXT_BYTES, capacity, effective)
+        found["plan"] = {
+            "effective_batch_size": effective * config.num_gpus,
+            "per_device_train_batch_size": best,
+            "gradient_accumulation_steps": effective // best if best else None,
+            "peak_bytes": round(line.peak(best) + shift) if best else None,
+        }
+        if best is None:
+            found["plan"]["first"] = _first_to_switch_on(config, capacity)
+    return found
+
+
+class _Foreseer:
+    """Simulates steps of these settings at any batch size."""
+
+    def __init__(self, config: EstimateMemoryConfig) -> None:
+        import torch
+
+        from vlmdpo.dpo import foresight
+        from vlmdpo.memory import architecture as arch
+        from vlmdpo.models.families import default_image_side
+
+        self.config, self.dtype = config, getattr(torch, config.dtype)
+        origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        if config.dataset is None:
+            self.shape = arch.architecture(config.model, **origin)
+            self.image = _image(config, default_image_side(self.shape.processor))
+            answer = config.answer_tokens
+            work = foresight.Workload(self.image, config.images, config.prompt_tokens, answer, answer)
+            self._rows = lambda count: foresight.rows_of(self.shape.processor, work, count)
+        else:
+            self.shape = arch.from_files(config.model, **origin)
+            rows = foresight.longest_rows(self.shape.processor, Path(config.dataset))
+            self.image = rows[0]["images"][0].size if rows[0]["images"] else (0, 0)
+            self._rows = lambda count: rows.select([i % len(rows) for i in range(count)])
+        if hasattr(self.shape.processor.image_processor, "do_image_splitting"):
+            self.shape.processor.image_processor.do_image_splitting = config.image_splitting
+
+    def at(self, batch: int, **changes: Any) -> Any:
+        """The foreseen step with so many pairs a device, and these settings changed."""
+        from vlmdpo.dpo import foresight
+
+        settings = {name: getattr(self.config, name) for name in _SHARED}
+        settings |= {"per_device_train_batch_size": batch, "bf16": True, **changes}
+        # An 8-bit optimizer needs its package even to be simulated: AdamW, whose states are then counted smaller.
+        optim = settings["optim"]
+        settings["optim"] = "adamw_torch" if "8bit" in optim else optim
+        return foresight.foresee(self.shape, TrainConfig(**settings), self._rows(batch), dtype=self.dtype)
+
+
+def _first_to_switch_on(config: EstimateMemoryConfig, capacity: int) -> dict[str, Any] | None:
+    """The first setting that makes a batch of 1 fit, simulated; None where none does."""
+    changes: list[dict[str, Any]] = []
+    changes += [{"gradient_checkpointing": True}] if not config.gradient_checkpointing else []
+    changes += [{"engine": "shared"}] if config.engine != "shared" else []
+    changes += [{"dtype": "bfloat16"}] if config.dtype == "float32" else []
+    changes += [{"lora": True}] if not config.lora else []
+    merged: dict[str, Any] = {}
+    for change in changes:
+        merged |= change
+        tried = dataclasses.replace(config, **merged)
+        needed = _Foreseer(tried).at(1).peak + _shift(tried, _counts(tried)) + CONTEXT_BYTES
+        if verdict(needed, capacity).word == "fits":
+            return {"change": dict(merged), "needed_bytes": round(needed)}
+    return None
+
+
+def _shift(config: EstimateMemoryConfig, counts: _Counts) -> int:
+    """What sharding, quantization and 8-bit moments take off a step simulated without: they change what stands still."""
+    plain = allocated(
+        counts.total, counts.adapter, config.dtype, lora=config.lora, cached=config.reference_cache, optim="adamw_torch"
+    )
+    return sum(c.bytes for c in _allocated(config, counts)) - sum(c.bytes for c in plain)
+
+
+def _judged(config: EstimateMemoryConfig, report: dict[str, Any], capacity: int) -> dict[str, Any]:
+    if report["peak_bytes"] is None:
+        raise ConfigError(f"--fast has no formula for '{report['model']}'; leave out --fast")
+    found = verdict(report["peak_bytes"] + CONTEXT_BYTES, capacity)
+    return {"verdict": {"word": found.word, "gpu": config.gpu, "capacity_bytes": capacity, **_sizes(found)}}
+
+
+def _sizes(found: Any) -> dict[str, int]:
+    return {"needed_bytes": found.needed_bytes, "free_bytes": found.free_bytes}
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the article's table, then the exact one."""
+    """Print the counts, the article's table, what is allocated, the peak, and the verdict."""
     counts = report["parameters"]
     ui.result(f"{report['model']} ({report['hub_id']}): {counts['total']:,} parameters")
     ui.result("  " + ", ".join(f"{part} {count:,}" for part, count in counts["by_part"].items()))
     if report["lora_r"]:
         share = 100 * counts["trainable"] / counts["with_adapter"]
+        where = {"all": "all linear layers", "language": "the language model", "connector": "connector and language model"}
         ui.result(
-            f"  LoRA r={report['lora_r']} on all linear layers trains {counts['trainable']:,} of "
+            f"  LoRA r={report['lora_r']} on {where[report['settings']['lora_scope']]} trains {counts['trainable']:,} of "
             f"{counts['with_adapter']:,} ({share:.2f}%)"
         )
+    _show_article(report)
+    _show_allocated(report)
+    if report["verdict"]:
+        _show_verdict(report)
+    if "plot" in report:
+        ui.result(f"Plot: {report['plot']}")
+
+
+def _show_article(report: dict[str, Any]) -> None:
     article = report["article"]
-    rows = [[line["name"], line["formula"], f"{line['gb']:.1f}"] for line in article["components"]]
-    ui.table(
-        "Rounded, as in the article",
-        ["Component", "Calculation", "GB"],
-        [*rows, ["Total", "", f"{article['total_gb']:.1f}"]],
-        strong=[4],
-    )
-    exact = [
-        [line["name"], line["formula"], f"{line['bytes'] / 1e9:.3f}", f"{line['bytes'] / 2**30:.3f}"]
-        for line in report["components"]
+    rows = [
+        [rounded["name"], rounded["formula"], f"{rounded['gb']:.1f}", *_in_both(exact["bytes"])]
+        for rounded, exact in zip(article["components"], report["components"], strict=True)
     ]
     total = report["total_bytes"]
     ui.table(
-        f"Exact ({report['dtype']})",
-        ["Component", "Calculation", "GB", "GiB"],
-        [*exact, ["Total", "", f"{total / 1e9:.3f}", f"{total / 2**30:.3f}"]],
+        f"The article's table ({report['dtype']}): rounded as there, and exactly",
+        ["Component", "Calculation", "GB", "exact GB", "exact GiB"],
+        [*rows, ["Total", "", f"{article['total_gb']:.1f}", *_in_both(total)]],
         strong=[4],
         note="1 GB = 1e9 bytes, 1 GiB = 2**30 bytes. Activations come on top.",
+        text=(0, 1),
     )
-    if report["lora_r"]:
-        ui.say(
-            "With LoRA, train needs no second copy of the weights for the reference: it is the same model with the adapter off."
+
+
+def _show_allocated(report: dict[str, Any]) -> None:
+    lines = report["allocated"]["components"]
+    rows = [[line["name"], line["formula"], *_in_both(line["bytes"]), line["why"] + _star(line)] for line in lines]
+    rows.append(["Sum", "", *_in_both(report["allocated"]["total_bytes"]), ""])
+    strong = [len(rows) - 1]
+    peak = report["peak_bytes"]
+    how = f"a formula, up to {report['error_per_cent']}% off" if "error_per_cent" in report else "a simulated step"
+    if peak is not None:
+        rest = peak - report["allocated"]["total_bytes"]
+        rows.append(["Activations and more", _step_of(report), *_in_both(rest), "at the highest point"])
+        rows.append(["Peak", "", *_in_both(peak), how])
+        strong.append(len(rows) - 1)
+        rows.append(["CUDA context and workspaces", "about", *_in_both(CONTEXT_BYTES), "*"])
+    note = f"* not validated: {', '.join(report['unvalidated'])}."
+    if report["settings"]["lora"] and peak is not None:
+        note += " Where the peak is in a forward pass of the first steps, gradients are not there yet."
+    heads = ["Component", "Calculation", "GB", "GiB", "Why"]
+    ui.table("What vlmdpo allocates", heads, rows, strong=strong, note=note, text=(0, 1, 4))
+
+
+def _step_of(report: dict[str, Any]) -> str:
+    s = report["settings"]
+    image = "x".join(str(edge) for edge in report["image"])
+    return f"batch {s['per_device_train_batch_size']}, {s['images']} image {image}, {s['engine']} engine"
+
+
+def _in_both(size: float) -> list[str]:
+    return [f"{size / 1e9:.3f}", f"{size / _GIB:.3f}"]
+
+
+def _star(line: dict[str, Any]) -> str:
+    return "" if line["validated"] else " *"
+
+
+def _show_verdict(report: dict[str, Any]) -> None:
+    found, plan = report["verdict"], report.get("plan")
+    needed, capacity = found["needed_bytes"] / _GIB, found["capacity_bytes"] / _GIB
+    room = found["free_bytes"] / _GIB
+    rest = f"{room:.1f} GiB to spare" if room >= 0 else f"{-room:.1f} GiB short"
+    band = f" (within the {100 * BAND:.0f}% that the peak may be off)" if found["word"] == "tight" else ""
+    ui.result(f"{found['gpu']}: {found['word']}{band}; needs {needed:.1f} of {capacity:.1f} GiB, {rest}")
+    if plan and plan["per_device_train_batch_size"]:
+        ui.result(
+            f"Largest batch that fits: {_command(report, plan)}  "
+            f"(effective batch {plan['effective_batch_size']}, peak {plan['peak_bytes'] / _GIB:.1f} GiB)"
         )
+    elif plan and plan["first"]:
+        flags = " ".join(_flag(name, value) for name, value in plan["first"]["change"].items())
+        ui.result(f"Switch on first: {flags} (then a batch of 1 needs {plan['first']['needed_bytes'] / _GIB:.1f} GiB)")
+    elif plan:
+        ui.result("No setting here makes it fit: take a smaller model, smaller images, or more GPUs (--num-gpus, --strategy)")
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag_name(name) if value else "--no-" + name.replace("_", "-")
+    return f"{flag_name(name)} {value}"
+
+
+def _command(report: dict[str, Any], plan: dict[str, Any]) -> str:
+    """The training command with this plan; what is its default is left out."""
+    settings, default = report["settings"], TrainConfig()
+    words = ["vlmdpo", "train", "--model", str(settings["model"])]
+    for name in ("lora", "lora_r", "lora_scope", "gradient_checkpointing", "engine", "reference_cache", "optim"):
+        if settings[name] != getattr(default, name):
+            words += _flag(name, settings[name]).split(" ", 1)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        words += [flag_name(name), str(plan[name])]
+    return shlex.join(words)

@@ -54,7 +54,7 @@ _ENTRIES = (
     _entry("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", (303507456, 20979712, 262668288, 6476271616), 47267840),
     _entry("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", (303507456, 31467520, 328335360, 12688184320), 69926912),
     _entry(
-        "llava-v1.6-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", (303507456, 20979712, 262668288, 6979592192), 49233920
+        "llava-v1.6-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", (303507456, 20983808, 262668288, 6979588096), 49233920
     ),
     _entry("paligemma-3b-224", "google/paligemma-3b-pt-224", (412442352, 2361344, 526778368, 1981884416), 28358144),
     _entry("paligemma2-3b", "google/paligemma2-3b-pt-224", (412442352, 2656512, 592625664, 2024517888), 29517312),

@@ -107,20 +107,22 @@ def _idefics2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **m
     return config, tf.Idefics2Processor(images, tok, image_seq_len=latents, chat_template=template)
 
 
-def _idefics3(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, smol: bool = False) -> tuple[Any, Any]:
+def _idefics3(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, smol: bool = False, scale_factor: int = 2
+) -> tuple[Any, Any]:
     rows = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
     tok = tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *rows, image="<image>")
     # SmolVLM's own processor needs num2words, for videos; Idefics3's makes the same of images.
     config = (tf.SmolVLMConfig if smol else tf.Idefics3Config)(
         image_token_id=_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
-        scale_factor=2,
+        scale_factor=scale_factor,
         text_config={**_text(tok, model_type="llama"), **text},
         vision_config={**_VISION, "patch_size": 8, "image_size": image_size, **vision},
     )
     sizes: dict[str, Any] = {"size": {"longest_edge": 2 * image_size}, "max_image_size": {"longest_edge": image_size}}
     images = tf.Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
-    tokens = (image_size // 8 // 2) ** 2
+    tokens = (image_size // vision.get("patch_size", 8) // scale_factor) ** 2
     template = _TEMPLATE.replace("IMAGE", "<image>")
     return config, tf.Idefics3Processor(images, tokenizer=tok, image_seq_len=tokens, chat_template=template)
 
@@ -155,13 +157,13 @@ def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, fol
     return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **told)
 
 
-def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int) -> tuple[Any, Any]:
+def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, projection_dim: int = 32) -> tuple[Any, Any]:
     tok = tokenizer("<image>", image="<image>")
-    tokens = (image_size // 8) ** 2
+    tokens = (image_size // vision.get("patch_size", 8)) ** 2
     config = tf.PaliGemmaConfig(
         image_token_index=_ids(tok, "<image>")[0],
         image_token_id=_ids(tok, "<image>")[0],
-        projection_dim=32,
+        projection_dim=projection_dim,
         text_config={**_text(tok, model_type="gemma"), **text},
         vision_config={**_VISION, "model_type": "siglip_vision_model", "patch_size": 8, "image_size": image_size, **vision},
     )
@@ -170,11 +172,13 @@ def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int) ->
     return config, tf.PaliGemmaProcessor(images, tok)
 
 
-def _gemma3(text: dict[str, Any], vision: dict[str, Any], image_size: int) -> tuple[Any, Any]:
+def _gemma3(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, mm_tokens_per_image: int | None = None
+) -> tuple[Any, Any]:
     tok = tokenizer("<image>", "<start>", "<end>", image="<image>")
     tok.boi_token, tok.eoi_token = "<start>", "<end>"
     tok.image_token_id, tok.boi_token_id = _ids(tok, "<image>", "<start>")
-    tokens = (image_size // 16) ** 2
+    tokens = mm_tokens_per_image or (image_size // 16) ** 2
     config = tf.Gemma3Config(
         image_token_id=_ids(tok, "<image>")[0],
         image_token_index=_ids(tok, "<image>")[0],

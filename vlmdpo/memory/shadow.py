@@ -1,0 +1,135 @@
+"""Tensors without storage: a training step runs for real but for its floating-point numbers, and its bytes are counted.
+
+Integers and truth values (token ids, masks, positions) stay real, since shapes depend on them; so do small constants and
+pixels. All else is fake: shapes, data types and lifetimes without memory. Knows nothing of models or trainers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_OPS = torch.ops.aten
+_UNFILLED = (_OPS.empty.memory_format, _OPS.empty_strided.default)
+_SMALL = 4096  # numbers in a constant that stays real
+_SOME_NUMBER = 0.5  # what reading a fake number gives: only metrics are read
+
+
+class Ledger:
+    """Bytes of the storages that live now, and the most there were since `start`."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def start(self) -> None:
+        """From now on `peak` is of what comes."""
+        self.peak = self.now
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """A storage that lives; counted once, until it is gone."""
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self._seen.pop(key, None)
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class Shadow(TorchDispatchMode):
+    """While open, floating-point work is fake and everything's bytes are counted in `ledger`.
+
+    With `small=0` constants are fake whatever their size: for making models, whose every parameter must be.
+    """
+
+    def __init__(self, *, small: int = _SMALL, ledger: Ledger | None = None, fake: FakeTensorMode | None = None) -> None:
+        super().__init__()
+        self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+        self.small, self.ledger = small, ledger
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._run(func, args, kwargs or {})
+        if self.ledger is not None:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self.ledger.count(leaf.untyped_storage())
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            if func is _OPS._local_scalar_dense.default:
+                return _read(args[0])
+            args = _with_counted_indices(func, args)
+            with self.fake:
+                return func(*args, **kwargs)
+        if tensors or not self._is_fake_constant(func, args, kwargs):
+            return func(*args, **kwargs)
+        with self.fake:
+            return func(*args, **kwargs)
+
+    def _is_fake_constant(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether what is made of no tensor holds floating-point numbers, and many of them or none yet."""
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        sizes = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
+        count = 1
+        for size in sizes:
+            count *= int(size)
+        return dtype.is_floating_point and bool(args) and (count > self.small or func in _UNFILLED)
+
+
+def _read(fake: torch.Tensor) -> Any:
+    if fake.dtype is torch.bool:
+        return True
+    return _SOME_NUMBER if fake.dtype.is_floating_point else 1
+
+
+def _with_counted_indices(func: Any, args: Any) -> Any:
+    """Real masks as the places they name, since a fake operation cannot count them."""
+    if func not in (_OPS.index.Tensor, _OPS.index_put.default, _OPS.index_put_.default, _OPS._index_put_impl_.default):
+        return args
+    indices: list[Any] = []
+    for index in args[1]:
+        if isinstance(index, torch.Tensor) and index.dtype is torch.bool and not isinstance(index, FakeTensor):
+            indices += list(index.nonzero(as_tuple=True))
+        else:
+            indices.append(index)
+    return (args[0], indices, *args[2:])
+
+
+@contextlib.contextmanager
+def not_traced() -> Iterator[None]:
+    """Inside, transformers does not take fake tensors for a traced model: it would keep masks that a run leaves out."""
+    with mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
+        yield
+
+
+def to_fake(shadow: Shadow, value: Any) -> Any:
+    """A tree whose floating-point tensors are fake."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point and not isinstance(leaf, FakeTensor):
+            return shadow.fake.from_tensor(leaf)
+        return leaf
+
+    return tree_map(one, value)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of these tensors, shared storages once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
