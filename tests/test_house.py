@@ -23,6 +23,7 @@ MAY_BE_HEAVY = {
         "tiny/sample",
         "memory/living",
     ),
+    *("memory/architecture", "memory/shadow", "dpo/autobatch", "dpo/foresight"),
     *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/doctor", "dpo/features"),
     *("dpo/forward", "dpo/lengths", "dpo/reference", "dpo/trainer", "dpo/watch"),
 }

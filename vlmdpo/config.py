@@ -165,6 +165,11 @@ class TrainConfig(_Weights):
     )
     per_device_train_batch_size: int = option(2, "Pairs per device and forward pass")
     gradient_accumulation_steps: int = option(32, "Forward passes per optimizer step")
+    auto_batch_size: bool = option(
+        False,
+        "On a GPU start from the largest batch that is foreseen to fit; where memory runs out all the same, halve the batch "
+        "and double the accumulation. The effective batch stays what the two options above make it",
+    )
     num_train_epochs: float = option(1.0, "Passes over the data, in epochs")
     max_steps: int = option(-1, "Optimizer steps, overriding epochs when above 0")
     learning_rate: float = option(5e-5, "Peak learning rate, per step")

@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from vlmdpo import prepare, ui
-from vlmdpo.config import PrepareConfig, TrainConfig
+from vlmdpo.config import EstimateMemoryConfig, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
-from vlmdpo.errors import DataError, Interrupted, ModelError, VlmDpoError
+from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError, VlmDpoError
 from vlmdpo.models.registry import hub_id, short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
@@ -51,8 +51,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if args.process_index == 0:
             _check_output(output_dir, config)
         data = _prepared(config)
+    foreseen = _plan_batch(config, args, data) if config.auto_batch_size else None
+    watch = Watch(output_dir / METRICS, foreseen_peak_bytes=foreseen)
     with _gone_if_empty(output_dir):
-        setup = engine_room.set_up(config, args, data, Watch(output_dir / METRICS))
+        setup = engine_room.set_up(config, args, data, watch)
     trainer = setup.trainer
     if args.process_index == 0:
         _start_output(output_dir, config, setup.over_length)
@@ -69,6 +71,36 @@ def run(config: TrainConfig) -> dict[str, Any]:
         again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
     return _finish(setup, outcome.metrics, output_dir, config)
+
+
+def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
+    """Set the largest batch that is foreseen to fit the GPU; returns its peak in bytes. Without a GPU nothing is foreseen.
+
+    Raises MemoryBudgetError where not even one pair would fit.
+    """
+    import torch
+
+    from vlmdpo import estimate_memory
+    from vlmdpo.models.load import pick_dtype
+
+    if args.device.type != "cuda":
+        ui.say(f"no GPU to plan for: starting with batch {args.per_device_train_batch_size}")
+        return None
+    shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
+    settings = {name: getattr(config, name) for name in shared - {"json", "dtype", "dataset"}}
+    total = torch.cuda.get_device_properties(args.device).total_memory
+    dtype = str(pick_dtype(config.dtype, args.device)).removeprefix("torch.")
+    found = estimate_memory.run(EstimateMemoryConfig(**settings, dtype=dtype, dataset=str(data), gpu=f"{total // 2**20}MiB"))
+    best = found["plan"]["per_device_train_batch_size"]
+    if best is None:
+        raise MemoryBudgetError(
+            f"one pair needs {found['verdict']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f}; "
+            f"see vlmdpo estimate-memory --model {config.model} --gpu {total // 2**20}MiB"
+        )
+    args.per_device_train_batch_size = best
+    args.gradient_accumulation_steps = found["plan"]["gradient_accumulation_steps"]
+    ui.say(f"batch {best} × {args.gradient_accumulation_steps} accumulation steps is foreseen to fit")
+    return int(found["plan"]["peak_bytes"])
 
 
 def _examined(config: TrainConfig) -> dict[str, Any]:
@@ -147,7 +179,8 @@ def _prepared(config: TrainConfig) -> Path:
 def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * trainer.args.world_size
+    args = trainer.args
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     way = {"shared": "shared prefix", "rows": "stock rows, images once", "stock": "stock TRL"}[trainer.engine]
     precision = "bfloat16 autocast" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
@@ -177,6 +210,7 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
         "fallback_reason": setup.fallback_reason,
         "checkpointed_layers": trainer.checkpointed_layers,
         "over_length": dict(Counter(row["done"] for row in setup.over_length)),
+        "per_device_train_batch_size": _batch_size(trainer),
         "peak_bytes": _peak_bytes(trainer.args.device),
         "curves": str(folder / CURVES),
     }
@@ -191,6 +225,12 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
     return report
+
+
+def _batch_size(trainer: Any) -> int:
+    """Pairs in a forward pass at the end: fewer than asked for where memory ran out on the way."""
+    size = trainer.auto_batch or trainer.args
+    return int(size.per_device_train_batch_size)
 
 
 def _last_metrics(line: dict[str, Any]) -> dict[str, Any]:

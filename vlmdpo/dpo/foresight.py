@@ -31,7 +31,7 @@ from vlmdpo.dpo.trainer import PairTrainer, make_trainer
 from vlmdpo.memory.architecture import Architecture, layers_of, shallow
 from vlmdpo.memory.shadow import Ledger, Shadow, not_traced
 
-_SHALLOW = ((3, 3), (4, 3), (3, 4))  # (language, vision) layers of the three runs
+_SHALLOW = ((3, 3), (4, 3), (3, 4))  # (language, vision) layers of the three runs; Qwen3-VL injects three of vision
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,10 @@ def _phases(trainer: PairTrainer, config: TrainConfig, ledger: Ledger) -> dict[s
         checkpointing.enable(model)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()  # its states are there from the second step on
-    if config.gradient_accumulation_steps == 1:
+    _give_states(trainer.optimizer, trained)  # they are there from the second step on
+    if config.gradient_accumulation_steps > 1:
         for parameter in trained:
-            parameter.grad = None
+            parameter.grad = torch.zeros_like(parameter)
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in trainer.train_dataset]))
     ledger.start()
     models = [one for one in (model, trainer.ref_model) if one is not None]
@@ -133,6 +131,19 @@ def _phases(trainer: PairTrainer, config: TrainConfig, ledger: Ledger) -> dict[s
     trainer.optimizer.step()
     ends("optimizer")
     return phases
+
+
+def _give_states(optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
+    """What an optimizer holds after its first step; AdamW's is known, of others a step is taken."""
+    if type(optimizer) is torch.optim.AdamW and not optimizer.defaults["amsgrad"]:
+        for parameter in trained:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+        return
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @contextlib.contextmanager

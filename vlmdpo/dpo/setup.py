@@ -15,7 +15,7 @@ from typing import Any
 from vlmdpo import ui
 from vlmdpo.config import TrainConfig
 from vlmdpo.data import store
-from vlmdpo.errors import DataError, ModelError
+from vlmdpo.errors import ConfigError, DataError, ModelError
 
 _ROWS_CHECKED = 4
 _ROWS_LOOKED_AT = 64
@@ -76,6 +76,10 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
         trainer.lengths = [length.longest for length in row_lengths(processor, dataset)]
     if config.feature_cache:
         _keep_features(setup, data)
+    if config.auto_batch_size:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ConfigError("--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the batch size")
+        trainer.halve_when_full()
     if config.gradient_checkpointing:
         checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
+from vlmdpo.dpo.autobatch import AutoBatch, hand_on
 from vlmdpo.dpo.batch import PairCollator, StockCollator, row_ids
 from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
@@ -52,6 +53,7 @@ class PairTrainer(DPOTrainer):
         self.references = references
         self.features: FeatureCache | None = None
         self.lengths: list[int] | None = None  # tokens of each row's longer sequence, where rows are grouped by it
+        self.auto_batch: AutoBatch | None = None
         self.checkpointed_layers: int | None = None  # None: all (ours: but the last), where checkpointing is on
         self._shared: list[SharedForward] = []
         if references is not None and not isinstance(self.model, PeftModel):
@@ -84,6 +86,28 @@ class PairTrainer(DPOTrainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch, lengths=self.lengths)
+
+    def halve_when_full(self) -> None:
+        """From now on a batch that does not fit memory is computed in parts; see `autobatch`."""
+        self.auto_batch = AutoBatch(self, super().training_step)
+
+    def get_train_dataloader(self) -> Any:
+        if self.auto_batch is None:
+            return super().get_train_dataloader()
+        collator, self.data_collator = self.data_collator, hand_on
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        if self.auto_batch is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.auto_batch.step(model, inputs["examples"], num_items_in_batch)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if self.auto_batch is None or self.auto_batch.share == 1 else loss * self.auto_batch.share
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)

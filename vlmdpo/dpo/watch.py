@@ -9,20 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from vlmdpo import ui
 
 METRICS = "metrics.jsonl"
+_COMPARED_AT = 3  # optimizer steps after which memory has been at its highest
 
 
 class Watch(TrainerCallback):
     """Shows progress, appends to the metrics file, and turns Ctrl-C into a checkpoint and a clean stop.
 
-    After training, `interrupted` tells whether Ctrl-C ended it and `lines` holds every logged line.
+    After training, `interrupted` tells whether Ctrl-C ended it and `lines` holds every logged line. With a foreseen peak,
+    the measured one is set beside it after the first steps, on a GPU.
     """
 
-    def __init__(self, metrics_file: Path) -> None:
+    def __init__(self, metrics_file: Path, *, foreseen_peak_bytes: int | None = None) -> None:
+        self.foreseen_peak_bytes = foreseen_peak_bytes
         self.metrics_file = metrics_file
         self.interrupted = False
         self.lines: list[dict[str, Any]] = []
@@ -41,6 +45,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.advance()
+        if state.global_step == _COMPARED_AT and self.foreseen_peak_bytes:
+            ui.say(compared(self.foreseen_peak_bytes, torch.cuda.max_memory_allocated()))
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -76,6 +82,12 @@ class Watch(TrainerCallback):
         finally:
             signal.signal(signal.SIGINT, before)
             self._open.close()
+
+
+def compared(foreseen_bytes: int, measured_bytes: int) -> str:
+    """Foreseen beside measured peak, in words."""
+    off = 100 * (foreseen_bytes / measured_bytes - 1)
+    return f"peak memory: {foreseen_bytes / 2**30:.2f} GiB foreseen, {measured_bytes / 2**30:.2f} GiB measured ({off:+.1f}%)"
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

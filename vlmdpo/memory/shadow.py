@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 _OPS = torch.ops.aten
 _UNFILLED = (_OPS.empty.memory_format, _OPS.empty_strided.default)
@@ -61,16 +60,20 @@ class Shadow(TorchDispatchMode):
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.small, self.ledger = small, ledger
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to keep it from being so costs a third of the time."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._run(func, args, kwargs or {})
         if self.ledger is not None:
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, torch.Tensor):
-                    self.ledger.count(leaf.untyped_storage())
+            for tensor in _tensors(out):
+                self.ledger.count(tensor.untyped_storage())
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [*_tensors(args), *(value for value in kwargs.values() if isinstance(value, torch.Tensor))]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func is _OPS._local_scalar_dense.default:
                 return _read(args[0])
@@ -90,6 +93,13 @@ class Shadow(TorchDispatchMode):
         for size in sizes:
             count *= int(size)
         return dtype.is_floating_point and bool(args) and (count > self.small or func in _UNFILLED)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of an operator's arguments or results: they lie in tuples and lists at most."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
 def _read(fake: torch.Tensor) -> Any:
@@ -116,20 +126,3 @@ def not_traced() -> Iterator[None]:
     """Inside, transformers does not take fake tensors for a traced model: it would keep masks that a run leaves out."""
     with mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
         yield
-
-
-def to_fake(shadow: Shadow, value: Any) -> Any:
-    """A tree whose floating-point tensors are fake."""
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point and not isinstance(leaf, FakeTensor):
-            return shadow.fake.from_tensor(leaf)
-        return leaf
-
-    return tree_map(one, value)
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of these tensors, shared storages once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())

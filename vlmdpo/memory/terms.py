@@ -97,8 +97,8 @@ def allocated(
     reference_why = "same weights, adapter off" if lora else "log-probs are on disk" if cached else "a second model"
     states_why = "8-bit moments" if "8bit" in optim else "as wide as the gradients"
     lines = [
-        line("Base weights", parameters - nf4_weights, width, split.weights),
-        line("Base weights in nf4", nf4_weights, nf4_width, split.weights, nf4_why, checked=False),
+        line("Model to train", parameters - nf4_weights, width, split.weights),
+        line("Model to train, in nf4", nf4_weights, nf4_width, split.weights, nf4_why, checked=False),
         line("Adapter", adapter if lora else 0, 4, split.weights, "float32, as PEFT keeps it"),
         line("Reference model", second, width, split.weights, reference_why),
         line("Gradients", trainable, grad_width, split.gradients, "only of what trains"),

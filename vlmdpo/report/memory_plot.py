@@ -39,7 +39,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     if verdict:
         capacity = verdict["capacity_bytes"] / _GIB
         axes.axvline(capacity, color="black", linestyle="--")
-        axes.text(capacity, 1.42, f" {verdict['gpu']}: {verdict['word']}", va="bottom", ha="center", fontsize=9)
+        axes.text(capacity, 0.5, f" {verdict['gpu']}: {verdict['word']}", va="center", ha="left", fontsize=9)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.margins(x=0.12)
