@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vlmdpo import __version__, cli, config
+from vlmdpo import __version__, cli, config, recipes
 from vlmdpo.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "scipy")
@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy(command):
 def test_estimate_memory_imports_no_torch():
     code = (
         "import sys\nfrom vlmdpo import cli\n"
-        "assert cli.run(['estimate-memory', '--model', 'idefics2-8b', '--json']) == 0\n"
+        "assert cli.run(['estimate-memory', '--model', 'idefics2-8b', '--fast', '--json']) == 0\n"
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not loaded, loaded\n"
     )
@@ -121,10 +121,10 @@ def test_bad_recipes_name_the_key(text, says, tmp_path, vlmdpo):
 
 
 def test_configs_are_frozen_and_build_from_plain_values():
-    built = config.build(config.TrainConfig, {"learning_rate": "5e-6", "set": ["a=1"]})
+    built = recipes.build(config.TrainConfig, {"learning_rate": "5e-6", "set": ["a=1"]})
     assert built.learning_rate == 5e-6
     assert built.set == ("a=1",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         built.beta = 1.0
     with pytest.raises(ConfigError, match="no number"):
-        config.build(config.TrainConfig, {"beta": "much"})
+        recipes.build(config.TrainConfig, {"beta": "much"})

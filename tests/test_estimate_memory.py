@@ -9,7 +9,7 @@ from vlmdpo.models import registry
 
 
 def _report(vlmdpo, *arguments):
-    code, out, _ = vlmdpo("estimate-memory", *arguments, "--json")
+    code, out, _ = vlmdpo("estimate-memory", *arguments, "--fast", "--json")
     assert code == 0
     return json.loads(out)
 
@@ -41,7 +41,7 @@ def test_rank_scales_what_trains(vlmdpo):
 
 
 def test_table_shows_both_units(vlmdpo):
-    code, out, _ = vlmdpo("estimate-memory", "--model", "idefics2-8b")
+    code, out, _ = vlmdpo("estimate-memory", "--model", "idefics2-8b", "--fast")
     assert code == 0
     assert "160.0" in out
     assert "168.055" in out

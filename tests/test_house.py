@@ -7,7 +7,7 @@ import vlmdpo
 
 ROOT = Path(vlmdpo.__file__).parent
 # Each room may import only from rooms above it; commands share the last but two.
-ORDER = ("errors", "config", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report")
+ORDER = ("errors", "config", "recipes", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report")
 COMMANDS = ("prepare", "estimate_memory", "train", "infer", "eval_amber", "demo")
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {

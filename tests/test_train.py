@@ -28,12 +28,12 @@ def few_pairs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(few_pairs, tmp_path_factory):
     """A finished run of six steps: (folder, report)."""
-    from vlmdpo import config, train
+    from vlmdpo import config, recipes, train
     from vlmdpo.models.registry import recipe
 
     folder = tmp_path_factory.mktemp("run") / "out"
     layer = {"dataset": str(few_pairs), "output_dir": folder, "max_steps": 6, "logging_steps": 1, "set": ["max_grad_norm=0.7"]}
-    return folder, train.run(config.build(config.TrainConfig, recipe("tiny", "train"), layer))
+    return folder, train.run(recipes.build(config.TrainConfig, recipe("tiny", "train"), layer))
 
 
 def test_a_run_leaves_everything_behind(trained):

@@ -20,7 +20,7 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from vlmdpo import __version__, ui
+from vlmdpo import __version__, recipes, ui
 from vlmdpo import config as cf
 from vlmdpo.errors import Interrupted, VlmDpoError, nearest
 from vlmdpo.models import registry
@@ -121,9 +121,9 @@ def _command(name: str) -> Callable[..., None]:
     def call(**given: Any) -> None:
         recipe_file = given.pop("config")
         flags = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v not in (None, [])}
-        layers: list[Mapping[str, Any]] = [cf.read_recipe(recipe_file) if recipe_file else {}, flags]
+        layers: list[Mapping[str, Any]] = [recipes.read_recipe(recipe_file) if recipe_file else {}, flags]
         model = flags.get("model") or layers[0].get("model") or "tiny"
-        settings: Any = cf.build(cls, registry.recipe(str(model), name), *layers)
+        settings: Any = recipes.build(cls, registry.recipe(str(model), name), *layers)
         _run(module, settings, _hint(full_size, {**layers[0], **flags}))
 
     config_option = typer.Option(
@@ -133,7 +133,7 @@ def _command(name: str) -> Callable[..., None]:
         show_default=False,
     )
     extra = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=config_option, annotation=Path | None)
-    kinds = cf.field_types(cls)
+    kinds = recipes.field_types(cls)
     parameters = [_parameter(field, kinds[field.name]) for field in dataclasses.fields(cls)]
     call.__signature__ = inspect.Signature([*parameters, extra])  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in [*parameters, extra]}

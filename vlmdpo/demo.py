@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import config as cf
-from vlmdpo import estimate_memory, eval_amber, infer, prepare, train, ui
+from vlmdpo import estimate_memory, eval_amber, infer, prepare, recipes, train, ui
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import recipe
 
@@ -31,7 +31,7 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
         ui.result(f"{estimate['model']}: {ui.human_bytes(estimate['total_bytes'])} before activations ({estimate['dtype']})")
     ui.step("3/5 train: DPO with LoRA")
     layer = {"dataset": str(folder / "data"), "output_dir": folder / "adapter", "seed": config.seed}
-    trained = train.run(cf.build(cf.TrainConfig, recipe("tiny", "train"), layer))
+    trained = train.run(recipes.build(cf.TrainConfig, recipe("tiny", "train"), layer))
     train.show(trained)
     adapter = Path(trained["output_dir"])
     ui.step("4/5 infer: one picture, before and after")
@@ -39,7 +39,7 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     infer.show(answered)
     ui.step("5/5 eval-amber: held-out questions, before and after")
     layer = {"adapter": adapter, "output_dir": folder / "amber"}
-    evaluated = eval_amber.run(cf.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
+    evaluated = eval_amber.run(recipes.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
     return {
         "output_dir": str(folder),
         "prepare": prepared,

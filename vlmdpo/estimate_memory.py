@@ -135,14 +135,14 @@ def _image(config: EstimateMemoryConfig, limit: int | None) -> tuple[int, int]:
 def _fast(config: EstimateMemoryConfig, counts: _Counts, ours: list[Component]) -> dict[str, Any]:
     if counts.name not in fast.architectures():
         return {"peak_bytes": None, "verdict": None, "phases": None}
-    family = fast.architectures()[counts.name]
     image = _image(config, fast.default_side(counts.name))
     tokens, patches = fast.image_tokens(counts.name, image)
     rows = config.per_device_train_batch_size * (1 if config.engine == "shared" else 2)
     answers = config.answer_tokens * (2 if config.engine == "shared" else 1)
     made = fast.activations(
-        fast.Sizes.of(family["config"]),
+        fast.Sizes.of(counts.name),
         rows * (config.images * tokens + config.prompt_tokens + answers),
+        rows * answers,
         rows * config.images * patches,
         2,  # bfloat16 autocast
         checkpointing=config.gradient_checkpointing,
@@ -160,20 +160,32 @@ def _simulated(config: EstimateMemoryConfig, counts: _Counts, capacity: int | No
     found: dict[str, Any] = {"peak_bytes": round(whole.peak + shift), "verdict": None, "image": list(foreseen.image)}
     found["phases"] = {name: round(size + shift) for name, size in whole.phases.items()}
     if capacity is not None:
-        other = foreseen.at(1 if batch > 1 else 2)
-        small, large = ((1, other), (batch, whole)) if batch > 1 else ((1, whole), (2, other))
-        line = Line(small[0], large[0], small[1].phases, large[1].phases)
-        effective = batch * config.gradient_accumulation_steps
-        best = largest_batch(line, shift + CONTEXT_BYTES, capacity, effective)
-        found["plan"] = {
-            "effective_batch_size": effective * config.num_gpus,
-            "per_device_train_batch_size": best,
-            "gradient_accumulation_steps": effective // best if best else None,
-            "peak_bytes": round(line.peak(best) + shift) if best else None,
-        }
-        if best is None:
-            found["plan"]["first"] = _first_to_switch_on(config, capacity)
+        found["plan"] = _plan(config, foreseen, whole, shift, capacity)
     return found
+
+
+def _plan(config: EstimateMemoryConfig, foreseen: _Foreseer, whole: Any, shift: int, capacity: int) -> dict[str, Any]:
+    """The largest batch that fits: guessed on a line through two simulated ones, then simulated itself."""
+    batch = config.per_device_train_batch_size
+    other = 1 if batch > 1 else 2
+    known = {batch: whole, other: foreseen.at(other)}
+    small, large = sorted(known)
+    line = Line(small, large, known[small].phases, known[large].phases)
+    effective = batch * config.gradient_accumulation_steps
+    best = largest_batch(line, shift + CONTEXT_BYTES, capacity, effective)
+    while best is not None:
+        if best not in known:
+            known[best] = foreseen.at(best)
+        if verdict(known[best].peak + shift + CONTEXT_BYTES, capacity).word == "fits":
+            break
+        best = max((b for b in range(1, best) if effective % b == 0), default=None)
+    plan = {
+        "effective_batch_size": effective * config.num_gpus,
+        "per_device_train_batch_size": best,
+        "gradient_accumulation_steps": effective // best if best else None,
+        "peak_bytes": round(known[best].peak + shift) if best else None,
+    }
+    return plan if best else {**plan, "first": _first_to_switch_on(config, capacity)}
 
 
 class _Foreseer:
@@ -211,7 +223,8 @@ class _Foreseer:
         # An 8-bit optimizer needs its package even to be simulated: AdamW, whose states are then counted smaller.
         optim = settings["optim"]
         settings["optim"] = "adamw_torch" if "8bit" in optim else optim
-        return foresight.foresee(self.shape, TrainConfig(**settings), self._rows(batch), dtype=self.dtype)
+        with foresight.as_on_a_gpu():
+            return foresight.foresee(self.shape, TrainConfig(**settings), self._rows(batch), dtype=self.dtype)
 
 
 def _first_to_switch_on(config: EstimateMemoryConfig, capacity: int) -> dict[str, Any] | None:

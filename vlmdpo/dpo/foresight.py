@@ -146,6 +146,11 @@ def _give_states(optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
     optimizer.zero_grad()
 
 
+def as_on_a_gpu() -> Any:
+    """Inside, TRL's head scores the answers' tokens only, as it does where Triton is; on a CPU it scores every token."""
+    return mock.patch("trl.trainer.utils._use_triton", return_value=True)
+
+
 @contextlib.contextmanager
 def _quick(shadow: Shadow) -> Iterator[None]:
     """Models are made without numbers: initial values are not computed, and nothing is moved to a device or data type."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from vlmdpo.memory.fast import architectures
 from vlmdpo.models import families, load, registry
@@ -78,7 +79,7 @@ def _stand_in(alias: str) -> Architecture:
 
 def on_meta(config: Any, *, lora_r: int | None = None) -> Any:
     """The model on the meta device, with an adapter on all linear layers where `lora_r` is given; takes no memory."""
-    with torch.device("meta"), transformers.initialization.no_init_weights():
+    with torch.device("meta"), no_init_weights():
         model = transformers.AutoModelForImageTextToText.from_config(config)
         model.tie_weights()
         if lora_r is None:

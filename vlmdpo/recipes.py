@@ -1,0 +1,77 @@
+"""From plain values to a command's settings: layers of defaults, recipe file and flags, each key checked and converted."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlmdpo.config import flag_name
+from vlmdpo.errors import ConfigError, nearest
+
+Config = TypeVar("Config")
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved type of every field."""
+    return typing.get_type_hints(cls)
+
+
+def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
+    """A config from layers of plain values, later ones winning. Raises ConfigError on an unknown key or wrong type."""
+    types_of = field_types(cls)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in types_of:
+                raise ConfigError(f"unknown key '{key}'.{nearest(key, types_of)}")
+            values[key] = _coerce(types_of[key], value, key)
+    return cls(**values)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML recipe; dashes in keys are read as underscores."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConfigError(f"--config: cannot read '{path}': {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ConfigError(f"--config: '{path}' is no valid YAML: {reason}") from problem
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ConfigError(f"--config: '{path}' must hold 'option: value' lines, as in 'learning_rate: 5.0e-5'")
+    return {key.replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _coerce(wanted: Any, value: Any, key: str) -> Any:
+    """`value` as the field's type, or a ConfigError that names the key. YAML reads 5e-5 as text; we read it as a number."""
+    options = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(t for t in options if t is not type(None))
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+    elif kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif kind is str and isinstance(value, str):
+        return value
+    elif kind in (int, float) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+            if kind is float or number == int(number):
+                return kind(number)
+        except (ValueError, OverflowError) as problem:
+            raise ConfigError(f"{flag_name(key)}: '{value}' is no number") from problem
+    name = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{flag_name(key)}: expected {name}, got {value!r}")
