@@ -140,7 +140,7 @@ SMALL = ["--model", "smolvlm-256m", "--dtype", "bfloat16", "--lora", "--answer-t
 
 def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
     report = estimate(vlmdpo, *SMALL, "--gpu", "4GiB", "--plot", tmp_path / "bars.png", "--gradient-accumulation-steps", "4")
-    assert report["verdict"]["word"] == "fits"
+    assert report["verdict"] == "fits"
     assert report["peak_bytes"] == max(report["phases"].values()) > report["allocated"]["total_bytes"]
     plan = report["plan"]
     assert plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"] == 8
@@ -154,7 +154,7 @@ def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
 
 def test_what_to_switch_on_first(vlmdpo):
     report = estimate(vlmdpo, "--model", "smolvlm-256m", "--image-size", "64", "--answer-tokens", "8", "--gpu", "2GiB")
-    assert report["verdict"]["word"] == "does not fit"
+    assert report["verdict"] == "does not fit"
     assert report["plan"]["per_device_train_batch_size"] is None
     assert report["plan"]["first"]["change"] == {"dtype": "bfloat16", "lora": True}
 

@@ -256,11 +256,8 @@ def _judged(config: EstimateMemoryConfig, report: dict[str, Any], capacity: int)
     if report["peak_bytes"] is None:
         raise ConfigError(f"--fast has no formula for '{report['model']}'; leave out --fast")
     found = verdict(report["peak_bytes"] + CONTEXT_BYTES, capacity)
-    return {"verdict": {"word": found.word, "gpu": config.gpu, "capacity_bytes": capacity, **_sizes(found)}}
-
-
-def _sizes(found: Any) -> dict[str, int]:
-    return {"needed_bytes": found.needed_bytes, "free_bytes": found.free_bytes}
+    sizes = {"needed_bytes": found.needed_bytes, "free_bytes": found.free_bytes}
+    return {"verdict": found.word, "gpu": {"name": config.gpu, "capacity_bytes": capacity, **sizes}}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -335,12 +332,12 @@ def _star(line: dict[str, Any]) -> str:
 
 
 def _show_verdict(report: dict[str, Any]) -> None:
-    found, plan = report["verdict"], report.get("plan")
+    found, plan = report["gpu"], report.get("plan")
     needed, capacity = found["needed_bytes"] / _GIB, found["capacity_bytes"] / _GIB
     room = found["free_bytes"] / _GIB
     rest = f"{room:.1f} GiB to spare" if room >= 0 else f"{-room:.1f} GiB short"
-    band = f" (within the {100 * BAND:.0f}% that the peak may be off)" if found["word"] == "tight" else ""
-    ui.result(f"{found['gpu']}: {found['word']}{band}; needs {needed:.1f} of {capacity:.1f} GiB, {rest}")
+    band = f" (within the {100 * BAND:.0f}% that the peak may be off)" if report["verdict"] == "tight" else ""
+    ui.result(f"{found['name']}: {report['verdict']}{band}; needs {needed:.1f} of {capacity:.1f} GiB, {rest}")
     if plan and plan["per_device_train_batch_size"]:
         ui.result(
             f"Largest batch that fits: {_command(report, plan)}  "

@@ -68,8 +68,7 @@ def _cut(config: EvalAmberConfig, whole: qs.Benchmark) -> qs.Benchmark:
         questions = ()
     if config.task == "discriminative" or config.dimension:
         descriptions = ()
-    same = (questions, descriptions) == (whole.questions, whole.descriptions)
-    is_amber = whole.is_amber and (same or len(questions) == len(whole.questions))
+    is_amber = whole.is_amber and len(questions) == len(whole.questions)
     return dataclasses.replace(whole, questions=questions, descriptions=descriptions, is_amber=is_amber)
 
 

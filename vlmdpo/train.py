@@ -94,7 +94,7 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
     best = found["plan"]["per_device_train_batch_size"]
     if best is None:
         raise MemoryBudgetError(
-            f"one pair needs {found['verdict']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f}; "
+            f"one pair needs {found['gpu']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f}; "
             f"see vlmdpo estimate-memory --model {config.model} --gpu {total // 2**20}MiB"
         )
     args.per_device_train_batch_size = best

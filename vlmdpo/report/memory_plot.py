@@ -35,11 +35,11 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             labelled.add(name)
             left += size / _GIB
         axes.text(left, place, f" {left:.1f} GiB", va="center")
-    verdict = report["verdict"]
-    if verdict:
-        capacity = verdict["capacity_bytes"] / _GIB
+    if report["verdict"]:
+        gpu = report["gpu"]
+        capacity = gpu["capacity_bytes"] / _GIB
         axes.axvline(capacity, color="black", linestyle="--")
-        axes.text(capacity, 0.5, f" {verdict['gpu']}: {verdict['word']}", va="center", ha="left", fontsize=9)
+        axes.text(capacity, 0.5, f" {gpu['name']}: {report['verdict']}", va="center", ha="left", fontsize=9)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.margins(x=0.12)
