@@ -68,7 +68,7 @@ def test_evaluation_set_is_ambers_layout_and_proportions():
     for dimension, (questions, yes) in amber.items():
         assert abs(counts[dimension, "yes"] + counts[dimension, "no"] - scale * questions) <= 3, dimension
         assert abs(counts[dimension, "yes"] - scale * yes) <= 3, dimension
-    assert len(benchmark.generative_ids) == 100
+    assert len(benchmark.descriptions) == 100
     generative = json.loads((evaluation.FOLDER / "query" / "query_generative.json").read_text())
     assert {entry["query"] for entry in generative} == {"Describe this image."}
     assert len({(question.image, question.text) for question in benchmark.questions}) == len(benchmark.questions)
@@ -76,7 +76,8 @@ def test_evaluation_set_is_ambers_layout_and_proportions():
 
 def test_shipped_evaluation_set_is_what_the_code_makes():
     for name, data in evaluation.make().items():
-        assert json.loads((evaluation.FOLDER / name).read_text()) == json.loads(json.dumps(data)), name
+        shipped = (evaluation.FOLDER / name).read_text()
+        assert (shipped if isinstance(data, str) else json.loads(shipped)) == json.loads(json.dumps(data)), name
 
 
 def test_training_pairs_are_many_sampled_and_apart_from_the_evaluation():

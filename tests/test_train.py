@@ -60,7 +60,7 @@ def test_the_adapter_answers_through_infer_and_eval(trained, vlmdpo):
     code, out, _ = vlmdpo("infer", "--adapter", folder, "--compare", "--question", "Is there a star in this image?", "--json")
     assert code == 0
     assert {"id", "image", "question", "answer", "base_answer", "model", "adapter"} <= set(json.loads(out))
-    code, out, _ = vlmdpo("eval-amber", "--adapter", folder, "--limit", "40", "--json")
+    code, out, _ = vlmdpo("eval-amber", "--adapter", folder, "--limit", "40", "--task", "discriminative", "--json")
     assert code == 0
     report = json.loads(out)
     assert set(report["scores"]) == {"base", "tuned"}
