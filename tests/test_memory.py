@@ -152,13 +152,6 @@ def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
     assert larger["peak_bytes"] == pytest.approx(plan["peak_bytes"], rel=1e-6), "the plan's peak is that batch's own"
 
 
-def test_what_to_switch_on_first(vlmdpo):
-    report = estimate(vlmdpo, "--model", "smolvlm-256m", "--image-size", "64", "--answer-tokens", "8", "--gpu", "2GiB")
-    assert report["verdict"] == "does not fit"
-    assert report["plan"]["per_device_train_batch_size"] is None
-    assert report["plan"]["first"]["change"] == {"dtype": "bfloat16", "lora": True}
-
-
 def test_screen_shows_the_command_to_run(vlmdpo):
     code, out, err = vlmdpo("estimate-memory", *SMALL, "--gpu", "rtx-4090", "--gradient-accumulation-steps", "2")
     assert code == 0, err
@@ -214,3 +207,26 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
 )
 def test_mistakes(arguments, code, says, vlmdpo):
     assert says in estimate(vlmdpo, *arguments, code=code)
+
+
+def test_a_folder_with_a_configuration_is_enough_to_count(tmp_path, vlmdpo):
+    import shutil
+
+    from vlmdpo.models.load import source_of
+
+    shutil.copy(Path(source_of("tiny")) / "config.json", tmp_path)
+    model = arch.on_meta(arch.config_of(str(tmp_path)))
+    assert sum(arch.counts(model).values()) == registry.entry("tiny").parameters
+    code, _, err = vlmdpo("estimate-memory", "--model", tmp_path)
+    assert code == 4, "a step needs the processor too"
+    assert "error: --model" in err
+
+
+def test_what_to_switch_on_first_is_a_command(vlmdpo):
+    small = ["--model", "smolvlm-256m", "--image-size", "64", "--answer-tokens", "8", "--gpu", "2GiB"]
+    code, out, err = vlmdpo("estimate-memory", *small)
+    assert code == 0, err
+    out = " ".join(out.split())
+    assert "2GiB: does not fit" in out
+    assert "Switch on first: --dtype bfloat16 --lora, as in: vlmdpo train --model smolvlm-256m" in out
+    assert "--per-device-train-batch-size 1 --gradient-accumulation-steps 64" in out

@@ -70,6 +70,7 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
         report |= _simulated(config, counts, capacity)
     report["allocated"] = {"components": [dataclasses.asdict(c) for c in ours], "total_bytes": sum(c.bytes for c in ours)}
     report["unvalidated"] = _unvalidated(config)
+    report["loading"] = {"host_bytes": lines[0].bytes}  # weights are read into the host's memory, then moved
     if capacity is not None:
         report |= _judged(config, report, capacity)
     if config.plot is not None:
@@ -93,8 +94,8 @@ def _counts(config: EstimateMemoryConfig) -> _Counts:
         registry.entry(config.model)  # says which models are known
     from vlmdpo.memory import architecture as arch
 
-    shape = arch.architecture(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    model = arch.on_meta(shape.config)
+    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    model = arch.on_meta(arch.config_of(config.model, **origin))
     by_part = arch.counts(model)
     adapter = arch.adapter_size(model, config.lora_r, config.lora_scope) if config.lora else 0
     nf4 = arch.linear_weights(model) if config.quantization == "nf4" else 0
@@ -310,9 +311,8 @@ def _show_allocated(report: dict[str, Any]) -> None:
         rows.append(["Peak", "", *_in_both(peak), how])
         strong.append(len(rows) - 1)
         rows.append(["CUDA context and workspaces", "about", *_in_both(CONTEXT_BYTES), "*"])
-    note = f"* not validated: {', '.join(report['unvalidated'])}."
-    if report["settings"]["lora"] and peak is not None:
-        note += " Where the peak is in a forward pass of the first steps, gradients are not there yet."
+    host = ui.human_bytes(report["loading"]["host_bytes"])
+    note = f"* not validated: {', '.join(report['unvalidated'])}. Loading takes {host} of the host's memory first."
     heads = ["Component", "Calculation", "GB", "GiB", "Why"]
     ui.table("What vlmdpo allocates", heads, rows, strong=strong, note=note, text=(0, 1, 4))
 
@@ -344,8 +344,11 @@ def _show_verdict(report: dict[str, Any]) -> None:
             f"(effective batch {plan['effective_batch_size']}, peak {plan['peak_bytes'] / _GIB:.1f} GiB)"
         )
     elif plan and plan["first"]:
+        changed = {**report, **plan["first"]["change"], "settings": {**report["settings"], **plan["first"]["change"]}}
+        one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": plan["effective_batch_size"]}
         flags = " ".join(_flag(name, value) for name, value in plan["first"]["change"].items())
-        ui.result(f"Switch on first: {flags} (then a batch of 1 needs {plan['first']['needed_bytes'] / _GIB:.1f} GiB)")
+        ui.result(f"Switch on first: {flags}, as in: {_command(changed, one)}")
+        ui.result(f"  (then a batch of 1 needs {plan['first']['needed_bytes'] / _GIB:.1f} GiB)")
     elif plan:
         ui.result("No setting here makes it fit: take a smaller model, smaller images, or more GPUs (--num-gpus, --strategy)")
 
@@ -360,6 +363,7 @@ def _command(report: dict[str, Any], plan: dict[str, Any]) -> str:
     """The training command with this plan; what is its default is left out."""
     settings, default = report["settings"], TrainConfig()
     words = ["vlmdpo", "train", "--model", str(settings["model"])]
+    words += ["--dtype", report["dtype"]] if report["dtype"] != "bfloat16" else []  # which a GPU gets by itself
     for name in ("lora", "lora_r", "lora_scope", "gradient_checkpointing", "engine", "reference_cache", "optim"):
         if settings[name] != getattr(default, name):
             words += _flag(name, settings[name]).split(" ", 1)

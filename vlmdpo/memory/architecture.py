@@ -44,6 +44,14 @@ def architecture(model: str, *, revision: str | None = None, trust_remote_code: 
     return from_files(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def config_of(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration alone, which is all that counting needs. Raises ModelError."""
+    known = registry.known(model)
+    if known is not None and known.alias in architectures():
+        return public_config(known.alias)
+    return load.check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def from_files(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Architecture:
     """Likewise, from a model's own files, whether the registry knows it or not."""
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
