@@ -16,7 +16,8 @@ from vlmdpo.memory import architecture as arch
 from vlmdpo.memory import fast
 from vlmdpo.memory.fit import Line, largest_batch, verdict
 from vlmdpo.memory.gpus import capacity_bytes
-from vlmdpo.memory.shadow import Ledger, Shadow
+from vlmdpo.memory.living import Ledger
+from vlmdpo.memory.shadow import Shadow
 from vlmdpo.memory.terms import Shards, allocated
 from vlmdpo.models import registry
 

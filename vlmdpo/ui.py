@@ -104,7 +104,7 @@ def table(
         grid.add_row(*(escape(cell) for cell in row), style="bold green" if number in strong else None)
     # Title and note are lines of their own: rich would fold them at the width of a narrow table.
     out = _out()
-    out.print(f"[bold]{escape(title)}[/]")
+    out.print(f"\n[bold]{escape(title)}[/]")
     out.print(grid)
     if note:
         out.print(escape(note), style="italic")

@@ -29,7 +29,8 @@ from vlmdpo.dpo.lengths import row_lengths
 from vlmdpo.dpo.reference import ReferenceCache
 from vlmdpo.dpo.trainer import PairTrainer, make_trainer
 from vlmdpo.memory.architecture import Architecture, layers_of, shallow
-from vlmdpo.memory.shadow import Ledger, Shadow, not_traced
+from vlmdpo.memory.living import Ledger
+from vlmdpo.memory.shadow import Shadow, not_traced
 
 _SHALLOW = ((3, 3), (4, 3), (3, 4))  # (language, vision) layers of the three runs; Qwen3-VL injects three of vision
 

@@ -15,25 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Living(TorchDispatchMode):
-    """Bytes of the storages made while it is open and still alive, and the most there were at once."""
+class Ledger:
+    """Bytes of the storages that live now, and the most there were since `start`."""
 
-    def __init__(self, given: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(self) -> None:
         self.now = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
-        for tensor in given:
-            storage = tensor.untyped_storage()
-            self._seen[storage._cdata] = weakref.ref(storage)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if type(leaf) is torch.Tensor:
-                self._count(leaf.untyped_storage())
-        return out
+    def start(self) -> None:
+        """From now on `peak` is of what comes."""
+        self.peak = self.now
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def pass_over(self, storage: torch.UntypedStorage) -> None:
+        """A storage that is never counted."""
+        self._seen[storage._cdata] = weakref.ref(storage)
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """A storage that lives; counted once, until it is gone."""
         key = storage._cdata
         if key in self._seen:
             return
@@ -46,6 +44,23 @@ class _Living(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class _Living(TorchDispatchMode):
+    """Counts the storages made while it is open in a ledger; those of the given tensors are passed over."""
+
+    def __init__(self, given: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        for tensor in given:
+            self.ledger.pass_over(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if type(leaf) is torch.Tensor:
+                self.ledger.count(leaf.untyped_storage())
+        return out
 
 
 def peak_bytes(run: Callable[[], Any], given: Iterable[torch.Tensor], device: torch.device) -> int:
@@ -64,4 +79,4 @@ def peak_bytes(run: Callable[[], Any], given: Iterable[torch.Tensor], device: to
         return torch.cuda.max_memory_allocated(device) - before
     with _Living(given) as living:
         run()
-    return living.peak
+    return living.ledger.peak

@@ -7,7 +7,6 @@ pixels. All else is fake: shapes, data types and lifetimes without memory. Knows
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,37 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vlmdpo.memory.living import Ledger
+
 _OPS = torch.ops.aten
 _UNFILLED = (_OPS.empty.memory_format, _OPS.empty_strided.default)
 _SMALL = 4096  # numbers in a constant that stays real
 _SOME_NUMBER = 0.5  # what reading a fake number gives: only metrics are read
-
-
-class Ledger:
-    """Bytes of the storages that live now, and the most there were since `start`."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def start(self) -> None:
-        """From now on `peak` is of what comes."""
-        self.peak = self.now
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """A storage that lives; counted once, until it is gone."""
-        key = storage._cdata
-        if key in self._seen:
-            return
-        size = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            self._seen.pop(key, None)
-            self.now -= size
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 class Shadow(TorchDispatchMode):
