@@ -142,3 +142,21 @@ def test_all_processes_agree_when_one_runs_out(tmp_path):
 
 def test_foreseen_beside_measured_in_words():
     assert watch.compared(21 * 2**30, 20 * 2**30) == "peak memory: 21.00 GiB foreseen, 20.00 GiB measured (+5.0%)"
+
+
+def test_the_batch_is_planned_on_the_runs_own_data(tmp_path):
+    from accelerate import PartialState
+
+    from vlmdpo import prepare, train
+    from vlmdpo.config import PrepareConfig, TrainConfig
+    from vlmdpo.errors import ModelError
+
+    prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
+    before = dict(PartialState._shared_state)
+    config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    found = train.foreseen_plan(config, tmp_path / "few", 2 * 2**30, "bfloat16")
+    assert found["plan"]["per_device_train_batch_size"] == 8
+    assert found["image"] == [72, 72]
+    assert dict(PartialState._shared_state) == before, "the simulation leaves this process as it was"
+    with pytest.raises(ModelError, match="no batch can be foreseen"):
+        train.foreseen_plan(config, tmp_path / "absent", 2**30, "bfloat16")

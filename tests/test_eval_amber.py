@@ -171,6 +171,18 @@ def test_a_killed_run_goes_on_without_loss(small, tmp_path, vlmdpo):
     assert not (out / "partial").exists()
 
 
+def test_a_run_killed_as_it_starts_is_known_again(small, tmp_path, vlmdpo):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.partial").write_text('{"data"')
+    run(vlmdpo, "--data", small, "--output-dir", out, "--limit", "2")
+    shutil.rmtree(out / "partial", ignore_errors=True)
+    (out / "partial").mkdir()
+    (out / "partial" / "0.jsonl").write_text('{"id": 3, "said": "Yes"}\n')
+    _, said = run(vlmdpo, "--data", small, "--output-dir", out, "--limit", "2", code=3)
+    assert "0.jsonl' is damaged" in said
+
+
 def test_bad_pictures_are_listed_and_the_run_goes_on(small, tmp_path, vlmdpo):
     (small / "image" / "SCENE_2.png").write_bytes(b"no picture")
     (small / "image" / "SCENE_3.png").unlink()

@@ -145,6 +145,8 @@ class EstimateMemoryConfig(_Base):
         _need(bool(sized), "image_size", self.image_size, "pixels, as in 490 or 640x480")
         if self.quantization == "nf4" and not self.lora:
             raise ConfigError("--quantization nf4 needs --lora: weights in 4 bits cannot be trained themselves")
+        if self.fast and self.image_splitting:
+            raise ConfigError("--fast knows no --image-splitting; leave out one of them")
         if self.fast and self.dataset:
             raise ConfigError("--fast reads no data; leave out --dataset, or --fast")
 

@@ -312,6 +312,8 @@ def _show_allocated(report: dict[str, Any]) -> None:
         strong.append(len(rows) - 1)
         rows.append(["CUDA context and workspaces", "about", *_in_both(CONTEXT_BYTES), "*"])
     host = ui.human_bytes(report["loading"]["host_bytes"])
+    if peak is None:
+        ui.say(f"--fast has no formula for the activations of {report['model']}; leave it out to simulate a step")
     note = f"* not validated: {', '.join(report['unvalidated'])}. Loading takes {host} of the host's memory first."
     heads = ["Component", "Calculation", "GB", "GiB", "Why"]
     ui.table("What vlmdpo allocates", heads, rows, strong=strong, note=note, text=(0, 1, 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import platform
 from importlib.metadata import version
@@ -90,12 +89,12 @@ def _interview(config: EvalAmberConfig, whole: qs.Benchmark, asked: qs.Benchmark
     """Ask the model all that is not answered yet; every process returns the whole report, and the first writes it."""
     whose = config.adapter.resolve().name if config.adapter else short_name(config.model)
     config = dataclasses.replace(config, output_dir=config.output_dir or Path("outputs") / "amber" / f"{whole.name}-{whose}")
-    missing = _missing(config, asked, folder)
     from vlmdpo.models.processes import join_run
 
     processes = join_run(config.device)
     if processes.index:
         ui.mute()
+    missing = _missing(config, asked, folder)
     config = dataclasses.replace(config, device=processes.device)
     if processes.index == 0:
         _check_free(config)
@@ -243,8 +242,7 @@ def _report(
 def _write(config: EvalAmberConfig, asked: qs.Benchmark, report: dict[str, Any], said: dict[str, dict[int, str]]) -> None:
     """scores.json, report.md and report.html, each under a temporary name first."""
     folder = _folder(config)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
+    kept.make(folder)
     if config.answers is not None:
         kept.write_json(folder / kept.RUN, {"answers": str(config.answers), "data_digest": asked.digest})
     kept.write_json(folder / SCORES, report)

@@ -9,6 +9,8 @@ import math
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -80,17 +82,13 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
     """
     import torch
 
-    from vlmdpo import estimate_memory
     from vlmdpo.models.load import pick_dtype
 
     if args.device.type != "cuda":
         ui.say(f"no GPU to plan for: starting with batch {args.per_device_train_batch_size}")
         return None
-    shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
-    settings = {name: getattr(config, name) for name in shared - {"json", "dtype", "dataset"}}
     total = torch.cuda.get_device_properties(args.device).total_memory
-    dtype = str(pick_dtype(config.dtype, args.device)).removeprefix("torch.")
-    found = estimate_memory.run(EstimateMemoryConfig(**settings, dtype=dtype, dataset=str(data), gpu=f"{total // 2**20}MiB"))
+    found = foreseen_plan(config, data, total, str(pick_dtype(config.dtype, args.device)).removeprefix("torch."))
     best = found["plan"]["per_device_train_batch_size"]
     if best is None:
         raise MemoryBudgetError(
@@ -101,6 +99,27 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
     args.gradient_accumulation_steps = found["plan"]["gradient_accumulation_steps"]
     ui.say(f"batch {best} × {args.gradient_accumulation_steps} accumulation steps is foreseen to fit")
     return int(found["plan"]["peak_bytes"])
+
+
+def foreseen_plan(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> dict[str, Any]:
+    """What `estimate-memory` says of this run on its own data. Raises ModelError where it cannot.
+
+    It runs in a process of its own: a simulation sets accelerate's state, of which a process has one, to the CPU.
+    """
+    shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
+    settings = {name: getattr(config, name) for name in shared - {"json"}}
+    settings |= {"dtype": dtype, "dataset": str(data.absolute()), "gpu": f"{capacity_bytes // 2**20}MiB"}
+    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    with tempfile.TemporaryDirectory() as name:
+        recipe = Path(name) / "estimate.yaml"
+        recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        command = [sys.executable, "-m", "vlmdpo", "estimate-memory", "--config", str(recipe), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**alone, "CUDA_VISIBLE_DEVICES": ""})
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ModelError(f"--auto-batch-size: no batch can be foreseen ({said}); leave it out, or see vlmdpo estimate-memory")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def _examined(config: TrainConfig) -> dict[str, Any]:

@@ -39,10 +39,11 @@ class Answers:
         self.said: dict[str, dict[int, str]] = {}
         check(folder, identity)
         try:
-            (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
-            self.read()
-            if process == 0:
+            make(folder)
+            if process == 0:  # first of all, so that a run killed at any moment is known again
                 write_json(folder / RUN, dict(identity))
+            (folder / PARTIAL).mkdir(exist_ok=True)
+            self.read()
             self._file = (folder / PARTIAL / f"{process}.jsonl").open("ab")
         except OSError as problem:
             raise _cannot_write(folder, problem) from problem
@@ -96,7 +97,7 @@ class Answers:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         for line in whole.decode("utf-8").split("\n")[:-1]:  # not splitlines: answers may hold other line breaks
-            for entry in _entries(path, f"[{line}]"):
+            for entry in _entries(path, f"[{line}]", ("who", "said")):
                 self.of(entry["who"])[entry["id"]] = entry["said"]
         if whole != content:
             with path.open("r+b") as file:
@@ -107,11 +108,11 @@ def check(folder: Path, identity: Mapping[str, Any] | None = None) -> None:
     """Raise DataError where a folder holds something else than answers, or those of a run with another `identity`."""
     if folder.is_file():
         raise DataError(f"--output-dir: '{folder}' is a file")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(path.name == _part_of(folder / RUN).name for path in folder.iterdir()):
         return
     try:
-        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+        found = dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as problem:
         raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder") from problem
     if identity is None:
         return
@@ -122,6 +123,14 @@ def check(folder: Path, identity: Mapping[str, Any] | None = None) -> None:
                 f"--output-dir: '{folder}' holds answers of another run ({name.replace('_', ' ')}: {there} there, {here} "
                 "here); give another folder, or --overwrite"
             )
+
+
+def make(folder: Path) -> None:
+    """The folder, where it is not there yet. Raises DataError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise _cannot_write(folder, problem) from problem
 
 
 def clear(folder: Path) -> None:
@@ -141,7 +150,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Likewise, plain text. Raises DataError where it cannot be written."""
-    part = path.with_name(f".{path.name}.partial")
+    part = _part_of(path)
     try:
         part.write_text(text, encoding="utf-8", errors="replace")
         part.rename(path)
@@ -149,10 +158,15 @@ def write_text(path: Path, text: str) -> None:
         raise _cannot_write(path.parent, problem) from problem
 
 
-def _entries(path: Path, text: str) -> list[dict[str, Any]]:
+def _part_of(path: Path) -> Path:
+    """The temporary name that a file is written under."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _entries(path: Path, text: str, texts: Sequence[str] = ("said",)) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = json.loads(text)
-        good = all(isinstance(entry["id"], int) and isinstance(entry["said"], str) for entry in entries)
+        good = all(isinstance(entry["id"], int) and all(isinstance(entry[t], str) for t in texts) for entry in entries)
     except (ValueError, KeyError, TypeError) as problem:
         raise DataError(f"'{path}' is damaged; remove it, or give --overwrite to ask anew") from problem
     if not good:
