@@ -293,7 +293,7 @@ def test_a_browser_shows_the_page(width, hostile_report, tmp_path):
     picture = tmp_path / "page.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1600"]
     page = (hostile_report / "report.html").as_uri()
-    options = {"capture_output": True, "text": True, "timeout": 120, "check": True}
+    options = {"capture_output": True, "text": True, "timeout": 300, "check": True}
     dom = subprocess.run([*command, "--dump-dom", page], **options).stdout
     assert "<title>AMBER: tiny on small</title>" in dom, "nothing ran that changes the title"
     assert dom.count('<div class="flip ') > 3
