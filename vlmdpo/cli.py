@@ -99,7 +99,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     if kind is bool or kind == bool | None:
         flags = (
             [flags[0]]
-            if field.name in ("json", "overwrite", "resume", "compare", "doctor")
+            if field.name in ("json", "overwrite", "resume", "compare", "doctor", "streaming")
             else [f"{flags[0]}/--no-{flags[0][2:]}"]
         )
         shown = meta["default_text"] or ("on" if default else "off")

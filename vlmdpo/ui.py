@@ -121,6 +121,41 @@ def columns(title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
     _out().print(grid)
 
 
+def tokens(name: str, pieces: Sequence[str], note: str, *, counted: bool) -> None:
+    """Decoded tokens on stdout with their special ones visible: those `counted` in the loss one by one, others as one text."""
+    if _quiet:
+        return
+    out = _out()
+    text = Text(f"  {name:<9}")
+    for number, piece in enumerate(pieces):
+        if counted and number:
+            text.append("│", style="dim")
+        text.append(repr(piece)[1:-1], style="green" if counted else "dim")
+    out.print(text, soft_wrap=True)
+    out.print(Text(f"{'':<11}{note}", style="italic"), soft_wrap=True)
+
+
+def draws_pictures() -> bool:
+    """Whether stdout is a terminal with the colours that a picture needs."""
+    return not _quiet and _out().color_system in ("truecolor", "256")
+
+
+def picture(image: Any, *, columns: int = 48) -> None:
+    """A PIL picture on stdout as coloured half blocks, two pixels to a character."""
+    width, height = image.size
+    columns = min(columns, width)
+    rows = max(1, round(height / width * columns / 2))
+    small = image.convert("RGB").resize((columns, 2 * rows))
+    text = Text()
+    for y in range(0, 2 * rows, 2):
+        text.append("  ")
+        for x in range(columns):
+            upper, lower = ("rgb({},{},{})".format(*small.getpixel((x, y + below))) for below in (0, 1))
+            text.append("▀", style=f"{upper} on {lower}")
+        text.append("\n")
+    _out().print(text, end="")
+
+
 class Bar:
     """A running progress bar; `advance` moves it and may change the text behind it."""
 
@@ -146,7 +181,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int, *, unit: str = "") -> Iterator[Bar]:
+def progress(what: str, total: int | None, *, unit: str = "") -> Iterator[Bar]:
     """A progress bar on stderr with count, time gone and left, with `unit` the speed; a plain line where it is no terminal."""
     live = Progress(
         TextColumn("  {task.description}"),

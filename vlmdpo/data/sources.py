@@ -1,89 +1,218 @@
-"""Where preference pairs come from: each known source as a stream of plain rows, checked into pairs.
+"""Where rows come from: files, saved datasets and the Hub, cut into units of work that any process can read alone.
 
-A source row is RLAIF-V's: image, question, chosen, rejected. Nothing here resizes, renders or stores.
+A source knows nothing of what its columns mean (see `schemas`). Where a format can be entered anywhere, a unit says
+only which rows; where it can only be streamed, the unit brings its rows along.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmdpo import ui
-from vlmdpo.data.images import BadImage, read
-from vlmdpo.errors import DataError, nearest
+from vlmdpo.errors import DataError
 
-DATASETS = {"scenes": "the embedded pairs", "rlaif-v": "openbmb/RLAIF-V-Dataset"}
-COLUMNS = ("image", "question", "chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """One checked pair: the picture's encoded bytes, the question, and the better and the worse answer."""
-
-    image: bytes
-    question: str
-    chosen: str
-    rejected: str
-
-
-class BadRow(Exception):
-    """Why a row cannot be used: `reason` is the counted name, the text says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+Record = dict[str, Any]
+UNIT_ROWS = 256  # rows of a unit of work, which is also what a killed run has to do again
+_UNIT_BYTES = 32_000_000  # of a streamed unit: it travels to another process
+_ROW_GROUP_ROWS = 2_000  # a larger Parquet row group is streamed: entering it costs reading it from its start
 
 
 @dataclass(frozen=True)
+class Unit:
+    """Rows `first` up to `last` (exclusive) of a source; `records` where they had to be streamed."""
+
+    number: int
+    first: int
+    last: int
+    records: list[Record] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """A readable source: its name, a fingerprint of its content, its row count, and how to stream rows from..to."""
+    """A readable source.
+
+    Attributes:
+        name: as the user knows it.
+        fingerprint: changes whenever the content does.
+        count: rows, or None where only reading tells.
+        root: where paths of pictures start.
+        columns: what is known of them without reading a row.
+    """
 
     name: str
     fingerprint: str
-    count: int
-    rows: Callable[[int, int], Iterator[dict[str, Any]]]
-    image_root: Path
+    count: int | None
+    root: Path
+    columns: tuple[str, ...] = ()
+
+    def units(self, first: int, last: int | None) -> Iterator[Unit]:
+        """Rows `first` to `last` in units, the same ones at every call."""
+        raise NotImplementedError
+
+    def rows(self, unit: Unit) -> Iterator[Record]:
+        """The rows of a unit."""
+        raise NotImplementedError
+
+    def first_row(self) -> Record:
+        """Any one row, to recognise the schema by. Raises DataError where there is none."""
+        for unit in self.units(0, 1):
+            for row in self.rows(unit):
+                return row
+        raise DataError(f"'{self.name}' holds no row")
 
 
-def check(row: dict[str, Any], image_root: Path) -> PreferencePair:
-    """The pair in a source row. Raises BadRow with the reason it cannot be used."""
-    texts = {}
-    for column in COLUMNS[1:]:
-        value = row.get(column)
-        if not isinstance(value, str) or not value.strip():
-            raise BadRow(f"empty_{column}", f"{column} is {value!r}")
-        texts[column] = value.strip()
-    if texts["chosen"] == texts["rejected"]:
-        raise BadRow("identical_answers", f"chosen and rejected are both {texts['chosen'][:60]!r}")
-    try:
-        return PreferencePair(read(row.get("image"), image_root), **texts)
-    except BadImage as problem:
-        raise BadRow(problem.reason, str(problem)) from problem
+@dataclass(frozen=True, kw_only=True)
+class Streamed(Source):
+    """A source that is read from its beginning: text files, archives, the Hub's streams.
 
-
-def open_source(dataset: str, split: str) -> Source:
-    """The source behind a Hub id, alias or local path. Raises DataError where it cannot be read or lacks a column.
-
-    The embedded pairs are a source too, but not this room's: see `vlmdpo.tiny.pairs.source`.
+    Attributes:
+        stream: opens it anew and yields its rows.
     """
-    path = Path(dataset).expanduser()
-    if path.exists():
-        return _local(path)
-    if path.suffix in (".parquet", ".jsonl", ".json") or dataset.startswith((".", "/", "~")):
-        raise DataError(f"no file or folder '{dataset}'")
-    return _hub(DATASETS.get(dataset, dataset), dataset, split)
+
+    stream: Callable[[], Iterable[Record]] = field(repr=False)
+
+    def units(self, first: int, last: int | None) -> Iterator[Unit]:
+        """Rows in order, cut where a unit has enough rows or bytes."""
+        return cut(self.stream(), first, last)
+
+    def rows(self, unit: Unit) -> Iterator[Record]:
+        """The rows that the unit brought along."""
+        assert unit.records is not None
+        return iter(unit.records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Only the parent streams; what opens the stream (a closure, a connection) stays there.
+        return {**self.__dict__, "stream": None}
 
 
-def bounds(source: Source, split: str, limit: int | None) -> tuple[int, int]:
-    """First and last row (exclusive) of `split`, which may hold a slice, cut to `limit` rows."""
+def cut(rows: Iterable[Record], first: int, last: int | None, number: int = 0, start: int = 0) -> Iterator[Unit]:
+    """Units of rows `first` to `last` of a stream whose first row is number `start`; unit numbers begin at `number`."""
+    held: list[Record] = []
+    size, begin = 0, max(first, start)
+    for at, row in enumerate(rows, start=start):
+        if last is not None and at >= last:
+            break
+        if at < first:
+            continue
+        held.append(row)
+        size += _payload(row)
+        if len(held) == UNIT_ROWS or size >= _UNIT_BYTES:
+            yield Unit(number, begin, at + 1, held)
+            number, begin, held, size = number + 1, at + 1, [], 0
+    if held:
+        yield Unit(number, begin, begin + len(held), held)
+
+
+def _payload(value: Any) -> int:
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_payload, value.values()))
+    return sum(map(_payload, value)) if isinstance(value, (list, tuple)) else 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowRows(Source):
+    """A `datasets.Dataset` on disk; pickling it sends file names, not rows."""
+
+    dataset: Any = field(repr=False)
+
+    def units(self, first: int, last: int | None) -> Iterator[Unit]:
+        """Equal slices."""
+        last = self.count if last is None else last
+        assert last is not None
+        for number, start in enumerate(range(first, last, UNIT_ROWS)):
+            yield Unit(number, start, min(last, start + UNIT_ROWS))
+
+    def rows(self, unit: Unit) -> Iterator[Record]:
+        """The slice, one row at a time."""
+        return as_stored(self.dataset.select(range(unit.first, unit.last)))
+
+
+def as_stored(dataset: Any) -> Iterator[Record]:
+    """Rows of a `datasets.Dataset` as they lie on disk: pictures as {"bytes", "path"}, nothing decoded or cast."""
+    for table in dataset.with_format("arrow").iter(batch_size=16):
+        yield from table.to_pylist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetRows(Source):
+    """Parquet files. Units are whole row groups; groups too large for that are streamed."""
+
+    files: tuple[tuple[Path, tuple[int, ...]], ...] = field(repr=False)  # each file with the rows of its row groups
+
+    def units(self, first: int, last: int | None) -> Iterator[Unit]:
+        """Row groups together until there are enough rows; a huge group cut as a stream is."""
+        last = self.count if last is None else last
+        assert last is not None
+        number, begin, at = 0, first, 0
+        for file, groups in self.files:
+            for group, rows in enumerate(groups):
+                if rows > _ROW_GROUP_ROWS and at < last and at + rows > first:
+                    if begin < at:
+                        yield Unit(number, begin, at)
+                        number += 1
+                    for unit in cut(_batches(file, [group]), first, last, number, at):
+                        yield unit
+                        number = unit.number + 1
+                    begin = at + rows
+                at += rows
+                if at - begin >= UNIT_ROWS and begin < last:
+                    yield Unit(number, begin, min(at, last))
+                    number, begin = number + 1, at
+        if begin < last:
+            yield Unit(number, begin, last)
+
+    def rows(self, unit: Unit) -> Iterator[Record]:
+        """The rows of the unit's row groups that are in it."""
+        if unit.records is not None:
+            yield from unit.records
+            return
+        at = 0
+        for file, groups in self.files:
+            for group, rows in enumerate(groups):
+                if at < unit.last and at + rows > unit.first:
+                    for row, record in enumerate(_batches(file, [group]), start=at):
+                        if unit.first <= row < unit.last:
+                            yield record
+                at += rows
+
+
+def _batches(file: Path, groups: list[int]) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as reader:  # else a whole group is in memory
+            for batch in reader.iter_batches(batch_size=16, row_groups=groups):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise DataError(f"'{file}' cannot be read: {str(problem).splitlines()[0]}") from problem
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Names, sizes and times of files: changes whenever one is written, and costs no reading."""
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def bounds(source: Source, split: str, limit: int | None) -> tuple[int, int | None]:
+    """First and last row (exclusive) of `split`, which may hold a slice, cut to `limit` rows; None is to the end.
+
+    Raises:
+        DataError: a slice that cannot be read, selects nothing, or is in per cent of an unknown number of rows.
+    """
     from datasets import ReadInstruction
 
-    name = split.split("[", 1)[0]
+    name, _, cut_at = split.partition("[")
+    if source.count is None and cut_at:
+        raise DataError(f"--split: '{split}' needs the number of rows, which streaming does not tell; give --limit instead")
+    if source.count is None:
+        return 0, limit
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: source.count})
     except (ValueError, AssertionError) as problem:
@@ -96,146 +225,3 @@ def bounds(source: Source, split: str, limit: int | None) -> tuple[int, int]:
     if last <= first:
         raise DataError(f"--split: '{split}' of {source.count} rows is empty")
     return first, last
-
-
-def _need_columns(found: list[str], where: str) -> None:
-    missing = [column for column in COLUMNS if column not in found]
-    if missing:
-        raise DataError(
-            f"{where}: missing column {', '.join(missing)}; found {', '.join(found) or 'none'}; wanted {', '.join(COLUMNS)}"
-        )
-
-
-def _local(path: Path) -> Source:
-    if path.is_dir() and (path / "state.json").exists():
-        return _saved(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl"))
-        if not files:
-            raise DataError(f"'{path}' holds no .parquet or .jsonl file and is no save_to_disk folder")
-    else:
-        files = [path]
-    kinds = {file.suffix for file in files}
-    root = path if path.is_dir() else path.parent
-    if kinds == {".parquet"}:
-        return _parquet(files, str(path), root)
-    if kinds == {".jsonl"}:
-        return _jsonl(files, str(path), root)
-    raise DataError(f"'{path}': give .parquet or .jsonl files, one kind at a time, not {', '.join(sorted(kinds)) or 'none'}")
-
-
-def _fingerprint(files: list[Path]) -> str:
-    """Names, sizes and times of files: changes whenever one is written, and costs no reading."""
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-
-
-def _saved(path: Path) -> Source:
-    from datasets import Dataset, Image, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as problem:
-        raise DataError(f"'{path}' cannot be read as a save_to_disk folder: {problem}") from problem
-    if not isinstance(dataset, Dataset):
-        raise DataError(f"'{path}' holds splits {', '.join(dataset)}; give the folder of one, as '{path}/train'")
-    _need_columns(dataset.column_names, f"'{path}'")
-    if isinstance(dataset.features["image"], Image):
-        dataset = dataset.cast_column("image", Image(decode=False))  # bytes as stored: decoding is data.images' work
-    return Source(str(path), _fingerprint(sorted(path.glob("*"))), len(dataset), _dataset_rows(dataset), path)
-
-
-def _dataset_rows(dataset: Any) -> Callable[[int, int], Iterator[dict[str, Any]]]:
-    def stream(first: int, last: int) -> Iterator[dict[str, Any]]:
-        return iter(dataset.select(range(first, last)))
-
-    return stream
-
-
-def _parquet(files: list[Path], name: str, root: Path) -> Source:
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    counts = []
-    for file in files:
-        try:
-            meta = pq.ParquetFile(file)
-        except (pyarrow.ArrowException, OSError) as problem:
-            raise DataError(f"'{file}' is no readable Parquet file: {str(problem).splitlines()[0]}") from problem
-        _need_columns(meta.schema_arrow.names, f"'{file}'")
-        counts.append(meta.metadata.num_rows)
-
-    def stream(first: int, last: int) -> Iterator[dict[str, Any]]:
-        start = 0
-        for file, count in zip(files, counts, strict=True):
-            if start < last and start + count > first:
-                row = start
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=list(COLUMNS)):
-                    for record in batch.to_pylist():
-                        if first <= row < last:
-                            yield record
-                        row += 1
-            start += count
-
-    return Source(name, _fingerprint(files), sum(counts), stream, root)
-
-
-def _jsonl(files: list[Path], name: str, root: Path) -> Source:
-    places = [(file, number) for file in files for number, line in enumerate(_lines(file), start=1) if line.strip()]
-    if places:
-        _need_columns(
-            list(_record(places[0][0], places[0][1], next(line for line in _lines(files[0]) if line.strip()))), f"'{name}'"
-        )
-
-    def stream(first: int, last: int) -> Iterator[dict[str, Any]]:
-        row = 0
-        for file in files:
-            for number, line in enumerate(_lines(file), start=1):
-                if line.strip():
-                    if first <= row < last:
-                        yield _record(file, number, line)
-                    row += 1
-
-    return Source(name, _fingerprint(files), len(places), stream, root)
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as handle:
-            yield from handle
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"'{file}' cannot be read as UTF-8 text: {problem}") from problem
-
-
-def _record(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as problem:
-        raise DataError(f"'{file}' line {number} is no valid JSON: {problem}") from problem
-    if not isinstance(record, dict):
-        raise DataError(f"'{file}' line {number} must be a JSON object with {', '.join(COLUMNS)}")
-    return record
-
-
-def _hub(repo: str, asked: str, split: str) -> Source:
-    from datasets import Image, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    name = split.split("[", 1)[0]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report every retry
-    ui.say(f"opening dataset {repo}")
-    try:
-        dataset = load_dataset(repo, split=name)
-    except (DatasetNotFoundError, HFValidationError, FileNotFoundError) as problem:
-        hint = nearest(asked, DATASETS)
-        raise DataError(f"no dataset '{repo}' here or on the Hub.{hint} Aliases: {', '.join(DATASETS)}") from problem
-    except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
-        hint = "" if asked in DATASETS else nearest(asked, DATASETS)
-        raise DataError(f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint}") from problem
-    except ValueError as problem:
-        raise DataError(f"dataset '{repo}': {str(problem).splitlines()[0]}") from problem
-    _need_columns(dataset.column_names, f"dataset '{repo}'")
-    if isinstance(dataset.features["image"], Image):
-        dataset = dataset.cast_column("image", Image(decode=False))
-    return Source(repo, dataset._fingerprint, len(dataset), _dataset_rows(dataset), Path("."))

@@ -1,25 +1,30 @@
 """The prepared dataset on disk: Arrow shards that `datasets.load_from_disk` reads, and a manifest beside them.
 
-Rows are {"images": [picture], "prompt": messages, "chosen": messages, "rejected": messages}: what TRL takes, with
-nothing rendered, so that the same data serves any model. A folder appears under its name only when it is whole.
+Rows hold what TRL takes, `images`, `prompt`, `chosen`, `rejected` (messages, nothing rendered), and beside it
+`source_row` and the tokens that the model's processor makes of them. While it is made it lies under a hidden name, unit
+by unit, so that a killed run goes on; it gets its own name only when it is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.data.sources import PreferencePair
+from vlmdpo import ui
+from vlmdpo.data.images import Picture
+from vlmdpo.data.pairs import PreferencePair, TokenCounts
 from vlmdpo.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the rows below; part of the key, so that older results are not reused
-_SHARD_ROWS = 2_000
+FORMAT = 2  # of the rows below; part of the key, so that older results are not reused
+COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
+_BATCH_ROWS = 16  # written at once: bounds memory
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -49,72 +54,115 @@ def usable_output(folder: Path, overwrite: bool) -> None:
             raise DataError(f"--output-dir: '{folder}' holds data prepared otherwise; add --overwrite or give another folder")
 
 
-def write(folder: Path, pairs: Iterator[PreferencePair], describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Write pairs as shards under a temporary name, then the manifest, then rename. Returns the manifest.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process prepares this folder. Waits for one that does, having said so; a killed one holds nothing."""
+    import filelock
 
-    Args:
-        folder: the final name; whatever is there is replaced in the last moment.
-        pairs: the checked pairs, in order, their pictures bounded.
-        describe: called at the end for the manifest's facts (counts are known only then).
-    """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        partial.mkdir(parents=True)
-        files, rows = _write_shards(partial, pairs)
-        if rows == 0:
-            raise DataError(f"no usable row is left: {describe()['dropped']}")
-        size = sum((partial / name).stat().st_size for name in files)
-        manifest = {**describe(), "rows_out": rows, "bytes": size}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            ui.say(f"waiting: another vlmdpo is preparing '{folder}'")
+            lock.acquire()
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+        lock.release()
 
 
 def features() -> Any:
-    """The columns of a prepared dataset; `images` decodes to a list of PIL pictures."""
+    """The columns of a prepared dataset; `images` decodes to a list of RGB pictures."""
     from datasets import Features, Image, List, Value
 
-    messages = List({"role": Value("string"), "content": Value("string")})
-    return Features({"images": List(Image(decode=True)), "prompt": messages, "chosen": messages, "rejected": messages})
+    part = {"type": Value("string"), "text": Value("string")}
+    messages = List({"role": Value("string"), "content": List(part)})
+    texts = {"prompt": messages, "chosen": messages, "rejected": messages}
+    counts = {name: Value("int32") for name in COUNTS}
+    return Features({"images": List(Image(mode="RGB")), **texts, "source_row": Value("int64"), **counts})
 
 
-def _row(pair: PreferencePair) -> dict[str, Any]:
+def row_of(pair: PreferencePair, pictures: Sequence[Picture], counts: TokenCounts, source_row: int) -> dict[str, Any]:
+    """A pair as a row of the dataset."""
     return {
-        "images": [{"bytes": pair.image, "path": None}],
-        "prompt": [{"role": "user", "content": pair.question}],
-        "chosen": [{"role": "assistant", "content": pair.chosen}],
-        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "images": [{"bytes": picture.data, "path": None} for picture in pictures],
+        "prompt": list(pair.prompt),
+        "chosen": [pair.chosen],
+        "rejected": [pair.rejected],
+        "source_row": source_row,
+        "prompt_tokens": counts.prompt,
+        "chosen_tokens": counts.chosen,
+        "rejected_tokens": counts.rejected,
+        "image_tokens": counts.images,
     }
 
 
-def _write_shards(folder: Path, pairs: Iterator[PreferencePair]) -> tuple[list[str], int]:
-    from datasets import DatasetInfo
-    from datasets.arrow_writer import ArrowWriter
+class ShardWriter:
+    """Writes rows to one Arrow file as they come; under its name only once it is closed without an error."""
 
-    files: list[str] = []
-    writer, rows = None, 0
-    for pair in pairs:
-        if rows % _SHARD_ROWS == 0:
-            if writer is not None:
-                writer.finalize()
-            files.append(f"data-{len(files):05d}.arrow")
-            writer = ArrowWriter(features=features(), path=str(folder / files[-1]))
-        assert writer is not None
-        writer.write(_row(pair))
-        rows += 1
-    if writer is not None:
-        writer.finalize()
-    # The two small files that make the folder a `save_to_disk` one.
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}")
+
+    def __enter__(self) -> ShardWriter:
+        import pyarrow
+
+        self._schema = features().arrow_schema
+        self._file = pyarrow.OSFile(str(self._partial), "wb")
+        self._stream = pyarrow.ipc.new_stream(self._file, self._schema)
+        self._held: list[dict[str, Any]] = []
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One row of `row_of`."""
+        self._held.append(row)
+        if len(self._held) == _BATCH_ROWS:
+            self._flush()
+
+    def add_table(self, table: Any) -> None:
+        """Rows of another shard, as they are."""
+        for batch in table.to_batches():
+            self._stream.write_batch(batch)
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        if self._held:
+            self._stream.write_batch(pyarrow.RecordBatch.from_pylist(self._held, schema=self._schema))
+        self._held = []
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            with contextlib.ExitStack() as closing:
+                closing.callback(self._file.close)
+                closing.callback(self._stream.close)
+        if kind is None:
+            self._partial.replace(self._path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def read_shard(path: Path) -> Any:
+    """A shard as a table that is mapped, not read: rows cost memory only when they are looked at."""
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+
+
+def finish_folder(folder: Path, files: Sequence[str], key: str) -> None:
+    """Write the two small files that make a folder of shards a `save_to_disk` one."""
+    from datasets import DatasetInfo
+
     DatasetInfo(features=features()).write_to_directory(str(folder))
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+        "_fingerprint": key,
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -122,14 +170,28 @@ def _write_shards(folder: Path, pairs: Iterator[PreferencePair]) -> tuple[list[s
         "_split": None,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    return files, rows
 
 
-def load(folder: Path) -> Any:
-    """The prepared `datasets.Dataset`. Raises DataError where the folder is damaged."""
+def part_folder(folder: Path, split: str = "train") -> Path:
+    """Where a split of a prepared folder is: the folder itself, or its own below it where a test set was split off."""
+    return folder / split if (folder / "dataset_dict.json").exists() else folder
+
+
+def load(folder: Path, split: str = "train") -> Any:
+    """A split of a prepared folder as `datasets.Dataset`. Raises DataError where the folder is damaged."""
     from datasets import load_from_disk
 
     try:
-        return load_from_disk(str(folder))
+        return load_from_disk(str(part_folder(folder, split)))
     except (OSError, ValueError, KeyError) as problem:
         raise DataError(f"'{folder}' is damaged ({problem}); run vlmdpo prepare again with --overwrite") from problem
+
+
+def replace(folder: Path, made: Path) -> None:
+    """Give the finished folder `made` its name; what was there before is removed after, not before."""
+    old = made.with_name("old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

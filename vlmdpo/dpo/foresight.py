@@ -16,13 +16,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from vlmdpo.config import TrainConfig
 from vlmdpo.data import store
+from vlmdpo.data.pairs import message
 from vlmdpo.dpo import checkpointing
 from vlmdpo.dpo.arguments import dpo_config, lora_config
 from vlmdpo.dpo.lengths import row_lengths
@@ -206,7 +207,7 @@ class _Foreseen(ReferenceCache):
 def longest_rows(processor: Any, folder: Path, count: int = 64) -> Dataset:
     """The longest rows of a prepared dataset, longest first. Raises DataError where there is none."""
     dataset = store.load(folder)
-    lengths = sorted(row_lengths(processor, dataset), key=lambda length: -length.longest)
+    lengths = sorted(row_lengths(processor, dataset, store.read_manifest(folder)), key=lambda length: -length.longest)
     return dataset.select([length.row for length in lengths[:count]])
 
 
@@ -218,10 +219,13 @@ def rows_of(processor: Any, workload: Workload, count: int) -> Dataset:
         per_word = len(tokenizer(" a" * 64, add_special_tokens=False)["input_ids"]) / 64
         return ("a " * max(1, round(tokens / per_word))).strip()
 
+    asked = message("user", words(workload.prompt))
+    asked["content"] = [{"type": "image", "text": None}] * workload.images + asked["content"]
     row = {
         "images": [Image.new("RGB", workload.image, "gray") for _ in range(workload.images)],
-        "prompt": [{"role": "user", "content": words(workload.prompt)}],
-        "chosen": [{"role": "assistant", "content": words(workload.chosen)}],
-        "rejected": [{"role": "assistant", "content": words(workload.rejected)}],
+        "prompt": [asked],
+        "chosen": [message("assistant", words(workload.chosen))],
+        "rejected": [message("assistant", words(workload.rejected))],
     }
-    return Dataset.from_list([row] * count, features=store.features())
+    kinds = {name: kind for name, kind in store.features().items() if name in row}
+    return Dataset.from_list([row] * count, features=Features(kinds))

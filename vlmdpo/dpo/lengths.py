@@ -1,66 +1,154 @@
 """How many tokens each row has, and what becomes of those that are longer than `--max-length`.
 
-Counts exactly what the collator would make, without the pictures' pixels where a picture of that size was seen before.
+Counts exactly what the collator would make, without the pictures' pixels wherever their size tells enough.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from datasets import Dataset, Image, List
+from datasets import Dataset
+from jinja2 import TemplateError
 from PIL import Image as PillowImage
 
 from vlmdpo import ui
+from vlmdpo.data.images import Picture
+from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, message, text_of
+from vlmdpo.data.sources import as_stored
+from vlmdpo.data.store import COUNTS
 from vlmdpo.dpo.batch import PairCollator
+from vlmdpo.models.digest import processor_digest
+from vlmdpo.models.families import image_tokens, reserved_tokens
+from vlmdpo.models.load import load_processor
+
+_SIZES_PROVED = 8  # picture sizes whose counted tokens are compared with the processor's before counting is trusted
 
 
 @dataclass(frozen=True)
-class RowLength:
-    """Tokens of one row: its prompt with its images, and both answers."""
+class RowLength(TokenCounts):
+    """Tokens of one row of a dataset."""
 
     row: int
-    prompt: int
-    chosen: int
-    rejected: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer of the two sequences that stock TRL would make of it."""
-        return self.prompt + max(self.chosen, self.rejected)
 
 
-def row_lengths(processor: Any, dataset: Dataset) -> list[RowLength]:
-    """Count the tokens of every row. A picture's tokens depend on its size alone, so each size is processed once."""
-    counter = _Counter(processor)
-    unread = dataset.cast_column("images", List(Image(decode=False)))
-    with ui.progress("count tokens", len(dataset)) as bar:
-        found = []
-        for row, example in enumerate(unread):
-            found.append(counter.count(row, example))
-            bar.advance()
-    return found
+class Counter:
+    """Counts a row's tokens as the collator would make them.
 
+    A picture's tokens depend on its size alone. Where the processor can tell them from the size it is asked, once it
+    has been right about the first few sizes; else the picture is processed, once for each size.
+    """
 
-class _Counter:
     def __init__(self, processor: Any) -> None:
         self.collator = PairCollator(processor)
-        self.tokenizer = processor.tokenizer
+        self.processor = processor
+        self.reserved = reserved_tokens(processor)
         self.extra: dict[tuple[tuple[int, int], ...], int] = {}  # by image sizes: tokens beyond the template's text
+        self._to_prove: int | None = _SIZES_PROVED  # None once the processor was wrong about one
 
-    def count(self, row: int, example: dict[str, Any]) -> RowLength:
-        images = [PillowImage.open(io.BytesIO(image["bytes"])) for image in example["images"] or []]
-        texts = self.collator.render({**example, "images": images})
+    def count(self, pair: PreferencePair, pictures: list[Picture]) -> TokenCounts:
+        """Tokens of a checked pair. Raises BadRow where template or processor refuse it, or its text holds their tokens."""
+        texts = [str(part["text"]) for turn in (*pair.prompt, pair.chosen, pair.rejected) for part in turn["content"]]
+        held = next((token for token in self.reserved for text in texts if token in text), None)
+        if held is not None:
+            raise BadRow("placeholder_miscount", f"a text holds {held!r}, which the model reads as a picture")
+        example = {"prompt": list(pair.prompt), "chosen": [pair.chosen], "rejected": [pair.rejected]}
+        try:
+            return self.count_row({**example, "images": [{"bytes": picture.data} for picture in pictures]})
+        except (TemplateError, ValueError) as problem:  # a template's raise_exception, a processor's refusal
+            kind = "chat_template_refuses" if isinstance(problem, TemplateError) else "processor_refuses"
+            raise BadRow(kind, str(problem).splitlines()[0]) from problem
+
+    def count_row(self, example: dict[str, Any]) -> TokenCounts:
+        """Tokens of a row of a prepared dataset, its pictures undecoded."""
+        pictures = [PillowImage.open(io.BytesIO(image["bytes"])) for image in example["images"] or []]
+        texts = self.collator.render({**example, "images": pictures})
         prompt = self._tokens(texts["prompt"])
-        sizes = tuple(image.size for image in images)
+        extra = self._extra(texts["prompt"], pictures, prompt) if pictures else 0
+        counted = (self._tokens(texts["chosen"]), self._tokens(texts["rejected"]))
+        return TokenCounts(prompt + extra, *counted, images=extra + len(pictures))
+
+    def _extra(self, text: str, pictures: list[Any], tokens: int) -> int:
+        sizes = tuple(picture.size for picture in pictures)
         if sizes not in self.extra:
-            whole = self.collator.prompts([texts["prompt"]], [images])
-            self.extra[sizes] = int(whole["attention_mask"].sum()) - prompt
-        return RowLength(row, prompt + self.extra[sizes], self._tokens(texts["chosen"]), self._tokens(texts["rejected"]))
+            told = image_tokens(self.processor, sizes) if self._to_prove is not None else None
+            if told is None or self._to_prove:
+                whole = self.collator.prompts([text], [[picture.convert("RGB") for picture in pictures]])
+                seen = int(whole["attention_mask"].sum()) - tokens
+                if told is not None and self._to_prove is not None:
+                    self._to_prove = self._to_prove - 1 if told == seen else None
+                told = seen
+            self.extra[sizes] = told
+        return self.extra[sizes]
 
     def _tokens(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def trim(self, pair: PreferencePair, pictures: list[Picture], limit: int) -> tuple[PreferencePair, TokenCounts]:
+        """The pair with both answers cut to `limit` tokens with the prompt: at a sentence's end, else a word's.
+
+        Raises:
+            BadRow: the prompt leaves no room, or both answers become the same.
+        """
+        counts = self.count(pair, pictures)
+        over = {side: getattr(counts, side) - (limit - counts.prompt) for side in ("chosen", "rejected")}
+        while max(over.values()) > 0:
+            cut = {side: self._cut(text_of(getattr(pair, side)), by) for side, by in over.items() if by > 0}
+            if not all(cut.values()):
+                raise BadRow("over_length", f"a prompt of {counts.prompt} tokens leaves no room for answers within {limit}")
+            answers = {side: message("assistant", text) for side, text in cut.items()}
+            pair = dataclasses.replace(
+                pair, chosen=answers.get("chosen", pair.chosen), rejected=answers.get("rejected", pair.rejected)
+            )
+            counts = self.count(pair, pictures)
+            over = {side: getattr(counts, side) - (limit - counts.prompt) for side in over}
+        if text_of(pair.chosen) == text_of(pair.rejected):
+            raise BadRow("identical_once_trimmed", f"within {limit} tokens both answers are {text_of(pair.chosen)[:60]!r}")
+        return pair, counts
+
+    def _cut(self, text: str, by: int) -> str:
+        """The text without its last `by` tokens or a little more."""
+        ends = [
+            end
+            for _, end in self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
+        ]
+        if by >= len(ends):
+            return ""
+        kept = text[: ends[len(ends) - by - 1]]
+        sentence = max(kept.rfind(stop) for stop in (". ", "! ", "? ", ".\n", "\n")) + 1
+        word = max(kept.rfind(" "), kept.rfind("\n"))
+        if sentence > len(kept) // 2:
+            return kept[:sentence].strip()
+        return kept[:word].strip() if word > 0 and text[len(kept) : len(kept) + 1].strip() else kept.strip()
+
+
+@functools.lru_cache(maxsize=1)
+def counter_of(model: str, revision: str | None, trust_remote_code: bool) -> Counter:
+    """The counter of a model by its name, for processes that cannot be handed a processor."""
+    return Counter(load_processor(model, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def row_lengths(processor: Any, dataset: Dataset, manifest: dict[str, Any] | None = None) -> list[RowLength]:
+    """The tokens of every row: as `prepare` counted them where it did so with this very processor, else counted now.
+
+    Args:
+        manifest: the prepared dataset's; without one the rows are counted.
+    """
+    if manifest and manifest.get("processor") == processor_digest(processor) and set(COUNTS) <= set(dataset.column_names):
+        columns = [dataset[name][:] for name in COUNTS]
+        return [RowLength(*counts) for counts in zip(*columns, range(len(dataset)), strict=True)]
+    counter = Counter(processor)
+    found = []
+    with ui.progress("count tokens", len(dataset)) as bar:
+        for row, example in enumerate(as_stored(dataset)):
+            found.append(RowLength(**asdict(counter.count_row(example)), row=row))
+            bar.advance()
+    return found
 
 
 def sift(lengths: list[RowLength], limit: int, over_length: str) -> tuple[list[int], list[dict[str, Any]]]:

@@ -53,7 +53,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     dataset = dataset.add_column("row", range(len(dataset)))
     all_rows = len(dataset)
     processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
-    dataset, over_length = _within(config, dataset, processor)
+    dataset, over_length = _within(config, dataset, processor, data)
     model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
     engine, reason = _engine(config, model)
     references = _references(config, args, data, model, processor, engine, all_rows)
@@ -73,7 +73,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     setup = Setup(trainer, processor, dataset, watch, reason, over_length)
     _self_check(setup)
     if config.group_by_length or (config.group_by_length is None and trainer.engine == "rows"):
-        trainer.lengths = [length.longest for length in row_lengths(processor, dataset)]
+        trainer.lengths = [length.longest for length in row_lengths(processor, dataset, store.read_manifest(data))]
     if config.feature_cache:
         _keep_features(setup, data)
     if config.auto_batch_size:
@@ -85,13 +85,13 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     return setup
 
 
-def _within(config: TrainConfig, dataset: Any, processor: Any) -> tuple[Any, list[dict[str, Any]]]:
+def _within(config: TrainConfig, dataset: Any, processor: Any, data: Path) -> tuple[Any, list[dict[str, Any]]]:
     """The rows within `--max-length`, or whose answers may be trimmed to it; and what was done with the others."""
     from vlmdpo.dpo.lengths import row_lengths, sift
 
     if config.max_length is None:
         return dataset, []
-    stay, records = sift(row_lengths(processor, dataset), config.max_length, config.over_length)
+    stay, records = sift(row_lengths(processor, dataset, store.read_manifest(data)), config.max_length, config.over_length)
     if not stay:
         shortest = min(record["prompt"] + max(record["chosen"], record["rejected"]) for record in records)
         raise DataError(

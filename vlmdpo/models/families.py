@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -153,6 +153,27 @@ def default_image_side(processor: Any) -> int | None:
     if limit is None:
         return None
     return max(1, limit // 2) if upper_bound else limit
+
+
+def image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None:
+    """Tokens that pictures of these sizes (width, height) add to a rendered prompt, without their pixels.
+
+    None where the processor cannot tell. It may be wrong where a tokenizer joins what lies between pictures, so callers
+    compare the first few with what the processor makes. Raises ValueError for a size that the processor refuses.
+    """
+    if type(processor).__name__ == "Idefics2Processor":
+        copies = 5 if processor.image_processor.do_image_splitting else 1
+        return len(sizes) * (copies * (processor.image_seq_len + 1) + 1) - len(sizes)
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        return None
+    told = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+    return int(sum(told["num_image_tokens"])) - len(sizes)
+
+
+def reserved_tokens(processor: Any) -> tuple[str, ...]:
+    """Texts that a processor or its tokenizer takes for a picture, so that none may stand in a question or answer."""
+    names = ("image_token", "boi_token", "fake_image_token", "video_token")
+    return tuple({str(token) for name in names if (token := getattr(processor, name, None))})
 
 
 def linear_layers(model: Any, scope: str) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo.data.images import encode
-from vlmdpo.data.sources import Source
+from vlmdpo.data.sources import Source, Streamed
 from vlmdpo.tiny import scenes
 
 FILE = "pairs.jsonl.gz"
@@ -41,7 +41,7 @@ def source() -> Source:
     rows = load()
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
-    def stream(first: int, last: int) -> Iterator[dict[str, Any]]:
-        return (as_row(row) for row in rows[first:last])
+    def stream() -> Iterator[dict[str, Any]]:
+        return map(as_row, rows)
 
-    return Source("scenes", digest, len(rows), stream, Path("."))
+    return Streamed(name="scenes", fingerprint=digest, count=len(rows), root=Path("."), stream=stream)

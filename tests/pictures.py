@@ -1,0 +1,30 @@
+"""Pictures that tests make: encoded bytes of any size, mode and format, and photo-like noise."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def encoded(size=(40, 30), mode="RGB", kind="PNG", color=None, **more):
+    buffer = io.BytesIO()
+    Image.new(mode, size, color if color is not None else (1 if mode == "P" else None)).save(buffer, format=kind, **more)
+    return buffer.getvalue()
+
+
+def noise(size, seed=0, kind="JPEG", **more):
+    """A picture with detail at every scale, so that a wrong filter or a damaged byte shows."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((size[1], size[0], 3), 128.0)
+    for cells in (3, 11, 47):
+        coarse = Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
+        pixels += (np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=float) - 128) / 2
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, format=kind, **more)
+    return buffer.getvalue()
+
+
+def opened(data):
+    picture = Image.open(io.BytesIO(data))
+    picture.load()
+    return picture

@@ -1,0 +1,76 @@
+"""Prepared data to the Hugging Face Hub, with a card. Nothing leaves this machine unless `--push-to-hub` asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmdpo import ui
+from vlmdpo.data import store
+from vlmdpo.errors import DataError
+
+
+def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bool) -> None:
+    """Upload every split of a prepared folder as Parquet, and a card that says what was done.
+
+    Args:
+        repo: "user/name".
+        private: whether a new repository is.
+
+    Raises:
+        DataError: no token, no right to write there, or no connection.
+    """
+    from huggingface_hub import DatasetCard
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        for split in manifest["splits"]:
+            ui.say(f"uploading {manifest['splits'][split]:,} rows to {repo}, split {split}")
+            store.load(folder, split).push_to_hub(repo, split=split, private=private)
+        made = DatasetCard.load(repo)  # with the features and splits that push_to_hub wrote
+        made.text = card(manifest, repo)
+        made.push_to_hub(repo)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError) as problem:
+        said = str(problem).strip().splitlines()[0]
+        raise DataError(f"--push-to-hub {repo}: {said}; the data stands in '{folder}'. Log in with: hf auth login") from problem
+    ui.say(f"uploaded: https://huggingface.co/datasets/{repo}")
+
+
+def card(manifest: Mapping[str, Any], repo: str) -> str:
+    """The card's text: source, checks, lengths, versions, how to load it."""
+    dropped = "".join(f"| {reason} | {count:,} |\n" for reason, count in manifest["dropped"].items())
+    changed = "".join(f"| {name} | {count:,} |\n" for name, count in manifest["changed"].items())
+    lengths = "".join(
+        f"| {name.removesuffix('_tokens')} | {one['min']} | {one['median']:g} | {one['p95']:.0f} | {one['max']} |\n"
+        for name, one in manifest["lengths"].items()
+    )
+    side = f"at most {manifest['max_image_side']} pixels a side" if manifest["max_image_side"] else "as they came"
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    return f"""
+# {repo.rpartition("/")[2]}
+
+{manifest["rows_out"]:,} preference pairs for Direct Preference Optimization of vision-language models,
+prepared by `vlmdpo prepare` from {manifest["rows_in"]:,} rows of `{manifest["dataset"]}` (format {manifest["schema"]}),
+images {side}.
+
+    from datasets import load_dataset
+    pairs = load_dataset("{repo}", split="train")  # images, prompt, chosen, rejected: what TRL's DPOTrainer takes
+
+## Rows dropped
+
+| reason | rows |
+|---|---:|
+{dropped or "| none | 0 |" + chr(10)}
+## Rows changed or noted
+
+| what | rows |
+|---|---:|
+{changed or "| none | 0 |" + chr(10)}
+## Tokens of a row, as `{manifest["model"]}` reads it
+
+| | least | median | 95% | most |
+|---|---:|---:|---:|---:|
+{lengths}
+Made with {versions}.
+"""

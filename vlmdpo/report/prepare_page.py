@@ -1,0 +1,111 @@
+"""What people look at after prepare: `report.html`, one file without network, and a histogram of lengths. Texts are escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+SAMPLES = 24  # pairs that are shown, evenly spaced
+_SIDE_PX = 320
+_PARTS = (("prompt_tokens", "prompt, images included"), ("chosen_tokens", "chosen"), ("rejected_tokens", "rejected"))
+
+
+def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
+    """A histogram of tokens a row: prompt, both answers, and the longer whole sequence, as PNG.
+
+    Args:
+        columns: arrays of `store.COUNTS`, one entry a row.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for name, label in _PARTS[1:]:
+        left.hist(columns[name], bins=40, histtype="step", linewidth=1.6, label=label)
+    left.set_title("Answers", loc="left")
+    left.legend(fontsize=8)
+    right.hist(columns["prompt_tokens"], bins=40, histtype="step", linewidth=1.6, label=_PARTS[0][1])
+    longer = columns["prompt_tokens"] + columns["chosen_tokens"].clip(min=columns["rejected_tokens"])
+    right.hist(longer, bins=40, histtype="step", linewidth=1.6, label="prompt and longer answer")
+    right.set_title("Sequences", loc="left")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("rows")
+    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})  # the same bytes from any version
+    pyplot.close(figure)
+
+
+def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path) -> str:
+    """The page as one HTML text; pictures are embedded, reduced.
+
+    Args:
+        manifest: what `prepare` found.
+        dataset: the prepared training rows.
+        lengths: the histogram of `draw_lengths`.
+    """
+    loader = PackageLoader("vlmdpo.report")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    count = len(dataset)
+    rows = sorted({i * count // min(SAMPLES, count) for i in range(min(SAMPLES, count))})
+    return jinja.get_template("prepare.html").render(
+        manifest=manifest,
+        lengths=_uri(lengths.read_bytes(), "png"),
+        sizes=_sizes(dataset),
+        samples=[{"number": row, **_sample(dataset[row])} for row in rows],
+    )
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    turns = [(turn["role"], " ".join(part["text"] or "[image]" for part in turn["content"])) for turn in row["prompt"]]
+    answers = {side: row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")}
+    kept = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
+    return {"pictures": [_thumbnail(picture) for picture in row["images"]], "turns": turns, **answers} | {
+        name: row[name] for name in kept
+    }
+
+
+def _thumbnail(picture: Any) -> str:
+    kind = "PNG" if max(picture.size) <= _SIDE_PX else "JPEG"
+    picture = picture.copy()
+    picture.thumbnail((_SIDE_PX, _SIDE_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return _uri(buffer.getvalue(), kind.lower())
+
+
+def _sizes(dataset: Any) -> list[dict[str, Any]]:
+    """How many pictures have which longer side, in eight steps, from the headers alone."""
+    from PIL import Image
+
+    from vlmdpo.data.sources import as_stored
+
+    rows = as_stored(dataset.select_columns(["images"]))
+    sides = [max(Image.open(io.BytesIO(image["bytes"])).size) for row in rows for image in row["images"]]
+    if not sides:
+        return []
+    low, high = min(sides), max(sides)
+    step = max(1, -(-(high - low + 1) // 8))
+    counts: dict[int, int] = {}
+    for side in sides:
+        counts[(side - low) // step] = counts.get((side - low) // step, 0) + 1
+    most = max(counts.values())
+    return [
+        {"label": _range(low + at * step, min(high, low + (at + 1) * step - 1)), "count": count, "share": 100 * count / most}
+        for at, count in sorted(counts.items())
+    ]
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low}-{high}"
