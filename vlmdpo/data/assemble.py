@@ -58,11 +58,12 @@ def plan(work: Path, units: int, order: Order, on_bad: str) -> Plan:
         record = json.loads(record_path(work, unit).read_text(encoding="utf-8"))
         made.tally.add(record)
         made.unit_rows.append(len(record["kept"]))
-        for at, (source_row, key, swapped, images) in enumerate(record["kept"]):
+        for at, (source_row, key, swapped, images, changes) in enumerate(record["kept"]):
             reason = _copy(seen, key, swapped)
             if reason is None:
                 seen[int(key, 16)] = source_row
                 rows.append((unit, at))
+                made.tally.change(changes)
                 pictures.append(tuple(images) if order.test_size else ())
                 continue
             why = f"as row {seen[int(key if reason == 'duplicate' else swapped, 16)]}"

@@ -62,11 +62,12 @@ class Tally:
     """What became of a unit's rows.
 
     Attributes:
-        kept: for every row of the shard: source row, its key, the key of its swapped copy, its pictures' keys.
+        kept: for every row of the shard: source row, its key, the key of its swapped copy, its pictures' keys, and the
+            names of what was put right in it.
     """
 
     rows_in: int = 0
-    kept: list[tuple[int, str, str, tuple[str, ...]]] = field(default_factory=list)
+    kept: list[tuple[int, str, str, tuple[str, ...], list[str]]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
@@ -78,16 +79,16 @@ class Tally:
         if len(kept) < EXAMPLES_KEPT:
             kept.append(f"row {row}: {why}")
 
-    def change(self, name: str) -> None:
-        """Count something that was put right."""
-        self.changed[name] = self.changed.get(name, 0) + 1
+    def change(self, names: Iterable[str]) -> None:
+        """Count what was put right in a row that stays."""
+        for name in names:
+            self.changed[name] = self.changed.get(name, 0) + 1
 
     def add(self, other: dict[str, Any]) -> None:
         """Take in another unit's counts and examples."""
         self.rows_in += other["rows_in"]
-        for mine, theirs in ((self.dropped, other["dropped"]), (self.changed, other["changed"])):
-            for name, count in theirs.items():
-                mine[name] = mine.get(name, 0) + count
+        for reason, count in other["dropped"].items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
         for reason, shown in other["examples"].items():
             kept = self.examples.setdefault(reason, [])
             kept += shown[: EXAMPLES_KEPT - len(kept)]
@@ -143,14 +144,13 @@ def _row(job: Job, measure: Measure, number: int, row: dict[str, Any], tally: Ta
     pair = check(job.schema.draft(row), job.source.root)
     pictures = [images.bound(data, job.max_image_side) for data in pair.images]
     counts = measure.count(pair, pictures)
+    changes = [*pair.notes, *dict.fromkeys(change for picture in pictures for change in picture.changes)]
     if job.max_length is not None and counts.longest > job.max_length:
         if job.over_length == "drop":
             raise BadRow("over_length", f"{counts.longest} tokens, {counts.images} of them images, over {job.max_length}")
         pair, counts = measure.trim(pair, pictures, job.max_length)
-        tally.change("answers_trimmed")
-    for name in (*pair.notes, *dict.fromkeys(change for picture in pictures for change in picture.changes)):
-        tally.change(name)
-    tally.kept.append((number, *pair.keys()))
+        changes.append("answers_trimmed")
+    tally.kept.append((number, *pair.keys(), changes))
     return store.row_of(pair, pictures, counts, number)
 
 

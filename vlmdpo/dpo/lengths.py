@@ -25,7 +25,7 @@ from vlmdpo.models.digest import processor_digest
 from vlmdpo.models.families import image_tokens, reserved_tokens
 from vlmdpo.models.load import load_processor
 
-_SIZES_PROVED = 8  # picture sizes whose counted tokens are compared with the processor's before counting is trusted
+_SIZES_PROVED = 4  # picture sizes whose counted tokens are compared with the processor's before counting is trusted
 
 
 @dataclass(frozen=True)

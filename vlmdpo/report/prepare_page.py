@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image as PillowImage
+
+from vlmdpo.data.sources import as_stored
 
 SAMPLES = 24  # pairs that are shown, evenly spaced
 _SIDE_PX = 320
@@ -59,7 +62,7 @@ def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path) -> str:
         manifest=manifest,
         lengths=_uri(lengths.read_bytes(), "png"),
         sizes=_sizes(dataset),
-        samples=[{"number": row, **_sample(dataset[row])} for row in rows],
+        samples=[{"number": row, **_sample(one)} for row, one in zip(rows, as_stored(dataset.select(rows)), strict=True)],
     )
 
 
@@ -76,23 +79,19 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _thumbnail(picture: Any) -> str:
+def _thumbnail(stored: Mapping[str, Any]) -> str:
+    picture = PillowImage.open(io.BytesIO(stored["bytes"]))
     kind = "PNG" if max(picture.size) <= _SIDE_PX else "JPEG"
-    picture = picture.copy()
-    picture.thumbnail((_SIDE_PX, _SIDE_PX))
+    picture.thumbnail((_SIDE_PX, _SIDE_PX))  # decodes a JPEG no larger than it needs
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    picture.convert("RGB").save(buffer, kind)
     return _uri(buffer.getvalue(), kind.lower())
 
 
 def _sizes(dataset: Any) -> list[dict[str, Any]]:
     """How many pictures have which longer side, in eight steps, from the headers alone."""
-    from PIL import Image
-
-    from vlmdpo.data.sources import as_stored
-
     rows = as_stored(dataset.select_columns(["images"]))
-    sides = [max(Image.open(io.BytesIO(image["bytes"])).size) for row in rows for image in row["images"]]
+    sides = [max(PillowImage.open(io.BytesIO(image["bytes"])).size) for row in rows for image in row["images"]]
     if not sides:
         return []
     low, high = min(sides), max(sides)
