@@ -8,7 +8,8 @@ from peft import LoraConfig
 from PIL import Image
 from trl import DPOConfig
 
-from vlmdpo.data.store import features
+from vlmdpo.data.pairs import message
+from vlmdpo.data.store import pair_features
 from vlmdpo.dpo.trainer import PairTrainer
 from vlmdpo.models.families import own_chat_template
 from vlmdpo.tiny import families
@@ -28,13 +29,13 @@ def pairs(count, *, images=(1,), seed=0, answer=14):
     rows = [
         {
             "images": [picture() for _ in range(images[i % len(images)])],
-            "prompt": [{"role": "user", "content": "q" + text(12)}],
-            "chosen": [{"role": "assistant", "content": "c" + text(answer)}],
-            "rejected": [{"role": "assistant", "content": "r" + text(answer)}],
+            "prompt": [message("user", "q" + text(12), images[i % len(images)])],
+            "chosen": [message("assistant", "c" + text(answer))],
+            "rejected": [message("assistant", "r" + text(answer))],
         }
         for i in range(count)
     ]
-    return Dataset.from_list(rows, features=features()).add_column("row", range(count))
+    return Dataset.from_list(rows, features=pair_features()).add_column("row", range(count))
 
 
 def trainer(family, engine, rows, folder, *, lora="all-linear", bf16=False, references=None, build=None, **settings):

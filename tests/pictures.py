@@ -1,6 +1,7 @@
-"""Pictures that tests make: encoded bytes of any size, mode and format, and photo-like noise."""
+"""What tests of data make: pictures as encoded bytes, photo-like noise, and what another process would receive."""
 
 import io
+import pickle
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,11 @@ def noise(size, seed=0, kind="JPEG", **more):
     buffer = io.BytesIO()
     Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, format=kind, **more)
     return buffer.getvalue()
+
+
+def sent(thing):
+    """A thing as another process has it, which it is sent to."""
+    return pickle.loads(pickle.dumps(thing))  # noqa: S301 - our own bytes
 
 
 def opened(data):

@@ -85,7 +85,7 @@ def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
     (folder / "x.png").write_bytes(encoded((30, 20)))
     answers = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
     (folder / "rows.json").write_text(json.dumps([{**row, **answers} for row in rows]))
-    code, out, err = vlmdpo("prepare", "--dataset", folder / "rows.json", "--output-dir", "out", "--json")
+    code, _, err = vlmdpo("prepare", "--dataset", folder / "rows.json", "--output-dir", "out", "--json")
     assert code == 0
     assert "format LLaMA-Factory sharegpt ranking (images, conversations, chosen, rejected)" in err
     processor = load_processor("tiny")
@@ -111,12 +111,9 @@ def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):
 def test_options_that_change_the_result_change_the_folder(tmp_path, vlmdpo):
     path = _rows(tmp_path / "d", [{"question": f"q{i}"} for i in range(8)])
     paths = set()
-    for more in ([], ["--limit", "3"], ["--split", "train[:50%]"], ["--max-image-side", "10"], ["--max-length", "999"]) + (
-        ["--shuffle"],
-        ["--shuffle", "--seed", "1"],
-        ["--map", "chosen=rejected,rejected=chosen"],
-    ):
-        code, out, _ = vlmdpo("prepare", "--dataset", path, "--json", *more)
+    changes = ["", "--limit 3", "--split train[:50%]", "--max-image-side 10", "--max-length 999", "--shuffle"]
+    for more in [*changes, "--shuffle --seed 1", "--map chosen=rejected,rejected=chosen"]:
+        code, out, _ = vlmdpo("prepare", "--dataset", path, "--json", *more.split())
         assert code == 0
         paths.add(json.loads(out)["path"])
     assert len(paths) == 8
@@ -195,7 +192,7 @@ def test_long_rows_are_dropped_or_trimmed_and_pictures_never(tmp_path, vlmdpo):
 
 def test_lengths_are_kept_shown_and_used(tmp_path, vlmdpo, monkeypatch):
     rows = [{"question": "Why? " * i, "chosen": "yes " * i, "rejected": "no"} for i in range(1, 9)]
-    code, out, _ = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out", "--json")
+    _, out, _ = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out", "--json")
     report = json.loads(out)
     dataset = load_from_disk("out")
     assert report["lengths"]["prompt_tokens"]["max"] == max(dataset["prompt_tokens"])

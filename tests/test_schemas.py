@@ -1,11 +1,10 @@
 """Formats of preference data: each recognised by its columns and turned into the same pair; bad rows by name."""
 
 import json
-import pickle
 
 import pytest
 
-from tests.pictures import encoded
+from tests.pictures import encoded, sent
 from vlmdpo.data import schemas
 from vlmdpo.data.pairs import BadRow, Draft, check, text_of
 from vlmdpo.errors import DataError
@@ -86,7 +85,7 @@ def test_every_format_is_recognised_and_gives_the_same_pair(name, tmp_path):
     schema = schemas.detect(row, row, "here")
     assert schema.name == name
     assert set(schema.columns) <= set(row)
-    pair = check(pickle.loads(pickle.dumps(schema)).draft(row), tmp_path)
+    pair = check(sent(schema).draft(row), tmp_path)
     assert pair.images == (PICTURE,)
     assert pair.prompt == ({"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},)
     assert (text_of(pair.chosen), text_of(pair.rejected)) == ("good", "bad")
@@ -140,7 +139,7 @@ def test_videos_are_refused(tmp_path):
 def test_a_mapping_reaches_into_rows(tmp_path):
     row = {"photo": PICTURE, "ask": "What?", "answers": [{"text": "good"}, {"text": "bad"}]}
     mapping = {"image": "photo", "question": "ask", "chosen": "answers.0.text", "rejected": "answers.-1.text"}
-    schema = pickle.loads(pickle.dumps(schemas.mapped(mapping, list(row), row, "here")))
+    schema = sent(schemas.mapped(mapping, list(row), row, "here"))
     pair = check(schema.draft(row), tmp_path)
     assert (pair.images, text_of(pair.chosen), text_of(pair.rejected)) == ((PICTURE,), "good", "bad")
     with pytest.raises(BadRow) as caught:

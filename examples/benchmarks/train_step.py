@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmdpo.config import TrainConfig
-from vlmdpo.data.store import features
+from vlmdpo.data.pairs import Message, message
+from vlmdpo.data.store import pair_features
 from vlmdpo.dpo import checkpointing
 from vlmdpo.dpo.arguments import dpo_config, lora_config
 from vlmdpo.dpo.reference import ReferenceCache
@@ -172,20 +173,20 @@ def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
     def letters(count: int) -> str:
         return "".join(rng.choice(list("abcdefgh"), size=count))
 
-    def answer() -> list[dict[str, str]]:
+    def answer() -> list[Message]:
         # The chat template closes an answer with two more tokens.
-        return [{"role": "assistant", "content": letters(int(rng.integers(shortest, longest + 1)) - 2)}]
+        return [message("assistant", letters(int(rng.integers(shortest, longest + 1)) - 2))]
 
     rows = [
         {
             "images": [Image.fromarray(rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8))],
-            "prompt": [{"role": "user", "content": letters(prompt_letters)}],
+            "prompt": [message("user", letters(prompt_letters), 1)],
             "chosen": answer(),
             "rejected": answer(),
         }
         for _ in range(shape.pairs)
     ]
-    return Dataset.from_list(rows, features=features())
+    return Dataset.from_list(rows, features=pair_features())
 
 
 def trainer_of(shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached: bool = False) -> PairTrainer:

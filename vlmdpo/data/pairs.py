@@ -89,9 +89,10 @@ def text_of(message: Message) -> str:
     return "\n".join(PLACEHOLDER if part["type"] == "image" else str(part["text"]) for part in message["content"])
 
 
-def message(role: str, text: str) -> Message:
-    """A message of one text."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+def message(role: str, text: str, pictures: int = 0) -> Message:
+    """A message of one text, behind the places of so many pictures."""
+    places = [{"type": "image", "text": None} for _ in range(pictures)]
+    return {"role": role, "content": [*places, {"type": "text", "text": text}]}
 
 
 def check(draft: Draft, root: Path) -> PreferencePair:
@@ -215,5 +216,5 @@ def _placed(prompt: list[Message], pictures: int) -> list[Message]:
     if places:
         raise BadRow("placeholder_miscount", f"{places} image placeholders in the prompt, {pictures} pictures in the row")
     first = next(number for number, turn in enumerate(prompt) if turn["role"] == "user")
-    front: list[Part] = [{"type": "image", "text": None} for _ in range(pictures)]
+    front = message("user", "", pictures)["content"][:-1]
     return [{**turn, "content": [*front, *turn["content"]]} if number == first else turn for number, turn in enumerate(prompt)]

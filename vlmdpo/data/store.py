@@ -75,15 +75,20 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def features() -> Any:
-    """The columns of a prepared dataset; `images` decodes to a list of RGB pictures."""
+def pair_features() -> Any:
+    """The columns that make a pair; `images` decodes to a list of RGB pictures."""
     from datasets import Features, Image, List, Value
 
     part = {"type": Value("string"), "text": Value("string")}
     messages = List({"role": Value("string"), "content": List(part)})
-    texts = {"prompt": messages, "chosen": messages, "rejected": messages}
-    counts = {name: Value("int32") for name in COUNTS}
-    return Features({"images": List(Image(mode="RGB")), **texts, "source_row": Value("int64"), **counts})
+    return Features({"images": List(Image(mode="RGB")), "prompt": messages, "chosen": messages, "rejected": messages})
+
+
+def features() -> Any:
+    """The columns of a prepared dataset: a pair, where it came from, and its tokens."""
+    from datasets import Features, Value
+
+    return Features({**pair_features(), "source_row": Value("int64"), **{name: Value("int32") for name in COUNTS}})
 
 
 def row_of(pair: PreferencePair, pictures: Sequence[Picture], counts: TokenCounts, source_row: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
@@ -219,13 +219,10 @@ def rows_of(processor: Any, workload: Workload, count: int) -> Dataset:
         per_word = len(tokenizer(" a" * 64, add_special_tokens=False)["input_ids"]) / 64
         return ("a " * max(1, round(tokens / per_word))).strip()
 
-    asked = message("user", words(workload.prompt))
-    asked["content"] = [{"type": "image", "text": None}] * workload.images + asked["content"]
     row = {
         "images": [Image.new("RGB", workload.image, "gray") for _ in range(workload.images)],
-        "prompt": [asked],
+        "prompt": [message("user", words(workload.prompt), workload.images)],
         "chosen": [message("assistant", words(workload.chosen))],
         "rejected": [message("assistant", words(workload.rejected))],
     }
-    kinds = {name: kind for name, kind in store.features().items() if name in row}
-    return Dataset.from_list([row] * count, features=Features(kinds))
+    return Dataset.from_list([row] * count, features=store.pair_features())

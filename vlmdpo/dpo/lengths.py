@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from vlmdpo.models.digest import processor_digest
 from vlmdpo.models.families import image_tokens, reserved_tokens
 from vlmdpo.models.load import load_processor
 
-_SIZES_PROVED = 4  # picture sizes whose counted tokens are compared with the processor's before counting is trusted
+_CONFIRMED = 4  # picture sizes that are processed before what a processor tells of a size is taken without
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,19 @@ class RowLength(TokenCounts):
 class Counter:
     """Counts a row's tokens as the collator would make them.
 
-    A picture's tokens depend on its size alone. Where the processor can tell them from the size it is asked, once it
-    has been right about the first few sizes; else the picture is processed, once for each size.
+    A picture's tokens depend on its size, and a little on what stands beside its place. Where the processor can tell them
+    from the size it is asked, once it has been right, up to a constant, about the first few; else the picture is
+    processed, once for each size.
     """
 
     def __init__(self, processor: Any) -> None:
         self.collator = PairCollator(processor)
         self.processor = processor
         self.reserved = reserved_tokens(processor)
-        self.extra: dict[tuple[tuple[int, int], ...], int] = {}  # by image sizes: tokens beyond the template's text
-        self._to_prove: int | None = _SIZES_PROVED  # None once the processor was wrong about one
+        self._places = re.compile("|".join(map(re.escape, self.reserved)) or "$^")
+        self._known: dict[tuple[tuple[tuple[int, int], ...], str], int] = {}  # by sizes and shape of the prompt
+        self._offsets: dict[str, tuple[int, int]] = {}  # by shape: what comes on top of what is told, and how often it did
+        self._trusted = True  # until the processor is wrong about a size
 
     def count(self, pair: PreferencePair, pictures: list[Picture]) -> TokenCounts:
         """Tokens of a checked pair. Raises BadRow where template or processor refuse it, or its text holds their tokens."""
@@ -72,17 +76,25 @@ class Counter:
         return TokenCounts(prompt + extra, *counted, images=extra + len(pictures))
 
     def _extra(self, text: str, pictures: list[Any], tokens: int) -> int:
-        sizes = tuple(picture.size for picture in pictures)
-        if sizes not in self.extra:
-            told = image_tokens(self.processor, sizes) if self._to_prove is not None else None
-            if told is None or self._to_prove:
+        """Tokens that pictures add to a rendered prompt of so many tokens."""
+        sizes, shape = tuple(picture.size for picture in pictures), self._shape(text)
+        if (sizes, shape) not in self._known:
+            told = image_tokens(self.processor, sizes) if self._trusted else None
+            offset, confirmed = self._offsets.get(shape, (0, 0))
+            if told is None or confirmed < _CONFIRMED:
                 whole = self.collator.prompts([text], [[picture.convert("RGB") for picture in pictures]])
                 seen = int(whole["attention_mask"].sum()) - tokens
-                if told is not None and self._to_prove is not None:
-                    self._to_prove = self._to_prove - 1 if told == seen else None
-                told = seen
-            self.extra[sizes] = told
-        return self.extra[sizes]
+                if told is not None and confirmed and told + offset != seen:
+                    self._trusted = False
+                self._offsets[shape] = (seen - (told or 0), confirmed + 1)
+                told, offset = seen, 0
+            self._known[sizes, shape] = told + offset
+        return self._known[sizes, shape]
+
+    def _shape(self, text: str) -> str:
+        """What stands behind each picture's place: processors join the marks of neighbours, and add a space before words."""
+        behind = self._places.split(text)[1:]
+        return "".join("|" if not piece else "_" if piece[0].isspace() else "<" if piece[0] == "<" else "x" for piece in behind)
 
     def _tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])

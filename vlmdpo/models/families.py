@@ -156,18 +156,16 @@ def default_image_side(processor: Any) -> int | None:
 
 
 def image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None:
-    """Tokens that pictures of these sizes (width, height) add to a rendered prompt, without their pixels.
+    """Tokens that pictures of these sizes (width, height) take, without their pixels, up to a constant a picture.
 
-    None where the processor cannot tell. It may be wrong where a tokenizer joins what lies between pictures, so callers
-    compare the first few with what the processor makes. Raises ValueError for a size that the processor refuses.
+    None where the processor cannot tell. Raises ValueError for a size that the processor refuses.
     """
     if type(processor).__name__ == "Idefics2Processor":
-        copies = 5 if processor.image_processor.do_image_splitting else 1
-        return len(sizes) * (copies * (processor.image_seq_len + 1) + 1) - len(sizes)
+        return 0  # the resampler makes as many of any picture
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         return None
     told = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
-    return int(sum(told["num_image_tokens"])) - len(sizes)
+    return int(sum(told["num_image_tokens"]))
 
 
 def reserved_tokens(processor: Any) -> tuple[str, ...]:
