@@ -170,6 +170,10 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
     report = estimate(vlmdpo, "--dataset", tmp_path / "few", "--lora")
     assert report["image"] == [72, 72]
     assert 1e7 < report["peak_bytes"] < 1e9
+    longest = prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))["lengths"]
+    fast = estimate(vlmdpo, "--model", "smolvlm-256m", "--lora", "--fast", "--dataset", tmp_path / "few")["settings"]
+    assert fast["prompt_tokens"] == longest["prompt_tokens"]["max"] - 18
+    assert fast["answer_tokens"] == max(longest[f"{side}_tokens"]["max"] for side in ("chosen", "rejected"))
 
 
 def test_sharding_and_four_bits_are_marked(vlmdpo):
@@ -200,7 +204,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--gpu", "voodoo-2"], 2, "is no GPU known here"),
         (["--image-size", "big"], 2, "as in 490 or 640x480"),
         (["--quantization", "nf4"], 2, "needs --lora"),
-        (["--fast", "--dataset", "x"], 2, "--fast reads no data"),
+        (["--fast", "--dataset", "x"], 3, "'x' is no folder that vlmdpo prepare wrote"),
         (["--fast", "--image-splitting"], 2, "--fast knows no --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),

@@ -170,7 +170,9 @@ class EstimateMemoryConfig(_Base):
     prompt_tokens: int = option(50, "Tokens of a question, its images apart")
     answer_tokens: int = option(250, "Tokens of each answer")
     dataset: str | None = option(
-        None, "A folder that `vlmdpo prepare` wrote: its longest rows are the batch", default_text="rows as long as said"
+        None,
+        "A folder that `vlmdpo prepare` wrote: its longest rows are the batch (with --fast: as long as its longest)",
+        default_text="rows as long as said",
     )
     gpu: str | None = option(
         None, "Does it fit: a GPU (rtx-4090, a100-80gb, h100 ...) or an amount such as 24GiB", default_text="no verdict"
@@ -196,8 +198,6 @@ class EstimateMemoryConfig(_Base):
             raise ConfigError("--quantization nf4 needs --lora: weights in 4 bits cannot be trained themselves")
         if self.fast and self.image_splitting:
             raise ConfigError("--fast knows no --image-splitting; leave out one of them")
-        if self.fast and self.dataset:
-            raise ConfigError("--fast reads no data; leave out --dataset, or --fast")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.config import EstimateMemoryConfig, TrainConfig, flag_name
-from vlmdpo.errors import ConfigError
+from vlmdpo.data import store
+from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.memory import fast
 from vlmdpo.memory.fit import BAND, Line, largest_batch, verdict
 from vlmdpo.memory.gpus import capacity_bytes
@@ -40,6 +41,7 @@ class _Counts:
 def run(config: EstimateMemoryConfig) -> dict[str, Any]:
     """The report. Raises ConfigError, DataError, ModelError."""
     capacity = capacity_bytes(config.gpu) if config.gpu else None
+    config = _as_long_as_prepared(config) if config.fast and config.dataset else config
     counts = _counts(config)
     trainable = counts.adapter if config.lora else counts.total
     lines = components(counts.total, trainable, config.dtype, lora=config.lora)
@@ -79,6 +81,18 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
         memory_plot.draw(report, config.plot)
         report["plot"] = str(config.plot)
     return report
+
+
+def _as_long_as_prepared(config: EstimateMemoryConfig) -> EstimateMemoryConfig:
+    """Question and answers as long as the longest of a prepared dataset, by its manifest. Raises DataError."""
+    manifest = store.read_manifest(Path(str(config.dataset)))
+    if manifest is None or "lengths" not in manifest:
+        raise DataError(f"--dataset: '{config.dataset}' is no folder that vlmdpo prepare wrote")
+    longest = {name: int(figures["max"]) for name, figures in manifest["lengths"].items()}
+    answers = max(longest["chosen_tokens"], longest["rejected_tokens"])
+    return dataclasses.replace(
+        config, prompt_tokens=longest["prompt_tokens"] - longest["image_tokens"], answer_tokens=max(1, answers)
+    )
 
 
 def _counts(config: EstimateMemoryConfig) -> _Counts:

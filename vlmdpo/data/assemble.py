@@ -171,10 +171,13 @@ def _write_split(work: Path, unit_rows: list[int], rows: list[tuple[int, int]], 
             continue
         with store.ShardWriter(path) as shard:
             opened: dict[int, Any] = {}
-            for number, at in picked:
-                if number not in opened:
-                    opened[number] = store.read_shard(shard_path(work, number))
-                shard.add_table(opened[number].slice(at, 1))
+            for start in range(0, len(picked), store.BATCH_ROWS):
+                rows_of_batch = []
+                for number, at in picked[start : start + store.BATCH_ROWS]:
+                    if number not in opened:
+                        opened[number] = store.read_shard(shard_path(work, number))
+                    rows_of_batch.append(opened[number].slice(at, 1))
+                shard.add_rows(rows_of_batch)
     return files
 
 

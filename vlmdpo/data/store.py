@@ -24,7 +24,7 @@ from vlmdpo.errors import DataError
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the rows below; part of the key, so that older results are not reused
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
-_BATCH_ROWS = 16  # written at once: bounds memory
+BATCH_ROWS = 16  # written at once: bounds memory
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -124,13 +124,14 @@ class ShardWriter:
     def add(self, row: dict[str, Any]) -> None:
         """One row of `row_of`."""
         self._held.append(row)
-        if len(self._held) == _BATCH_ROWS:
+        if len(self._held) == BATCH_ROWS:
             self._flush()
 
-    def add_table(self, table: Any) -> None:
-        """Rows of another shard, as they are."""
-        for batch in table.to_batches():
-            self._stream.write_batch(batch)
+    def add_rows(self, tables: list[Any]) -> None:
+        """Rows of other shards as they are, together as one batch."""
+        import pyarrow
+
+        self._stream.write_table(pyarrow.concat_tables(tables).combine_chunks())
 
     def _flush(self) -> None:
         import pyarrow

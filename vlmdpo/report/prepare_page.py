@@ -15,7 +15,6 @@ from vlmdpo.data.sources import as_stored
 
 SAMPLES = 24  # pairs that are shown, evenly spaced
 _SIDE_PX = 320
-_PARTS = (("prompt_tokens", "prompt, images included"), ("chosen_tokens", "chosen"), ("rejected_tokens", "rejected"))
 
 
 def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
@@ -25,21 +24,21 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
         columns: arrays of `store.COUNTS`, one entry a row.
     """
     import matplotlib
+    import numpy
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for name, label in _PARTS[1:]:
-        left.hist(columns[name], bins=40, histtype="step", linewidth=1.6, label=label)
-    left.set_title("Answers", loc="left")
-    left.legend(fontsize=8)
-    right.hist(columns["prompt_tokens"], bins=40, histtype="step", linewidth=1.6, label=_PARTS[0][1])
-    longer = columns["prompt_tokens"] + columns["chosen_tokens"].clip(min=columns["rejected_tokens"])
-    right.hist(longer, bins=40, histtype="step", linewidth=1.6, label="prompt and longer answer")
-    right.set_title("Sequences", loc="left")
-    right.legend(fontsize=8)
-    for axes in (left, right):
+    answers = {side: columns[f"{side}_tokens"] for side in ("chosen", "rejected")}
+    longer = columns["prompt_tokens"] + numpy.maximum(*answers.values())
+    sequences = {"prompt, images included": columns["prompt_tokens"], "prompt and longer answer": longer}
+    for axes, title, shown in ((left, "Answers", answers), (right, "Sequences", sequences)):
+        edges = numpy.histogram_bin_edges(numpy.concatenate(list(shown.values())), bins=40)
+        for label, tokens in shown.items():
+            axes.hist(tokens, bins=edges, histtype="step", linewidth=1.6, label=label)
+        axes.set_title(title, loc="left")
+        axes.legend(fontsize=8)
         axes.set_xlabel("tokens")
         axes.set_ylabel("rows")
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})  # the same bytes from any version
