@@ -38,7 +38,9 @@ def pairs(count, *, images=(1,), seed=0, answer=14):
     return Dataset.from_list(rows, features=pair_features()).add_column("row", range(count))
 
 
-def trainer(family, engine, rows, folder, *, lora="all-linear", bf16=False, references=None, build=None, **settings):
+def trainer(
+    family, engine, rows, folder, *, lora="all-linear", bf16=False, references=None, build=None, conditional=0, **settings
+):
     """A PairTrainer on a tiny model of `family`, its adapter moved off zero so that policy and reference differ."""
     model, processor = families.make(family, **(build or {}))
     processor.chat_template = processor.chat_template or own_chat_template(processor)
@@ -55,6 +57,7 @@ def trainer(family, engine, rows, folder, *, lora="all-linear", bf16=False, refe
         train_dataset=rows,
         peft_config=config,
         references=references,
+        conditional=conditional,
     )
     torch.manual_seed(1)
     for name, parameter in made.model.named_parameters():

@@ -94,7 +94,7 @@ def _root(
 def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """One option of the command line, as Typer wants to find it in a signature. Unset options arrive as None."""
     meta = field.metadata
-    flags = [meta["flag"] or cf.flag_name(field.name)]
+    flags = [meta["flag"] or cf.flag_name(field.name), *([meta["also"]] if meta["also"] else [])]
     default = field.default
     if kind is bool or kind == bool | None:
         flags = (

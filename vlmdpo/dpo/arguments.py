@@ -17,9 +17,9 @@ from vlmdpo.models.families import linear_layers
 
 # Fields that have the same name and meaning in TrainConfig and DPOConfig.
 _SHARED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("lr_scheduler_type", "warmup_steps", "beta", "max_length", "gradient_checkpointing", "optim", "logging_steps"),
-    *("save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "seed"),
+    *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "seed"),
 )
 
 
@@ -27,9 +27,12 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
     """TRL's arguments for a run. Raises ConfigError where TRL refuses them or `--set` names no field of theirs."""
     gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+    losses, weights, _ = config.losses()
     values |= {
+        "learning_rate": config.peak_learning_rate,
         "output_dir": str(output_dir),
-        "loss_type": [config.loss_type],
+        "loss_type": losses,
+        "loss_weights": weights,
         "bf16": gpu_has_bf16 if config.bf16 is None else config.bf16,
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,
@@ -89,5 +92,7 @@ def lora_config(config: TrainConfig, model: Any) -> LoraConfig | None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         bias="none",
     )

@@ -149,8 +149,8 @@ def _reversed_answer(batch: dict[str, Any]) -> dict[str, Any]:
 
 def checkup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
     """What must hold before a run: see each check's name. `examples` are a few rows of the dataset."""
-    batch = trainer.data_collator([dict(example) for example in examples])
-    first = trainer.data_collator([dict(examples[0])])
+    collate = trainer.plain_collator
+    batch, first = collate([dict(example) for example in examples]), collate([dict(examples[0])])
     return [
         _loss_at_start(trainer, batch),
         *([_image_matters(trainer, first)] if examples[0].get("images") else []),
@@ -214,7 +214,7 @@ def _trainable(model: Any) -> Check:
 
 def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -> Check:
     """Does the adapter just saved in `folder` say what the live one says? It is loaded beside it, then removed."""
-    batch = trainer.data_collator([dict(example)])
+    batch = trainer.plain_collator([dict(example)])
     live = token_logps(trainer, batch)
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.load_adapter(str(folder), "saved")

@@ -134,9 +134,19 @@ class SharedForward:
             self._copies = 1
 
     def _packed(
-        self, pairs: list[list[int]], *, pair_ids: Tensor, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
+        self,
+        pairs: list[list[int]],
+        *,
+        pair_ids: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        order: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """One pass over (1, T) slots; returns last hidden states (2B, 1 + C, H), as two stock rows would end."""
+        """One pass over (1, T) slots; returns last hidden states (2B, 1 + C, H), as two stock rows would end.
+
+        With `order` (R,) those of R rows, each one of the 2B.
+        """
         layout = self.layout_class(pairs, pair_ids.device)
         types = {name: layout.to_rows(kwargs.pop(name)) for name in TYPE_KEYS if kwargs.get(name) is not None}
         positions = families.positions(self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types})
@@ -149,7 +159,8 @@ class SharedForward:
                 position_ids=layout.from_rows(positions),
                 **kwargs,
             )
-        output.last_hidden_state = output.last_hidden_state[0][layout.hidden_slot]
+        slots = layout.hidden_slot if order is None else layout.hidden_slot[order]
+        output.last_hidden_state = output.last_hidden_state[0][slots]
         return output
 
 

@@ -54,7 +54,9 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     all_rows = len(dataset)
     processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
     dataset, over_length = _within(config, dataset, processor, data)
-    model = load_model(config.model, dtype=config.dtype, device=config.device, **origin)
+    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation, **origin}
+    model = load_model(config.model, quantization=config.quantization, **how)
+    _freeze(model, config)
     engine, reason = _engine(config, model)
     references = _references(config, args, data, model, processor, engine, all_rows)
     # With an adapter the reference is the same weights with the adapter off; with a cache, what they said at the start.
@@ -62,13 +64,14 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     trainer = make_trainer(
         engine=engine,
         model=model,
-        reference=load_model(config.model, dtype=config.dtype, device=config.device, **origin) if second else None,
+        reference=load_model(config.model, **how) if second else None,
         processor=processor,
         dataset=dataset,
         args=args,
         lora=lora_config(config, model),
         watch=watch,
         references=references,
+        conditional=all_rows if config.losses()[2] else 0,
     )
     setup = Setup(trainer, processor, dataset, watch, reason, over_length)
     _self_check(setup)
@@ -83,6 +86,17 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     if config.gradient_checkpointing:
         checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup
+
+
+def _freeze(model: Any, config: TrainConfig) -> None:
+    """Let the parts of `--freeze` not train. Raises ConfigError where nothing is left that does."""
+    from vlmdpo.models.families import parts
+
+    frozen = config.frozen()
+    for part, _, parameter in parts(model) if frozen else ():
+        parameter.requires_grad_(part not in frozen)
+    if not any(parameter.requires_grad for parameter in model.parameters()) and not config.lora:
+        raise ConfigError(f"--freeze {config.freeze} leaves nothing to train")
 
 
 def _within(config: TrainConfig, dataset: Any, processor: Any, data: Path) -> tuple[Any, list[dict[str, Any]]]:
@@ -139,8 +153,10 @@ def _references(config: TrainConfig, args: Any, data: Path, model: Any, processo
         "processor": digest.processor_digest(processor),
         "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [str(model.dtype), args.bf16, args.fp16, engine, args.max_length, args.ld_alpha],
+        "corrupted": args.seed if config.losses()[2] else None,
         "transformers": version("transformers"),
     }
+    rows *= 2 if config.losses()[2] else 1  # mDPO's corrupted copies are rows of their own
     cache = reference.ReferenceCache(data, reference.key_of(facts), rows)
     if cache.known:
         ui.say(f"reference log-probs: {cache.known:,} of {rows:,} rows found in {cache.path}")
@@ -213,7 +229,8 @@ def check(setup: Setup, config: TrainConfig) -> None:
         raise ModelError(f"the loss at step 0 is {found[0].seen}, not ln 2. Likely cause: {found[0].cause}")
     ui.say("checks: " + "; ".join(f"{finding.name} ({finding.seen})" for finding in found))
     cache = setup.trainer.references
-    if cache is not None and not config.lora and not cache.holds(setup.trainer.train_dataset["row"]):
+    rows = [row + copy for row in setup.trainer.train_dataset["row"] for copy in {0, setup.trainer.conditional}]
+    if cache is not None and not config.lora and not cache.holds(rows):
         setup.trainer.compute_references()
 
 

@@ -17,8 +17,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
+from vlmdpo.dpo import conditional
 from vlmdpo.dpo.autobatch import AutoBatch, hand_on
 from vlmdpo.dpo.batch import PairCollator, StockCollator, row_ids
+from vlmdpo.dpo.conditional import ConditionalCollator
 from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
 from vlmdpo.dpo.reference import ReferenceCache
@@ -35,6 +37,7 @@ class PairTrainer(DPOTrainer):
             encodes each image once, for models that cannot share; "stock" is TRL as it is.
         references: reference log-probs by row; needs the column `row` in the dataset. None: TRL's own way, every
             batch anew.
+        conditional: above 0 batches are mDPO's (see `conditional`), and the prepared dataset has so many rows.
         others: what `DPOTrainer` takes.
     """
 
@@ -45,12 +48,14 @@ class PairTrainer(DPOTrainer):
         processing_class: Any,
         args: DPOConfig,
         references: ReferenceCache | None = None,
+        conditional: int = 0,
         **others: Any,
     ) -> None:
         # TRL wants a collator at birth; `use_engine` gives it the engine's own.
         collator: Any = StockCollator(processing_class, max_length=args.max_length)
         super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
         self.references = references
+        self.conditional = conditional
         self.features: FeatureCache | None = None
         self.lengths: list[int] | None = None  # tokens of each row's longer sequence, where rows are grouped by it
         self.auto_batch: AutoBatch | None = None
@@ -67,7 +72,12 @@ class PairTrainer(DPOTrainer):
         self.engine, self._shared = engine, []
         processor, limit = self.processing_class, self.args.max_length
         collator: Any = PairCollator(processor, max_length=limit, share=engine == "shared")
-        self.data_collator = StockCollator(processor, max_length=limit) if engine == "stock" else collator
+        self.plain_collator = StockCollator(processor, max_length=limit) if engine == "stock" else collator
+        if self.conditional:
+            if engine != "shared":
+                raise ConfigError("--loss mdpo needs the shared engine, which this model or --engine cannot have")
+            collator = ConditionalCollator(processor, max_length=limit, rows=self.conditional, seed=self.args.seed)
+        self.data_collator = self.plain_collator if engine == "stock" else collator
         if engine == "stock":
             return
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
@@ -119,12 +129,8 @@ class PairTrainer(DPOTrainer):
 
     def _with_references(self, model: Any, inputs: dict[str, Any], rows: Any, return_outputs: bool) -> Any:
         """TRL's loss, with the rows' reference log-probs from the cache; those not in it yet are computed first."""
-        if self.references is not None:
-            known = self.references.get(rows)
-            if known is None:
-                assert self.ref_model is not None or isinstance(self.model, PeftModel), "the policy is no reference any more"
-                known = self.compute_ref_log_probs(self.ref_model or model, inputs)
-                self.references.put(rows, *known)
+        if self.references is not None or self.conditional:
+            known = self._reference(model, inputs, rows)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (logps.to(rows.device) for logps in known)
             self.precompute_ref_logps = True
         # Each time, because TRL turns checkpointing on again after every reference forward, and all that goes with it.
@@ -137,7 +143,39 @@ class PairTrainer(DPOTrainer):
             wanted = max(1, len(layers) - 1)
         for layer in layers[wanted:] if wanted is not None else ():
             layer.gradient_checkpointing = False
-        return super()._compute_loss(model, inputs, return_outputs)
+        if not self.conditional:
+            return super()._compute_loss(model, inputs, return_outputs)
+        said: list[Any] = []
+        listening = model.register_forward_hook(lambda module, given, output: said.append(output.log_probs.detach().sum(1)))
+        try:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            listening.remove()
+        self._log_conditional(said[0], (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]))
+        return loss
+
+    def _reference(self, model: Any, inputs: dict[str, Any], rows: Any) -> tuple[Any, Any]:
+        """The reference's log-probs of a batch, chosen and rejected, kept where there is a cache."""
+        known = self.references.get(rows) if self.references is not None else None
+        if known is None:
+            assert self.ref_model is not None or isinstance(self.model, PeftModel) or not self.state.global_step, (
+                "the policy is no reference any more"
+            )
+            known = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            known = conditional.by_answer(*known) if self.conditional else known
+            if self.references is not None:
+                self.references.put(rows, *known)
+        return conditional.by_term(*known) if self.conditional else known
+
+    def _log_conditional(self, policy: Any, reference: tuple[Any, Any]) -> None:
+        """Metrics of the rows' own answers in place of TRL's, which would mix the three terms."""
+        logged = self._metrics["train" if self.model.training else "eval"]
+        for name, values in conditional.metrics(policy, reference, self.beta).items():
+            mean = self.accelerator.gather(values).mean().item()
+            if name in logged and not name.startswith(("rewards/conditional", "rewards/anchored")):
+                logged[name][-1] = mean
+            else:
+                logged[name].append(mean)
 
     def compute_references(self) -> None:
         """Fill the cache over the whole dataset now, in batches larger than training's: nothing is kept for a backward.
@@ -158,8 +196,7 @@ class PairTrainer(DPOTrainer):
             for batch in loader:
                 inputs = dict(self._prepare_inputs(batch))
                 rows = inputs.pop("row")
-                if self.references.get(rows) is None:
-                    self.references.put(rows, *self.compute_ref_log_probs(model, inputs))
+                self._reference(model, inputs, rows)
                 bar.advance()
         self.save_references()
 
@@ -200,6 +237,7 @@ def make_trainer(
     lora: LoraConfig | None,
     watch: Watch | None = None,
     references: ReferenceCache | None = None,
+    conditional: int = 0,
 ) -> PairTrainer:
     """A `PairTrainer` with our progress instead of TRL's bars. Raises ConfigError for bad targets."""
     if "row" not in dataset.column_names:
@@ -213,6 +251,7 @@ def make_trainer(
         trainer = PairTrainer(
             engine=engine,
             references=references,
+            conditional=conditional,
             model=model,
             ref_model=reference,
             args=args,

@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_flash_attn_3_available
 
 from vlmdpo.errors import MissingDependencyError, ModelError, nearest
 from vlmdpo.models import registry
@@ -108,6 +116,38 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return picked
 
 
+def pick_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The attention behind `--attn-implementation`; "auto" is flash_attention_2 where it can run, else None: the model's own.
+
+    Raises MissingDependencyError where what was asked for is not there.
+    """
+    flash = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if attention == "auto":
+        runs = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
+        return "flash_attention_2" if runs else None
+    if attention in flash and not flash[attention]():
+        raise MissingDependencyError(
+            f"--attn-implementation {attention} needs the flash-attn package and a GPU that it supports; use sdpa, or install "
+            "it: pip install flash-attn --no-build-isolation"
+        )
+    return attention
+
+
+def _four_bits(quantization: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told to load weights in 4 bits. Raises ModelError, MissingDependencyError."""
+    if quantization == "none":
+        return {}
+    if device.type != "cuda":
+        raise ModelError(f"--quantization {quantization} needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
+    if not is_bitsandbytes_available():
+        raise MissingDependencyError(f"--quantization {quantization} needs bitsandbytes: pip install 'vlmdpo[qlora]'")
+    compute = pick_dtype("auto", device)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
 def load_model(
     model: str,
     *,
@@ -115,11 +155,17 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    attention: str = "auto",
+    quantization: str = "none",
     adapter: Path | None = None,
 ) -> Any:
     """The model on its device, in evaluation mode, with its adapter where one is given. Safetensors only.
 
-    Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError.
+    Args:
+        dtype, device, attention: see `pick_dtype`, `pick_device`, `pick_attention`.
+        quantization: "nf4" loads weights in 4 bits with double quantization, as QLoRA does, or "none".
+
+    Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError, MissingDependencyError.
     """
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
@@ -131,11 +177,14 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=pick_dtype(dtype, where),
+            attn_implementation=pick_attention(attention, where, pick_dtype(dtype, where)),
             use_safetensors=True,
+            **_four_bits(quantization, where),
         )
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
-    loaded.to(where)
+    if quantization == "none":
+        loaded.to(where)
     loaded.eval()
     return loaded if adapter is None else with_adapter(loaded, adapter)
 

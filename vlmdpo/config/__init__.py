@@ -1,0 +1,25 @@
+"""What each command can be told: one frozen dataclass a command, the only home of defaults and range checks.
+
+The command line is made from these fields (`cli.py`), and a YAML recipe has the same keys, so there is no
+second list of options to keep in step. Layers, weakest first: the default here, the model's own recipe
+(only the embedded model has one), the recipe file, the flags.
+"""
+
+from vlmdpo.config.ask import DIMENSIONS, DemoConfig, EvalAmberConfig, InferConfig
+from vlmdpo.config.estimate import EstimateMemoryConfig
+from vlmdpo.config.options import DTYPES, flag_name
+from vlmdpo.config.prepare import PrepareConfig
+from vlmdpo.config.train import LOSSES, TrainConfig
+
+__all__ = [
+    "DIMENSIONS",
+    "DTYPES",
+    "LOSSES",
+    "DemoConfig",
+    "EstimateMemoryConfig",
+    "EvalAmberConfig",
+    "InferConfig",
+    "PrepareConfig",
+    "TrainConfig",
+    "flag_name",
+]

@@ -1,0 +1,100 @@
+"""Options of the commands that ask a model: `vlmdpo infer`, `eval-amber`, and `demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmdpo.config.options import Weights, need, one_of, option
+from vlmdpo.errors import ConfigError
+
+DIMENSIONS = ("existence", "attribute", "state", "number", "action", "relation")  # AMBER's, of its yes/no questions
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig(Weights):
+    """`vlmdpo infer`: one answer, or a JSONL of questions in and a JSONL of answers out."""
+
+    adapter: Path | None = option(None, "Folder of a trained adapter", default_text="the base model alone")
+    image: Path | None = option(None, "Picture to ask about", default_text="a scene of the embedded set")
+    question: str | None = option(None, "Question to ask", default_text='"Describe this image."')
+    compare: bool = option(False, "Print the answers of base and tuned model side by side")
+    input: Path | None = option(None, "JSONL of questions: id, image, question on each line", default_text="none")
+    output: Path | None = option(None, "JSONL of answers to write; goes on where an earlier run stopped", default_text="none")
+    image_root: Path | None = option(
+        None, "Folder that image paths in --input start from", default_text="the folder of --input"
+    )
+    batch_size: int = option(8, "Questions per forward pass, in number")
+    max_new_tokens: int = option(128, "Longest answer, in tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
+        if self.compare and self.adapter is None:
+            raise ConfigError("--compare needs --adapter FOLDER: base and tuned would be the same model")
+        if (self.input is None) != (self.output is None):
+            raise ConfigError("--input and --output go together: questions in, answers out")
+        if self.input is not None and (self.image is not None or self.question is not None or self.compare):
+            raise ConfigError("--input asks many questions; leave out --image, --question and --compare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAmberConfig(Weights):
+    """`vlmdpo eval-amber`: both of AMBER's tasks, scored as AMBER scores them."""
+
+    adapter: Path | None = option(None, "Folder of a trained adapter, scored beside the base model", default_text="base only")
+    data: Path | None = option(None, "AMBER's own data folder (query/, annotations.json)", default_text="the embedded set")
+    images: Path | None = option(None, "Folder of AMBER's pictures", default_text="DATA/image, or the embedded set's")
+    answers: Path | None = option(
+        None, "Score this response file ([{id, response}]) and load no model", default_text="ask the model"
+    )
+    output_dir: Path | None = option(
+        None, "Folder for answers and scores", default_text="outputs/amber/<data>-<model>, or none with --answers"
+    )
+    base: bool = option(True, "With --adapter, score the base model too; --no-base skips it")
+    task: str = option("all", "discriminative (yes/no questions), generative (descriptions) or all")
+    dimension: tuple[str, ...] = option(
+        (), f"Ask only questions of this dimension ({', '.join(DIMENSIONS)}); may be repeated", default_text="all dimensions"
+    )
+    limit: int | None = option(None, "Ask only the first questions of each task, in number", default_text="all questions")
+    extractor: str = option(
+        "lexicon", "How nouns are found in descriptions: lexicon (no download) or official (as AMBER's scorer; nltk, spaCy)"
+    )
+    strict: bool = option(False, 'Take only exact "Yes" and "No", as AMBER\'s scorer does, and stop where a picture is bad')
+    engine: str = option(
+        "shared", "shared (picture and common prompt once for all questions), plain (batched generate) or vllm (an extra)"
+    )
+    verify: int = option(8, "Questions that are also asked the plain way first; the shared one is left where they differ")
+    batch_size: int = option(32, "Questions per forward pass, in number")
+    max_new_tokens: int = option(8, "Longest answer to a yes/no question, in tokens")
+    max_description_tokens: int = option(256, "Longest description, in tokens")
+    overwrite: bool = option(False, "Remove another run's answers from the output folder, and ask anew")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
+        need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
+        need(self.max_description_tokens >= 1, "max_description_tokens", self.max_description_tokens, "1 token or more")
+        need(self.verify >= 0, "verify", self.verify, "0 or more")
+        one_of(self.task, ("all", "discriminative", "generative"), "task")
+        one_of(self.extractor, ("lexicon", "official"), "extractor")
+        one_of(self.engine, ("shared", "plain", "vllm"), "engine")
+        for name in self.dimension:
+            one_of(name, DIMENSIONS, "dimension")
+        if self.dimension and self.task == "generative":
+            raise ConfigError("--dimension picks yes/no questions, and --task generative asks none")
+        if self.answers is not None and self.adapter is not None:
+            raise ConfigError("--answers scores a file and --adapter asks a model; give one of them")
+        if not self.base and self.adapter is None:
+            raise ConfigError("--no-base leaves nothing to score without --adapter FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """`vlmdpo demo`: all five commands in one run on the embedded model, offline."""
+
+    output_dir: Path = option(Path("outputs/demo"), "Folder for everything the demo writes; an earlier demo there is replaced")
+    seed: int = option(42, "Seed of adapter weights and data order")
+    json: bool = option(False, "Print one JSON object to stdout and nothing else there")
