@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from vlmdpo import prepare, ui
-from vlmdpo.config import EstimateMemoryConfig, PrepareConfig, TrainConfig
+from vlmdpo.config import RATES, SANE_RATES, EstimateMemoryConfig, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError, VlmDpoError
@@ -46,6 +46,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if config.doctor:
         return _examined(config)
     config = dataclasses.replace(config, output_dir=output_dir)
+    _check_rate(config)
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
@@ -73,6 +74,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
         again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
     return _finish(setup, outcome.metrics, output_dir, config)
+
+
+def _check_rate(config: TrainConfig) -> None:
+    """Warn of a learning rate that suits another way of training; the embedded model is too small for such rules."""
+    way, rate = "LoRA" if config.lora else "full", config.peak_learning_rate
+    low, high = SANE_RATES[way]
+    if config.model != "tiny" and not low <= rate <= high:
+        what = "an adapter" if config.lora else "a whole model"
+        ui.warn(f"--learning-rate {rate:g}: {what} usually learns between {low:g} and {high:g}; {RATES[way]:g} is the default")
 
 
 def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
@@ -201,11 +211,12 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     way = {"shared": "shared prefix", "rows": "stock rows, images once", "stock": "stock TRL"}[trainer.engine]
+    attention = trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation
     precision = "bfloat16 autocast" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
     ui.say(
         f"{pairs:,} pairs, {batch} a step; {what}: {trainable:,} of {total:,} parameters train; "
-        f"{trainer.args.device}, {precision}, {way}"
+        f"{trainer.args.device}, {precision}, {attention} attention, {way}"
     )
 
 

@@ -9,12 +9,14 @@ from vlmdpo.config.ask import DIMENSIONS, DemoConfig, EvalAmberConfig, InferConf
 from vlmdpo.config.estimate import EstimateMemoryConfig
 from vlmdpo.config.options import DTYPES, flag_name
 from vlmdpo.config.prepare import PrepareConfig
-from vlmdpo.config.train import LOSSES, TrainConfig
+from vlmdpo.config.train import LOSSES, RATES, SANE_RATES, TrainConfig
 
 __all__ = [
     "DIMENSIONS",
     "DTYPES",
     "LOSSES",
+    "RATES",
+    "SANE_RATES",
     "DemoConfig",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
