@@ -13,7 +13,7 @@ from vlmdpo.models.generate import answer
 from vlmdpo.tiny import families
 
 QUESTIONS = ["Is there a cat?", "Is the cat black in this image?", "Is there direct contact between the cat and the mat?", "a"]
-UNSHARED = {"paligemma": "read in both directions", "qwen3_5": "linear_attention"}
+UNSHARED = {"paligemma": "read in both directions", "paligemma2": "read in both directions", "qwen3_5": "linear_attention"}
 
 
 def picture(seed, size=(40, 28)):
@@ -23,7 +23,7 @@ def picture(seed, size=(40, 28)):
 def made(family, lora=None):
     model, processor = families.make(family, seed=3)
     processor.chat_template = processor.chat_template or own_chat_template(processor)
-    if family == "paligemma":  # tied to random embeddings, its head would say the last token again and again
+    if family.startswith("paligemma"):  # tied to random embeddings, its head would say the last token again and again
         head = model.get_output_embeddings()
         torch.manual_seed(4)
         head.weight = torch.nn.Parameter(torch.randn_like(head.weight))

@@ -74,6 +74,10 @@ class _Qwen3VLImages(_ImagesOnly, tf.Qwen3VLProcessor):
     pass
 
 
+class _InternVLImages(_ImagesOnly, tf.InternVLProcessor):
+    pass
+
+
 def _ids(tok: Any, *names: str) -> list[int]:
     found: list[int] = tok.convert_tokens_to_ids(list(names))
     return found
@@ -172,6 +176,39 @@ def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int, *,
     return config, tf.PaliGemmaProcessor(images, tok)
 
 
+def _paligemma2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any) -> tuple[Any, Any]:
+    """PaliGemma on Gemma 2: every other layer looks through a sliding window, and logits are capped."""
+    layers = {"sliding_window": 24, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    return _paligemma({"model_type": "gemma2", **layers, **text}, vision, image_size, **more)
+
+
+def _internvl(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1) -> tuple[Any, Any]:
+    names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    tok = tokenizer(*names, image="<IMG_CONTEXT>")
+    tok.start_image_token, tok.end_image_token, tok.context_image_token, tok.video_token = names
+    start, end, context, video = _ids(tok, *names)
+    tok.start_image_token_id, tok.end_image_token_id, tok.context_image_token_id, tok.video_token_id = (
+        start,
+        end,
+        context,
+        video,
+    )
+    patch = vision.get("patch_size", 8)
+    tokens = (image_size // patch // 2) ** 2
+    config = tf.InternVLConfig(
+        image_token_id=context,
+        image_seq_length=tokens,
+        tie_word_embeddings=False,
+        text_config={**_text(tok, model_type="qwen2"), **text},
+        vision_config={**_VISION, "patch_size": [patch, patch], "image_size": [image_size, image_size], **vision},
+    )
+    images = tf.GotOcr2ImageProcessorPil(
+        size={"height": image_size, "width": image_size}, crop_to_patches=tiles > 1, min_patches=1, max_patches=tiles
+    )
+    template = _TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
+    return config, _InternVLImages(images, tok, image_seq_length=tokens, chat_template=template)
+
+
 def _gemma3(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, mm_tokens_per_image: int | None = None
 ) -> tuple[Any, Any]:
@@ -260,7 +297,9 @@ FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_next": lambda *a, **k: _llava(*a, following=True, **k),
     "paligemma": _paligemma,
+    "paligemma2": _paligemma2,
     "gemma3": _gemma3,
+    "internvl": _internvl,
     "qwen2_vl": lambda *a, **k: _qwen(*a, version="2", **k),
     "qwen2_5_vl": lambda *a, **k: _qwen(*a, version="2.5", **k),
     "qwen3_vl": lambda *a, **k: _qwen(*a, version="3", **k),
