@@ -47,7 +47,11 @@ def test_every_field_is_an_option_with_its_default(command, vlmdpo, monkeypatch)
     fields = dataclasses.fields(cli.COMMANDS[command][0])
     assert fields
     for field in fields:
-        lines = [line for line in out.splitlines() if line.strip().startswith(config.flag_name(field.name) + " ")]
+        lines = [
+            line
+            for line in out.splitlines()
+            if line.strip().startswith((f"{config.flag_name(field.name)} ", f"{config.flag_name(field.name)},"))
+        ]
         assert len(lines) == 1, field.name
         text = out[out.index(lines[0]) :].split("\n  --")[0]
         assert "[default: " in " ".join(text.split()) + " ", field.name
@@ -68,7 +72,7 @@ def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch)
     (tiny, hint), (full, no_hint) = seen
     assert (tiny.beta, tiny.learning_rate, tiny.lora_r, tiny.set) == (0.3, 5e-4, 8, ("max_grad_norm=0.5",))
     assert tiny.per_device_train_batch_size == 16  # the embedded model's own recipe
-    assert (full.per_device_train_batch_size, full.gradient_accumulation_steps, full.learning_rate) == (2, 32, 5e-5)
+    assert (full.per_device_train_batch_size, full.gradient_accumulation_steps, full.peak_learning_rate) == (2, 32, 5e-5)
     assert "vlmdpo train --model idefics2-8b" in hint
     assert no_hint == ""
 

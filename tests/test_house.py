@@ -8,7 +8,7 @@ import vlmdpo
 ROOT = Path(vlmdpo.__file__).parent
 # Each room may import only from rooms above it; commands share the last but two.
 ORDER = ("errors", "config", "recipes", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report")
-COMMANDS = ("prepare", "estimate_memory", "train", "infer", "eval_amber", "demo")
+COMMANDS = ("prepare", "estimate_memory", "train", "infer", "eval_amber", "export", "demo")
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
     *(
@@ -24,7 +24,7 @@ MAY_BE_HEAVY = {
         "memory/living",
     ),
     *("memory/architecture", "memory/shadow", "dpo/autobatch", "dpo/foresight"),
-    *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/doctor", "dpo/features"),
+    *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/conditional", "dpo/doctor", "dpo/features"),
     *("dpo/forward", "dpo/lengths", "dpo/reference", "dpo/trainer", "dpo/watch"),
 }
 

@@ -57,6 +57,12 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
         "Score hallucination on AMBER, base beside tuned.",
         "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images AMBER/image",
     ),
+    "export": (
+        cf.ExportConfig,
+        "vlmdpo.export",
+        "Merge an adapter into its base, or upload it.",
+        "",
+    ),
     "demo": (
         cf.DemoConfig,
         "vlmdpo.demo",
@@ -99,7 +105,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     if kind is bool or kind == bool | None:
         flags = (
             [flags[0]]
-            if field.name in ("json", "overwrite", "resume", "compare", "doctor", "streaming")
+            if field.name in ("json", "overwrite", "resume", "compare", "doctor", "streaming", "merge", "dry_run")
             else [f"{flags[0]}/--no-{flags[0][2:]}"]
         )
         shown = meta["default_text"] or ("on" if default else "off")

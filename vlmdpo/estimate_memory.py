@@ -100,10 +100,12 @@ def _counts(config: EstimateMemoryConfig) -> _Counts:
     known = registry.known(config.model)
     simple = config.lora_scope == "all" and config.quantization == "none"
     if known is not None and (simple or config.fast):
-        if not simple:
-            raise ConfigError("--fast counts adapters on all layers and no quantization; leave out --fast")
+        if config.lora_scope != "all":
+            raise ConfigError("--fast counts adapters on all layers; leave out --fast")
         adapter = known.lora_per_rank * config.lora_r if config.lora else 0
-        return _Counts(known.alias, known.hub_id, known.parameters, dict(known.by_part), adapter)
+        # All but embeddings and head, which stay as they are: norms and the like are too small to count apart.
+        nf4 = known.parameters - known.by_part["embed/head"] if config.quantization == "nf4" else 0
+        return _Counts(known.alias, known.hub_id, known.parameters, dict(known.by_part), adapter, nf4)
     if config.fast:
         registry.entry(config.model)  # says which models are known
     from vlmdpo.memory import architecture as arch

@@ -20,7 +20,7 @@ from vlmdpo.amber.verdict import verdict
 from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
-from vlmdpo.report import amber_page
+from vlmdpo.report import amber_page, model_card
 from vlmdpo.report.amber_page import span
 
 SCORES, PAGE, MARKDOWN = "scores.json", "report.html", "report.md"
@@ -112,6 +112,7 @@ def _interview(config: EvalAmberConfig, whole: qs.Benchmark, asked: qs.Benchmark
     if processes.index == 0:
         answers.join(sorted({n for by_id in responses.values() for n in by_id}), responses)
         _write(config, asked, report, answers.said)
+        _tell_adapter(config, report)
     processes.wait()
     processes.end()
     return report
@@ -201,7 +202,8 @@ def _loaded(config: EvalAmberConfig, whole: qs.Benchmark) -> tuple[Any, Any, dic
     identity["adapter_digest"] = digest.file_digest(trained)[:16] if trained else None
     if config.engine == "vllm":
         return None, processor, {**identity, "dtype": config.dtype}
-    model = load.load_model(config.model, dtype=config.dtype, device=config.device, **origin)
+    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation}
+    model = load.load_model(config.model, **how, **origin)
     identity |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": digest.weights_digest(model)[:16]}
     return model if config.adapter is None else load.with_adapter(model, config.adapter), processor, identity
 
@@ -248,6 +250,16 @@ def _write(config: EvalAmberConfig, asked: qs.Benchmark, report: dict[str, Any],
     kept.write_json(folder / SCORES, report)
     kept.write_text(folder / MARKDOWN, amber_page.markdown(report))
     kept.write_text(folder / PAGE, amber_page.page(report, asked, said))
+
+
+def _tell_adapter(config: EvalAmberConfig, report: dict[str, Any]) -> None:
+    """Put the scores on the card of the adapter that they are of; a folder that cannot be written is only warned of."""
+    if config.adapter is None or config.limit is not None:
+        return  # a part of the questions says too little for a card
+    try:
+        model_card.keep_amber(config.adapter, report)
+    except OSError as problem:
+        ui.warn(f"the scores are not on the adapter's card: cannot write '{config.adapter}': {problem.strerror}")
 
 
 def show(report: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def _load(config: InferConfig) -> tuple[Any, Any]:
     from vlmdpo.models import load
 
     origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    model = load.load_model(config.model, dtype=config.dtype, device=config.device, adapter=config.adapter, **origin)
+    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation}
+    model = load.load_model(config.model, adapter=config.adapter, **how, **origin)
     return model, load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
 
 

@@ -1,8 +1,9 @@
-"""Prepared data to the Hugging Face Hub, with a card. Nothing leaves this machine unless `--push-to-hub` asks for it."""
+"""Prepared data and models to the Hugging Face Hub, with cards. Nothing leaves this machine unless asked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,48 @@ def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bo
         DataError: no token, no right to write there, or no connection.
     """
     from huggingface_hub import DatasetCard
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    try:
+    with _explained(repo, folder):
         for split in manifest["splits"]:
             ui.say(f"uploading {manifest['splits'][split]:,} rows to {repo}, split {split}")
             store.load(folder, split).push_to_hub(repo, split=split, private=private)
         made = DatasetCard.load(repo)  # with the features and splits that push_to_hub wrote
         made.text = card(manifest, repo)
         made.push_to_hub(repo)
+    ui.say(f"uploaded: https://huggingface.co/datasets/{repo}")
+
+
+def model(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its address.
+
+    Checkpoints, metrics and whatever else lies there stay at home.
+
+    Raises:
+        DataError: no token, no right to write there, or no connection.
+    """
+    from huggingface_hub import HfApi
+
+    sent = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "learning_curves.png", "recipe.yaml"]
+    with _explained(repo, folder):
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        ui.say(f"uploading '{folder}' to {repo}")
+        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=["checkpoint-*"])
+    return f"https://huggingface.co/{repo}"
+
+
+@contextlib.contextmanager
+def _explained(repo: str, folder: Path) -> Iterator[None]:
+    """Turns what the Hub's libraries raise into one line that says where the result stands."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError) as problem:
         said = str(problem).strip().splitlines()[0]
-        raise DataError(f"--push-to-hub {repo}: {said}; the data stands in '{folder}'. Log in with: hf auth login") from problem
-    ui.say(f"uploaded: https://huggingface.co/datasets/{repo}")
+        raise DataError(
+            f"--push-to-hub {repo}: {said}; the result stands in '{folder}'. Log in with: hf auth login"
+        ) from problem
 
 
 def card(manifest: Mapping[str, Any], repo: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from vlmdpo.models.registry import hub_id, short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 CURVES = "learning_curves.png"
+_VERSIONS = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 OVER_LENGTH = "over_length.jsonl"  # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
 
 
@@ -38,6 +41,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         ConfigError, DataError, ModelError: see the message.
         Interrupted: Ctrl-C; a checkpoint is kept.
     """
+    if config.dry_run:
+        from vlmdpo import dry_run
+
+        return dry_run.plan(config)
     from vlmdpo.dpo.arguments import dpo_config
     from vlmdpo.dpo.watch import METRICS, Watch
     from vlmdpo.models.load import pick_device
@@ -183,7 +190,7 @@ def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str,
         plain = {
             name: list(v) if isinstance(v, tuple) else v
             for name, v in plain.items()
-            if name not in ("resume", "overwrite", "doctor", "json")
+            if name not in ("resume", "overwrite", "doctor", "dry_run", "gpu", "json")
         }
         if over_length:
             (folder / OVER_LENGTH).write_text("".join(json.dumps(row) + "\n" for row in over_length), encoding="utf-8")
@@ -222,7 +229,7 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
 
 def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig) -> dict[str, Any]:
     """Save the model and what was seen on the way; returns the report."""
-    from vlmdpo.report import curves
+    from vlmdpo.report import curves, model_card
 
     trainer, watch = setup.trainer, setup.watch
     if not all(math.isfinite(line["loss"]) for line in watch.lines):
@@ -243,6 +250,7 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
         "per_device_train_batch_size": _batch_size(trainer),
         "peak_bytes": _peak_bytes(trainer.args.device),
         "curves": str(folder / CURVES),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
     }
     try:
         if trainer.args.process_index == 0:
@@ -250,7 +258,8 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
             setup.processor.save_pretrained(folder)
             engine_room.check_saved(setup, folder, config)
             curves.draw(watch.lines, f"{config.model} · {config.dataset} · DPO", folder / CURVES)
-            (folder / "train_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            (folder / model_card.REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+            model_card.write(folder)
         trainer.accelerator.wait_for_everyone()
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
@@ -288,6 +297,11 @@ def _save_weights(model: Any, folder: Path, config: TrainConfig) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """Print how the run ended and where its results are; for `--doctor`, that all is well."""
+    if "dry_run" in report:
+        from vlmdpo import dry_run
+
+        dry_run.show(report)
+        return
     if "checks" in report:
         ui.result(f"All {len(report['checks'])} checks hold; leave out --doctor to train.")
         return

@@ -5,7 +5,7 @@ second list of options to keep in step. Layers, weakest first: the default here,
 (only the embedded model has one), the recipe file, the flags.
 """
 
-from vlmdpo.config.ask import DIMENSIONS, DemoConfig, EvalAmberConfig, InferConfig
+from vlmdpo.config.ask import DIMENSIONS, DemoConfig, EvalAmberConfig, ExportConfig, InferConfig
 from vlmdpo.config.estimate import EstimateMemoryConfig
 from vlmdpo.config.options import DTYPES, flag_name
 from vlmdpo.config.prepare import PrepareConfig
@@ -20,6 +20,7 @@ __all__ = [
     "DemoConfig",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
+    "ExportConfig",
     "InferConfig",
     "PrepareConfig",
     "TrainConfig",

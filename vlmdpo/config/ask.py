@@ -1,4 +1,4 @@
-"""Options of the commands that ask a model: `vlmdpo infer`, `eval-amber`, and `demo`."""
+"""Options of the commands that use a model: `vlmdpo infer`, `eval-amber`, `export`, and `demo`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,31 @@ class EvalAmberConfig(Weights):
             raise ConfigError("--answers scores a file and --adapter asks a model; give one of them")
         if not self.base and self.adapter is None:
             raise ConfigError("--no-base leaves nothing to score without --adapter FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Weights):
+    """`vlmdpo export`: an adapter as a standalone model, on disk or on the Hub."""
+
+    adapter: Path | None = option(None, "Folder of a trained adapter; without --model its base is the one it names")
+    merge: bool = option(False, "Merge the adapter into its base: a standalone model, checked to answer alike")
+    output_dir: Path | None = option(None, "Folder for the merged model", default_text="<adapter>-merged")
+    push_to_hub: str | None = option(
+        None,
+        "Upload the merged model, or without --merge the adapter, with its card to this Hub repository (user/name)",
+        default_text="nothing is uploaded",
+    )
+    private: bool = option(True, "Make the repository of --push-to-hub private where it is new")
+    overwrite: bool = option(False, "Replace an earlier export in the output folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter is None:
+            raise ConfigError("--adapter FOLDER is needed: the output folder of vlmdpo train")
+        if not self.merge and not self.push_to_hub:
+            raise ConfigError("nothing to do: give --merge, --push-to-hub user/name, or both")
+        if self.output_dir is not None and not self.merge:
+            raise ConfigError("--output-dir is for --merge")
 
 
 @dataclass(frozen=True, kw_only=True)

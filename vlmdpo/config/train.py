@@ -106,6 +106,10 @@ class TrainConfig(Weights):
     dataloader_num_workers: int = option(0, "Processes that load and preprocess batches, in number")
     report_to: str = option("none", "Trackers: none, tensorboard, wandb, mlflow, trackio")
     seed: int = option(42, "Seed of adapter weights and data order")
+    dry_run: bool = option(False, "Say what the run would be, its steps and its memory, and stop: offline, nothing is loaded")
+    gpu: str | None = option(
+        None, "With --dry-run, the GPUs to judge for: rtx-4090, 24GiB, 8xa100-80gb ...", default_text="no verdict"
+    )
     doctor: bool = option(False, "Check engine, data and model on a few rows, show each finding, and stop before training")
     resume: bool = option(False, "Go on from the last checkpoint in the output folder")
     overwrite: bool = option(False, "Replace an earlier run in the output folder")
@@ -143,6 +147,8 @@ class TrainConfig(Weights):
         need(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         if ":" in self.device:
             raise ConfigError(f"--device: train takes auto, cpu, cuda or mps; choose '{self.device}' by CUDA_VISIBLE_DEVICES")
+        if self.gpu is not None and not self.dry_run:
+            raise ConfigError("--gpu is for --dry-run; a run takes the GPUs that are there")
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with what --overwrite would delete; give one of them")
 

@@ -21,6 +21,7 @@ _SHARED = (
     *("lr_scheduler_type", "warmup_steps", "beta", "max_length", "gradient_checkpointing", "optim", "logging_steps"),
     *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "seed"),
 )
+_OWN = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> DPOConfig:
@@ -55,7 +56,7 @@ def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, 
         if not separator:
             raise ConfigError(f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5")
         if key in ours:
-            where = flag_name(key) if key in _SHARED else "an option of vlmdpo's own, or vlmdpo itself, for it"
+            where = flag_name(key) if key in _OWN else "an option of vlmdpo's own, or vlmdpo itself, for it"
             raise ConfigError(f"--set: '{key}' is not set here; use {where}")
         if key not in fields:
             raise ConfigError(f"--set: DPOConfig has no field '{key}'.{nearest(key, fields)}")

@@ -24,13 +24,14 @@ def answer(
 
     Prompts are padded on the left; answers do not depend on the batch but for rounding.
     """
-    inputs = _inputs(model, processor, pictures, questions)
+    inputs = inputs_of(model, processor, pictures, questions)
     made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
 
 
-def _inputs(model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
+def inputs_of(model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
+    """What the model is given for one question to each picture, padded on the left, on its device and in its type."""
     return processor(
         text=[prompt_of(processor, question) for question in questions],
         images=[[picture] for picture in pictures],
@@ -47,7 +48,7 @@ def is_near_tie(model: Any, processor: Any, picture: Image.Image, question: str,
 
     Then either is a right greedy answer: which one comes depends on the order of the arithmetic.
     """
-    inputs = _inputs(model, processor, [picture], [question])
+    inputs = inputs_of(model, processor, [picture], [question])
     settings = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     made = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     for scores in made.scores:

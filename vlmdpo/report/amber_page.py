@@ -56,11 +56,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The same figures as Markdown, without pictures."""
     loader = PackageLoader("vlmdpo.report")
     jinja = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters |= {"span": span, "cell": _cell}
+    jinja.filters |= {"span": span, "cell": as_cell}
     return jinja.get_template("amber.md").render(**_told(report)).strip() + "\n"
 
 
-def _cell(value: Any) -> str:
+def as_cell(value: Any) -> str:
     """Text that breaks neither a Markdown table nor out of it: no bars, tags, links or line breaks."""
     text = " ".join(str(value).split())
     for mark in "\\|`*_<>[]&":

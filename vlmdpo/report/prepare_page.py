@@ -29,7 +29,7 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3))
     answers = {side: columns[f"{side}_tokens"] for side in ("chosen", "rejected")}
     longer = columns["prompt_tokens"] + numpy.maximum(*answers.values())
     sequences = {"prompt, images included": columns["prompt_tokens"], "prompt and longer answer": longer}
@@ -41,6 +41,7 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
         axes.set_xlabel("tokens")
         axes.set_ylabel("rows")
+    figure.subplots_adjust(left=0.08, right=0.99, top=0.9, bottom=0.17, wspace=0.2)  # its own layout takes longer than all else
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})  # the same bytes from any version
     pyplot.close(figure)
 

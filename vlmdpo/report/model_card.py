@@ -1,0 +1,77 @@
+"""The card of a trained model, README.md in its folder: data, settings, curves, AMBER where it was evaluated, versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from vlmdpo.models.registry import hub_id
+from vlmdpo.report.amber_page import as_cell, span
+
+CARD, REPORT, RECIPE, AMBER = "README.md", "train_report.json", "recipe.yaml", "amber.json"
+_FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Action", "Relation")
+
+
+def write(folder: Path, *, merged: bool = False) -> None:
+    """Write the card of a folder of `vlmdpo train`, or of what `export --merge` made of one. Raises OSError.
+
+    Args:
+        folder: holds REPORT and RECIPE, and AMBER where the model was evaluated.
+        merged: whether the weights stand alone, or are an adapter.
+    """
+    part = folder / f".{CARD}.partial"
+    part.write_text(text(folder, merged=merged), encoding="utf-8")
+    part.replace(folder / CARD)
+
+
+def text(folder: Path, *, merged: bool) -> str:
+    """The card as Markdown with the Hub's metadata in front; every text from elsewhere is escaped."""
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    amber = json.loads((folder / AMBER).read_text(encoding="utf-8")) if (folder / AMBER).is_file() else None
+    base = hub_id(report["model"])
+    data = hub_id(report["dataset"])
+    standalone = merged or not recipe["lora"]
+    metadata: dict[str, Any] = {
+        "library_name": "transformers" if standalone else "peft",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vlmdpo", "dpo", "trl", *([] if standalone else ["lora"])],
+        # The Hub links these only where they are its own names.
+        **({"base_model": base} if base.count("/") == 1 and not Path(base).exists() else {}),
+    }
+    loader = PackageLoader("vlmdpo.report")
+    jinja = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"span": span, "cell": as_cell}
+    return jinja.get_template("model_card.md").render(
+        metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
+        report=report,
+        base=base,
+        data=data,
+        settings={name: value for name, value in recipe.items() if value not in (None, [], "", False)},
+        standalone=standalone,
+        curves=report["curves"] and Path(report["curves"]).name,
+        amber=amber,
+        figures=[name for name in _FIGURES if amber and any(name in table for table in amber["scores"].values())],
+    )
+
+
+def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
+    """Keep AMBER's scores in the folder of the adapter that they are of, and write its card anew.
+
+    Returns False where the folder is none of `vlmdpo train`'s. Raises OSError.
+    """
+    if not (folder / REPORT).is_file() or not (folder / RECIPE).is_file():
+        return False
+    kept = {name: report[name] for name in ("data", "is_amber", "scores", "comparison", "coverage", "versions")}
+    if kept["comparison"]:
+        kept["comparison"] = {name: value for name, value in kept["comparison"].items() if name != "flips"}
+    part = folder / f".{AMBER}.partial"
+    part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+    part.replace(folder / AMBER)
+    write(folder)
+    return True
