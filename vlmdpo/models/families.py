@@ -155,6 +155,16 @@ def default_image_side(processor: Any) -> int | None:
     return max(1, limit // 2) if upper_bound else limit
 
 
+def images_only(processor_class: Any) -> Any:
+    """A processor class without its video part, which exists only where torchvision does, under the same name."""
+
+    @classmethod  # type: ignore[misc]
+    def get_attributes(cls: Any) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    return type(processor_class.__name__, (processor_class,), {"get_attributes": get_attributes})
+
+
 def image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None:
     """Tokens that pictures of these sizes (width, height) take, without their pixels, up to a constant a picture.
 

@@ -23,7 +23,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from vlmdpo.errors import MissingDependencyError, ModelError, nearest
 from vlmdpo.models import registry
-from vlmdpo.models.families import own_chat_template
+from vlmdpo.models.families import images_only, own_chat_template
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -74,8 +74,9 @@ def load_processor(
 ) -> ProcessorMixin:
     """The model's processor, checked to have a chat template. Raises ModelError."""
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
+        processor = _with_or_without_video(source_of(model), origin)
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
     except ImportError as problem:
@@ -92,6 +93,24 @@ def load_processor(
         processor.image_processor.do_image_splitting = image_splitting
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def _with_or_without_video(source: str, origin: dict[str, Any]) -> Any:
+    """A processor; where its video part cannot be had (it needs torchvision), the same one for pictures alone."""
+    processor, reason = None, None
+    try:
+        processor = AutoProcessor.from_pretrained(source, **origin)
+    except (ImportError, OSError) as problem:
+        reason = problem
+    if isinstance(processor, ProcessorMixin):
+        return processor
+    settings, _ = ProcessorMixin.get_processor_dict(source, **origin) if reason or processor else ({}, None)
+    named = getattr(transformers, str(settings.get("processor_class")), None)
+    if named is not None and "video_processor" in named.get_attributes():
+        return images_only(named).from_pretrained(source, **origin)
+    if reason is not None:
+        raise reason
     return processor
 
 

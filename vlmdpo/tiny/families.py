@@ -12,7 +12,9 @@ import torch
 import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-_TEMPLATE = (
+from vlmdpo.models.families import images_only
+
+TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -27,7 +29,7 @@ _TEXT = {
     "max_position_embeddings": 4096,
     "initializer_range": 0.1,
 }
-_VISION = {
+VISION_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -36,46 +38,24 @@ _VISION = {
 }
 
 
-def tokenizer(*special: str, image: str = "") -> Any:
-    """A byte-level tokenizer without merges; `special` tokens come after <s>, </s> and <pad>."""
+def tokenizer(*special: str, **named: str) -> Any:
+    """A byte-level tokenizer without merges; `special` tokens come after <s>, </s> and <pad>, `named` ones by attribute too."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<s>", "</s>", "<pad>", *special]
     bytes_only = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_only.decoder = decoders.ByteLevel()
     bytes_only.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    extra = {"image_token": image} if image else {}
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=bytes_only,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={**extra, **{f"special_{i}": name for i, name in enumerate(special) if name != image}},
+        extra_special_tokens={
+            **named,
+            **{f"special_{i}": name for i, name in enumerate(special) if name not in named.values()},
+        },
     )
-
-
-class _ImagesOnly:
-    """Without the video processor, which exists only where torchvision does."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-
-class _Qwen2VLImages(_ImagesOnly, tf.Qwen2VLProcessor):
-    pass
-
-
-class _Qwen25VLImages(_ImagesOnly, tf.Qwen2_5_VLProcessor):
-    pass
-
-
-class _Qwen3VLImages(_ImagesOnly, tf.Qwen3VLProcessor):
-    pass
-
-
-class _InternVLImages(_ImagesOnly, tf.InternVLProcessor):
-    pass
 
 
 def _ids(tok: Any, *names: str) -> list[int]:
@@ -87,27 +67,33 @@ def _common(tok: Any) -> dict[str, Any]:
     return {"pad_token_id": tok.pad_token_id, "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
 
 
-def _text(tok: Any, **more: Any) -> dict[str, Any]:
+def text_sizes(tok: Any, **more: Any) -> dict[str, Any]:
+    """The small language model's sizes and token ids, for a text config."""
     return {**_TEXT, "vocab_size": len(tok), **_common(tok), **more}
 
 
 def _idefics2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any) -> tuple[Any, Any]:
-    tok = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", image="<image>")
-    tok.image_boundary_token, tok.image_token_id = "<fake_token_around_image>", _ids(tok, "<image>")[0]
+    tok = tokenizer(
+        "<fake_token_around_image>",
+        "<image>",
+        "<end_of_utterance>",
+        image_token="<image>",
+        image_boundary_token="<fake_token_around_image>",
+    )
     latents = more.get("latents", 4)
-    wide = {**_text(tok, model_type="mistral", sliding_window=None), **text}
+    wide = {**text_sizes(tok, model_type="mistral", sliding_window=None), **text}
     heads = {"resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 2}
     perceiver = {"resampler_n_latents": latents, "resampler_depth": 2, **heads, **more.get("perceiver", {})}
     config = tf.Idefics2Config(
         image_token_id=_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
         text_config=wide,
-        vision_config={**_VISION, "patch_size": 8, "image_size": image_size, **vision},
+        vision_config={**VISION_SIZES, "patch_size": 8, "image_size": image_size, **vision},
         perceiver_config={**perceiver, "hidden_size": wide["hidden_size"]},
     )
     size = {"shortest_edge": 8, "longest_edge": image_size}
     images = tf.Idefics2ImageProcessorPil(size=size, do_image_splitting=False)
-    template = _TEMPLATE.replace("IMAGE", "<image>").replace("eos_token", "'<end_of_utterance>'")
+    template = TEMPLATE.replace("IMAGE", "<image>").replace("eos_token", "'<end_of_utterance>'")
     return config, tf.Idefics2Processor(images, tok, image_seq_len=latents, chat_template=template)
 
 
@@ -115,32 +101,32 @@ def _idefics3(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, smol: bool = False, scale_factor: int = 2
 ) -> tuple[Any, Any]:
     rows = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
-    tok = tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *rows, image="<image>")
+    tok = tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *rows, image_token="<image>")
     # SmolVLM's own processor needs num2words, for videos; Idefics3's makes the same of images.
     config = (tf.SmolVLMConfig if smol else tf.Idefics3Config)(
         image_token_id=_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
         scale_factor=scale_factor,
-        text_config={**_text(tok, model_type="llama"), **text},
-        vision_config={**_VISION, "patch_size": 8, "image_size": image_size, **vision},
+        text_config={**text_sizes(tok, model_type="llama"), **text},
+        vision_config={**VISION_SIZES, "patch_size": 8, "image_size": image_size, **vision},
     )
     sizes: dict[str, Any] = {"size": {"longest_edge": 2 * image_size}, "max_image_size": {"longest_edge": image_size}}
     images = tf.Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
     tokens = (image_size // vision.get("patch_size", 8) // scale_factor) ** 2
-    template = _TEMPLATE.replace("IMAGE", "<image>")
+    template = TEMPLATE.replace("IMAGE", "<image>")
     return config, tf.Idefics3Processor(images, tokenizer=tok, image_seq_len=tokens, chat_template=template)
 
 
 def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, following: bool = False) -> tuple[Any, Any]:
-    tok = tokenizer("<image>", image="<image>")
+    tok = tokenizer("<image>", image_token="<image>")
     shared: dict[str, Any] = {
         "image_token_id": _ids(tok, "<image>")[0],
         "image_token_index": _ids(tok, "<image>")[0],
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
-        "text_config": {**_text(tok, model_type="llama"), **text},
+        "text_config": {**text_sizes(tok, model_type="llama"), **text},
         "vision_config": {
-            **_VISION,
+            **VISION_SIZES,
             "model_type": "clip_vision_model",
             "patch_size": 8,
             "image_size": image_size,
@@ -150,7 +136,7 @@ def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, fol
     }
     patch = shared["vision_config"]["patch_size"]
     told = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    template = _TEMPLATE.replace("IMAGE", "<image>")
+    template = TEMPLATE.replace("IMAGE", "<image>")
     sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     if not following:
         images = tf.CLIPImageProcessorPil(**sizes)
@@ -162,14 +148,20 @@ def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, fol
 
 
 def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, projection_dim: int = 32) -> tuple[Any, Any]:
-    tok = tokenizer("<image>", image="<image>")
+    tok = tokenizer("<image>", image_token="<image>")
     tokens = (image_size // vision.get("patch_size", 8)) ** 2
     config = tf.PaliGemmaConfig(
         image_token_index=_ids(tok, "<image>")[0],
         image_token_id=_ids(tok, "<image>")[0],
         projection_dim=projection_dim,
-        text_config={**_text(tok, model_type="gemma"), **text},
-        vision_config={**_VISION, "model_type": "siglip_vision_model", "patch_size": 8, "image_size": image_size, **vision},
+        text_config={**text_sizes(tok, model_type="gemma"), **text},
+        vision_config={
+            **VISION_SIZES,
+            "model_type": "siglip_vision_model",
+            "patch_size": 8,
+            "image_size": image_size,
+            **vision,
+        },
     )
     images = tf.SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
     images.image_seq_length = tokens
@@ -184,7 +176,8 @@ def _paligemma2(text: dict[str, Any], vision: dict[str, Any], image_size: int, *
 
 def _internvl(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1) -> tuple[Any, Any]:
     names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-    tok = tokenizer(*names, image="<IMG_CONTEXT>")
+    told = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tok = tokenizer(*names, **dict(zip(told, names, strict=True)))
     tok.start_image_token, tok.end_image_token, tok.context_image_token, tok.video_token = names
     start, end, context, video = _ids(tok, *names)
     tok.start_image_token_id, tok.end_image_token_id, tok.context_image_token_id, tok.video_token_id = (
@@ -199,22 +192,20 @@ def _internvl(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, 
         image_token_id=context,
         image_seq_length=tokens,
         tie_word_embeddings=False,
-        text_config={**_text(tok, model_type="qwen2"), **text},
-        vision_config={**_VISION, "patch_size": [patch, patch], "image_size": [image_size, image_size], **vision},
+        text_config={**text_sizes(tok, model_type="qwen2"), **text},
+        vision_config={**VISION_SIZES, "patch_size": [patch, patch], "image_size": [image_size, image_size], **vision},
     )
     images = tf.GotOcr2ImageProcessorPil(
         size={"height": image_size, "width": image_size}, crop_to_patches=tiles > 1, min_patches=1, max_patches=tiles
     )
-    template = _TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
-    return config, _InternVLImages(images, tok, image_seq_length=tokens, chat_template=template)
+    template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
+    return config, images_only(tf.InternVLProcessor)(images, tok, image_seq_length=tokens, chat_template=template)
 
 
 def _gemma3(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, mm_tokens_per_image: int | None = None
 ) -> tuple[Any, Any]:
-    tok = tokenizer("<image>", "<start>", "<end>", image="<image>")
-    tok.boi_token, tok.eoi_token = "<start>", "<end>"
-    tok.image_token_id, tok.boi_token_id = _ids(tok, "<image>", "<start>")
+    tok = tokenizer("<image>", "<start>", "<end>", image_token="<image>", boi_token="<start>", eoi_token="<end>")
     tokens = mm_tokens_per_image or (image_size // 16) ** 2
     config = tf.Gemma3Config(
         image_token_id=_ids(tok, "<image>")[0],
@@ -223,23 +214,27 @@ def _gemma3(
         eoi_token_index=_ids(tok, "<end>")[0],
         mm_tokens_per_image=tokens,
         text_config={
-            **_text(tok, sliding_window=24, query_pre_attn_scalar=8),
+            **text_sizes(tok, sliding_window=24, query_pre_attn_scalar=8),
             "layer_types": ["sliding_attention", "full_attention"],
             **text,
         },
-        vision_config={**_VISION, "model_type": "siglip_vision_model", "patch_size": 8, "image_size": image_size, **vision},
+        vision_config={
+            **VISION_SIZES,
+            "model_type": "siglip_vision_model",
+            "patch_size": 8,
+            "image_size": image_size,
+            **vision,
+        },
     )
     images = tf.Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size})
-    template = _TEMPLATE.replace("IMAGE", "<start>")
+    template = TEMPLATE.replace("IMAGE", "<start>")
     return config, tf.Gemma3Processor(images, tok, image_seq_length=tokens, chat_template=template)
 
 
 def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, version: str) -> tuple[Any, Any]:
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tok = tokenizer(*names, image="<|image_pad|>")
-    tok.video_token = "<|video_pad|>"
+    tok = tokenizer(*names, image_token="<|image_pad|>", video_token="<|video_pad|>")
     start, end, image, video = _ids(tok, *names)
-    tok.image_token_id, tok.video_token_id = image, video
     tower: dict[str, Any] = {
         "depth": 2,
         "patch_size": 8,
@@ -269,10 +264,10 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
         heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
         more = {**heads, "layer_types": ["linear_attention", "full_attention"]}
     classes = {
-        "2": (tf.Qwen2VLConfig, _Qwen2VLImages),
-        "2.5": (tf.Qwen2_5_VLConfig, _Qwen25VLImages),
-        "3": (tf.Qwen3VLConfig, _Qwen3VLImages),
-        "3.5": (tf.Qwen3_5Config, _Qwen3VLImages),
+        "2": (tf.Qwen2VLConfig, images_only(tf.Qwen2VLProcessor)),
+        "2.5": (tf.Qwen2_5_VLConfig, images_only(tf.Qwen2_5_VLProcessor)),
+        "3": (tf.Qwen3VLConfig, images_only(tf.Qwen3VLProcessor)),
+        "3.5": (tf.Qwen3_5Config, images_only(tf.Qwen3VLProcessor)),
     }
     config = classes[version][0](
         image_token_id=image,
@@ -280,13 +275,13 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
         vision_start_token_id=start,
         vision_end_token_id=end,
         tie_word_embeddings=False,
-        text_config={**_text(tok, rope_parameters=sections, rope_scaling=sections), **more, **text},
+        text_config={**text_sizes(tok, rope_parameters=sections, rope_scaling=sections), **more, **text},
         vision_config={**tower, **vision},
     )
     images = tf.Qwen2VLImageProcessorPil(
         size={"shortest_edge": 16 * 16, "longest_edge": image_size**2}, patch_size=config.vision_config.patch_size, merge_size=2
     )
-    template = _TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return config, classes[version][1](images, tok, chat_template=template)
 
 
