@@ -1,21 +1,31 @@
 """Export: what is merged answers as base and adapter, cards tell what was done, and uploads happen only when asked."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from vlmdpo import prepare, train
+from vlmdpo.config import PrepareConfig, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run's folder, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = prepare.run(PrepareConfig(limit=64, output_dir=folder / "data"))
+    settings = {"max_steps": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    train.run(TrainConfig(dataset=data["path"], output_dir=folder / "run", gradient_checkpointing=False, **settings))
+    return folder / "run"
+
 
 @pytest.fixture
-def adapter(vlmdpo):
-    """A short run's folder."""
-    assert vlmdpo("prepare", "--limit", "64", "--output-dir", "data")[0] == 0
-    short = ["--max-steps", "4", "--learning-rate", "3e-3", "--output-dir", "run"]
-    code, _, err = vlmdpo("train", "--dataset", "data", *short)
-    assert code == 0, err
-    return Path("run")
+def adapter(trained):
+    """A copy of the short run in the test's own folder."""
+    return Path(shutil.copytree(trained, "run"))
 
 
 def test_a_merged_model_answers_as_base_and_adapter(adapter, vlmdpo):
@@ -112,7 +122,8 @@ def test_nothing_is_uploaded_unless_asked_and_then_no_checkpoint(adapter, vlmdpo
     assert "https://huggingface.co/me/tuned" in out
     assert sent["repo"] == ("me/tuned", True)
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"} <= sent["files"]
-    assert not any("checkpoint" in name or name.endswith((".bin", ".jsonl")) for name in sent["files"])
+    assert not any("checkpoint" in name or name.endswith((".bin", ".jsonl", "_report.json", ".yaml")) for name in sent["files"])
+    assert str(Path.cwd()) not in (adapter / "README.md").read_text()
 
 
 def test_hostile_names_stay_text_on_the_card(adapter):

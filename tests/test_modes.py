@@ -1,19 +1,27 @@
 """Ways to train: several losses, MPO and mDPO, kinds of LoRA, frozen parts, rates, attention, four bits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from tests.engines import pairs, step, trainer
+from vlmdpo import prepare
+from vlmdpo.config import PrepareConfig
 
 SHORT = ["train", "--dataset", "data", "--max-steps", "2", "--per-device-train-batch-size", "4", "--output-dir", "out"]
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return Path(prepare.run(PrepareConfig(limit=24, output_dir=tmp_path_factory.mktemp("prepared") / "data"))["path"])
+
+
 @pytest.fixture
-def data(vlmdpo):
-    assert vlmdpo("prepare", "--limit", "24", "--output-dir", "data")[0] == 0
+def data(prepared):
+    shutil.copytree(prepared, "data")
 
 
 def _names(folder="out"):

@@ -53,7 +53,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         reused = manifest is not None and manifest["key"] == store.key_of(facts) and not config.overwrite
         if not reused:
             store.usable_output(folder, config.overwrite)
-            manifest = _prepare(source, schema, (first, last), facts, num_proc, folder, config)
+            manifest = _prepare(source, schema, (first, last), facts, counter, num_proc, folder, config)
     assert manifest is not None
     if config.push_to_hub:
         from vlmdpo import push
@@ -114,6 +114,7 @@ def _prepare(
     schema: Schema,
     rows: tuple[int, int | None],
     facts: dict[str, Any],
+    counter: Any,
     num_proc: int,
     folder: Path,
     config: PrepareConfig,
@@ -135,7 +136,7 @@ def _prepare(
     )
     total = None if rows[1] is None else rows[1] - rows[0]
     with ui.progress("prepare", total, unit="rows") as bar:
-        units = work.do_all(job, source.units(*rows), num_proc, bar.advance)
+        units = work.do_all(job, source.units(*rows), num_proc, counter, bar.advance)
     order = assemble.Order(test_size=config.test_size, shuffle=config.shuffle, seed=config.seed)
     plan = assemble.plan(job.folder, units, order, config.on_bad)
     made = place / "result"

@@ -34,6 +34,10 @@ def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bo
     ui.say(f"uploaded: https://huggingface.co/datasets/{repo}")
 
 
+# What names places on this machine, or is no model: the card tells of it what is of use to others.
+_AT_HOME = ["checkpoint-*", "train_report.json", "amber.json"]
+
+
 def model(folder: Path, repo: str, *, private: bool) -> str:
     """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its address.
 
@@ -44,12 +48,12 @@ def model(folder: Path, repo: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    sent = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "learning_curves.png", "recipe.yaml"]
+    sent = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "learning_curves.png"]
     with _explained(repo, folder):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         ui.say(f"uploading '{folder}' to {repo}")
-        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=["checkpoint-*"])
+        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=_AT_HOME)
     return f"https://huggingface.co/{repo}"
 
 

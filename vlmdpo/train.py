@@ -239,6 +239,7 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
         "model": config.model,
         "dataset": config.dataset,
         "steps": trainer.state.global_step,
+        "learning_rate": config.peak_learning_rate,
         **_last_metrics(watch.lines[-1]),
         "pairs_per_s": outcome["train_samples_per_second"],
         "elapsed_s": outcome["train_runtime"],

@@ -154,11 +154,12 @@ def _row(job: Job, measure: Measure, number: int, row: dict[str, Any], tally: Ta
     return store.row_of(pair, pictures, counts, number)
 
 
-def do_all(job: Job, units: Iterable[Unit], num_proc: int, advance: Callable[[int], None]) -> int:
+def do_all(job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]) -> int:
     """Do every unit that is not done yet. Returns how many units there are.
 
     Args:
         num_proc: processes; 1 is this one.
+        measure: this process's own; others make theirs.
         advance: told how many rows are done since it was last told.
 
     Raises:
@@ -177,7 +178,6 @@ def do_all(job: Job, units: Iterable[Unit], num_proc: int, advance: Callable[[in
                 yield unit
 
     if num_proc == 1:
-        measure = job.make_measure()
         for unit in waiting():
             do_unit(job, unit, measure, lambda: advance(1))
     else:

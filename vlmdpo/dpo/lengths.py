@@ -6,7 +6,6 @@ Counts exactly what the collator would make, without the pictures' pixels wherev
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import re
 from dataclasses import asdict, dataclass
@@ -139,7 +138,6 @@ class Counter:
         return kept[:word].strip() if word > 0 and text[len(kept) : len(kept) + 1].strip() else kept.strip()
 
 
-@functools.lru_cache(maxsize=1)
 def counter_of(model: str, revision: str | None, trust_remote_code: bool) -> Counter:
     """The counter of a model by its name, for processes that cannot be handed a processor."""
     return Counter(load_processor(model, revision=revision, trust_remote_code=trust_remote_code))

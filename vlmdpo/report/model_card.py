@@ -34,8 +34,8 @@ def text(folder: Path, *, merged: bool) -> str:
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     amber = json.loads((folder / AMBER).read_text(encoding="utf-8")) if (folder / AMBER).is_file() else None
-    base = hub_id(report["model"])
-    data = hub_id(report["dataset"])
+    base = _public(report["model"])
+    data = _public(report["dataset"])
     standalone = merged or not recipe["lora"]
     metadata: dict[str, Any] = {
         "library_name": "transformers" if standalone else "peft",
@@ -52,12 +52,24 @@ def text(folder: Path, *, merged: bool) -> str:
         report=report,
         base=base,
         data=data,
-        settings={name: value for name, value in recipe.items() if value not in (None, [], "", False)},
+        settings=_settings(recipe, report),
         standalone=standalone,
         curves=report["curves"] and Path(report["curves"]).name,
         amber=amber,
         figures=[name for name in _FIGURES if amber and any(name in table for table in amber["scores"].values())],
     )
+
+
+def _public(name: str) -> str:
+    """A dataset's or model's name without where it lies on this machine."""
+    return Path(name).name if Path(name).expanduser().exists() else hub_id(name)
+
+
+def _settings(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not empty or off, and not this machine's own."""
+    told = {**recipe, "learning_rate": report["learning_rate"]}
+    told |= {name: _public(recipe[name]) for name in ("model", "dataset")}
+    return {n: value for n, value in told.items() if value not in (None, [], "", False) and n not in ("output_dir", "device")}
 
 
 def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
