@@ -8,8 +8,8 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)  ## prepare, estimate, train, infer and evaluate, offline, in some minutes
 	$(BIN)/vlmdpo demo
 
-test: $(INSTALLED)  ## the test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the test suite, on up to four cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED)  ## ruff, its formatter's check, and mypy
 	$(BIN)/ruff check .

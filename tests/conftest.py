@@ -5,6 +5,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at work: a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -44,5 +46,5 @@ def tiny_model_parts():
 
     from vlmdpo.models.load import load_model, load_processor
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     return load_model("tiny", device="cpu"), load_processor("tiny")
