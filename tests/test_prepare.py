@@ -277,6 +277,7 @@ def test_nothing_is_uploaded_unless_asked_and_then_with_a_card(tmp_path, vlmdpo,
     assert sent[0] == ("me/pairs", 4, {"split": "train", "private": True})
     assert "# pairs" in sent[1][1]
     assert "| empty_chosen | 1 |" in sent[1][1]
+    assert str(tmp_path) not in sent[1][1]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     code, _, err = vlmdpo("prepare", "--dataset", path, "--output-dir", "out", "--push-to-hub", "me/pairs")

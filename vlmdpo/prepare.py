@@ -29,9 +29,9 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     """Prepare the data, or find it prepared. Returns the manifest with `path`, `reused` and an `example` row.
 
     Raises:
-        DataError: unreadable source, unknown format, no usable row, a full disk, an output folder that holds something else.
+        DataError: unreadable source, unknown format, no usable row, a full disk, an output folder that holds something else,
+            an upload that fails.
         ModelError: the model whose processor bounds the images and counts tokens cannot be found.
-        MissingDependencyError: `--push-to-hub` without a token.
     """
     if config.output_dir is not None and config.output_dir.is_file():
         raise DataError(f"--output-dir: '{config.output_dir}' is a file")

@@ -80,12 +80,14 @@ def card(manifest: Mapping[str, Any], repo: str) -> str:
         for name, one in manifest["lengths"].items()
     )
     side = f"at most {manifest['max_image_side']} pixels a side" if manifest["max_image_side"] else "as they came"
+    source = Path(manifest["dataset"])
+    origin = source.name if source.exists() else manifest["dataset"]  # without where it lies on this machine
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     return f"""
 # {repo.rpartition("/")[2]}
 
 {manifest["rows_out"]:,} preference pairs for Direct Preference Optimization of vision-language models,
-prepared by `vlmdpo prepare` from {manifest["rows_in"]:,} rows of `{manifest["dataset"]}` (format {manifest["schema"]}),
+prepared by `vlmdpo prepare` from {manifest["rows_in"]:,} rows of `{origin}` (format {manifest["schema"]}),
 images {side}.
 
     from datasets import load_dataset
