@@ -1,6 +1,7 @@
 """prepare when things go wrong: killed, interrupted, out of space, a dead worker, two at once. All with real processes."""
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -57,7 +58,9 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path, vlmdpo, monkeypa
     data = _data(tmp_path / "d", 60)
     for name, number in (("one", 1), ("two", 2), ("many", 9)):
         assert vlmdpo("prepare", "--dataset", data, "--num-proc", number, "--output-dir", name)[0] == 0
-    assert contents("one") == contents("two") == contents("many")
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    assert vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "spawned")[0] == 0
+    assert contents("one") == contents("two") == contents("many") == contents("spawned")
     assert store.read_manifest(Path("one"))["dropped"] == {"duplicate": 1, "empty_chosen": 1}
     code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "failed", "--on-bad", "fail")
     assert code == 3
