@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _prepare(
     size = assemble.write(job.folder, plan, made, key)
     manifest = {**facts, "key": key, "split": config.split, "model": config.model, **_outcome(plan, made, size)}
     try:
-        _write_report(made, manifest)
+        _write_report(made, manifest, plan.sides)
         (made / store.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         store.replace(folder, made)
     except OSError as problem:
@@ -209,13 +210,13 @@ def _versions() -> dict[str, str]:
     return {"vlmdpo": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _write_report(made: Path, manifest: dict[str, Any]) -> None:
+def _write_report(made: Path, manifest: dict[str, Any], sides: Mapping[int, int]) -> None:
     from vlmdpo.report import prepare_page
 
     dataset = store.load(made)
     columns = {name: _column(made, "train", name) for name in store.COUNTS}
     prepare_page.draw_lengths(columns, made / LENGTHS)
-    (made / REPORT).write_text(prepare_page.page(manifest, dataset, made / LENGTHS), encoding="utf-8")
+    (made / REPORT).write_text(prepare_page.page(manifest, dataset, made / LENGTHS, sides), encoding="utf-8")
 
 
 def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Plan:
     tally: Tally
     splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     unit_rows: list[int] = field(default_factory=list)
+    sides: Counter[int] = field(default_factory=Counter)  # pictures by their longer side, in pixels
 
 
 def plan(work: Path, units: int, order: Order, on_bad: str) -> Plan:
@@ -58,12 +60,13 @@ def plan(work: Path, units: int, order: Order, on_bad: str) -> Plan:
         record = json.loads(record_path(work, unit).read_text(encoding="utf-8"))
         made.tally.add(record)
         made.unit_rows.append(len(record["kept"]))
-        for at, (source_row, key, swapped, images, changes) in enumerate(record["kept"]):
+        for at, (source_row, key, swapped, images, changes, sides) in enumerate(record["kept"]):
             reason = _copy(seen, key, swapped)
             if reason is None:
                 seen[int(key, 16)] = source_row
                 rows.append((unit, at))
                 made.tally.change(changes)
+                made.sides.update(sides)
                 pictures.append(tuple(images) if order.test_size else ())
                 continue
             why = f"as row {seen[int(key if reason == 'duplicate' else swapped, 16)]}"

@@ -62,12 +62,12 @@ class Tally:
     """What became of a unit's rows.
 
     Attributes:
-        kept: for every row of the shard: source row, its key, the key of its swapped copy, its pictures' keys, and the
-            names of what was put right in it.
+        kept: for every row of the shard: source row, its key, the key of its swapped copy, its pictures' keys, the
+            names of what was put right in it, and its pictures' longer sides in pixels.
     """
 
     rows_in: int = 0
-    kept: list[tuple[int, str, str, tuple[str, ...], list[str]]] = field(default_factory=list)
+    kept: list[tuple[int, str, str, tuple[str, ...], list[str], list[int]]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
@@ -150,7 +150,7 @@ def _row(job: Job, measure: Measure, number: int, row: dict[str, Any], tally: Ta
             raise BadRow("over_length", f"{counts.longest} tokens, {counts.images} of them images, over {job.max_length}")
         pair, counts = measure.trim(pair, pictures, job.max_length)
         changes.append("answers_trimmed")
-    tally.kept.append((number, *pair.keys(), changes))
+    tally.kept.append((number, *pair.keys(), changes, [max(picture.size) for picture in pictures]))
     return store.row_of(pair, pictures, counts, number)
 
 

@@ -46,13 +46,14 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path) -> str:
+def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path, sides: Mapping[int, int]) -> str:
     """The page as one HTML text; pictures are embedded, reduced.
 
     Args:
         manifest: what `prepare` found.
         dataset: the prepared training rows.
         lengths: the histogram of `draw_lengths`.
+        sides: how many pictures have which longer side, in pixels.
     """
     loader = PackageLoader("vlmdpo.report")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -61,7 +62,7 @@ def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path) -> str:
     return jinja.get_template("prepare.html").render(
         manifest=manifest,
         lengths=_uri(lengths.read_bytes(), "png"),
-        sizes=_sizes(dataset),
+        sizes=_sizes(sides),
         samples=[{"number": row, **_sample(one)} for row, one in zip(rows, as_stored(dataset.select(rows)), strict=True)],
     )
 
@@ -88,17 +89,15 @@ def _thumbnail(stored: Mapping[str, Any]) -> str:
     return _uri(buffer.getvalue(), kind.lower())
 
 
-def _sizes(dataset: Any) -> list[dict[str, Any]]:
-    """How many pictures have which longer side, in eight steps, from the headers alone."""
-    rows = as_stored(dataset.select_columns(["images"]))
-    sides = [max(PillowImage.open(io.BytesIO(image["bytes"])).size) for row in rows for image in row["images"]]
+def _sizes(sides: Mapping[int, int]) -> list[dict[str, Any]]:
+    """The longer sides in eight steps."""
     if not sides:
         return []
     low, high = min(sides), max(sides)
     step = max(1, -(-(high - low + 1) // 8))
     counts: dict[int, int] = {}
-    for side in sides:
-        counts[(side - low) // step] = counts.get((side - low) // step, 0) + 1
+    for side, pictures in sides.items():
+        counts[(side - low) // step] = counts.get((side - low) // step, 0) + pictures
     most = max(counts.values())
     return [
         {"label": _range(low + at * step, min(high, low + (at + 1) * step - 1)), "count": count, "share": 100 * count / most}
