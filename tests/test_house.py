@@ -25,7 +25,7 @@ MAY_BE_HEAVY = {
     ),
     *("memory/architecture", "memory/shadow", "dpo/autobatch", "dpo/foresight"),
     *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/conditional", "dpo/doctor", "dpo/features"),
-    *("dpo/forward", "dpo/lengths", "dpo/reference", "dpo/trainer", "dpo/watch"),
+    *("dpo/forward", "dpo/lengths", "dpo/reference", "dpo/stock", "dpo/trainer", "dpo/watch"),
 }
 
 

@@ -68,7 +68,8 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path, vlmdpo):
 
 def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
     """Rows of several turns and pictures, and of none, reach the collator as they were written."""
-    from vlmdpo.dpo.batch import PairCollator, StockCollator
+    from vlmdpo.dpo.batch import PairCollator
+    from vlmdpo.dpo.stock import StockCollator
     from vlmdpo.models.load import load_processor
 
     turns = [

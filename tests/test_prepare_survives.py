@@ -1,5 +1,6 @@
 """prepare when things go wrong: killed, interrupted, out of space, a dead worker, two at once. All with real processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -67,59 +68,65 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path, vlmdpo, monkeypa
     assert "row 3: empty_chosen" in err.splitlines()[-1]
 
 
-def _started_working(running):
-    """The worker processes, once units are being written."""
+def _at_work(running, others):
+    """The processes that write units, once the first does (`others` False) or another does beside it."""
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end and running.poll() is None:
-        if list(Path(".").glob(".out.partial/units/*.arrow.*")):
-            children = psutil.Process(running.pid).children(recursive=True)
-            return [child for child in children if child.ppid() != running.pid]  # the fork server's children
+        writing = {int(path.suffix[1:]) for path in Path(".").glob(".out.partial/units/*.arrow.*")}
+        if writing - {running.pid} or (writing and not others):
+            return [psutil.Process(pid) for pid in writing - {running.pid}]
         time.sleep(0.05)
     pytest.fail(f"no unit was begun: {running.communicate()}")
 
 
-@pytest.fixture
-def busy(tmp_path):
-    """A call with two processes at work for some seconds, and its worker processes."""
-    data = _data(tmp_path / "d", 600, size=(3000, 2000))
+@contextlib.contextmanager
+def _busy(place, others=True):
+    """A call with two processes at work for some seconds, and those beside the first."""
+    data = _data(place / "d", 900, size=(3000, 2000))
     running = subprocess.Popen(
         _command("--dataset", data, "--num-proc", 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    yield data, running, _started_working(running)
-    running.kill()
-    running.communicate()
+    try:
+        yield data, running, _at_work(running, others)
+    finally:
+        running.kill()
+        running.communicate()
 
 
-def test_a_killed_parent_takes_its_processes_along_and_the_work_goes_on(busy, vlmdpo):
-    data, running, workers = busy
-    assert len(workers) == 2
-    running.kill()
-    _, alive = psutil.wait_procs(workers, timeout=_PATIENCE_S)
-    assert not alive
+def test_a_killed_parent_takes_its_processes_along_and_the_work_goes_on(tmp_path, vlmdpo):
+    with _busy(tmp_path) as (data, running, workers):
+        assert len(workers) == 1
+        running.kill()
+        _, alive = psutil.wait_procs(workers, timeout=_PATIENCE_S)
+        assert not alive
     assert not Path("out").exists()
     code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "out")
     assert code == 0, err
     assert "going on where an earlier call stopped" in err
-    assert store.read_manifest(Path("out"))["rows_out"] == 598
+    assert store.read_manifest(Path("out"))["rows_out"] == 898
 
 
-def test_a_dead_process_is_an_error_and_no_hang(busy):
-    _, running, workers = busy
-    workers[0].kill()
-    _, err = running.communicate(timeout=_PATIENCE_S)
+def test_a_dead_process_is_an_error_and_no_hang(tmp_path):
+    with _busy(tmp_path) as (_, running, workers):
+        workers[0].kill()
+        _, err = running.communicate(timeout=_PATIENCE_S)
     assert running.returncode == 3
     assert "a process of --num-proc 2 died, as one does that runs out of memory; what is done stays" in err
     assert not Path("out").exists()
 
 
-def test_ctrl_c_stops_at_once_and_keeps_what_is_done(busy):
-    _, running, workers = busy
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=_PATIENCE_S)
-    assert running.returncode == 130, err
-    assert "Traceback" not in err
-    _, alive = psutil.wait_procs(workers, timeout=_PATIENCE_S)
-    assert not alive
+@pytest.mark.parametrize("others", [False, True], ids=["while_others_load", "while_others_work"])
+def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path, others):
+    with _busy(tmp_path, others) as (_, running, _workers):
+        children = psutil.Process(running.pid).children(recursive=True)
+        # A terminal tells the whole group.
+        for process in (*children, running):
+            process.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=_PATIENCE_S)
+        assert running.returncode == 130, err
+        assert "Traceback" not in err
+        _, alive = psutil.wait_procs(children, timeout=_PATIENCE_S)
+        assert not alive
     assert Path(".out.partial").is_dir()
 
 

@@ -12,9 +12,10 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
@@ -29,6 +30,7 @@ from vlmdpo.data.schemas import Schema
 from vlmdpo.data.sources import Source, Unit
 from vlmdpo.errors import DataError
 
+_LOOK_S = 0.05  # between looks at what other processes have done
 EXAMPLES_KEPT = 3  # bad rows remembered by reason and unit
 _GO_ON = "what is done stays; the same command goes on from there"
 
@@ -158,7 +160,7 @@ def do_all(job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, adv
     """Do every unit that is not done yet. Returns how many units there are.
 
     Args:
-        num_proc: processes; 1 is this one.
+        num_proc: processes, this one among them.
         measure: this process's own; others make theirs.
         advance: told how many rows are done since it was last told.
 
@@ -181,7 +183,7 @@ def do_all(job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, adv
         for unit in waiting():
             do_unit(job, unit, measure, lambda: advance(1))
     else:
-        _in_processes(job, waiting(), num_proc, advance)
+        _in_processes(job, waiting(), num_proc, measure, advance)
     return count
 
 
@@ -191,47 +193,81 @@ def context(num_proc: int, preload: list[str]) -> None:
         from multiprocessing import forkserver
 
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-        forkserver.ensure_running()
+        # Ctrl-C is this process's to handle; the server, which is told too, inherits that it is not.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _in_processes(job: Job, units: Iterator[Unit], num_proc: int, advance: Callable[[int], None]) -> None:
-    # A clean server process is forked, never this one: it may hold threads and locks, and copies of those hang.
-    methods = multiprocessing.get_all_start_methods()
-    start = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    slots = list(range(2 * num_proc))
-    progress = start.RawArray("q", [0] * (len(slots) + 1))  # rows done by the unit in each slot; the last says stop
-    seen = [0] * len(slots)
-    running: dict[Future[None], int] = {}
-
-    def look() -> None:
-        for slot, rows in enumerate(progress[:-1]):
-            if rows > seen[slot]:
-                advance(rows - seen[slot])
-                seen[slot] = rows
-
-    pool = ProcessPoolExecutor(num_proc, mp_context=start, initializer=_begin, initargs=(job, progress))
+def _in_processes(job: Job, units: Iterator[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]) -> None:
+    """This process works too, from the first moment: the others need seconds to load their libraries."""
+    others = _Others(job, units, num_proc - 1, advance)
     try:
-        exhausted = False
-        while running or not exhausted:
-            while slots and not exhausted:
-                unit = next(units, None)
-                exhausted = unit is None
-                if unit is not None:
-                    slot = slots.pop()
-                    progress[slot] = seen[slot] = 0
-                    running[pool.submit(_do_in_process, unit, slot)] = slot
-            done, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
-            look()
-            for future in done:
-                future.result()
-                slots.append(running.pop(future))
+        for unit in units:
+            do_unit(job, unit, measure, others.tick)
+        while others.running:
+            others.harvest(wait_s=0.3)
     except BrokenProcessPool as problem:
         raise DataError(
             f"a process of --num-proc {num_proc} died, as one does that runs out of memory; {_GO_ON}, with fewer processes too"
         ) from problem
     finally:
-        progress[len(progress) - 1] = 1
-        pool.shutdown(wait=True, cancel_futures=True)
+        others.stop()
+
+
+class _Others:
+    """Processes beside this one, one unit at a time each. A slot is a place in shared memory where one counts its rows."""
+
+    def __init__(self, job: Job, units: Iterator[Unit], processes: int, advance: Callable[[int], None]) -> None:
+        # A clean server process is forked, never this one: it may hold threads and locks, and copies of those hang.
+        methods = multiprocessing.get_all_start_methods()
+        start = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        self.running: dict[Future[None], int] = {}
+        self._units, self._advance = units, advance
+        self._slots = list(range(processes))
+        self._seen = [0] * processes
+        self._progress = start.RawArray("q", [0] * (processes + 1))  # rows done in each slot; the last says stop
+        self._looked = time.monotonic()
+        self._pool = ProcessPoolExecutor(processes, mp_context=start, initializer=_begin, initargs=(job, self._progress))
+        self._aside = ThreadPoolExecutor(1)  # asking for the first process waits until its libraries are loaded
+        self._ready = self._aside.submit(lambda: self._pool.submit(_nothing).result())
+
+    def feed(self) -> None:
+        """Give a unit to each process that has none, once there are processes."""
+        if not self._ready.done():
+            return
+        self._ready.result()
+        while self._slots and (unit := next(self._units, None)) is not None:
+            slot = self._slots.pop()
+            self._progress[slot] = self._seen[slot] = 0
+            self.running[self._pool.submit(_do_in_process, unit, slot)] = slot
+
+    def harvest(self, wait_s: float) -> None:
+        """Take in what was done. Raises what a unit raised, and BrokenProcessPool where a process died."""
+        done, _ = wait(self.running, timeout=wait_s, return_when=FIRST_COMPLETED)
+        for slot, rows in enumerate(self._progress[:-1]):
+            if rows > self._seen[slot]:
+                self._advance(rows - self._seen[slot])
+                self._seen[slot] = rows
+        for future in done:
+            future.result()
+            self._slots.append(self.running.pop(future))
+
+    def tick(self) -> None:
+        """One row was done by this process; now and then, see to the others."""
+        self._advance(1)
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic()
+            self.harvest(wait_s=0)
+            self.feed()
+
+    def stop(self) -> None:
+        """End all: a process that is at work stops at its next row."""
+        self._progress[len(self._progress) - 1] = 1
+        self._aside.shutdown(wait=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 _here: dict[str, Any] = {}  # what a worker process works with
@@ -254,6 +290,10 @@ def _begin(job: Job, progress: Any) -> None:
 
     torch.set_num_threads(1)
     _here.update(job=job, progress=progress, measure=measure)
+
+
+def _nothing() -> None:
+    """What a process does to show that it is there."""
 
 
 class _Stop(Exception):

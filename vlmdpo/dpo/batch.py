@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from vlmdpo.errors import DataError
 from vlmdpo.models.families import answer_token_type
@@ -42,7 +41,7 @@ class PairCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         texts = [self.render(example) for example in examples]
-        prompts = self.prompts([text["prompt"] for text in texts], [_images(example) for example in examples])
+        prompts = self.prompts([text["prompt"] for text in texts], [images_of(example) for example in examples])
         mask = prompts.pop("attention_mask").bool()
         ids = prompts.pop("input_ids")
         prompts.pop("labels", None)  # PaliGemma's processor makes some; TRL has its own
@@ -65,7 +64,7 @@ class PairCollator:
         if isinstance(example["prompt"], str):
             return {name: example[name] for name in ("prompt", "chosen", "rejected")}
         messages = {
-            "prompt": prepare_multimodal_messages(example["prompt"], images=_images(example)),
+            "prompt": prepare_multimodal_messages(example["prompt"], images=images_of(example)),
             "chosen": prepare_multimodal_messages(example["chosen"]),
             "rejected": prepare_multimodal_messages(example["rejected"]),
         }
@@ -152,19 +151,6 @@ class PairCollator:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
 
-class StockCollator(DataCollatorForVisionPreference):
-    """TRL's own collator, which also hands on `row` and takes examples whose `images` is None."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [example.pop("row") for example in examples] if "row" in examples[0] else None
-        for example in examples:
-            example["images"] = _images(example)
-        batch: dict[str, Any] = super().torch_call(examples)
-        if rows is not None:
-            batch["row"] = torch.tensor(rows)
-        return batch
-
-
 def row_ids(inputs: dict[str, Any]) -> list[Tensor]:
     """The token ids of each pair of a batch of `PairCollator`, images' tokens once."""
     if "pairs" in inputs:
@@ -172,7 +158,8 @@ def row_ids(inputs: dict[str, Any]) -> list[Tensor]:
     return list(inputs["input_ids"][: len(inputs["input_ids"]) // 2])
 
 
-def _images(example: dict[str, Any]) -> list[Any]:
+def images_of(example: dict[str, Any]) -> list[Any]:
+    """The pictures of an example, none of them where it has none."""
     return list(example.get("images") or [])
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from vlmdpo.dpo.attention import PairLayout, Span
-from vlmdpo.dpo.batch import PairCollator, StockCollator
+from vlmdpo.dpo.batch import PairCollator
+from vlmdpo.dpo.stock import StockCollator
 from vlmdpo.dpo.trainer import PairTrainer
 from vlmdpo.models import families
 

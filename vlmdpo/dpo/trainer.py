@@ -19,11 +19,12 @@ from trl import DPOConfig, DPOTrainer
 from vlmdpo import ui
 from vlmdpo.dpo import conditional
 from vlmdpo.dpo.autobatch import AutoBatch, hand_on
-from vlmdpo.dpo.batch import PairCollator, StockCollator, row_ids
+from vlmdpo.dpo.batch import PairCollator, row_ids
 from vlmdpo.dpo.conditional import ConditionalCollator
 from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
 from vlmdpo.dpo.reference import ReferenceCache
+from vlmdpo.dpo.stock import StockCollator
 from vlmdpo.dpo.watch import Watch
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
