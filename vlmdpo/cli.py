@@ -20,10 +20,10 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from vlmdpo import __version__, recipes, ui
+from vlmdpo import __version__, launch, recipes, ui
 from vlmdpo import config as cf
-from vlmdpo.errors import Interrupted, VlmDpoError, nearest
-from vlmdpo.models import registry
+from vlmdpo.errors import Interrupted, PeerLost, Preempted, VlmDpoError, nearest
+from vlmdpo.models import processes, registry
 
 # Command name → (config, module with run and show, one line of help, full-size command)
 COMMANDS: dict[str, tuple[type, str, str, str]] = {
@@ -130,7 +130,7 @@ def _command(name: str) -> Callable[..., None]:
         layers: list[Mapping[str, Any]] = [recipes.read_recipe(recipe_file) if recipe_file else {}, flags]
         model = flags.get("model") or layers[0].get("model") or "tiny"
         settings: Any = recipes.build(cls, registry.recipe(str(model), name), *layers)
-        _run(module, settings, _hint(full_size, {**layers[0], **flags}))
+        _run(name, module, settings, _hint(full_size, {**layers[0], **flags}))
 
     config_option = typer.Option(
         None,
@@ -154,16 +154,23 @@ def _hint(full_size: str, given: Mapping[str, Any]) -> str:
     return f"using the embedded model 'tiny' (and data 'scenes'); full size: {full_size}"
 
 
-def _run(module: str, settings: Any, hint: str) -> None:
-    ui.set_quiet(settings.json)
+def _run(name: str, module: str, settings: Any, hint: str) -> None:
+    ui.set_quiet(settings.json or launch.is_child())
+    if launch.is_child():
+        launch.begin()
     if hint:
         ui.say(hint)
     # Say nothing that a user cannot act on: the libraries' advice to those who write code against them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|datasets|accelerate|torch)\b")
     command = importlib.import_module(module)
-    report = command.run(settings)
-    if settings.json:
+    if hasattr(settings, "num_processes") and launch.wanted(settings):
+        report = launch.run(name, settings)
+    else:
+        report = command.run(settings)
+    if launch.is_child():
+        launch.deliver(report)
+    elif settings.json:
         ui.json_result(report)
     else:
         command.show(report)
@@ -188,12 +195,18 @@ def run(arguments: list[str]) -> int:
         if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
             ui.warn("interrupted")
         return code if isinstance(code, int) else 0
-    except Interrupted as stop:
-        ui.warn(str(stop))
-        return stop.exit_code
     except VlmDpoError as problem:
-        ui.error(str(problem))
+        if launch.is_child():
+            launch.tell(problem)
+        else:
+            (ui.warn if isinstance(problem, (Interrupted, Preempted)) else ui.error)(str(problem))
         return problem.exit_code
+    except RuntimeError as problem:
+        if not processes.lost_peer(problem):
+            raise
+        lost = PeerLost("another process of the run ended")
+        (launch.tell if launch.is_child() else lambda why: ui.error(str(why)))(lost)
+        return lost.exit_code
     except TyperException as problem:
         ui.error(_usage_error(problem.format_message(), arguments))
         return 2

@@ -47,6 +47,22 @@ class MissingDependencyError(VlmDpoError):
     exit_code = 6
 
 
+class ProcessError(VlmDpoError):
+    """One of the run's processes died, or cannot be started."""
+
+    exit_code = 7
+
+
+class PeerLost(ProcessError):
+    """What this process sees when another one died: not the cause."""
+
+
+class Preempted(VlmDpoError):
+    """SIGTERM: what was finished is kept; a scheduler may put the same command into its queue again (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class Interrupted(VlmDpoError):
     """Ctrl-C: what was finished is kept, and the message shows how to go on."""
 

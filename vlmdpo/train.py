@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,11 +25,16 @@ from vlmdpo import prepare, ui
 from vlmdpo.config import RATES, SANE_RATES, EstimateMemoryConfig, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
-from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError, VlmDpoError
+from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError, Preempted, VlmDpoError
 from vlmdpo.models.registry import hub_id, short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 CURVES = "learning_curves.png"
+_OF_ONE_CALL = {
+    *("resume", "overwrite", "doctor", "dry_run", "gpu", "json"),
+    *("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
+}
+_RESULT = ".result.partial"  # where what a run leaves is written before it gets its names
 _VERSIONS = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 OVER_LENGTH = "over_length.jsonl"  # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
 
@@ -39,12 +44,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, ModelError: see the message.
-        Interrupted: Ctrl-C; a checkpoint is kept.
+        Interrupted, Preempted: Ctrl-C, SIGTERM; a checkpoint is kept.
+        MemoryBudgetError: memory ran out.
     """
     if config.dry_run:
         from vlmdpo import dry_run
 
         return dry_run.plan(config)
+    from vlmdpo.dpo.watch import sigterm_before_training
+
+    with sigterm_before_training():
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.dpo.arguments import dpo_config
     from vlmdpo.dpo.watch import METRICS, Watch
     from vlmdpo.models.load import pick_device
@@ -71,16 +84,57 @@ def run(config: TrainConfig) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()
     engine_room.check(setup, config)
     _say_plan(trainer, config, len(setup.dataset))
-    try:
-        with setup.watch.catching_ctrl_c():
-            outcome = trainer.train(resume_from_checkpoint=config.resume)
-    except OSError as problem:
-        raise DataError(f"cannot write '{output_dir}': {problem.strerror or problem}") from problem
+    last = _last_checkpoint(output_dir) if config.resume else None
+    with _in_words(setup, output_dir), setup.watch.catching_signals():
+        outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.save_references()
-    if setup.watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
+    if setup.watch.stopped_by and trainer.state.global_step < trainer.state.max_steps:
         again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
-        raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
+        kind = Interrupted if setup.watch.stopped_by == signal.SIGINT else Preempted
+        raise kind(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
     return _finish(setup, outcome.metrics, output_dir, config)
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint; said, where there is none."""
+    from vlmdpo.dpo import checkpoints
+
+    found = checkpoints.found(folder)
+    if not found:
+        ui.say(f"no checkpoint in '{folder}' yet: starting from the beginning")
+        return None
+    ui.say(f"going on from {found[-1].name}")
+    return found[-1]
+
+
+@contextlib.contextmanager
+def _in_words(setup: Any, folder: Path) -> Iterator[None]:
+    """What can end a training from within, as an error that says what to do."""
+    import torch
+
+    from vlmdpo.dpo.trainer import NotANumber
+
+    trainer = setup.trainer
+    try:
+        yield
+    except NotANumber as problem:
+        raise engine_room.no_number(setup, problem, folder) from problem
+    except torch.OutOfMemoryError as problem:
+        batch = trainer.args.per_device_train_batch_size
+        raise MemoryBudgetError(
+            f"out of memory at step {trainer.state.global_step + 1} with batch {batch}; add --auto-batch-size, or see "
+            "vlmdpo estimate-memory"
+        ) from problem
+    except OSError as problem:
+        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
+    except RuntimeError as problem:
+        if "DataLoader worker" not in str(problem):
+            raise
+        workers = trainer.args.dataloader_num_workers
+        raise DataError(
+            f"one of --dataloader-num-workers {workers} died at step {trainer.state.global_step + 1}, as one does that runs "
+            "out of memory; go on with --resume, and fewer"
+        ) from problem
 
 
 def _check_rate(config: TrainConfig) -> None:
@@ -170,31 +224,45 @@ def _check_output(folder: Path, config: TrainConfig) -> None:
         raise DataError(f"--output-dir: cannot write '{folder}': '{nearest}' is a file")
     if not os.access(nearest, os.W_OK):
         raise DataError(f"--output-dir: cannot write '{folder}': no permission in '{nearest}'")
-    held = folder.is_dir() and any(folder.iterdir())
+    held = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if held and not (folder / RECIPE).is_file():
         raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
     if held and not (config.resume or config.overwrite):
         raise DataError(f"--output-dir: '{folder}' holds an earlier run; add --resume, --overwrite, or give another folder")
-    if config.resume and not any(folder.glob("checkpoint-*")):
-        raise DataError(f"--resume: '{folder}' holds no checkpoint; start without --resume")
+    if held and config.resume:
+        _warn_of_changes(folder, config)
+
+
+def _recipe(config: TrainConfig) -> dict[str, Any]:
+    """The settings for doing it again: flags that belong to one call, or one machine, stay out of it."""
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+        if name not in _OF_ONE_CALL
+    }
+
+
+def _warn_of_changes(folder: Path, config: TrainConfig) -> None:
+    """Say which settings are others than those the run was begun with: what follows is then no longer the same run."""
+    begun, now = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")), _recipe(config)
+    changed = [f"{name} {begun.get(name)} → {value}" for name, value in now.items() if begun.get(name) != value]
+    if changed:
+        ui.warn(f"--resume with other settings than the run was begun with: {', '.join(changed)}")
 
 
 def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str, Any]]) -> None:
+    from vlmdpo.dpo import checkpoints
+
     try:
         if config.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-        # A recipe is for doing it again: flags that belong to one call stay out of it.
-        plain = {
-            name: list(v) if isinstance(v, tuple) else v
-            for name, v in plain.items()
-            if name not in ("resume", "overwrite", "doctor", "dry_run", "gpu", "json")
-        }
+        checkpoints.tidy(folder)
+        part = folder / f".{RECIPE}.partial"
+        part.write_text(yaml.safe_dump(_recipe(config), sort_keys=False), encoding="utf-8")
+        part.replace(folder / RECIPE)  # first of all: from now on the folder is known as a run of ours
         if over_length:
             (folder / OVER_LENGTH).write_text("".join(json.dumps(row) + "\n" for row in over_length), encoding="utf-8")
-        (folder / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     except OSError as problem:
         raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror or problem}") from problem
 
@@ -229,11 +297,7 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
 
 def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig) -> dict[str, Any]:
     """Save the model and what was seen on the way; returns the report."""
-    from vlmdpo.report import curves, model_card
-
     trainer, watch = setup.trainer, setup.watch
-    if not all(math.isfinite(line["loss"]) for line in watch.lines):
-        raise ModelError(f"the loss is no longer a number; lower --learning-rate. Metrics: '{folder / 'metrics.jsonl'}'")
     report = {
         "output_dir": str(folder),
         "model": config.model,
@@ -241,6 +305,7 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
         "steps": trainer.state.global_step,
         "learning_rate": config.peak_learning_rate,
         **_last_metrics(watch.lines[-1]),
+        "num_processes": trainer.args.world_size,
         "pairs_per_s": outcome["train_samples_per_second"],
         "elapsed_s": outcome["train_runtime"],
         "engine": "shared" if trainer.engine == "shared" else "stock",
@@ -253,18 +318,39 @@ def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCo
         "curves": str(folder / CURVES),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
     }
-    try:
-        if trainer.args.process_index == 0:
-            _save_weights(trainer.accelerator.unwrap_model(trainer.model), folder, config)
-            setup.processor.save_pretrained(folder)
-            engine_room.check_saved(setup, folder, config)
-            curves.draw(watch.lines, f"{config.model} · {config.dataset} · DPO", folder / CURVES)
-            (folder / model_card.REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
-            model_card.write(folder)
-        trainer.accelerator.wait_for_everyone()
-    except OSError as problem:
-        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
+    weights = engine_room.whole_weights(trainer)
+    if trainer.args.process_index == 0:
+        _leave(setup, weights, report, folder, config)
+    trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], folder: Path, config: TrainConfig) -> None:
+    """All that a run leaves, checked in a hidden folder before any of it gets its name; the report comes last."""
+    from safetensors import SafetensorError
+
+    from vlmdpo.report import curves, model_card
+
+    made = folder / _RESULT
+    try:
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        _save_weights(setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config)
+        setup.processor.save_pretrained(made)
+        engine_room.check_saved(setup, weights, made, config)
+        curves.draw(setup.watch.lines, f"{config.model} · {config.dataset} · DPO", made / CURVES)
+        for path in sorted(made.iterdir()):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            path.replace(folder / path.name)
+        made.rmdir()
+        part = folder / f".{model_card.REPORT}.partial"
+        part.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        part.replace(folder / model_card.REPORT)
+        model_card.write(folder)
+    except (OSError, SafetensorError) as problem:
+        shutil.rmtree(made, ignore_errors=True)
+        raise DataError(f"cannot write '{folder}': {getattr(problem, 'strerror', None) or problem}") from problem
 
 
 def _batch_size(trainer: Any) -> int:
@@ -285,15 +371,15 @@ def _peak_bytes(device: Any) -> int | None:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
-def _save_weights(model: Any, folder: Path, config: TrainConfig) -> None:
+def _save_weights(model: Any, weights: dict[str, Any] | None, folder: Path, config: TrainConfig) -> None:
     """Adapter or model as safetensors. Not `trainer.save_model`: that leaves training_args.bin, a pickle, beside it."""
     if not config.lora:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         return
     # The adapter names its base as the user would: the embedded model's folder means nothing on another machine.
     model.peft_config["default"].base_model_name_or_path = hub_id(config.model)
     # Embeddings never train here; left to find out, PEFT would ask the Hub about the base model.
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
 
 
 def show(report: dict[str, Any]) -> None:

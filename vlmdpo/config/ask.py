@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdpo.config.options import Weights, need, one_of, option
+from vlmdpo.config.options import Processes, Weights, need, one_of, option
 from vlmdpo.errors import ConfigError
 
 DIMENSIONS = ("existence", "attribute", "state", "number", "action", "relation")  # AMBER's, of its yes/no questions
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(Weights):
+class InferConfig(Weights, Processes):
     """`vlmdpo infer`: one answer, or a JSONL of questions in and a JSONL of answers out."""
 
     adapter: Path | None = option(None, "Folder of a trained adapter", default_text="the base model alone")
@@ -28,7 +28,8 @@ class InferConfig(Weights):
     max_new_tokens: int = option(128, "Longest answer, in tokens")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Weights.__post_init__(self)
+        Processes.__post_init__(self)
         need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
         if self.compare and self.adapter is None:
@@ -37,10 +38,12 @@ class InferConfig(Weights):
             raise ConfigError("--input and --output go together: questions in, answers out")
         if self.input is not None and (self.image is not None or self.question is not None or self.compare):
             raise ConfigError("--input asks many questions; leave out --image, --question and --compare")
+        if self.num_processes > 1 and self.input is None:
+            raise ConfigError("--num-processes is for many questions: give --input and --output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalAmberConfig(Weights):
+class EvalAmberConfig(Weights, Processes):
     """`vlmdpo eval-amber`: both of AMBER's tasks, scored as AMBER scores them."""
 
     adapter: Path | None = option(None, "Folder of a trained adapter, scored beside the base model", default_text="base only")
@@ -72,7 +75,8 @@ class EvalAmberConfig(Weights):
     overwrite: bool = option(False, "Remove another run's answers from the output folder, and ask anew")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Weights.__post_init__(self)
+        Processes.__post_init__(self)
         need(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
         need(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
@@ -85,6 +89,8 @@ class EvalAmberConfig(Weights):
             one_of(name, DIMENSIONS, "dimension")
         if self.dimension and self.task == "generative":
             raise ConfigError("--dimension picks yes/no questions, and --task generative asks none")
+        if self.num_processes > 1 and (self.answers is not None or self.engine == "vllm"):
+            raise ConfigError("--num-processes is for asking a model, and not by --engine vllm, which has its own ways")
         if self.answers is not None and self.adapter is not None:
             raise ConfigError("--answers scores a file and --adapter asks a model; give one of them")
         if not self.base and self.adapter is None:

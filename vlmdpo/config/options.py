@@ -55,6 +55,34 @@ class Base:
     json: bool = option(False, "Print one JSON object to stdout and nothing else there")
 
 
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes(Base):
+    """What every command that several processes can share is told. Names are accelerate's."""
+
+    num_processes: int = option(1, "Processes in all, over all machines, one a GPU; more than 1 start through accelerate")
+    num_machines: int = option(1, "Machines of the run; the same command runs on each, with its own --machine-rank")
+    machine_rank: int = option(0, "This machine's number, counted from 0")
+    main_process_ip: str | None = option(None, "Address of machine 0", default_text="needed for several machines")
+    main_process_port: int | None = option(
+        None, "Port of machine 0", default_text="29500 for several machines, else one that is free"
+    )
+
+    def __post_init__(self) -> None:
+        need(self.num_processes >= 1, "num_processes", self.num_processes, "1 or more")
+        need(self.num_machines >= 1, "num_machines", self.num_machines, "1 or more")
+        need(0 <= self.machine_rank < self.num_machines, "machine_rank", self.machine_rank, "a number below --num-machines")
+        if self.num_processes % self.num_machines:
+            raise ConfigError(
+                f"--num-processes {self.num_processes} counts over all machines, and {self.num_machines} do not share them "
+                "evenly"
+            )
+        if self.num_machines > 1 and self.main_process_ip is None:
+            raise ConfigError("--num-machines needs --main-process-ip, the address of machine 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights(Base):
     """What every command that runs a model can be told."""

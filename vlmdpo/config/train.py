@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdpo.config.options import Weights, need, one_of, option
+from vlmdpo.config.options import STRATEGIES, Processes, Weights, need, one_of, option
 from vlmdpo.errors import ConfigError
 
 LOSSES = (
@@ -22,7 +22,7 @@ SANE_RATES = {"LoRA": (1e-6, 5e-4), "full": (1e-8, 1e-5)}  # beyond these a run 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Weights):
+class TrainConfig(Weights, Processes):
     """`vlmdpo train`: DPO with TRL. Names and meanings are TRL's; other `DPOConfig` fields go through `--set`."""
 
     dataset: str = option("scenes", "A folder that `vlmdpo prepare` wrote, or any dataset it takes (then prepared first)")
@@ -106,18 +106,27 @@ class TrainConfig(Weights):
     dataloader_num_workers: int = option(0, "Processes that load and preprocess batches, in number")
     report_to: str = option("none", "Trackers: none, tensorboard, wandb, mlflow, trackio")
     seed: int = option(42, "Seed of adapter weights and data order")
+    strategy: str = option(
+        "ddp",
+        "How processes share a model: ddp (each holds it whole), fsdp2 (each a part of everything), or DeepSpeed's zero2 "
+        "(parts of optimizer and gradients) and zero3 (of the weights too)",
+    )
     dry_run: bool = option(False, "Say what the run would be, its steps and its memory, and stop: offline, nothing is loaded")
     gpu: str | None = option(
         None, "With --dry-run, the GPUs to judge for: rtx-4090, 24GiB, 8xa100-80gb ...", default_text="no verdict"
     )
     doctor: bool = option(False, "Check engine, data and model on a few rows, show each finding, and stop before training")
-    resume: bool = option(False, "Go on from the last checkpoint in the output folder")
+    resume: bool = option(False, "Go on from the last checkpoint in the output folder; where none is, from the start")
     overwrite: bool = option(False, "Replace an earlier run in the output folder")
     set: tuple[str, ...] = option((), "Any other DPOConfig field, as key=value; may be repeated", default_text="none")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Weights.__post_init__(self)
+        Processes.__post_init__(self)
         self.losses()
+        one_of(self.strategy, STRATEGIES, "strategy")
+        if self.strategy != "ddp" and self.num_processes == 1:
+            raise ConfigError(f"--strategy {self.strategy} shares a model between processes; give --num-processes too")
         one_of(self.quantization, ("none", "nf4"), "quantization")
         for part in self.frozen():
             one_of(part, PARTS, "freeze")

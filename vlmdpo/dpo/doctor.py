@@ -230,6 +230,20 @@ def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -
     return Check("the saved adapter says what the live one says", apart < 1e-3, f"apart {apart:.1e} a token", cause)
 
 
+def files_check(trainer: PairTrainer, weights: dict[str, Any], folder: Path, *, adapter: bool) -> Check:
+    """Are the tensors in the saved files, to the bit, the weights that were brought together from all processes?"""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    live = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False) if adapter else weights
+    saved = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    differ = [name for name, value in saved.items() if name not in live or not torch.equal(value, live[name].cpu())]
+    passed = bool(saved) and not differ and (len(saved) == len(live) or not adapter)
+    seen = f"{len(saved) - len(differ)} of {len(saved)} tensors, {len(live)} live"
+    return Check("the saved weights are the live ones", passed, seen, f"first that differs: {(differ or ['none'])[0]}")
+
+
 def weights_check(live: Any, saved: Any) -> Check:
     """Are the saved model's weights, loaded anew, the live ones to the bit?"""
     kept = saved.state_dict()

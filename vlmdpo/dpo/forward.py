@@ -46,6 +46,7 @@ class SharedForward:
         self._copies = 1
         self._rows: list[tuple[int, int]] = []
         self._towers: list[_Once] = []
+        self.always_whole = False  # every process's backward must reach the same parameters, pictures or none
         language = set(map(id, self.backbone.get_decoder().modules()))
         self._outside = [module for module in self.backbone.modules() if id(module) not in language]
         self.layout_class = PairLayout  # the self-check puts broken ones here, to see that it would notice
@@ -122,6 +123,20 @@ class SharedForward:
     def _forward(self, *args: Any, pairs: Any = None, image_copies: int = 1, **kwargs: Any) -> Any:
         for tower in self._towers:
             tower.rewind()
+        output = self._run_batch(*args, pairs=pairs, image_copies=image_copies, **kwargs)
+        if self.always_whole and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
+            output.last_hidden_state = output.last_hidden_state + self._nothing(output.last_hidden_state)
+        return output
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """Zero, whose gradients reach all that trains outside the language model.
+
+        Without a picture nothing else would, and processes whose batches have some would wait for these gradients.
+        """
+        trained = [p for p in families.vision_parameters(self.backbone) if p.requires_grad]
+        return torch.stack([0 * p.sum().to(like) for p in trained]).sum() if trained else like.new_zeros(())
+
+    def _run_batch(self, *args: Any, pairs: Any, image_copies: int, **kwargs: Any) -> Any:
         if pairs is not None:
             return self._packed(pairs, **kwargs)
         if image_copies == 1:

@@ -31,6 +31,17 @@ class Setup:
     watch: Any
     fallback_reason: str | None
     over_length: list[dict[str, Any]]
+    began_as: str = ""
+
+    def __post_init__(self) -> None:
+        self.began_as = self.trainer.engine
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all of the model, so that a pass needs them all."""
+        from vlmdpo.models.processes import sharding
+
+        return sharding() in ("fsdp", "zero3")
 
     def examples(self, count: int = _ROWS_CHECKED) -> list[dict[str, Any]]:
         """A few rows to check on: of the first ones those with long answers, where a mistake in one would show."""
@@ -47,6 +58,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     from vlmdpo.dpo.lengths import row_lengths
     from vlmdpo.dpo.trainer import make_trainer
     from vlmdpo.models.load import load_model, load_processor
+    from vlmdpo.models.processes import sharding
 
     origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dataset = store.load(data)
@@ -55,8 +67,11 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
     dataset, over_length = _within(config, dataset, processor, data)
     how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation, **origin}
-    model = load_model(config.model, quantization=config.quantization, **how)
+    shared = sharding()
+    whole_on_cpu = {"device": "cpu"} if shared in ("fsdp", "zero3") else {}  # it may fit no GPU before it is shared out
+    model = load_model(config.model, quantization=config.quantization, **{**how, **whole_on_cpu})
     _freeze(model, config)
+    _check_sharding(shared, config, args)
     engine, reason = _engine(config, model)
     references = _references(config, args, data, model, processor, engine, all_rows)
     # With an adapter the reference is the same weights with the adapter off; with a cache, what they said at the start.
@@ -74,18 +89,59 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
         conditional=all_rows if config.losses()[2] else 0,
     )
     setup = Setup(trainer, processor, dataset, watch, reason, over_length)
-    _self_check(setup)
+    if trainer.is_fsdp_enabled:
+        _shard_language_layers(trainer)
+    if setup.is_sharded:
+        trainer.add_callback(_late_checks(setup, config))  # now no process's model could run alone
+    else:
+        _self_check(setup)
     if config.group_by_length or (config.group_by_length is None and trainer.engine == "rows"):
         trainer.lengths = [length.longest for length in row_lengths(processor, dataset, store.read_manifest(data))]
     if config.feature_cache:
         _keep_features(setup, data)
     if config.auto_batch_size:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ConfigError("--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the batch size")
         trainer.halve_when_full()
     if config.gradient_checkpointing:
         checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup
+
+
+def _check_sharding(shared: str, config: TrainConfig, args: Any) -> None:
+    """Raise ConfigError for what cannot work where no process has all of the model."""
+    if not shared:
+        return
+    if config.auto_batch_size:
+        raise ConfigError("--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the batch size")
+    if config.loss_type == "mdpo" and shared != "zero2":
+        raise ConfigError("--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2")
+    if shared in ("fsdp", "zero3") and (config.feature_cache or config.checkpointing == "auto"):
+        name = "--feature-cache" if config.feature_cache else "--checkpointing auto"
+        raise ConfigError(f"{name} measures the model before training, which no process has whole; use --strategy ddp")
+
+
+def _shard_language_layers(trainer: Any) -> None:
+    """FSDP's units: the language model's layers. All else is gathered once a pass, by every process.
+
+    Were vision layers units too, a process whose batch has no picture would never ask for them, and the others would wait.
+    """
+    from vlmdpo.dpo.trainer import recomputing_layers
+
+    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in recomputing_layers(trainer.model)})
+
+
+def _late_checks(setup: Setup, config: TrainConfig) -> Any:
+    """The checks before a run, once every process has its part of the model; each of them takes part."""
+    from transformers import TrainerCallback
+
+    class LateChecks(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _self_check(setup)
+            if setup.fallback_reason and config.engine == "shared" and setup.trainer.engine != setup.began_as:
+                raise ModelError(f"no shared prefix ({setup.fallback_reason}); run it with --engine stock, or on one GPU")
+            _check_before(setup, config, resumed=state.global_step > 0)
+
+    return LateChecks()
 
 
 def _freeze(model: Any, config: TrainConfig) -> None:
@@ -138,13 +194,14 @@ def _references(config: TrainConfig, args: Any, data: Path, model: Any, processo
 
     from vlmdpo.dpo import reference
     from vlmdpo.models import digest
+    from vlmdpo.models.processes import sharding
 
     if not config.reference_cache:
         return None
     if args.sync_ref_model:
         ui.warn("no reference cache: sync_ref_model moves the reference while it trains")
         return None
-    if not config.lora and (args.deepspeed or args.fsdp):
+    if not config.lora and sharding():
         ui.warn("no reference cache: full fine-tuning under FSDP or DeepSpeed keeps a reference model of its own")
         return None
     manifest = store.read_manifest(data) or {}
@@ -217,21 +274,27 @@ def _self_check(setup: Setup) -> None:
 def check(setup: Setup, config: TrainConfig) -> None:
     """The brief checks before a run, and the reference log-probs of runs whose reference is about to change.
 
-    Raises ModelError where the run could not learn; warns where it would learn less.
+    Raises ModelError where the run could not learn; warns where it would learn less. Of a sharded model: later, see
+    `_late_checks`.
     """
+    if not setup.is_sharded:
+        _check_before(setup, config, resumed=False)
+    cache = setup.trainer.references
+    rows = [row + copy for row in setup.trainer.train_dataset["row"] for copy in {0, setup.trainer.conditional}]
+    if cache is not None and not config.lora and not cache.holds(rows):
+        setup.trainer.compute_references()
+
+
+def _check_before(setup: Setup, config: TrainConfig, *, resumed: bool) -> None:
     from vlmdpo.dpo import doctor
 
     found = doctor.checkup(setup.trainer, setup.examples())
     for finding in found:
         if finding.passed is False:
             ui.warn(f"check: {finding.name}: {finding.seen}. Likely cause: {finding.cause}")
-    if not found[0].passed:
+    if not found[0].passed and not resumed:  # a resumed policy has left the reference
         raise ModelError(f"the loss at step 0 is {found[0].seen}, not ln 2. Likely cause: {found[0].cause}")
     ui.say("checks: " + "; ".join(f"{finding.name} ({finding.seen})" for finding in found))
-    cache = setup.trainer.references
-    rows = [row + copy for row in setup.trainer.train_dataset["row"] for copy in {0, setup.trainer.conditional}]
-    if cache is not None and not config.lora and not cache.holds(rows):
-        setup.trainer.compute_references()
 
 
 def examine(setup: Setup, config: TrainConfig) -> dict[str, Any]:
@@ -261,12 +324,61 @@ def _engine_findings(setup: Setup) -> list[Any]:
     return [doctor.Check("shared forward", None, f"not used: {setup.fallback_reason or 'stock asked for'}")]
 
 
-def check_saved(setup: Setup, folder: Path, config: TrainConfig) -> None:
+def whole_weights(trainer: Any) -> dict[str, Any] | None:
+    """All weights on the CPU, brought together from the processes that share them; None where each has them whole.
+
+    Every process must call this.
+    """
+    if trainer.is_deepspeed_enabled:
+        found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        return found
+    if trainer.is_fsdp_enabled:
+        found = trainer.accelerator.get_state_dict(trainer.model)
+        return found
+    return None
+
+
+def no_number(setup: Setup, problem: Any, folder: Path) -> ModelError:
+    """The error for a loss that is no number: which rows make it so, and what to do."""
+    from vlmdpo.dpo import checkpoints
+
+    last = next(iter(reversed(checkpoints.found(folder))), None)
+    on = f"lower --learning-rate and go on from {last.name} with --resume" if last else "lower --learning-rate"
+    bad = _rows_without_number(setup, problem.rows)
+    named = ", ".join(map(str, bad[:8])) + (" ..." if len(bad) > 8 else "")
+    if len(bad) < len(problem.rows):
+        return ModelError(
+            f"the loss of step {problem.step} is no number, because of row {named} (look at it: vlmdpo prepare --show "
+            f"{bad[0]}); take it out of the data, or {on}"
+        )
+    return ModelError(f"the loss of step {problem.step} is no number, for every row of its batch ({named}); {on}")
+
+
+def _rows_without_number(setup: Setup, rows: list[int]) -> list[int]:
+    """Those rows whose log-probs alone are no numbers; all of them where no process can run a row alone."""
+    from vlmdpo.dpo import doctor
+
+    trainer = setup.trainer
+    if setup.is_sharded:
+        return rows
+    at = {row: place for place, row in enumerate(trainer.train_dataset["row"])}
+
+    def has_number(row: int) -> bool:
+        batch = trainer.plain_collator([dict(trainer.train_dataset[at[row]])])
+        return all(bool(tokens.isfinite().all()) for tokens in doctor.token_logps(trainer, batch))
+
+    bad = [row for row in rows if not has_number(row % len(at) if trainer.conditional else row)]
+    return bad or rows
+
+
+def check_saved(setup: Setup, weights: dict[str, Any] | None, folder: Path, config: TrainConfig) -> None:
     """Does what was just saved say what the live model says? Raises ModelError where it does not."""
     from vlmdpo.dpo import doctor
     from vlmdpo.models.load import load_model
 
-    if config.lora:
+    if weights is not None:
+        finding = doctor.files_check(setup.trainer, weights, folder, adapter=config.lora)
+    elif config.lora:
         finding = doctor.adapter_check(setup.trainer, setup.examples()[0], folder)
     else:
         live = setup.trainer.accelerator.unwrap_model(setup.trainer.model)

@@ -6,6 +6,8 @@ Nothing of the loss is written here. The batch is shaped so that TRL's code read
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -13,21 +15,29 @@ from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
-from vlmdpo.dpo import conditional
+from vlmdpo.dpo import checkpoints, conditional
 from vlmdpo.dpo.autobatch import AutoBatch, hand_on
 from vlmdpo.dpo.batch import PairCollator, row_ids
 from vlmdpo.dpo.conditional import ConditionalCollator
 from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
+from vlmdpo.dpo.order import LengthGrouped
 from vlmdpo.dpo.reference import ReferenceCache
 from vlmdpo.dpo.stock import StockCollator
 from vlmdpo.dpo.watch import Watch
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
+
+
+class NotANumber(Exception):
+    """The loss of a batch is no finite number; `rows` are its rows, `step` the optimizer step it belongs to."""
+
+    def __init__(self, rows: list[int], step: int) -> None:
+        super().__init__(f"the loss of step {step} is no number (rows {rows})")
+        self.rows, self.step = rows, step
 
 
 class PairTrainer(DPOTrainer):
@@ -62,6 +72,7 @@ class PairTrainer(DPOTrainer):
         self.auto_batch: AutoBatch | None = None
         self.checkpointed_layers: int | None = None  # None: all (ours: but the last), where checkpointing is on
         self._shared: list[SharedForward] = []
+        self._writing: Path | None = None
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
         self.use_engine(engine)
@@ -86,6 +97,8 @@ class PairTrainer(DPOTrainer):
         kept = [self.features] + [None] * (len(models) - 1)
         share = engine == "shared"
         self._shared = [SharedForward(m, share=share, features=features) for m, features in zip(models, kept, strict=True)]
+        for shared in self._shared:
+            shared.always_whole = self.accelerator.num_processes > 1
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -95,8 +108,24 @@ class PairTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=self.lengths)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped(self.lengths, batch, self.args.seed)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing) if self._writing is not None else str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's, in a hidden folder that gets its name once all is written. Raises DataError for a full disk."""
+        folder = Path(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        if (folder / checkpoints.name_of(self.state.global_step)).is_dir():
+            return  # of this very step: the run stopped where it had begun
+        with checkpoints.written(folder, self.state.global_step, self.args.save_total_limit, self.accelerator) as partial:
+            self._writing = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = None
 
     def halve_when_full(self) -> None:
         """From now on a batch that does not fit memory is computed in parts; see `autobatch`."""
@@ -144,6 +173,12 @@ class PairTrainer(DPOTrainer):
             wanted = max(1, len(layers) - 1)
         for layer in layers[wanted:] if wanted is not None else ():
             layer.gradient_checkpointing = False
+        found = self._loss_of(model, inputs, return_outputs)
+        if not bool((found[0] if return_outputs else found).isfinite()):
+            raise NotANumber([] if rows is None else rows.tolist(), self.state.global_step + 1)
+        return found
+
+    def _loss_of(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if not self.conditional:
             return super()._compute_loss(model, inputs, return_outputs)
         said: list[Any] = []
@@ -164,6 +199,8 @@ class PairTrainer(DPOTrainer):
             )
             known = self.compute_ref_log_probs(self.ref_model or model, inputs)
             known = conditional.by_answer(*known) if self.conditional else known
+            if not all(bool(logps.isfinite().all()) for logps in known):
+                raise NotANumber(rows.tolist(), self.state.global_step + 1)
             if self.references is not None:
                 self.references.put(rows, *known)
         return conditional.by_term(*known) if self.conditional else known
@@ -200,6 +237,11 @@ class PairTrainer(DPOTrainer):
                 self._reference(model, inputs, rows)
                 bar.advance()
         self.save_references()
+
+    def save_all(self, model: Any) -> None:
+        """A checkpoint of the last whole step, and the reference log-probs, now."""
+        self.save_references()
+        self._save_checkpoint(model, None)
 
     def save_references(self) -> None:
         """Bring together what the processes found, and write it. Every process must call this."""
@@ -266,6 +308,8 @@ def make_trainer(
             raise
         raise ConfigError(f"--lora-target-modules: {str(problem).splitlines()[0]}") from problem
     keeper.trainer = trainer
+    if watch is not None:
+        watch.save_now = functools.partial(trainer.save_all, trainer.model)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer

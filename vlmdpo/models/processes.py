@@ -6,6 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from vlmdpo.errors import ConfigError
+
+# What gloo and NCCL say when the other side is gone.
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "recvValue failed"),
+    *("NCCL communicator was aborted", "remote process exited", "Timed out waiting"),
+)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -37,6 +45,26 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().destroy_process_group()
+
+
+def sharding() -> str:
+    """How the launcher says that processes share the model: "" (each has it whole), "fsdp", "zero2" or "zero3".
+
+    Raises ConfigError for FSDP's first version, which cannot shard an adapter beside frozen weights of another dtype.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ConfigError("the launcher asks for FSDP's version 1; set fsdp_version: 2 in accelerate's configuration")
+        return "fsdp"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return ""
+
+
+def lost_peer(problem: BaseException) -> bool:
+    """Whether an error only says that another process of the run has ended."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and any(words in str(problem) for words in _LOST)
 
 
 def join_run(device: str) -> Processes:

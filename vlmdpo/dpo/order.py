@@ -1,0 +1,37 @@
+"""In which order rows are visited where rows of like length go into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class LengthGrouped(Sampler[int]):
+    """Rows of like length together, otherwise at random; a new order every epoch.
+
+    The order depends on seed and epoch alone: transformers' own sampler draws from the global generator, which differs
+    between processes and after a resume, so that rows would be visited twice or never.
+
+    Args:
+        lengths: tokens of each row.
+        batch: rows of an optimizer step, over all processes: the order is the same however they are dealt out.
+        seed: of the run.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed = list(lengths), batch, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Told by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
