@@ -222,9 +222,14 @@ def _problem(folder: Path, died: dict[int, int]) -> VlmDpoError | None:
     """Why the run ended, where it did not end well: the first cause, not what it did to the other processes."""
     told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")), key=lambda e: e["at"])
     causes = [error for error in told if error["kind"] != PeerLost.__name__]
-    killed = {rank: -code for rank, code in died.items() if code < 0}
+    # The launcher ends the others by SIGTERM.
+    killed = {rank: -code for rank, code in died.items() if code < 0 and -code != signal.SIGTERM}
+    broken = {rank: code for rank, code in died.items() if code > 0 and code != PeerLost.exit_code}
     if causes:
         return _again(causes[0])
+    if broken:
+        rank, code = next(iter(broken.items()))
+        return ProcessError(f"process {rank} ended with exit code {code}; what it said is above")
     if killed:
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name
@@ -232,10 +237,7 @@ def _problem(folder: Path, died: dict[int, int]) -> VlmDpoError | None:
         return ProcessError(f"process {rank} was killed ({name}{why}); the others were stopped. --resume goes on")
     if told:
         return _again(told[0])
-    if died:
-        rank, code = next(iter(died.items()))
-        return ProcessError(f"process {rank} ended with exit code {code}; what it said is above")
-    return None
+    return ProcessError(f"the processes ended with exit codes {died}") if died else None
 
 
 def _again(error: dict[str, Any]) -> VlmDpoError:

@@ -47,6 +47,8 @@ class SharedForward:
         self._rows: list[tuple[int, int]] = []
         self._towers: list[_Once] = []
         self.always_whole = False  # every process's backward must reach the same parameters, pictures or none
+        self._bare = False
+        self._hook = self.backbone.get_decoder().register_forward_pre_hook(self._with_nothing, with_kwargs=True)
         language = set(map(id, self.backbone.get_decoder().modules()))
         self._outside = [module for module in self.backbone.modules() if id(module) not in language]
         self.layout_class = PairLayout  # the self-check puts broken ones here, to see that it would notice
@@ -58,6 +60,7 @@ class SharedForward:
     def remove(self) -> None:
         """Take the wrapping off again. The attention stays: it hands on what is not packed."""
         self.backbone.forward, self.backbone.get_image_features = self._run, self._features
+        self._hook.remove()
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -123,16 +126,22 @@ class SharedForward:
     def _forward(self, *args: Any, pairs: Any = None, image_copies: int = 1, **kwargs: Any) -> Any:
         for tower in self._towers:
             tower.rewind()
-        output = self._run_batch(*args, pairs=pairs, image_copies=image_copies, **kwargs)
-        if self.always_whole and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
-            output.last_hidden_state = output.last_hidden_state + self._nothing(output.last_hidden_state)
-        return output
+        self._bare = self.always_whole and torch.is_grad_enabled() and kwargs.get("pixel_values") is None
+        return self._run_batch(*args, pairs=pairs, image_copies=image_copies, **kwargs)
+
+    def _with_nothing(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Before the language model reads a batch without a picture: add `_nothing` where image features would have come in.
+
+        Processes bring gradients together in the order in which backward passes reach them, which must be the same for all:
+        through every language layer, and then into what makes image features.
+        """
+        if not self._bare or kwargs.get("inputs_embeds") is None:
+            return None
+        embedded = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": embedded + self._nothing(embedded)}
 
     def _nothing(self, like: Tensor) -> Tensor:
-        """Zero, whose gradients reach all that trains outside the language model.
-
-        Without a picture nothing else would, and processes whose batches have some would wait for these gradients.
-        """
+        """Zero, whose gradients reach all that trains outside the language model."""
         trained = [p for p in families.vision_parameters(self.backbone) if p.requires_grad]
         return torch.stack([0 * p.sum().to(like) for p in trained]).sum() if trained else like.new_zeros(())
 

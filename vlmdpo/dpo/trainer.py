@@ -10,8 +10,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from peft import LoraConfig, PeftModel
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +33,7 @@ from vlmdpo.dpo.stock import StockCollator
 from vlmdpo.dpo.watch import Watch
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
+from vlmdpo.models.processes import sharding
 
 
 class NotANumber(Exception):
@@ -76,6 +80,17 @@ class PairTrainer(DPOTrainer):
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
         self.use_engine(engine)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """TRL's; and where FSDP is asked for, FSDP: accelerate would quietly run DDP on CPUs, where torch can shard too."""
+        super().create_accelerator_and_postprocess()
+        if sharding() == "fsdp" and not self.is_fsdp_enabled:
+            state = self.accelerator.state
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            gather = self.accelerator.get_state_dict
+            self.accelerator.get_state_dict = lambda *a, **k: whole_tensors(gather(*a, **k), self.accelerator.is_main_process)
 
     def use_engine(self, engine: str) -> None:
         """Let policy and, where there is one, reference model read this engine's batches from now on."""
@@ -261,6 +276,20 @@ class _Keeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.save_references()
+
+
+def whole_tensors(state: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """A state dict whose tensors are whole and on the CPU: what torch calls a full one may hold parts, or tensors on their way.
+
+    Every process must call this; those that do not `keep` get an empty one.
+    """
+    found = {}
+    for name, value in state.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = whole.wait() if isinstance(whole, AsyncCollectiveTensor) else whole
+        if keep:
+            found[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
+    return found
 
 
 def recomputing_layers(model: Any) -> list[Any]:
