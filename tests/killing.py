@@ -1,12 +1,13 @@
-"""Run `vlmdpo prepare` again and again from one process that has its libraries imported, killing some of the runs.
+"""Run a command again and again from one process that has its libraries imported, killing some of the runs.
 
-    python -m tests.killing SEED ROUNDS UNIT_ROWS ARGUMENTS...
+    python -m tests.killing prepare|train SEED ROUNDS ARGUMENTS...
 
 Prints the seconds that an undisturbed run takes, then for each round a line: "killed" or "finished", and whether the run
 after it, which is left alone, made the same bytes as the undisturbed one.
 """
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -16,10 +17,13 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot
+import torch
 
 from vlmdpo import cli
 from vlmdpo.data import sources
-from vlmdpo.dpo import lengths, preview
+from vlmdpo.dpo import doctor, lengths, preview, reference, trainer
+
+UNIT_ROWS = 8  # of prepare, so that a small set has several units
 
 
 def contents(folder):
@@ -28,12 +32,21 @@ def contents(folder):
     return [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
 
-def start(arguments):
+def trained(folder):
+    """What a training run must leave the same: adapter, every logged loss, steps, and the last checkpoint's optimizer."""
+    adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
+    losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((Path(folder) / "train_report.json").read_text())
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return hashlib.sha256(adapter).hexdigest(), losses, report["steps"], (last / "optimizer.pt").read_bytes()
+
+
+def start(command, arguments):
     """A forked process that runs the command line and ends with its exit code. Returns its number."""
     child = os.fork()
     if child == 0:
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        os._exit(cli.run(["prepare", "--output-dir", "out", *arguments]))
+        os._exit(cli.run([command, "--output-dir", "out", *arguments]))
     return child
 
 
@@ -41,25 +54,28 @@ def finish(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(seed, rounds, unit_rows, *arguments):
-    assert all((matplotlib.pyplot, lengths, preview))  # imported, so that the forked ones need not
+def main(command, seed, rounds, *arguments):
+    assert all((matplotlib.pyplot, lengths, preview, doctor, reference, trainer))  # the forked ones need not
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     lengths.counter_of("tiny", None, False)
-    sources.UNIT_ROWS = int(unit_rows)
+    sources.UNIT_ROWS = UNIT_ROWS
+    look = contents if command == "prepare" else trained
     chance = random.Random(int(seed))
     began = time.monotonic()
-    assert finish(start(arguments)) == 0
+    assert finish(start(command, arguments)) == 0
     undisturbed = time.monotonic() - began
-    wanted = contents("out")
+    wanted = look("out")
     print(f"{undisturbed:.2f}", flush=True)
     for _ in range(int(rounds)):
         shutil.rmtree("out")
-        child = start(arguments)
+        child = start(command, arguments)
         time.sleep(chance.uniform(0, undisturbed))
         os.kill(child, signal.SIGKILL)
         how = "killed" if finish(child) == -signal.SIGKILL else "finished"
-        whole = os.path.exists("out")
-        same = (not whole or contents("out") == wanted) and finish(start(arguments)) == 0 and contents("out") == wanted
+        whole = command == "prepare" and os.path.exists("out")
+        same = (not whole or look("out") == wanted) and finish(start(command, arguments)) == 0 and look("out") == wanted
         left = [name for name in os.listdir(".") if name.startswith(".out") and name != ".out.lock"]
+        left += [path.name for path in Path("out").glob(".*")]
         print(how, "same" if same and not left else f"DIFFERENT {left}", flush=True)
 
 

@@ -64,7 +64,7 @@ def test_module_and_console_script_are_one_program():
 
 def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_run", lambda module, settings, hint: seen.append((settings, hint)))
+    monkeypatch.setattr(cli, "_run", lambda name, module, settings, hint: seen.append((settings, hint)))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("beta: 0.3\nlearning-rate: 5e-4\nlora_r: 4\n")
     assert cli.run(["train", "--config", str(recipe), "--lora_r", "8", "--set", "max_grad_norm=0.5"]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import config as cf
-from vlmdpo import estimate_memory, eval_amber, infer, prepare, recipes, train, ui
+from vlmdpo import estimate_memory, eval_amber, infer, prepare, recipes, results, train, ui
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import recipe
 
@@ -72,7 +72,7 @@ def show(report: dict[str, Any]) -> None:
     rows = [
         ["prepared pairs", f"{folder}/data"],
         ["adapter and processor", f"{folder}/adapter"],
-        ["learning curves", f"{folder}/adapter/{train.CURVES}"],
+        ["learning curves", f"{folder}/adapter/{results.CURVES}"],
         ["answers and scores", f"{folder}/amber"],
     ]
     ui.result("What the demo wrote:")

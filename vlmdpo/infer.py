@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,36 @@ def _picture(config: InferConfig) -> tuple[str, Image.Image]:
 
 
 def _many(config: InferConfig) -> dict[str, Any]:
+    """Each process answers every so many-th batch, the same batches that one process would make, into a file of its own."""
+    from vlmdpo.models.processes import join_run
+
     assert config.input is not None
-    tasks = _read_tasks(config.input, config.image_root or config.input.parent)
+    assert config.output is not None
+    processes = join_run(config.device)
+    if processes.index:
+        ui.mute()
+    source, output = config.input, config.output
+    config = dataclasses.replace(config, device=processes.device, num_processes=1)
+    tasks = _read_tasks(source, config.image_root or source.parent)
+    if processes.index == 0:
+        _collect(output)
+        _finished(config)
+    processes.wait()
     done = _finished(config)
     left = [task for task in tasks if task.id not in done]
-    if left:
+    batches = [left[start : start + config.batch_size] for start in range(0, len(left), config.batch_size)]
+    mine = batches[processes.index :: processes.count]
+    processes.wait()  # no process writes before all have read
+    if mine:
         model, processor = _load(config)
-        _answer_all(config, model, processor, left)
+        path = output if processes.count == 1 else _part(output, processes.index)
+        _answer_all(config, model, processor, mine, path)
+    processes.wait()
+    if processes.index == 0:
+        _collect(output)
+        _in_order(output, tasks)
+    processes.wait()
+    processes.end()
     return {
         "output": str(config.output),
         "questions": len(tasks),
@@ -94,19 +118,48 @@ def _many(config: InferConfig) -> dict[str, Any]:
     }
 
 
-def _answer_all(config: InferConfig, model: Any, processor: Any, tasks: list[_Task]) -> None:
+def _part(output: Path, process: int) -> Path:
+    """Where one of several processes writes its answers until all are done."""
+    return output.with_name(f".{output.name}.part-{process}")
+
+
+def _collect(output: Path) -> None:
+    """Put what several processes have answered, whole lines only, behind what the file holds, and remove their own files."""
+    parts = sorted(output.parent.glob(f".{output.name}.part-*"))
+    try:
+        for part in parts:
+            text = part.read_text(encoding="utf-8")
+            with output.open("a", encoding="utf-8") as file:
+                file.write(text[: text.rfind("\n") + 1])
+            part.unlink()
+    except OSError as problem:
+        raise DataError(f"--output: cannot write '{output}': {problem.strerror}") from problem
+
+
+def _in_order(output: Path, tasks: list[_Task]) -> None:
+    """The answers in the order of the questions, each once, as one process writes them."""
+    if not output.exists():
+        return
+    by_id = {json.loads(line)["id"]: line for line in output.read_text(encoding="utf-8").split("\n")[:-1]}
+    wanted = [by_id.pop(task.id) for task in tasks if task.id in by_id]
+    text = "".join(line + "\n" for line in [*by_id.values(), *wanted])
+    if text != output.read_text(encoding="utf-8"):
+        part = output.with_name(f".{output.name}.partial")
+        part.write_text(text, encoding="utf-8")
+        part.replace(output)
+
+
+def _answer_all(config: InferConfig, model: Any, processor: Any, batches: list[list[_Task]], path: Path) -> None:
     from vlmdpo.models.generate import answer
 
-    assert config.output is not None
     with contextlib.ExitStack() as stack:
         try:
-            config.output.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(config.output.open("a", encoding="utf-8"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a", encoding="utf-8"))
         except OSError as problem:
             raise DataError(f"--output: cannot write '{config.output}': {problem.strerror}") from problem
-        bar = stack.enter_context(ui.progress("answer", len(tasks)))
-        for start in range(0, len(tasks), config.batch_size):
-            batch = tasks[start : start + config.batch_size]
+        bar = stack.enter_context(ui.progress("answer", sum(map(len, batches))))
+        for batch in batches:
             pictures = [_open_task(task) for task in batch]
             texts = answer(model, processor, pictures, [task.question for task in batch], config.max_new_tokens)
             for task, text in zip(batch, texts, strict=True):

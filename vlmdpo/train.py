@@ -6,36 +6,30 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vlmdpo import prepare, ui
+from vlmdpo import prepare, results, ui
 from vlmdpo.config import RATES, SANE_RATES, EstimateMemoryConfig, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError, Preempted, VlmDpoError
-from vlmdpo.models.registry import hub_id, short_name
+from vlmdpo.models.registry import short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
-CURVES = "learning_curves.png"
 _OF_ONE_CALL = {
     *("resume", "overwrite", "doctor", "dry_run", "gpu", "json"),
     *("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
 }
-_RESULT = ".result.partial"  # where what a run leaves is written before it gets its names
-_VERSIONS = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 OVER_LENGTH = "over_length.jsonl"  # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
 
 
@@ -92,7 +86,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
         kind = Interrupted if setup.watch.stopped_by == signal.SIGINT else Preempted
         raise kind(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
-    return _finish(setup, outcome.metrics, output_dir, config)
+    return results.finish(setup, outcome.metrics, output_dir, config)
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -281,8 +275,10 @@ def _prepared(config: TrainConfig) -> Path:
 
 
 def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
+    from vlmdpo.models.families import size_of
+
+    trainable = sum(size_of(p) for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(map(size_of, trainer.model.parameters()))
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     way = {"shared": "shared prefix", "rows": "stock rows, images once", "stock": "stock TRL"}[trainer.engine]
@@ -293,93 +289,6 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
         f"{pairs:,} pairs, {batch} a step; {what}: {trainable:,} of {total:,} parameters train; "
         f"{trainer.args.device}, {precision}, {attention} attention, {way}"
     )
-
-
-def _finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """Save the model and what was seen on the way; returns the report."""
-    trainer, watch = setup.trainer, setup.watch
-    report = {
-        "output_dir": str(folder),
-        "model": config.model,
-        "dataset": config.dataset,
-        "steps": trainer.state.global_step,
-        "learning_rate": config.peak_learning_rate,
-        **_last_metrics(watch.lines[-1]),
-        "num_processes": trainer.args.world_size,
-        "pairs_per_s": outcome["train_samples_per_second"],
-        "elapsed_s": outcome["train_runtime"],
-        "engine": "shared" if trainer.engine == "shared" else "stock",
-        "images_once": trainer.engine != "stock",
-        "fallback_reason": setup.fallback_reason,
-        "checkpointed_layers": trainer.checkpointed_layers,
-        "over_length": dict(Counter(row["done"] for row in setup.over_length)),
-        "per_device_train_batch_size": _batch_size(trainer),
-        "peak_bytes": _peak_bytes(trainer.args.device),
-        "curves": str(folder / CURVES),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
-    }
-    weights = engine_room.whole_weights(trainer)
-    if trainer.args.process_index == 0:
-        _leave(setup, weights, report, folder, config)
-    trainer.accelerator.wait_for_everyone()
-    return report
-
-
-def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], folder: Path, config: TrainConfig) -> None:
-    """All that a run leaves, checked in a hidden folder before any of it gets its name; the report comes last."""
-    from safetensors import SafetensorError
-
-    from vlmdpo.report import curves, model_card
-
-    made = folder / _RESULT
-    try:
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        _save_weights(setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config)
-        setup.processor.save_pretrained(made)
-        engine_room.check_saved(setup, weights, made, config)
-        curves.draw(setup.watch.lines, f"{config.model} · {config.dataset} · DPO", made / CURVES)
-        for path in sorted(made.iterdir()):
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            path.replace(folder / path.name)
-        made.rmdir()
-        part = folder / f".{model_card.REPORT}.partial"
-        part.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        part.replace(folder / model_card.REPORT)
-        model_card.write(folder)
-    except (OSError, SafetensorError) as problem:
-        shutil.rmtree(made, ignore_errors=True)
-        raise DataError(f"cannot write '{folder}': {getattr(problem, 'strerror', None) or problem}") from problem
-
-
-def _batch_size(trainer: Any) -> int:
-    """Pairs in a forward pass at the end: fewer than asked for where memory ran out on the way."""
-    size = trainer.auto_batch or trainer.args
-    return int(size.per_device_train_batch_size)
-
-
-def _last_metrics(line: dict[str, Any]) -> dict[str, Any]:
-    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-    return {name: line[name] for name in names}
-
-
-def _peak_bytes(device: Any) -> int | None:
-    """The most that PyTorch had allocated on a CUDA device; None elsewhere, where nothing counts it."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-
-
-def _save_weights(model: Any, weights: dict[str, Any] | None, folder: Path, config: TrainConfig) -> None:
-    """Adapter or model as safetensors. Not `trainer.save_model`: that leaves training_args.bin, a pickle, beside it."""
-    if not config.lora:
-        model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-        return
-    # The adapter names its base as the user would: the embedded model's folder means nothing on another machine.
-    model.peft_config["default"].base_model_name_or_path = hub_id(config.model)
-    # Embeddings never train here; left to find out, PEFT would ask the Hub about the base model.
-    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
 
 
 def show(report: dict[str, Any]) -> None:

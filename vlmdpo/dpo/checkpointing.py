@@ -16,7 +16,8 @@ import torch
 from accelerate.utils import gather_object
 
 from vlmdpo import ui
-from vlmdpo.dpo.trainer import PairTrainer, recomputing_layers
+from vlmdpo.dpo.sharding import recomputing_layers
+from vlmdpo.dpo.trainer import PairTrainer
 from vlmdpo.errors import ConfigError
 from vlmdpo.memory.living import peak_bytes
 

@@ -208,7 +208,7 @@ def _image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
 def _trainable(model: Any) -> Check:
     counts = dict.fromkeys(families.PARTS, 0)
     for part, _, parameter in families.parts(model):
-        counts[part] += parameter.numel() if parameter.requires_grad else 0
+        counts[part] += families.size_of(parameter) if parameter.requires_grad else 0
     seen = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
     return Check("trainable parameters", bool(seen), seen or "none", "no layer is in --lora-scope and --lora-target-modules")
 

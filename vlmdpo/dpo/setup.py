@@ -56,6 +56,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     from vlmdpo.dpo import checkpointing
     from vlmdpo.dpo.arguments import lora_config
     from vlmdpo.dpo.lengths import row_lengths
+    from vlmdpo.dpo.sharding import check_sharding, shard_language_layers
     from vlmdpo.dpo.trainer import make_trainer
     from vlmdpo.models.load import load_model, load_processor
     from vlmdpo.models.processes import sharding
@@ -71,7 +72,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     whole_on_cpu = {"device": "cpu"} if shared in ("fsdp", "zero3") else {}  # it may fit no GPU before it is shared out
     model = load_model(config.model, quantization=config.quantization, **{**how, **whole_on_cpu})
     _freeze(model, config)
-    _check_sharding(shared, config, args)
+    check_sharding(shared, config, dataset)
     engine, reason = _engine(config, model)
     references = _references(config, args, data, model, processor, engine, all_rows)
     # With an adapter the reference is the same weights with the adapter off; with a cache, what they said at the start.
@@ -90,7 +91,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     )
     setup = Setup(trainer, processor, dataset, watch, reason, over_length)
     if trainer.is_fsdp_enabled:
-        _shard_language_layers(trainer)
+        shard_language_layers(trainer)
     if setup.is_sharded:
         trainer.add_callback(_late_checks(setup, config))  # now no process's model could run alone
     else:
@@ -104,30 +105,6 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     if config.gradient_checkpointing:
         checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup
-
-
-def _check_sharding(shared: str, config: TrainConfig, args: Any) -> None:
-    """Raise ConfigError for what cannot work where no process has all of the model."""
-    if not shared:
-        return
-    if config.auto_batch_size:
-        raise ConfigError("--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the batch size")
-    if config.loss_type == "mdpo" and shared != "zero2":
-        raise ConfigError("--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2")
-    if shared in ("fsdp", "zero3") and (config.feature_cache or config.checkpointing == "auto"):
-        name = "--feature-cache" if config.feature_cache else "--checkpointing auto"
-        raise ConfigError(f"{name} measures the model before training, which no process has whole; use --strategy ddp")
-
-
-def _shard_language_layers(trainer: Any) -> None:
-    """FSDP's units: the language model's layers. All else is gathered once a pass, by every process.
-
-    Were vision layers units too, a process whose batch has no picture would never ask for them, and the others would wait.
-    """
-    from vlmdpo.dpo.trainer import recomputing_layers
-
-    plugin = trainer.accelerator.state.fsdp_plugin
-    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in recomputing_layers(trainer.model)})
 
 
 def _late_checks(setup: Setup, config: TrainConfig) -> Any:
@@ -322,20 +299,6 @@ def _engine_findings(setup: Setup) -> list[Any]:
     if setup.trainer.engine == "shared":
         return [doctor.self_check(setup.trainer, setup.examples()[0])]
     return [doctor.Check("shared forward", None, f"not used: {setup.fallback_reason or 'stock asked for'}")]
-
-
-def whole_weights(trainer: Any) -> dict[str, Any] | None:
-    """All weights on the CPU, brought together from the processes that share them; None where each has them whole.
-
-    Every process must call this.
-    """
-    if trainer.is_deepspeed_enabled:
-        found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        return found
-    if trainer.is_fsdp_enabled:
-        found = trainer.accelerator.get_state_dict(trainer.model)
-        return found
-    return None
 
 
 def no_number(setup: Setup, problem: Any, folder: Path) -> ModelError:

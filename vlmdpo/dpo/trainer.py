@@ -10,14 +10,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from peft import LoraConfig, PeftModel
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
@@ -29,10 +25,10 @@ from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
 from vlmdpo.dpo.order import LengthGrouped
 from vlmdpo.dpo.reference import ReferenceCache
+from vlmdpo.dpo.sharding import recomputing_layers, whole_tensors
 from vlmdpo.dpo.stock import StockCollator
 from vlmdpo.dpo.watch import Watch
 from vlmdpo.errors import ConfigError
-from vlmdpo.models.families import base_of
 from vlmdpo.models.processes import sharding
 
 
@@ -83,6 +79,7 @@ class PairTrainer(DPOTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """TRL's; and where FSDP is asked for, FSDP: accelerate would quietly run DDP on CPUs, where torch can shard too."""
+        self.is_fsdp_enabled: bool
         super().create_accelerator_and_postprocess()
         if sharding() == "fsdp" and not self.is_fsdp_enabled:
             state = self.accelerator.state
@@ -125,6 +122,13 @@ class PairTrainer(DPOTrainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGrouped(self.lengths, batch, self.args.seed)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers'; but a run that is resumed where it had ended takes no further step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing) if self._writing is not None else str(super()._get_output_dir(trial))
@@ -276,26 +280,6 @@ class _Keeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.save_references()
-
-
-def whole_tensors(state: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """A state dict whose tensors are whole and on the CPU: what torch calls a full one may hold parts, or tensors on their way.
-
-    Every process must call this; those that do not `keep` get an empty one.
-    """
-    found = {}
-    for name, value in state.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        whole = whole.wait() if isinstance(whole, AsyncCollectiveTensor) else whole
-        if keep:
-            found[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
-    return found
-
-
-def recomputing_layers(model: Any) -> list[Any]:
-    """The language model's layers that can recompute their activations, in order."""
-    decoder = base_of(model).base_model.get_decoder()
-    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def make_trainer(

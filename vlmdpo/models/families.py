@@ -155,6 +155,11 @@ def default_image_side(processor: Any) -> int | None:
     return max(1, limit // 2) if upper_bound else limit
 
 
+def size_of(parameter: Tensor) -> int:
+    """How many numbers a parameter holds, over all processes (DeepSpeed's parts keep the whole's size beside them)."""
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+
+
 def images_only(processor_class: Any) -> Any:
     """A processor class without its video part, which exists only where torchvision does, under the same name."""
 
