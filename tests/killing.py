@@ -1,9 +1,10 @@
 """Run a command again and again from one process that has its libraries imported, killing some of the runs.
 
-    python -m tests.killing prepare|train SEED ROUNDS ARGUMENTS...
+    python -m tests.killing prepare|train KILL|TERM SEED ROUNDS ARGUMENTS...
 
-Prints the seconds that an undisturbed run takes, then for each round a line: "killed" or "finished", and whether the run
-after it, which is left alone, made the same bytes as the undisturbed one.
+Prints the seconds that an undisturbed run takes, then for each round a line: how the run ended that was sent the signal at a
+random point ("killed", "finished", or an exit code), and whether the run after it, which is left alone, made the same bytes
+as the undisturbed one.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ def finish(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(command, seed, rounds, *arguments):
+def main(command, kind, seed, rounds, *arguments):
     assert all((matplotlib.pyplot, lengths, preview, doctor, reference, trainer))  # the forked ones need not
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     lengths.counter_of("tiny", None, False)
@@ -70,8 +71,9 @@ def main(command, seed, rounds, *arguments):
         shutil.rmtree("out")
         child = start(command, arguments)
         time.sleep(chance.uniform(0, undisturbed))
-        os.kill(child, signal.SIGKILL)
-        how = "killed" if finish(child) == -signal.SIGKILL else "finished"
+        os.kill(child, getattr(signal, f"SIG{kind}"))
+        code = finish(child)
+        how = {0: "finished", -signal.SIGKILL: "killed"}.get(code, str(code))
         whole = command == "prepare" and os.path.exists("out")
         same = (not whole or look("out") == wanted) and finish(start(command, arguments)) == 0 and look("out") == wanted
         left = [name for name in os.listdir(".") if name.startswith(".out") and name != ".out.lock"]

@@ -41,9 +41,9 @@ def _command(*arguments):
 
 def test_killed_at_any_of_twenty_points_the_next_call_finishes_with_the_same_bytes(tmp_path):
     rounds = "20"
-    arguments = [rounds, "8", "--dataset", _data(tmp_path / "d", 60), "--num-proc", "1", "--test-size", "0.3"]
+    arguments = [rounds, "--dataset", _data(tmp_path / "d", 60), "--num-proc", "1", "--test-size", "0.3"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.killing", "1", *arguments],
+        [sys.executable, "-W", "ignore", "-m", "tests.killing", "prepare", "KILL", "1", *arguments],
         **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

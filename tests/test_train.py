@@ -91,7 +91,6 @@ def test_full_fine_tuning_moves_every_part(few_pairs, tmp_path, vlmdpo):
         (["--lora-target-modules", "nonsense_proj"], 2, "--lora-target-modules"),
         (["--output-dir", "taken"], 3, "holds something else"),
         (["--output-dir", "file/below"], 3, "file/below"),
-        (["--output-dir", "new", "--resume"], 3, "holds no checkpoint"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
         (["--device", "cuda:1"], 2, "CUDA_VISIBLE_DEVICES"),
     ],

@@ -16,6 +16,7 @@ PRESETS: dict[str, tuple[list[str], list[float]]] = {
     "mpo": (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),  # Wang et al. 2024, arXiv 2411.10442
     "mdpo": (["sigmoid"], [3.0]),  # over three pairs a row: see dpo.conditional
 }
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")
 PARTS = ("vision", "connector", "language", "head")
 RATES = {"LoRA": 5e-5, "full": 5e-7}
 SANE_RATES = {"LoRA": (1e-6, 5e-4), "full": (1e-8, 1e-5)}  # beyond these a run seldom moves, or falls apart
@@ -104,7 +105,7 @@ class TrainConfig(Weights, Processes):
     save_steps: float = option(500.0, "Optimizer steps between two checkpoints")
     save_total_limit: int = option(2, "Checkpoints kept, in number")
     dataloader_num_workers: int = option(0, "Processes that load and preprocess batches, in number")
-    report_to: str = option("none", "Trackers: none, tensorboard, wandb, mlflow, trackio")
+    report_to: str = option("none", f"Trackers that get the metrics, joined by commas: {', '.join(TRACKERS)}; or none")
     seed: int = option(42, "Seed of adapter weights and data order")
     strategy: str = option(
         "ddp",
@@ -125,6 +126,8 @@ class TrainConfig(Weights, Processes):
         Processes.__post_init__(self)
         self.losses()
         one_of(self.strategy, STRATEGIES, "strategy")
+        for name in self.trackers():
+            one_of(name, TRACKERS, "report_to")
         if self.strategy != "ddp" and self.num_processes == 1:
             raise ConfigError(f"--strategy {self.strategy} shares a model between processes; give --num-processes too")
         one_of(self.quantization, ("none", "nf4"), "quantization")
@@ -165,6 +168,10 @@ class TrainConfig(Weights, Processes):
     def peak_learning_rate(self) -> float:
         """`--learning-rate`, or what suits the way of training: a full model takes a hundredth of an adapter's."""
         return self.learning_rate if self.learning_rate is not None else RATES["LoRA" if self.lora else "full"]
+
+    def trackers(self) -> tuple[str, ...]:
+        """The names of `--report-to`; empty for none."""
+        return tuple(name for name in (part.strip() for part in self.report_to.split(",")) if name not in ("none", ""))
 
     def frozen(self) -> tuple[str, ...]:
         """The parts of `--freeze`."""

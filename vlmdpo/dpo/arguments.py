@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from peft import LoraConfig
 from trl import DPOConfig
 
 from vlmdpo.config import TrainConfig, flag_name
-from vlmdpo.errors import ConfigError, nearest
+from vlmdpo.errors import ConfigError, MissingDependencyError, nearest
 from vlmdpo.models.families import linear_layers
 
 # Fields that have the same name and meaning in TrainConfig and DPOConfig.
 _SHARED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("lr_scheduler_type", "warmup_steps", "beta", "max_length", "gradient_checkpointing", "optim", "logging_steps"),
-    *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "seed"),
+    *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"),
 )
 _OWN = {field.name for field in dataclasses.fields(TrainConfig)}
 
@@ -32,6 +33,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
     values |= {
         "learning_rate": config.peak_learning_rate,
         "output_dir": str(output_dir),
+        "report_to": list(config.trackers()) or "none",
         "loss_type": losses,
         "loss_weights": weights,
         "bf16": gpu_has_bf16 if config.bf16 is None else config.bf16,
@@ -41,6 +43,9 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "dataloader_pin_memory": device.type == "cuda",
     }
     values |= _extra_fields(config.set, values)
+    for name in config.trackers():
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(f"--report-to {name} needs a package: pip install {name}")
     try:
         return DPOConfig(**values)
     except (ValueError, TypeError, ImportError) as problem:

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from vlmdpo import ui
 from vlmdpo.errors import DataError
 
 _PARTIAL, _OLD = ".checkpoint.partial", ".checkpoint.old"
@@ -70,7 +71,8 @@ def written(folder: Path, step: int, keep: int | None, accelerator: Any) -> Iter
         tidy(folder)
         last = next(iter(reversed(found(folder))), None)
         stays = f"{last.name} stays whole, and --resume goes on from it" if last else "there is no earlier one"
-        why = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+        free = ui.human_bytes(shutil.disk_usage(folder).free)
+        why = getattr(problem, "strerror", None) or f"writing stopped short ({free} free on the disk)"
         raise DataError(f"cannot write {name} below '{folder}': {why}; {stays}") from problem
 
 
