@@ -190,10 +190,11 @@ def do_all(job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, adv
 def context(num_proc: int, preload: list[str]) -> None:
     """Start what several processes will be forked from, so that it imports `preload` while this one is busy."""
     if num_proc > 1 and "forkserver" in multiprocessing.get_all_start_methods():
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
         # Ctrl-C is this process's to handle; the server, which is told too, inherits that it is not.
+        resource_tracker.ensure_running()  # before: starting it would unblock the signal again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()

@@ -177,7 +177,7 @@ def _trainer(architecture: Architecture, config: TrainConfig, rows: Dataset, fol
     cached = config.reference_cache
     # Full fine-tuning fills its cache before the first step, LoRA in the first epoch, which is the one that peaks.
     references = _Foreseen(folder, "foreseen", len(rows), filled=not config.lora) if cached else None
-    return make_trainer(
+    trainer = make_trainer(
         engine=config.engine,
         model=policy,
         reference=None if config.lora or cached else model(),
@@ -187,6 +187,8 @@ def _trainer(architecture: Architecture, config: TrainConfig, rows: Dataset, fol
         lora=lora_config(config, policy),
         references=references,
     )
+    trainer.numbers_are_real = False
+    return trainer
 
 
 class _Foreseen(ReferenceCache):

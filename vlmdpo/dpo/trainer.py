@@ -73,6 +73,7 @@ class PairTrainer(DPOTrainer):
         self.checkpointed_layers: int | None = None  # None: all (ours: but the last), where checkpointing is on
         self._shared: list[SharedForward] = []
         self._writing: Path | None = None
+        self.numbers_are_real = True  # a simulated step has none, and its losses mean nothing
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
         self.use_engine(engine)
@@ -193,7 +194,7 @@ class PairTrainer(DPOTrainer):
         for layer in layers[wanted:] if wanted is not None else ():
             layer.gradient_checkpointing = False
         found = self._loss_of(model, inputs, return_outputs)
-        if not bool((found[0] if return_outputs else found).isfinite()):
+        if self.numbers_are_real and not bool((found[0] if return_outputs else found).isfinite()):
             raise NotANumber([] if rows is None else rows.tolist(), self.state.global_step + 1)
         return found
 
@@ -218,7 +219,7 @@ class PairTrainer(DPOTrainer):
             )
             known = self.compute_ref_log_probs(self.ref_model or model, inputs)
             known = conditional.by_answer(*known) if self.conditional else known
-            if not all(bool(logps.isfinite().all()) for logps in known):
+            if self.numbers_are_real and not all(bool(logps.isfinite().all()) for logps in known):
                 raise NotANumber(rows.tolist(), self.state.global_step + 1)
             if self.references is not None:
                 self.references.put(rows, *known)
