@@ -41,11 +41,18 @@ def run_groups(specs):
         assert set(json.loads(line)) == {0}, (spec["name"], line, logs)
 
 
-def spec(name, processes, batch, accumulation, *more, data="data", env=None):
-    """A training run of 8 pairs a step, on CPU."""
+def spec(name, processes, batch, accumulation, *more, data="data", env=None, again=False):
+    """A training run of 8 pairs a step, on CPU; `again` without what came after its first checkpoint."""
     arguments = ["train", "--dataset", data, "--output-dir", name, "--per-device-train-batch-size", str(batch)]
     arguments += ["--gradient-accumulation-steps", str(accumulation), *_ONE_CURVE, *more]
-    return {"name": name, "processes": processes, "arguments": arguments, "env": env or {}}
+    lost = ["adapter_model.safetensors", "train_report.json", "checkpoint-6"] if again else []
+    return {
+        "name": name,
+        "processes": processes,
+        "arguments": arguments,
+        "env": env or {},
+        "lost": [f"{name}/{x}" for x in lost],
+    }
 
 
 def curve(name):
@@ -72,11 +79,16 @@ def test_every_arrangement_of_processes_learns_the_same(data):
             spec("four", 4, 2, 1),
             spec("accumulated", 1, 2, 4),
             spec("both", 2, 2, 2),
-            spec("sharded", 2, 4, 1, env=FSDP2),
+            spec("sharded", 2, 4, 1, "--save-steps", "4", "--resume", env=FSDP2),
+            spec("sharded", 2, 4, 1, "--save-steps", "4", "--resume", env=FSDP2, again=True),
             spec("grouped-one", 1, 8, 1, *grouped),
             spec("grouped-two", 2, 4, 1, *grouped),
+            spec("full-one", 1, 8, 1, "--no-lora"),
+            spec("full-sharded", 2, 4, 1, "--no-lora", env=FSDP2),
         ]
     )
+    for here, there in zip(curve("full-sharded"), curve("full-one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-3, abs=1e-5)
     assert len(curve("one")) == 6
     for name in ("two", "four", "accumulated", "both", "sharded"):
         for here, there in zip(curve(name), curve("one"), strict=True):

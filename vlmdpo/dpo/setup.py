@@ -116,7 +116,8 @@ def _late_checks(setup: Setup, config: TrainConfig) -> Any:
             _self_check(setup)
             if setup.fallback_reason and config.engine == "shared" and setup.trainer.engine != setup.began_as:
                 raise ModelError(f"no shared prefix ({setup.fallback_reason}); run it with --engine stock, or on one GPU")
-            _check_before(setup, config, resumed=state.global_step > 0)
+            if not state.global_step:  # a resumed policy has left the reference
+                _check_before(setup)
 
     return LateChecks()
 
@@ -255,21 +256,21 @@ def check(setup: Setup, config: TrainConfig) -> None:
     `_late_checks`.
     """
     if not setup.is_sharded:
-        _check_before(setup, config, resumed=False)
+        _check_before(setup)
     cache = setup.trainer.references
     rows = [row + copy for row in setup.trainer.train_dataset["row"] for copy in {0, setup.trainer.conditional}]
     if cache is not None and not config.lora and not cache.holds(rows):
         setup.trainer.compute_references()
 
 
-def _check_before(setup: Setup, config: TrainConfig, *, resumed: bool) -> None:
+def _check_before(setup: Setup) -> None:
     from vlmdpo.dpo import doctor
 
     found = doctor.checkup(setup.trainer, setup.examples())
     for finding in found:
         if finding.passed is False:
             ui.warn(f"check: {finding.name}: {finding.seen}. Likely cause: {finding.cause}")
-    if not found[0].passed and not resumed:  # a resumed policy has left the reference
+    if not found[0].passed:
         raise ModelError(f"the loss at step 0 is {found[0].seen}, not ln 2. Likely cause: {found[0].cause}")
     ui.say("checks: " + "; ".join(f"{finding.name} ({finding.seen})" for finding in found))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
-import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
+
+_EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def recomputing_layers(model: Any) -> list[Any]:
@@ -45,9 +47,19 @@ def shard_language_layers(trainer: Any) -> None:
     """FSDP's units: the language model's layers. All else is gathered once a pass, by every process.
 
     Were vision layers units too, a process whose batch has no picture would never ask for them, and the others would wait.
+    Nor may the head be one, which accelerate would make it: TRL's loss reads its weights without calling it, and gradients
+    of a unit that is never called are not brought together.
     """
-    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin, prepare = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.prepare
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in recomputing_layers(trainer.model)})
+
+    def prepare_without_embeddings(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as hidden:
+            for name in _EMBEDDINGS:
+                hidden.enter_context(mock.patch.object(base_of(trainer.model), name, return_value=None))
+            return prepare(*args, **kwargs)
+
+    trainer.accelerator.prepare = prepare_without_embeddings
 
 
 def strategy_of(trainer: Any) -> str:
@@ -71,17 +83,3 @@ def whole_weights(trainer: Any) -> dict[str, Any] | None:
         found = trainer.accelerator.get_state_dict(trainer.model)
         return found
     return None
-
-
-def whole_tensors(state: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """A state dict whose tensors are whole and on the CPU: what torch calls a full one may hold parts, or tensors on their way.
-
-    Every process must call this; those that do not `keep` get an empty one.
-    """
-    found = {}
-    for name, value in state.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        whole = whole.wait() if isinstance(whole, AsyncCollectiveTensor) else whole
-        if keep:
-            found[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
-    return found

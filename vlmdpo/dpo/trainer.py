@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.dpo.forward import SharedForward
 from vlmdpo.dpo.order import LengthGrouped
 from vlmdpo.dpo.reference import ReferenceCache
-from vlmdpo.dpo.sharding import recomputing_layers, whole_tensors
+from vlmdpo.dpo.sharding import recomputing_layers
 from vlmdpo.dpo.stock import StockCollator
 from vlmdpo.dpo.watch import Watch
 from vlmdpo.errors import ConfigError
@@ -83,12 +84,10 @@ class PairTrainer(DPOTrainer):
         self.is_fsdp_enabled: bool
         super().create_accelerator_and_postprocess()
         if sharding() == "fsdp" and not self.is_fsdp_enabled:
-            state = self.accelerator.state
-            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            # Both: accelerate copies the one onto the other whenever it likes.
+            self.accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-        if self.is_fsdp_enabled:
-            gather = self.accelerator.get_state_dict
-            self.accelerator.get_state_dict = lambda *a, **k: whole_tensors(gather(*a, **k), self.accelerator.is_main_process)
 
     def use_engine(self, engine: str) -> None:
         """Let policy and, where there is one, reference model read this engine's batches from now on."""
