@@ -251,3 +251,19 @@ def test_the_shipped_configurations_are_what_the_launcher_makes(strategy):
         assert shipped["deepspeed_config"].pop("gradient_accumulation_steps") == "auto"
         assert made["deepspeed_config"].pop("gradient_accumulation_steps") == TrainConfig().gradient_accumulation_steps
     assert shipped == made
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_learns_the_same(strategy, data):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    run_groups([spec("one", 1, 8, 1, "--max-steps", "3")])
+    shared = spec(strategy, 2, 4, 1, "--max-steps", "3", "--num-processes", "2", "--strategy", strategy)["arguments"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmdpo", *shared],
+        **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert report(strategy)["strategy"] == strategy
+    for here, there in zip(curve(strategy), curve("one"), strict=True):
+        assert here == pytest.approx(there, rel=2e-4, abs=2e-6)
