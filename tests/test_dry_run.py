@@ -74,3 +74,13 @@ def test_a_gpu_is_named_for_a_dry_run_only(vlmdpo):
     code, _, err = vlmdpo("train", "--gpu", "h100")
     assert code == 2
     assert "--gpu is for --dry-run" in err
+
+
+def test_processes_count_as_gpus_and_keep_their_strategy(vlmdpo):
+    settings = ["--model", "idefics2-8b", "--dataset", "rlaif-v", "--num-processes", "16", "--strategy", "fsdp2"]
+    code, out, err = vlmdpo("train", "--dry-run", *settings, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert (plan["gpus"], plan["effective_batch"]) == (16, 2 * 32 * 16)
+    assert "--num-gpus 16" in plan["estimate"]
+    assert "--strategy fsdp2" in plan["estimate"]

@@ -153,13 +153,14 @@ def _launched(*arguments, **more):
 def test_the_launcher_on_two_machines_gives_one_report(data):
     many = ["--num-processes", 2, "--num-machines", 2, "--main-process-ip", "127.0.0.1", "--main-process-port"]
     many += [launch._free_port(), "--strategy", "fsdp2", "--per-device-train-batch-size", 4, "--max-steps", 2]
-    many += ["--gradient-accumulation-steps", 1, "--dataset", "data", "--output-dir", "out", "--json", *_ONE_CURVE]
-    machines = [_launched("train", *many, "--machine-rank", rank) for rank in range(2)]
+    many += ["--gradient-accumulation-steps", 1, "--dataset", "data", "--output-dir", "out", *_ONE_CURVE]
+    machines = [_launched("train", *many, "--gradient-checkpointing", "--machine-rank", rank) for rank in range(2)]
     said = [machine.communicate(timeout=_PATIENCE_S) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
-    first, second = (json.loads(out) for out, _ in said)
-    assert (first["steps"], first["num_processes"], first["strategy"]) == (2, 2, "fsdp2")
-    assert second["machine_rank"] == 1
+    assert "Trained tiny on data" in said[0][0]
+    assert said[1][0] == ""  # the same table, said once
+    made = report("out")
+    assert (made["steps"], made["num_processes"], made["strategy"]) == (2, 2, "fsdp2")
     assert "Traceback" not in said[0][1] + said[1][1]
     recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
     assert recipe["strategy"] == "fsdp2"
@@ -239,6 +240,9 @@ def test_what_cannot_be_launched_is_said(monkeypatch):
     with pytest.raises(ConfigError, match="the launcher has started 4"):
         launch.wanted(TrainConfig(num_processes=2))
     assert not launch.wanted(TrainConfig(num_processes=4))
+    monkeypatch.delenv("WORLD_SIZE")
+    assert launch.wanted(TrainConfig(num_processes=4))
+    assert not launch.wanted(TrainConfig(num_processes=4, dry_run=True))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])

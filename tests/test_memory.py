@@ -96,7 +96,7 @@ def test_what_is_allocated_by_hand():
     assert lines == {"Model to train": 2000, "Adapter": 40, "Reference model": 0, "Gradients": 40, "Optimizer states": 80}
     lines = {c.name: c.bytes for c in allocated(1000, 0, "float32", lora=False, cached=False, optim="adamw_torch")}
     assert lines == {"Model to train": 4000, "Reference model": 4000, "Gradients": 4000, "Optimizer states": 8000}
-    eight = allocated(1000, 0, "bfloat16", lora=False, cached=True, optim="adamw_8bit", shards=Shards.of("fsdp", 4))
+    eight = allocated(1000, 0, "bfloat16", lora=False, cached=True, optim="adamw_8bit", shards=Shards.of("fsdp2", 4))
     assert {c.name: c.bytes for c in eight} == {
         **{"Model to train": 500, "Reference model": 0, "Gradients": 500, "Optimizer states": 500}
     }
@@ -178,7 +178,7 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
 
 def test_sharding_and_four_bits_are_marked(vlmdpo):
     plain = estimate(vlmdpo, *SMALL)
-    sharded = estimate(vlmdpo, *SMALL, "--num-gpus", "2", "--strategy", "fsdp", "--quantization", "nf4")
+    sharded = estimate(vlmdpo, *SMALL, "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4")
     assert sharded["peak_bytes"] < plain["peak_bytes"]
     assert {"nf4 weights", "sharding over GPUs"} <= set(sharded["unvalidated"])
     assert not any(c["validated"] for c in sharded["allocated"]["components"] if c["bytes"])

@@ -172,7 +172,7 @@ def _run(name: str, module: str, settings: Any, hint: str) -> None:
         launch.deliver(report)
     elif settings.json:
         ui.json_result(report)
-    else:
+    elif not getattr(settings, "machine_rank", 0):  # the others have the same to say
         command.show(report)
 
 

@@ -38,6 +38,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         dpo_config(config, Path(folder), pick_device("cpu"))
     gpus, gpu = _gpus(config.gpu)
+    gpus = config.num_processes if config.num_processes > 1 else gpus
     rows, known_by = _rows(config)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus
     losses, weights, conditional = config.losses()
@@ -124,7 +125,7 @@ def _how(config: TrainConfig) -> str:
 
 
 def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
-    strategy = "fsdp" if gpus > 1 and not config.lora else "ddp"
+    strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     shared = {name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "json", "gpu"}}
     prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None

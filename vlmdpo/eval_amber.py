@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmdpo import ui
+from vlmdpo import recipes, ui
 from vlmdpo.amber import answers as kept
 from vlmdpo.amber import nouns
 from vlmdpo.amber import questions as qs
@@ -230,11 +230,7 @@ def _report(
         "fallback_reason": None,
         "bad_pictures": {},
         **facts,
-        "settings": {
-            field.name: str(value) if isinstance(value := getattr(config, field.name), Path) else value
-            for field in dataclasses.fields(config)
-            if field.name not in ("json", "overwrite")
-        },
+        "settings": recipes.plain(config, without=("json", "overwrite")),
         "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         **({"output_dir": str(config.output_dir)} if config.output_dir else {}),

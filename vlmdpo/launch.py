@@ -7,7 +7,6 @@ exit code that one process would have had.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -21,9 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vlmdpo import ui
+from vlmdpo import recipes, ui
 from vlmdpo.config import EvalAmberConfig, InferConfig, TrainConfig
 from vlmdpo.errors import (
     ConfigError,
@@ -41,6 +38,8 @@ Config = TrainConfig | InferConfig | EvalAmberConfig
 
 def wanted(config: Config) -> bool:
     """Whether this process should become the parent of others. Raises ConfigError where it is one of another number."""
+    if isinstance(config, TrainConfig) and (config.dry_run or config.doctor):
+        return False  # one process can tell
     launched = os.environ.get("WORLD_SIZE")
     if launched is None:
         return config.num_processes > 1
@@ -50,29 +49,29 @@ def wanted(config: Config) -> bool:
 
 
 def run(command: str, config: Config) -> dict[str, Any]:
-    """Run the command in its processes, and return the first one's report.
+    """Run the command in its processes, and return the report, which is the same on every machine.
 
     Raises:
         ConfigError, MissingDependencyError: processes that cannot be had here.
         ProcessError: one that died; or what it raised itself, with its exit code.
         Preempted, Interrupted: the processes were told to stop, and did.
     """
+    import yaml
+
     _check(config)
     with tempfile.TemporaryDirectory(prefix="vlmdpo-run-") as name:
         folder = Path(name)
         settings = folder / "settings.yaml"
-        settings.write_text(yaml.safe_dump(_plain(config)), encoding="utf-8")
+        settings.write_text(yaml.safe_dump(recipes.plain(config)), encoding="utf-8")
         chosen = folder / "accelerate.yaml"
         chosen.write_text(yaml.safe_dump(accelerate_config(config), sort_keys=False), encoding="utf-8")
         arguments = ["--config_file", str(chosen), "--module", "vlmdpo", command, "--config", str(settings)]
         with _environment(config, folder), _signals_handed_on():
             died = _launched(arguments)
         report = folder / _REPORT
-        problem = _problem(folder, died)
+        problem = _problem(folder, died, "--resume goes on" if command == "train" else "the same command goes on")
         if problem is not None:
             raise problem
-        if config.machine_rank:
-            return {"machine_rank": config.machine_rank, "report": "on machine 0"}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return found
 
@@ -132,15 +131,6 @@ def _check(config: Config) -> None:
 
         if find_spec("deepspeed") is None:
             raise MissingDependencyError(f"--strategy {config.strategy} needs DeepSpeed: pip install 'vlmdpo[deepspeed]'")
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    """All settings, as a recipe holds them."""
-    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in found.items()
-    }
 
 
 def _free_port() -> int:
@@ -218,7 +208,7 @@ def _signals_handed_on() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _problem(folder: Path, died: dict[int, int]) -> VlmDpoError | None:
+def _problem(folder: Path, died: dict[int, int], go_on: str) -> VlmDpoError | None:
     """Why the run ended, where it did not end well: the first cause, not what it did to the other processes."""
     told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")), key=lambda e: e["at"])
     causes = [error for error in told if error["kind"] != PeerLost.__name__]
@@ -234,7 +224,7 @@ def _problem(folder: Path, died: dict[int, int]) -> VlmDpoError | None:
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name
         why = ", as one is that runs out of memory" if number == signal.SIGKILL else ""
-        return ProcessError(f"process {rank} was killed ({name}{why}); the others were stopped. --resume goes on")
+        return ProcessError(f"process {rank} was killed ({name}{why}); the others were stopped; {go_on}")
     if told:
         return _again(told[0])
     return ProcessError(f"the processes ended with exit codes {died}") if died else None
@@ -261,8 +251,8 @@ def is_child() -> bool:
 
 
 def deliver(report: dict[str, Any]) -> None:
-    """Hand the report to the parent; the first process does."""
-    if os.environ.get("RANK") == "0":
+    """Hand the report to the parent; the first process of each machine does."""
+    if os.environ["LOCAL_RANK"] == "0":
         _write(Path(os.environ[FOLDER]) / _REPORT, report)
 
 

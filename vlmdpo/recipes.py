@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,15 @@ def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
                 raise ConfigError(f"unknown key '{key}'.{nearest(key, types_of)}")
             values[key] = _coerce(types_of[key], value, key)
     return cls(**values)
+
+
+def plain(config: Any, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """A config as the values that a recipe, a JSON file or a report holds; `build` reads them back."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in without}
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from vlmdpo import prepare, results, ui
+from vlmdpo import prepare, recipes, results, ui
 from vlmdpo.config import RATES, SANE_RATES, EstimateMemoryConfig, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
@@ -26,7 +26,7 @@ from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError,
 from vlmdpo.models.registry import short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
-_OF_ONE_CALL = {
+_OF_ONE_CALL = {  # a recipe is for doing it again: what belongs to one call, or one machine, stays out of it
     *("resume", "overwrite", "doctor", "dry_run", "gpu", "json"),
     *("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
 }
@@ -227,18 +227,9 @@ def _check_output(folder: Path, config: TrainConfig) -> None:
         _warn_of_changes(folder, config)
 
 
-def _recipe(config: TrainConfig) -> dict[str, Any]:
-    """The settings for doing it again: flags that belong to one call, or one machine, stay out of it."""
-    return {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-        if name not in _OF_ONE_CALL
-    }
-
-
 def _warn_of_changes(folder: Path, config: TrainConfig) -> None:
     """Say which settings are others than those the run was begun with: what follows is then no longer the same run."""
-    begun, now = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")), _recipe(config)
+    begun, now = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")), recipes.plain(config, without=_OF_ONE_CALL)
     changed = [f"{name} {begun.get(name)} → {value}" for name, value in now.items() if begun.get(name) != value]
     if changed:
         ui.warn(f"--resume with other settings than the run was begun with: {', '.join(changed)}")
@@ -253,7 +244,7 @@ def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.tidy(folder)
         part = folder / f".{RECIPE}.partial"
-        part.write_text(yaml.safe_dump(_recipe(config), sort_keys=False), encoding="utf-8")
+        part.write_text(yaml.safe_dump(recipes.plain(config, without=_OF_ONE_CALL), sort_keys=False), encoding="utf-8")
         part.replace(folder / RECIPE)  # first of all: from now on the folder is known as a run of ours
         if over_length:
             (folder / OVER_LENGTH).write_text("".join(json.dumps(row) + "\n" for row in over_length), encoding="utf-8")

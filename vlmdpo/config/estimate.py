@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdpo.config.options import Base, need, one_of, option
+from vlmdpo.config.options import STRATEGIES, Base, need, one_of, option
 from vlmdpo.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ class EstimateMemoryConfig(Base):
         None, "Does it fit: a GPU (rtx-4090, a100-80gb, h100 ...) or an amount such as 24GiB", default_text="no verdict"
     )
     num_gpus: int = option(1, "GPUs that --strategy splits over, in number")
-    strategy: str = option("ddp", "ddp (every GPU holds all), fsdp, zero2 or zero3")
+    strategy: str = option("ddp", "How GPUs share a model: ddp (each holds it whole), fsdp2, zero2 or zero3")
     fast: bool = option(False, "Answer at once from a closed formula, without torch, some per cent off")
     plot: Path | None = option(None, "PNG of stacked bars to write", default_text="none")
 
@@ -50,7 +50,7 @@ class EstimateMemoryConfig(Base):
         one_of(self.lora_scope, ("language", "connector", "all"), "lora_scope")
         one_of(self.quantization, ("none", "nf4"), "quantization")
         one_of(self.engine, ("shared", "stock"), "engine")
-        one_of(self.strategy, ("ddp", "fsdp", "zero2", "zero3"), "strategy")
+        one_of(self.strategy, STRATEGIES, "strategy")
         for name in ("lora_r", "per_device_train_batch_size", "gradient_accumulation_steps", "answer_tokens", "num_gpus"):
             need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("images", "prompt_tokens"):

@@ -87,6 +87,6 @@ def _to_disk(folder: Path) -> None:
 
 
 def _forget(folder: Path, keep: int | None) -> None:
-    for path in found(folder)[: -keep if keep else None] if keep else []:
+    for path in found(folder)[:-keep] if keep else []:
         path.replace(folder / _OLD)  # first out of sight, then file by file
         shutil.rmtree(folder / _OLD)

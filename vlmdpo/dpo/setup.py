@@ -31,17 +31,13 @@ class Setup:
     watch: Any
     fallback_reason: str | None
     over_length: list[dict[str, Any]]
-    began_as: str = ""
-
-    def __post_init__(self) -> None:
-        self.began_as = self.trainer.engine
 
     @property
     def is_sharded(self) -> bool:
         """Whether no process has all of the model, so that a pass needs them all."""
-        from vlmdpo.models.processes import sharding
+        from vlmdpo.models.processes import IN_PARTS, sharding
 
-        return sharding() in ("fsdp", "zero3")
+        return sharding() in IN_PARTS
 
     def examples(self, count: int = _ROWS_CHECKED) -> list[dict[str, Any]]:
         """A few rows to check on: of the first ones those with long answers, where a mistake in one would show."""
@@ -59,7 +55,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     from vlmdpo.dpo.sharding import check_sharding, shard_language_layers
     from vlmdpo.dpo.trainer import make_trainer
     from vlmdpo.models.load import load_model, load_processor
-    from vlmdpo.models.processes import sharding
+    from vlmdpo.models.processes import IN_PARTS, sharding
 
     origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dataset = store.load(data)
@@ -69,7 +65,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     dataset, over_length = _within(config, dataset, processor, data)
     how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation, **origin}
     shared = sharding()
-    whole_on_cpu = {"device": "cpu"} if shared in ("fsdp", "zero3") else {}  # it may fit no GPU before it is shared out
+    whole_on_cpu = {"device": "cpu"} if shared in IN_PARTS else {}  # it may fit no GPU before it is shared out
     model = load_model(config.model, quantization=config.quantization, **{**how, **whole_on_cpu})
     _freeze(model, config)
     check_sharding(shared, config, dataset)
@@ -113,8 +109,9 @@ def _late_checks(setup: Setup, config: TrainConfig) -> Any:
 
     class LateChecks(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            wanted = setup.trainer.engine
             _self_check(setup)
-            if setup.fallback_reason and config.engine == "shared" and setup.trainer.engine != setup.began_as:
+            if setup.trainer.engine != wanted:
                 raise ModelError(f"no shared prefix ({setup.fallback_reason}); run it with --engine stock, or on one GPU")
             if not state.global_step:  # a resumed policy has left the reference
                 _check_before(setup)
@@ -308,9 +305,11 @@ def no_number(setup: Setup, problem: Any, folder: Path) -> ModelError:
 
     last = next(iter(reversed(checkpoints.found(folder))), None)
     on = f"lower --learning-rate and go on from {last.name} with --resume" if last else "lower --learning-rate"
-    bad = _rows_without_number(setup, problem.rows)
+    copies = setup.trainer.conditional  # mDPO's rows are followed by copies of them
+    rows = sorted({row % copies if copies else row for row in problem.rows})
+    bad = _rows_without_number(setup, rows)
     named = ", ".join(map(str, bad[:8])) + (" ..." if len(bad) > 8 else "")
-    if len(bad) < len(problem.rows):
+    if len(bad) < len(rows):
         return ModelError(
             f"the loss of step {problem.step} is no number, because of row {named} (look at it: vlmdpo prepare --show "
             f"{bad[0]}); take it out of the data, or {on}"
@@ -331,8 +330,7 @@ def _rows_without_number(setup: Setup, rows: list[int]) -> list[int]:
         batch = trainer.plain_collator([dict(trainer.train_dataset[at[row]])])
         return all(bool(tokens.isfinite().all()) for tokens in doctor.token_logps(trainer, batch))
 
-    bad = [row for row in rows if not has_number(row % len(at) if trainer.conditional else row)]
-    return bad or rows
+    return [row for row in rows if not has_number(row)] or rows
 
 
 def check_saved(setup: Setup, weights: dict[str, Any] | None, folder: Path, config: TrainConfig) -> None:

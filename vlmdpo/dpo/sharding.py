@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
+from vlmdpo.models.processes import IN_PARTS
 
 _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
@@ -30,10 +31,10 @@ def check_sharding(shared: str, config: TrainConfig, dataset: Any) -> None:
         raise ConfigError("--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the batch size")
     if config.loss_type == "mdpo" and shared != "zero2":
         raise ConfigError("--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2")
-    if shared in ("fsdp", "zero3") and (config.feature_cache or config.checkpointing == "auto"):
+    if shared in IN_PARTS and (config.feature_cache or config.checkpointing == "auto"):
         name = "--feature-cache" if config.feature_cache else "--checkpointing auto"
         raise ConfigError(f"{name} measures the model before training, which no process has whole; use --strategy ddp")
-    if shared == "zero3" or (shared == "fsdp" and config.engine == "stock"):
+    if shared == "zero3" or (shared == "fsdp2" and config.engine == "stock"):
         pictured = [bool(tokens) for tokens in dataset["image_tokens"]]
         if any(pictured) and not all(pictured):
             raise ConfigError(

@@ -83,7 +83,7 @@ class PairTrainer(DPOTrainer):
         """TRL's; and where FSDP is asked for, FSDP: accelerate would quietly run DDP on CPUs, where torch can shard too."""
         self.is_fsdp_enabled: bool
         super().create_accelerator_and_postprocess()
-        if sharding() == "fsdp" and not self.is_fsdp_enabled:
+        if sharding() == "fsdp2" and not self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             # Both: accelerate copies the one onto the other whenever it likes.
             self.accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP

@@ -54,7 +54,7 @@ class Shards:
         """ddp splits nothing, zero2 gradients and optimizer, fsdp and zero3 everything (Rajbhandari et al. 2020)."""
         if strategy == "zero2":
             return Shards(1, gpus, gpus)
-        return Shards(gpus, gpus, gpus) if strategy in ("fsdp", "zero3") else Shards()
+        return Shards(gpus, gpus, gpus) if strategy in ("fsdp2", "zero3") else Shards()
 
 
 def allocated(

@@ -15,6 +15,9 @@ _LOST = (
 )
 
 
+IN_PARTS = ("fsdp2", "zero3")  # strategies under which no process has all of the weights
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run: its number, how many there are, and the device that it should use."""
@@ -48,14 +51,14 @@ class Processes:
 
 
 def sharding() -> str:
-    """How the launcher says that processes share the model: "" (each has it whole), "fsdp", "zero2" or "zero3".
+    """How the launcher says that processes share the model: "" (each has it whole), "fsdp2", "zero2" or "zero3".
 
     Raises ConfigError for FSDP's first version, which cannot shard an adapter beside frozen weights of another dtype.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ConfigError("the launcher asks for FSDP's version 1; set fsdp_version: 2 in accelerate's configuration")
-        return "fsdp"
+        return "fsdp2"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
     return ""
