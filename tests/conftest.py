@@ -1,6 +1,7 @@
 """Shared by all tests: offline, two threads, a fresh working folder, and AMBER's public data where it is at hand."""
 
 import os
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at work: a core each
 import pytest
 
 
+def unfolded(err):
+    """Warnings and errors without the folding that keeps them within 80 columns."""
+    return re.sub(r"\n {7,9}(?=\S)", " ", err)
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     """Commands write below the working folder; each test gets its own."""
@@ -19,13 +25,13 @@ def _own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def vlmdpo(capfd):
-    """Run a command line in this process: returns (exit code, stdout, stderr)."""
+    """Run a command line in this process: returns (exit code, stdout, stderr), each error in one line."""
     from vlmdpo import cli
 
     def call(*arguments):
         code = cli.run([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
-        return code, out, err
+        return code, out, unfolded(err)
 
     return call
 

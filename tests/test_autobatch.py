@@ -147,16 +147,16 @@ def test_foreseen_beside_measured_in_words():
 def test_the_batch_is_planned_on_the_runs_own_data(tmp_path):
     from accelerate import PartialState
 
-    from vlmdpo import prepare, train
+    from vlmdpo import foreseen, prepare
     from vlmdpo.config import PrepareConfig, TrainConfig
     from vlmdpo.errors import ModelError
 
     prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
     before = dict(PartialState._shared_state)
     config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    found = train.foreseen_plan(config, tmp_path / "few", 2 * 2**30, "bfloat16")
+    found = foreseen.plan(config, tmp_path / "few", 2 * 2**30, "bfloat16")
     assert found["plan"]["per_device_train_batch_size"] == 8
     assert found["image"] == [72, 72]
     assert dict(PartialState._shared_state) == before, "the simulation leaves this process as it was"
     with pytest.raises(ModelError, match="no batch can be foreseen"):
-        train.foreseen_plan(config, tmp_path / "absent", 2**30, "bfloat16")
+        foreseen.plan(config, tmp_path / "absent", 2**30, "bfloat16")

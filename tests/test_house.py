@@ -8,7 +8,19 @@ import vlmdpo
 ROOT = Path(vlmdpo.__file__).parent
 # Each room may import only from rooms above it; commands share the last but two.
 ORDER = ("errors", "config", "recipes", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report")
-COMMANDS = ("prepare", "estimate_memory", "train", "infer", "eval_amber", "export", "demo", "launch", "results")
+COMMANDS = (
+    "prepare",
+    "estimate_memory",
+    "train",
+    "infer",
+    "eval_amber",
+    "export",
+    "demo",
+    "compare",
+    "foreseen",
+    "launch",
+    "results",
+)
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
     *(
@@ -25,7 +37,17 @@ MAY_BE_HEAVY = {
     ),
     *("memory/architecture", "memory/shadow", "dpo/autobatch", "dpo/foresight"),
     *("dpo/arguments", "dpo/attention", "dpo/batch", "dpo/checkpointing", "dpo/conditional", "dpo/doctor", "dpo/features"),
-    *("dpo/forward", "dpo/lengths", "dpo/order", "dpo/reference", "dpo/sharding", "dpo/stock", "dpo/trainer", "dpo/watch"),
+    *(
+        "dpo/forward",
+        "dpo/lengths",
+        "dpo/order",
+        "dpo/reference",
+        "dpo/samples",
+        "dpo/sharding",
+        "dpo/stock",
+        "dpo/trainer",
+        "dpo/watch",
+    ),
 }
 
 

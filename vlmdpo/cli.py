@@ -105,7 +105,8 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     if kind is bool or kind == bool | None:
         flags = (
             [flags[0]]
-            if field.name in ("json", "overwrite", "resume", "compare", "doctor", "streaming", "merge", "dry_run")
+            if field.name
+            in ("json", "overwrite", "resume", "compare", "doctor", "streaming", "merge", "dry_run", "quiet", "yes")
             else [f"{flags[0]}/--no-{flags[0][2:]}"]
         )
         shown = meta["default_text"] or ("on" if default else "off")
@@ -156,6 +157,7 @@ def _hint(full_size: str, given: Mapping[str, Any]) -> str:
 
 def _run(name: str, module: str, settings: Any, hint: str) -> None:
     ui.set_quiet(settings.json or launch.is_child())
+    ui.set_manners(quiet=settings.quiet, yes=getattr(settings, "yes", False))
     if launch.is_child():
         launch.begin()
     if hint:
@@ -201,6 +203,9 @@ def run(arguments: list[str]) -> int:
         else:
             (ui.warn if isinstance(problem, (Interrupted, Preempted)) else ui.error)(str(problem))
         return problem.exit_code
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except RuntimeError as problem:
         if not processes.lost_peer(problem):
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import estimate_memory, ui
-from vlmdpo.config import EstimateMemoryConfig, TrainConfig
+from vlmdpo.config import OF_ONE_CALL, EstimateMemoryConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.data.hub import DATASETS
 from vlmdpo.data.sources import Streamed, bounds
@@ -127,7 +127,7 @@ def _how(config: TrainConfig) -> str:
 def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
     strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    shared = {name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "json", "gpu"}}
+    shared = {name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *OF_ONE_CALL}}
     prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
     return {**shared, "dtype": dtype, "dataset": prepared, "num_gpus": gpus, "strategy": strategy, "gpu": gpu}
 

@@ -17,7 +17,7 @@ from vlmdpo.amber.scores import COVERS
 from vlmdpo.amber.stats import DRAWS
 from vlmdpo.amber.summary import Responses, summarize
 from vlmdpo.amber.verdict import verdict
-from vlmdpo.config import EvalAmberConfig
+from vlmdpo.config import OF_ONE_CALL, EvalAmberConfig
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 from vlmdpo.report import amber_page, model_card
@@ -230,7 +230,7 @@ def _report(
         "fallback_reason": None,
         "bad_pictures": {},
         **facts,
-        "settings": recipes.plain(config, without=("json", "overwrite")),
+        "settings": recipes.plain(config, without=(*OF_ONE_CALL, "overwrite")),
         "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         **({"output_dir": str(config.output_dir)} if config.output_dir else {}),

@@ -91,7 +91,7 @@ def _usable(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.json").is_file():
             raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
-        if not overwrite:
+        if not overwrite and not ui.confirm(f"'{folder}' holds a model. Replace it?"):
             raise DataError(f"--output-dir: '{folder}' holds a model; add --overwrite or give another folder")
 
 

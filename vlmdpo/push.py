@@ -24,6 +24,9 @@ def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bo
     """
     from huggingface_hub import DatasetCard
 
+    if not ui.confirm(f"Upload {manifest['rows_out']:,} rows to {repo} ({_seen(private)})?", otherwise=True):
+        ui.say("not uploaded")
+        return
     with _explained(repo, folder):
         for split in manifest["splits"]:
             ui.say(f"uploading {manifest['splits'][split]:,} rows to {repo}, split {split}")
@@ -38,8 +41,9 @@ def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bo
 _AT_HOME = ["checkpoint-*", "train_report.json", "amber.json"]
 
 
-def model(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its address.
+def model(folder: Path, repo: str, *, private: bool) -> str | None:
+    """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its address; None where it was
+    asked on a terminal, and the answer was no.
 
     Checkpoints, metrics and whatever else lies there stay at home.
 
@@ -48,6 +52,9 @@ def model(folder: Path, repo: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
+    if not ui.confirm(f"Upload '{folder}' to {repo} ({_seen(private)})?", otherwise=True):
+        ui.say("not uploaded")
+        return None
     sent = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "learning_curves.png"]
     with _explained(repo, folder):
         api = HfApi()
@@ -55,6 +62,10 @@ def model(folder: Path, repo: str, *, private: bool) -> str:
         ui.say(f"uploading '{folder}' to {repo}")
         api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=_AT_HOME)
     return f"https://huggingface.co/{repo}"
+
+
+def _seen(private: bool) -> str:
+    return "private where it is new" if private else "public"
 
 
 @contextlib.contextmanager

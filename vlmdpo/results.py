@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -10,12 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.config import TrainConfig
+from vlmdpo import recipes
+from vlmdpo.config import OF_ONE_CALL, TrainConfig
 from vlmdpo.dpo import setup as engine_room
-from vlmdpo.errors import DataError
+from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.registry import hub_id
 
 CURVES = "learning_curves.png"
+PAGE = "run.html"
 _VERSIONS = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 _MADE = ".result.partial"  # where everything is written first
 
@@ -25,6 +28,7 @@ def finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCon
     from vlmdpo.dpo.sharding import strategy_of, whole_weights
 
     trainer, watch = setup.trainer, setup.watch
+    found = _diagnosed(watch, config)
     report = {
         "output_dir": str(folder),
         "model": config.model,
@@ -43,7 +47,11 @@ def finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCon
         "over_length": dict(Counter(row["done"] for row in setup.over_length)),
         "per_device_train_batch_size": _batch_size(trainer),
         "peak_bytes": _peak_bytes(trainer.args.device),
+        "foreseen_peak_bytes": watch.foreseen.peak_bytes if watch.foreseen is not None else None,
         "curves": str(folder / CURVES),
+        "page": str(folder / PAGE),
+        "eval": _last_metrics(watch.evaluations[-1]) if watch.evaluations else None,
+        "diagnosis": [dataclasses.asdict(finding) for finding in found],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
     }
     weights = whole_weights(trainer)
@@ -66,7 +74,7 @@ def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], f
         _save_weights(setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config)
         setup.processor.save_pretrained(made)
         engine_room.check_saved(setup, weights, made, config)
-        curves.draw(setup.watch.lines, f"{config.model} · {config.dataset} · DPO", made / CURVES)
+        curves.draw(setup.watch.lines, setup.watch.evaluations, _title(config), made / CURVES)
         for path in sorted(made.iterdir()):
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
@@ -79,6 +87,55 @@ def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], f
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(made, ignore_errors=True)
         raise DataError(f"cannot write '{folder}': {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def _title(config: TrainConfig) -> str:
+    return f"{config.model} · {config.dataset} · DPO"
+
+
+def _diagnosed(watch: Any, config: TrainConfig) -> list[Any]:
+    from vlmdpo.report.diagnosis import diagnose
+
+    return diagnose(watch.lines, watch.evaluations, learning_rate=config.peak_learning_rate)
+
+
+def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:
+    """Let the run answer samples and keep its page: at every checkpoint, and however it ends.
+
+    Raises ConfigError for samples of a model that no process has whole.
+    """
+    from vlmdpo.dpo.samples import SAMPLES, Samples
+    from vlmdpo.report import run_page
+
+    trainer, watch = setup.trainer, setup.watch
+    if setup.is_sharded and config.sample_every:
+        raise ConfigError(
+            "--sample-every asks the model on one process, and here none has it whole; use --strategy ddp or zero2"
+        )
+    samples = None if setup.is_sharded or config.sample_every == 0 else Samples(folder / SAMPLES, config.sample_every, trainer)
+    if samples is not None:
+        trainer.add_callback(samples)
+    if trainer.args.process_index:
+        return
+    pictures = {} if samples is None else run_page.pictures(samples.rows)
+
+    def write() -> None:
+        state = trainer.state
+        text = run_page.page(
+            title=_title(config),
+            steps=(state.global_step, state.max_steps),
+            lines=watch.lines,
+            evaluations=watch.evaluations,
+            samples=[] if samples is None else samples.records,
+            pictures=pictures,
+            settings=recipes.plain(config, without=OF_ONE_CALL),
+            findings=_diagnosed(watch, config),
+        )
+        part = folder / f".{PAGE}.partial"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / PAGE)
+
+    watch.page = write
 
 
 def _batch_size(trainer: Any) -> int:

@@ -9,8 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +16,16 @@ from typing import Any
 
 import yaml
 
-from vlmdpo import prepare, recipes, results, ui
-from vlmdpo.config import RATES, SANE_RATES, EstimateMemoryConfig, PrepareConfig, TrainConfig
+from vlmdpo import foreseen, prepare, recipes, results, ui
+from vlmdpo.config import OF_ONE_CALL, RATES, SANE_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
-from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, ModelError, Preempted, VlmDpoError
+from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted, VlmDpoError
 from vlmdpo.models.registry import short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 _OF_ONE_CALL = {  # a recipe is for doing it again: what belongs to one call, or one machine, stays out of it
-    *("resume", "overwrite", "doctor", "dry_run", "gpu", "json"),
+    *("resume", "overwrite", "doctor", "dry_run", "gpu", *OF_ONE_CALL),
     *("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
 }
 OVER_LENGTH = "over_length.jsonl"  # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
@@ -66,17 +64,24 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         ui.mute()
     with args.main_process_first():  # the others find the data prepared
         if args.process_index == 0:
-            _check_output(output_dir, config)
+            config = _check_output(output_dir, config)
         data = _prepared(config)
-    foreseen = _plan_batch(config, args, data) if config.auto_batch_size else None
-    watch = Watch(output_dir / METRICS, foreseen_peak_bytes=foreseen)
-    with _gone_if_empty(output_dir):
-        setup = engine_room.set_up(config, args, data, watch)
-    trainer = setup.trainer
+    if config.auto_batch_size:
+        _plan_batch(config, args, data)
+    with _foreseeing(config, args, data) as peak:
+        with _gone_if_empty(output_dir):
+            setup = engine_room.set_up(config, args, data, Watch(output_dir / METRICS, foreseen=peak))
+        return _run(setup, config, output_dir)
+
+
+def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
+    """Check, train, and leave what was learnt."""
+    trainer, args = setup.trainer, setup.trainer.args
     if args.process_index == 0:
         _start_output(output_dir, config, setup.over_length)
     trainer.accelerator.wait_for_everyone()
     engine_room.check(setup, config)
+    results.show_as_it_goes(setup, output_dir, config)
     _say_plan(trainer, config, len(setup.dataset))
     last = _last_checkpoint(output_dir) if config.resume else None
     with _in_words(setup, output_dir), setup.watch.catching_signals():
@@ -140,20 +145,40 @@ def _check_rate(config: TrainConfig) -> None:
         ui.warn(f"--learning-rate {rate:g}: {what} usually learns between {low:g} and {high:g}; {RATES[way]:g} is the default")
 
 
-def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
-    """Set the largest batch that is foreseen to fit the GPU; returns its peak in bytes. Without a GPU nothing is foreseen.
+def _dtype(config: TrainConfig, args: Any) -> str:
+    """The data type of the base weights, by name."""
+    from vlmdpo.models.load import pick_dtype
+
+    return str(pick_dtype(config.dtype, args.device)).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _foreseeing(config: TrainConfig, args: Any, data: Path) -> Iterator[Any]:
+    """Inside, the peak memory is being foreseen, or None: it is not wanted, or the batch was planned by it already."""
+    wanted = args.device.type == "cuda" if config.foresee_memory is None else config.foresee_memory
+    if not wanted or args.process_index:
+        yield None
+        return
+    batch = {name: getattr(args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    found = foreseen.Foreseeing(dataclasses.replace(config, auto_batch_size=False, **batch), data, _dtype(config, args))
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
+    """Set the largest batch that is foreseen to fit the GPU. Without a GPU nothing is foreseen.
 
     Raises MemoryBudgetError where not even one pair would fit.
     """
     import torch
 
-    from vlmdpo.models.load import pick_dtype
-
     if args.device.type != "cuda":
         ui.say(f"no GPU to plan for: starting with batch {args.per_device_train_batch_size}")
-        return None
+        return
     total = torch.cuda.get_device_properties(args.device).total_memory
-    found = foreseen_plan(config, data, total, str(pick_dtype(config.dtype, args.device)).removeprefix("torch."))
+    found = foreseen.plan(config, data, total, _dtype(config, args))
     best = found["plan"]["per_device_train_batch_size"]
     if best is None:
         raise MemoryBudgetError(
@@ -163,28 +188,6 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> int | None:
     args.per_device_train_batch_size = best
     args.gradient_accumulation_steps = found["plan"]["gradient_accumulation_steps"]
     ui.say(f"batch {best} × {args.gradient_accumulation_steps} accumulation steps is foreseen to fit")
-    return int(found["plan"]["peak_bytes"])
-
-
-def foreseen_plan(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> dict[str, Any]:
-    """What `estimate-memory` says of this run on its own data. Raises ModelError where it cannot.
-
-    It runs in a process of its own: a simulation sets accelerate's state, of which a process has one, to the CPU.
-    """
-    shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
-    settings = {name: getattr(config, name) for name in shared - {"json"}}
-    settings |= {"dtype": dtype, "dataset": str(data.absolute()), "gpu": f"{capacity_bytes // 2**20}MiB"}
-    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    with tempfile.TemporaryDirectory() as name:
-        recipe = Path(name) / "estimate.yaml"
-        recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        command = [sys.executable, "-m", "vlmdpo", "estimate-memory", "--config", str(recipe), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**alone, "CUDA_VISIBLE_DEVICES": ""})
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ModelError(f"--auto-batch-size: no batch can be foreseen ({said}); leave it out, or see vlmdpo estimate-memory")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def _examined(config: TrainConfig) -> dict[str, Any]:
@@ -211,8 +214,9 @@ def _gone_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-def _check_output(folder: Path, config: TrainConfig) -> None:
-    """Refuse a folder that cannot be, holds something else, or an earlier run that nobody said what to do with."""
+def _check_output(folder: Path, config: TrainConfig) -> TrainConfig:
+    """Refuse a folder that cannot be, holds something else, or an earlier run that nobody said what to do with; returns
+    the settings, with --overwrite where a person agreed to it."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise DataError(f"--output-dir: cannot write '{folder}': '{nearest}' is a file")
@@ -222,9 +226,12 @@ def _check_output(folder: Path, config: TrainConfig) -> None:
     if held and not (folder / RECIPE).is_file():
         raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
     if held and not (config.resume or config.overwrite):
-        raise DataError(f"--output-dir: '{folder}' holds an earlier run; add --resume, --overwrite, or give another folder")
+        if not ui.confirm(f"'{folder}' holds an earlier run. Replace it?"):
+            raise DataError(f"--output-dir: '{folder}' holds an earlier run; add --resume, --overwrite, or give another folder")
+        return dataclasses.replace(config, overwrite=True)
     if held and config.resume:
         _warn_of_changes(folder, config)
+    return config
 
 
 def _warn_of_changes(folder: Path, config: TrainConfig) -> None:
@@ -309,5 +316,9 @@ def show(report: dict[str, Any]) -> None:
     )
     if report["fallback_reason"]:
         ui.result(f"Engine: stock rows, because {report['fallback_reason']}")
+    for finding in report["diagnosis"]:
+        ui.result(f"{finding['title']}: {finding['seen']}")
+        if finding["level"] != "good":
+            ui.result(f"  {finding['means']} Try: {finding['tries'][0]}")
     ui.result(f"Adapter, processor, metrics and curves: {report['output_dir']}")
-    ui.result(f"Curves: {report['curves']}")
+    ui.result(f"Curves, settings, samples and diagnosis: {report['page']}")

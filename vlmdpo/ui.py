@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -26,6 +31,9 @@ from rich.text import Text
 
 _quiet = False  # set by --json: then stdout holds one JSON object and nothing else
 _muted = False  # set in all processes but the first
+_silent = False  # set by --quiet: no talk and no progress
+_yes = False  # set by --yes: what would be asked is answered
+_COLUMNS = 80  # that warnings and errors keep within
 
 
 def _out() -> Console:
@@ -35,7 +43,9 @@ def _out() -> Console:
 
 
 def _err(*, always: bool = False) -> Console:
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=_muted and not always)
+    console = Console(file=sys.stderr, highlight=False, quiet=(_muted or _silent) and not always)
+    console.soft_wrap = not console.is_terminal  # a terminal's lines end between words, a log's with the sentence
+    return console
 
 
 def mute() -> None:
@@ -50,6 +60,23 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def set_manners(*, quiet: bool, yes: bool) -> None:
+    """`quiet`: no talk and no progress, but results, warnings and errors. `yes`: questions are answered, not asked."""
+    global _silent, _yes
+    _silent, _yes = quiet, yes
+
+
+def confirm(question: str, *, otherwise: bool = False) -> bool:
+    """Ask on a terminal; with --yes the answer is yes, and where nobody can be asked it is `otherwise`."""
+    if _yes:
+        return True
+    if _muted or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return otherwise
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def say(text: str) -> None:
     """A line of talk on stderr. Text is taken as it is: square brackets in it are no markup."""
     _err().print(escape(text), style="dim")
@@ -61,11 +88,26 @@ def step(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    _err().print(f"[yellow]warning:[/] {escape(text)}")
+    """Something that the user should know of, on stderr, --quiet or not."""
+    if not _muted:
+        _told("warning:", "yellow", text)
 
 
 def error(text: str) -> None:
-    _err(always=True).print(f"[bold red]error:[/] {escape(text)}")
+    """What ends the program, on stderr."""
+    _told("error:", "bold red", text)
+
+
+def _told(label: str, style: str, text: str) -> None:
+    """A labelled text in lines of 80 columns or fewer. A command at its end gets a line of its own, whole, to be copied."""
+    indent = " " * (len(label) + 1)
+    whole, command = text, ""
+    found = re.search(r"(?<=: )vlmdpo [^;]+$", text)
+    if found and len(indent + text) > _COLUMNS:
+        whole, command = text[: found.start()].rstrip(), found[0]
+    lines = textwrap.wrap(whole, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False) or [""]
+    shown = Text.assemble((label, style), " ", f"\n{indent}".join([*lines, *([command] if command else [])]))
+    _err(always=True).print(shown, soft_wrap=True)
 
 
 def result(text: str = "") -> None:
@@ -196,6 +238,79 @@ def progress(what: str, total: int | None, *, unit: str = "") -> Iterator[Bar]:
     )
     with live:
         yield Bar(live, live.add_task(escape(what), total=total, note=""))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a dashboard: a label, the value as text, and the values that led there. `talk` frames the text where it
+    is printed as a plain line; figures without it are printed as label and text."""
+
+    label: str
+    text: str
+    history: Sequence[float] = ()
+    talk: str = ""
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """The last values as a row of bars, from the lowest to the highest of them."""
+    shown = list(values)[-width:]
+    low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
+    if low == high:
+        return "▁" * len(shown)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low))] for value in shown)
+
+
+class Dashboard:
+    """A run as it goes: where stderr is a terminal a panel that stays in its place, else a plain line for each figure."""
+
+    def __init__(self, what: str, total: int, done: int, console: Console) -> None:
+        self._total, self._console, self._done = total, console, done
+        self._speed, self._left = 0.0, ""
+        self._shown: Sequence[Figure] = ()
+        self._bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(escape(what), total=total, completed=done, note="")
+
+    def step(self, done: int, pairs_per_s: float, left_s: float | None) -> None:
+        """So many steps are done, at this speed, with so many seconds to go."""
+        self._done, self._speed = done, pairs_per_s
+        self._left = "" if left_s is None else f", {timedelta(seconds=round(left_s))} left"
+        note = f"{pairs_per_s:.1f} pairs/s{self._left}" if pairs_per_s else ""
+        self._bar.update(self._task, completed=done, note=note)
+
+    def figures(self, figures: Sequence[Figure], *, evaluated: bool = False) -> None:
+        """New values. `evaluated`: they are of an evaluation, whose figures are those with `talk`."""
+        self._shown = figures
+        if self._console.is_terminal:
+            return
+        spoken = [f.talk.format(f.text) if f.talk else f"{f.label} {f.text}" for f in figures if bool(f.talk) == evaluated]
+        speed = f"; {self._speed:.1f} pairs/s{self._left}" if self._speed and not evaluated else ""
+        say(f"step {self._done}/{self._total}: {', '.join(spoken)}{speed}")
+
+    def __rich__(self) -> Group:
+        grid = Table.grid(padding=(0, 2))
+        for figure in self._shown:
+            grid.add_row(f"  [dim]{escape(figure.label)}[/]", f"[cyan]{sparkline(figure.history)}[/]", escape(figure.text))
+        return Group(self._bar, grid)
+
+
+@contextmanager
+def dashboard(what: str, total: int, done: int = 0) -> Iterator[Dashboard]:
+    """A `Dashboard` on stderr; its last state stays when it ends."""
+    console = _err()
+    board = Dashboard(what, total, done, console)
+    if not console.is_terminal or console.quiet:
+        yield board
+        return
+    with Live(board, console=console, refresh_per_second=4, vertical_overflow="visible"):
+        yield board
 
 
 def human_bytes(count: float) -> str:

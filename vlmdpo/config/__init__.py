@@ -7,7 +7,7 @@ second list of options to keep in step. Layers, weakest first: the default here,
 
 from vlmdpo.config.ask import DIMENSIONS, DemoConfig, EvalAmberConfig, ExportConfig, InferConfig
 from vlmdpo.config.estimate import EstimateMemoryConfig
-from vlmdpo.config.options import DTYPES, flag_name
+from vlmdpo.config.options import DTYPES, OF_ONE_CALL, flag_name
 from vlmdpo.config.prepare import PrepareConfig
 from vlmdpo.config.train import LOSSES, RATES, SANE_RATES, TrainConfig
 
@@ -15,6 +15,7 @@ __all__ = [
     "DIMENSIONS",
     "DTYPES",
     "LOSSES",
+    "OF_ONE_CALL",
     "RATES",
     "SANE_RATES",
     "DemoConfig",

@@ -129,3 +129,4 @@ class DemoConfig:
     output_dir: Path = option(Path("outputs/demo"), "Folder for everything the demo writes; an earlier demo there is replaced")
     seed: int = option(42, "Seed of adapter weights and data order")
     json: bool = option(False, "Print one JSON object to stdout and nothing else there")
+    quiet: bool = option(False, "No talk and no progress on stderr: only results, warnings and errors", also="-q")

@@ -53,7 +53,11 @@ class Base:
     revision: str | None = option(None, "Branch, tag or commit of a Hub model", default_text="the main branch")
     trust_remote_code: bool = option(False, "Run code that the model's repository ships")
     json: bool = option(False, "Print one JSON object to stdout and nothing else there")
+    quiet: bool = option(False, "No talk and no progress on stderr: only results, warnings and errors", also="-q")
+    yes: bool = option(False, "Answer yes where it would ask: to replace an earlier result, to upload, to share", also="-y")
 
+
+OF_ONE_CALL = ("json", "quiet", "yes")  # options that belong to a call and not to what it makes
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 

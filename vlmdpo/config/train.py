@@ -102,6 +102,22 @@ class TrainConfig(Weights, Processes):
     bf16: bool | None = option(None, "Compute in bfloat16 autocast", default_text="where the GPU has it")
     optim: str = option("adamw_torch", "Optimizer, by its transformers name")
     logging_steps: float = option(10.0, "Optimizer steps between two lines of metrics")
+    eval_steps: float | None = option(
+        None,
+        "Optimizer steps between evaluations on the data's test split (vlmdpo prepare --test-size), or below 1 as a share of "
+        "the run; 0 for none",
+        default_text="a tenth of the run, where the data has a test split",
+    )
+    sample_every: int | None = option(
+        None,
+        "Optimizer steps between sample answers, which samples.jsonl and run.html keep; 0 for none",
+        default_text="before the first step and after the last",
+    )
+    foresee_memory: bool | None = option(
+        None,
+        "Foresee the peak memory, in a process beside, to show the measured one against it",
+        default_text="on a GPU",
+    )
     save_steps: float = option(500.0, "Optimizer steps between two checkpoints")
     save_total_limit: int = option(2, "Checkpoints kept, in number")
     dataloader_num_workers: int = option(0, "Processes that load and preprocess batches, in number")
@@ -149,6 +165,8 @@ class TrainConfig(Weights, Processes):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):
             need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         need(self.learning_rate is None or self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        need(self.eval_steps is None or self.eval_steps >= 0, "eval_steps", self.eval_steps, "0 or more")
+        need(self.sample_every is None or self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
         for name in ("num_train_epochs", "beta", "logging_steps", "save_steps"):
             need(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         need(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a share from 0 up to 1")

@@ -50,7 +50,7 @@ def usable_output(folder: Path, overwrite: bool) -> None:
     if any(folder.iterdir()):
         if read_manifest(folder) is None:
             raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
-        if not overwrite:
+        if not overwrite and not ui.confirm(f"'{folder}' holds data prepared otherwise. Replace it?"):
             raise DataError(f"--output-dir: '{folder}' holds data prepared otherwise; add --overwrite or give another folder")
 
 
@@ -181,6 +181,11 @@ def finish_folder(folder: Path, files: Sequence[str], key: str) -> None:
 def part_folder(folder: Path, split: str = "train") -> Path:
     """Where a split of a prepared folder is: the folder itself, or its own below it where a test set was split off."""
     return folder / split if (folder / "dataset_dict.json").exists() else folder
+
+
+def has_test_split(folder: Path) -> bool:
+    """Whether rows of a prepared folder were set aside by `--test-size`."""
+    return part_folder(folder, "test") != folder and (folder / "test").is_dir()
 
 
 def load(folder: Path, split: str = "train") -> Any:

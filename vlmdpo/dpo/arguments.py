@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig
+from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
 from vlmdpo.config import TrainConfig, flag_name
@@ -52,6 +53,13 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         raise ConfigError(f"TRL refuses these settings: {' '.join(str(problem).split())}") from problem
 
 
+def evaluate_every(args: DPOConfig, steps: float | None) -> None:
+    """Let a run evaluate on its test split: so often, or ten times; in batches of as many pairs as it trains in."""
+    args.eval_strategy = IntervalStrategy.STEPS
+    args.eval_steps = 0.1 if steps is None else steps
+    args.per_device_eval_batch_size = args.per_device_train_batch_size
+
+
 def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     found: dict[str, Any] = {}
@@ -60,7 +68,7 @@ def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, 
         key = key.strip().replace("-", "_")
         if not separator:
             raise ConfigError(f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5")
-        if key in ours:
+        if key in ours or key in _OWN:
             where = flag_name(key) if key in _OWN else "an option of vlmdpo's own, or vlmdpo itself, for it"
             raise ConfigError(f"--set: '{key}' is not set here; use {where}")
         if key not in fields:

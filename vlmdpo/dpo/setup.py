@@ -50,7 +50,7 @@ class Setup:
 def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     """Load, wrap, and choose the engine. Raises ConfigError, DataError, ModelError."""
     from vlmdpo.dpo import checkpointing
-    from vlmdpo.dpo.arguments import lora_config
+    from vlmdpo.dpo.arguments import evaluate_every, lora_config
     from vlmdpo.dpo.lengths import row_lengths
     from vlmdpo.dpo.sharding import check_sharding, shard_language_layers
     from vlmdpo.dpo.trainer import make_trainer
@@ -60,9 +60,12 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dataset = store.load(data)
     dataset = dataset.add_column("row", range(len(dataset)))
-    all_rows = len(dataset)
+    held_out, all_rows = _held_out(config, data, len(dataset))
     processor = load_processor(config.model, image_splitting=config.image_splitting, **origin)
     dataset, over_length = _within(config, dataset, processor, data)
+    if held_out is not None:
+        held_out, _ = _within(config, held_out, processor, data)
+        evaluate_every(args, config.eval_steps)
     how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation, **origin}
     shared = sharding()
     whole_on_cpu = {"device": "cpu"} if shared in IN_PARTS else {}  # it may fit no GPU before it is shared out
@@ -79,6 +82,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
         reference=load_model(config.model, **how) if second else None,
         processor=processor,
         dataset=dataset,
+        held_out=held_out,
         args=args,
         lora=lora_config(config, model),
         watch=watch,
@@ -101,6 +105,18 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     if config.gradient_checkpointing:
         checkpointing.apply(trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size))
     return setup
+
+
+def _held_out(config: TrainConfig, data: Path, rows: int) -> tuple[Any, int]:
+    """The rows of the test split, numbered behind the `rows` that train, where they are evaluated on; and how many rows
+    there are in all. Raises ConfigError for `--eval-steps` where there is no such split."""
+    if not store.has_test_split(data):
+        if config.eval_steps:
+            raise ConfigError("--eval-steps: this data has no test split; make one with vlmdpo prepare --test-size 0.05")
+        return None, rows
+    held_out = store.load(data, "test")
+    all_rows = rows + len(held_out)
+    return (None if config.eval_steps == 0 else held_out.add_column("row", range(rows, all_rows))), all_rows
 
 
 def _late_checks(setup: Setup, config: TrainConfig) -> Any:
@@ -216,10 +232,10 @@ def _keep_features(setup: Setup, data: Path) -> None:
         doctor.token_logps(trainer, trainer.data_collator([dict(example) for example in examples]))
         per_row = shared.kept_bytes / len(examples)
     known, free = cache.known(), shutil.disk_usage(data).free
-    needed = per_row * (len(setup.dataset) - known)
+    rows = sum(map(len, trainer.datasets))
+    needed = per_row * (rows - known)
     ui.say(
-        f"image features: {known:,} of {len(setup.dataset):,} rows found; the others will take about "
-        f"{ui.human_bytes(needed)} in {cache.path}"
+        f"image features: {known:,} of {rows:,} rows found; the others will take about {ui.human_bytes(needed)} in {cache.path}"
     )
     if needed > free:
         raise DataError(f"--feature-cache: about {ui.human_bytes(needed)} needed, {ui.human_bytes(free)} free at '{data}'")
@@ -255,7 +271,8 @@ def check(setup: Setup, config: TrainConfig) -> None:
     if not setup.is_sharded:
         _check_before(setup)
     cache = setup.trainer.references
-    rows = [row + copy for row in setup.trainer.train_dataset["row"] for copy in {0, setup.trainer.conditional}]
+    numbers = [row for part in setup.trainer.datasets for row in part["row"]]
+    rows = [row + copy for row in numbers for copy in {0, setup.trainer.conditional}]
     if cache is not None and not config.lora and not cache.holds(rows):
         setup.trainer.compute_references()
 
@@ -324,10 +341,11 @@ def _rows_without_number(setup: Setup, rows: list[int]) -> list[int]:
     trainer = setup.trainer
     if setup.is_sharded:
         return rows
-    at = {row: place for place, row in enumerate(trainer.train_dataset["row"])}
+    at = {row: (part, place) for part in trainer.datasets for place, row in enumerate(part["row"])}
 
     def has_number(row: int) -> bool:
-        batch = trainer.plain_collator([dict(trainer.train_dataset[at[row]])])
+        part, place = at[row]
+        batch = trainer.plain_collator([dict(part[place])])
         return all(bool(tokens.isfinite().all()) for tokens in doctor.token_logps(trainer, batch))
 
     return [row for row in rows if not has_number(row)] or rows

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from peft import LoraConfig, PeftModel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -234,6 +234,11 @@ class PairTrainer(DPOTrainer):
             else:
                 logged[name].append(mean)
 
+    @property
+    def datasets(self) -> list[Any]:
+        """The rows that train, and those that are evaluated on where there are any."""
+        return [part for part in (self.train_dataset, self.eval_dataset) if part is not None]
+
     def compute_references(self) -> None:
         """Fill the cache over the whole dataset now, in batches larger than training's: nothing is kept for a backward.
 
@@ -242,7 +247,7 @@ class PairTrainer(DPOTrainer):
         assert self.references is not None
         loader = self.accelerator.prepare(
             DataLoader(
-                self.train_dataset,
+                ConcatDataset(self.datasets),
                 batch_size=4 * self.args.per_device_train_batch_size,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
@@ -289,13 +294,18 @@ def make_trainer(
     reference: Any,
     processor: Any,
     dataset: Any,
+    held_out: Any = None,
     args: DPOConfig,
     lora: LoraConfig | None,
     watch: Watch | None = None,
     references: ReferenceCache | None = None,
     conditional: int = 0,
 ) -> PairTrainer:
-    """A `PairTrainer` with our progress instead of TRL's bars. Raises ConfigError for bad targets."""
+    """A `PairTrainer` with our progress instead of TRL's bars. Raises ConfigError for bad targets.
+
+    Args:
+        held_out: rows to evaluate on, with a column `row`; None for none.
+    """
     if "row" not in dataset.column_names:
         dataset = dataset.add_column("row", range(len(dataset)))
     keeper = _Keeper()
@@ -312,6 +322,7 @@ def make_trainer(
             ref_model=reference,
             args=args,
             train_dataset=dataset,
+            eval_dataset=held_out,
             processing_class=processor,
             peft_config=lora,
             callbacks=[keeper] if watch is None else [keeper, watch],

@@ -7,11 +7,14 @@ import json
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
+import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -20,44 +23,60 @@ from vlmdpo.errors import Preempted
 
 METRICS = "metrics.jsonl"
 _COMPARED_AT = 3  # optimizer steps after which memory has been at its highest
+_LATELY = 20  # optimizer steps that the speed is told of
+
+
+class Foreseen(Protocol):
+    """Something that knows, or will know, the peak memory foreseen."""
+
+    @property
+    def peak_bytes(self) -> int | None: ...
 
 
 class Watch(TrainerCallback):
     """Shows progress, appends to the metrics file, and turns Ctrl-C and SIGTERM into a checkpoint and a clean stop.
 
-    After training, `stopped_by` tells which of them ended it, and `lines` holds every logged line. With a foreseen peak,
-    the measured one is set beside it after the first steps, on a GPU.
+    After training, `stopped_by` tells which of them ended it, `lines` holds every logged line, and `evaluations` those of
+    the test split, their names without "eval_". With a foreseen peak, the measured one is set beside it after the first
+    steps, on a GPU. `page` is called whenever there is a new checkpoint, and however training ends.
 
     A stop does not wait for the end of an optimizer step, whose accumulation may take minutes: weights are still those of
     the step before, and random numbers are put back to where they were then, so that a resumed run repeats the step.
     """
 
-    def __init__(self, metrics_file: Path, *, foreseen_peak_bytes: int | None = None) -> None:
-        self.foreseen_peak_bytes = foreseen_peak_bytes
+    def __init__(self, metrics_file: Path, *, foreseen: Foreseen | None = None) -> None:
+        self.foreseen = foreseen
         self.metrics_file = metrics_file
+        self.page: Callable[[], None] | None = None
         self.stopped_by: signal.Signals | None = None
         self.save_now: Callable[[], None] | None = None  # the trainer's, once there is one
         self._chance: Callable[[], None] | None = None
         self.lines: list[dict[str, Any]] = []
-        self._bar: ui.Bar | None = None
+        self.evaluations: list[dict[str, Any]] = []
+        self._board: ui.Dashboard | None = None
+        self._lately: deque[tuple[float, int]] = deque(maxlen=_LATELY + 1)
+        self._compared = False
         self._open = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # After a resume, lines past the checkpoint belong to steps that will be done again.
-        self.lines = [line for line in _read_lines(self.metrics_file) if line["step"] <= state.global_step]
+        kept = [line for line in read_lines(self.metrics_file) if line["step"] <= state.global_step]
+        self.lines = [line for line in kept if "loss" in line]
+        self.evaluations = [_evaluation(line) for line in kept if "eval_loss" in line]
         if not state.is_world_process_zero:
             return
-        part = self.metrics_file.with_suffix(".partial")
-        part.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        part.replace(self.metrics_file)
-        self._bar = self._open.enter_context(ui.progress("train", state.max_steps))
-        self._bar.advance(state.global_step)
+        write_lines(self.metrics_file, kept)
+        self._lately.append((time.monotonic(), state.global_step))
+        self._board = self._open.enter_context(ui.dashboard("train", state.max_steps, state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.advance()
-        if state.global_step == _COMPARED_AT and self.foreseen_peak_bytes:
-            ui.say(compared(self.foreseen_peak_bytes, torch.cuda.max_memory_allocated()))
+        self._lately.append((time.monotonic(), state.global_step))
+        if self._board is not None:
+            self._board.step(state.global_step, *self._speed(args, state))
+        foreseen = self.foreseen.peak_bytes if self.foreseen is not None and not self._compared else None
+        if foreseen and state.global_step >= _COMPARED_AT and args.device.type == "cuda":
+            self._compared = True
+            ui.say(compared(foreseen, torch.cuda.max_memory_allocated()))
         self._chance = _chance()
         if self._stopping(args):
             control.should_save = control.should_training_stop = True
@@ -79,18 +98,66 @@ class Watch(TrainerCallback):
         self.stopped_by = signal.Signals(int(told)) if told else None
         return self.stopped_by is not None
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._chance is not None:  # a resumed run will not evaluate again: it goes on with the numbers that come now
+            self._chance = _chance()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs:  # the summary at the end, which `train` returns anyway
+        if "loss" not in logs and "eval_loss" not in logs:  # the summary at the end, which `train` returns anyway
             return
         line = {"step": state.global_step, **logs}
-        self.lines.append(line)
+        if "loss" in logs:
+            self.lines.append(line)
+        else:
+            self.evaluations.append(_evaluation(line))
         if not state.is_world_process_zero:
             return
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._bar is not None:
-            accuracy, margin = logs.get("rewards/accuracies", 0.0), logs.get("rewards/margins", 0.0)
-            self._bar.advance(0, f"loss {logs['loss']:.3f} acc {accuracy:.2f} margin {margin:+.2f}")
+        if self._board is not None:
+            self._board.figures(self._figures(args), evaluated="eval_loss" in logs)
+
+    def _speed(self, args: Any, state: Any) -> tuple[float, float | None]:
+        """Pairs a second over the last steps, and seconds left."""
+        (began, first), (now, last) = self._lately[0], self._lately[-1]
+        if last == first or now == began:
+            return 0.0, None
+        seconds = (now - began) / (last - first)
+        pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return pairs / seconds, seconds * (state.max_steps - last)
+
+    def _figures(self, args: Any) -> list[ui.Figure]:
+        """What the dashboard shows: the last value of each metric, and how it came there."""
+        found = [
+            _figure(label, self.lines, names, form)
+            for label, names, form in (
+                ("loss", ["loss"], "{:.4f}"),
+                ("accuracy", ["rewards/accuracies"], "{:.3f}"),
+                ("margin", ["rewards/margins"], "{:+.3f}"),
+                ("rewards", ["rewards/chosen", "rewards/rejected"], "chosen {:+.3f}, rejected {:+.3f}"),
+            )
+        ]
+        if self.evaluations:
+            found.append(
+                _figure(
+                    "eval", self.evaluations, ["loss", "rewards/accuracies"], "loss {:.4f}, accuracy {:.3f}", talk="eval {}"
+                )
+            )
+        return [*found, ui.Figure("memory", self._memory(args))]
+
+    def _memory(self, args: Any) -> str:
+        foreseen = self.foreseen.peak_bytes if self.foreseen is not None else None
+        if args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            if foreseen:
+                return f"peak {peak / 2**30:.2f} GiB, {foreseen / 2**30:.2f} foreseen ({100 * (foreseen / peak - 1):+.1f}%)"
+            return f"peak {peak / 2**30:.2f} GiB"
+        held = f"process {psutil.Process().memory_info().rss / 2**30:.2f} GiB"  # nothing counts tensors here
+        return f"{held}, tensors foreseen {foreseen / 2**30:.2f}" if foreseen else held
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.page is not None:
+            self.page()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._open.close()
@@ -114,6 +181,19 @@ class Watch(TrainerCallback):
                 yield
             finally:
                 self._open.close()
+                if self.page is not None and self.lines:
+                    self.page()
+
+
+def _figure(label: str, lines: Sequence[dict[str, Any]], names: list[str], form: str, *, talk: str = "") -> ui.Figure:
+    values = [line.get(names[0], 0.0) for line in lines]
+    text = form.format(*(lines[-1].get(name, 0.0) for name in names)) if lines else "-"
+    return ui.Figure(label, text, values, talk)
+
+
+def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the test split, its metrics by the names that training's have."""
+    return {name.removeprefix("eval_"): value for name, value in line.items()}
 
 
 @contextlib.contextmanager
@@ -154,7 +234,15 @@ def compared(foreseen_bytes: int, measured_bytes: int) -> str:
     return f"peak memory: {foreseen_bytes / 2**30:.2f} GiB foreseen, {measured_bytes / 2**30:.2f} GiB measured ({off:+.1f}%)"
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """A file of JSON lines, under its name once it is whole."""
+    part = path.with_suffix(".partial")
+    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    part.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of such a file; none where there is no file."""
     if not path.exists():
         return []
     whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a last line without end was cut by a kill

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlmdpo.amber.published import beside_article
 from vlmdpo.amber.questions import Benchmark
 from vlmdpo.amber.scores import COVERS
 from vlmdpo.amber.verdict import verdict
 from vlmdpo.errors import DataError
+from vlmdpo.report import page as pages
 
 GALLERY = 24  # answers that are shown with their pictures; scores.json has all
-_SIDE_PX = 320
 _FIGURES = (("chair", "CHAIR", False), ("cover", "Cover", True), ("hal", "Hal", False), ("cog", "Cog", False))
 _CLEAR = ("improvement", "decline")
 _HEADLINE = {
@@ -41,22 +37,21 @@ def page(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Map
         benchmark: what was asked, and what opens its pictures.
         said: by model and id, the model's own words.
     """
-    loader = PackageLoader("vlmdpo.report")
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["span"] = span
     thumbnail = _thumbnails(benchmark)
-    return jinja.get_template("amber.html").render(
-        **_told(report),
-        gallery=[{**flip, "picture": thumbnail(flip["image"])} for flip in _gallery(report, benchmark, said)],
-        descriptions=[{**one, "picture": thumbnail(one["image"])} for one in _changed_descriptions(report)],
+    return (
+        pages.environment({"span": span})
+        .get_template("amber.html")
+        .render(
+            **_told(report),
+            gallery=[{**flip, "picture": thumbnail(flip["image"])} for flip in _gallery(report, benchmark, said)],
+            descriptions=[{**one, "picture": thumbnail(one["image"])} for one in _changed_descriptions(report)],
+        )
     )
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The same figures as Markdown, without pictures."""
-    loader = PackageLoader("vlmdpo.report")
-    jinja = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters |= {"span": span, "cell": as_cell}
+    jinja = pages.environment({"span": span, "cell": as_cell}, escape=False)
     return jinja.get_template("amber.md").render(**_told(report)).strip() + "\n"
 
 
@@ -138,12 +133,6 @@ def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:
 
 def _data_uri(benchmark: Benchmark, name: str) -> str | None:
     try:
-        picture = benchmark.picture(name)
+        return pages.thumbnail(benchmark.picture(name))
     except DataError:  # scoring a response file needs no pictures
         return None
-    kind = "PNG" if max(picture.size) <= _SIDE_PX else "JPEG"
-    picture = picture.copy()
-    picture.thumbnail((_SIDE_PX, _SIDE_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

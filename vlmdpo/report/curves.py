@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
-def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def draw(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Loss, reward accuracy, rewards of both answers, and margin over steps, written as PNG.
 
-    `lines` are the logged metrics, each with "step", "loss" and TRL's "rewards/..." keys.
+    `lines` are the logged metrics, each with "step", "loss" and TRL's "rewards/..." keys; `evaluations` are those of rows
+    that do not train, where there are any.
     """
     import matplotlib
 
@@ -31,12 +32,16 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         ),
         (margin, "Reward margin (chosen − rejected)", [("rewards/margins", "margin", "tab:purple")], (0.0, "reference")),
     )
+    held_out = [line["step"] for line in evaluations]
     for axes, name, series, (level, level_name) in panels:
         axes.axhline(level, color="0.6", linewidth=1, linestyle="--", label=level_name)
         for key, label, colour in series:
             values = [line[key] for line in lines]
             axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _smooth(values), color=colour, linewidth=2, label=label, marker="o" if len(steps) == 1 else None)
+            if held_out:
+                values = [line[key] for line in evaluations]
+                axes.plot(held_out, values, color=colour, linestyle=":", marker="o", markersize=4, label=f"{label}, test split")
         axes.set_title(name, loc="left", fontweight="bold")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlmdpo.models.registry import hub_id
 from vlmdpo.report.amber_page import as_cell, span
+from vlmdpo.report.page import environment
 
 CARD, REPORT, RECIPE, AMBER = "README.md", "train_report.json", "recipe.yaml", "amber.json"
 _FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Action", "Relation")
@@ -44,9 +44,7 @@ def text(folder: Path, *, merged: bool) -> str:
         # The Hub links these only where they are its own names.
         **({"base_model": base} if base.count("/") == 1 and not Path(base).exists() else {}),
     }
-    loader = PackageLoader("vlmdpo.report")
-    jinja = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters |= {"span": span, "cell": as_cell}
+    jinja = environment({"span": span, "cell": as_cell}, escape=False)
     return jinja.get_template("model_card.md").render(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         report=report,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image as PillowImage
 
 from vlmdpo.data.sources import as_stored
+from vlmdpo.report import page as pages
 
 SAMPLES = 24  # pairs that are shown, evenly spaced
-_SIDE_PX = 320
 
 
 def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
@@ -55,38 +53,30 @@ def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path, sides: Mappin
         lengths: the histogram of `draw_lengths`.
         sides: how many pictures have which longer side, in pixels.
     """
-    loader = PackageLoader("vlmdpo.report")
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     count = len(dataset)
     rows = sorted({i * count // min(SAMPLES, count) for i in range(min(SAMPLES, count))})
-    return jinja.get_template("prepare.html").render(
+    template = pages.environment().get_template("prepare.html")
+    return template.render(
         manifest=manifest,
-        lengths=_uri(lengths.read_bytes(), "png"),
+        lengths=pages.uri(lengths.read_bytes(), "png"),
         sizes=_sizes(sides),
         samples=[{"number": row, **_sample(one)} for row, one in zip(rows, as_stored(dataset.select(rows)), strict=True)],
     )
-
-
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     turns = [(turn["role"], " ".join(part["text"] or "[image]" for part in turn["content"])) for turn in row["prompt"]]
     answers = {side: row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")}
     kept = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
-    return {"pictures": [_thumbnail(picture) for picture in row["images"]], "turns": turns, **answers} | {
+    return {"pictures": [_picture(stored) for stored in row["images"]], "turns": turns, **answers} | {
         name: row[name] for name in kept
     }
 
 
-def _thumbnail(stored: Mapping[str, Any]) -> str:
+def _picture(stored: Mapping[str, Any]) -> str:
     picture = PillowImage.open(io.BytesIO(stored["bytes"]))
-    kind = "PNG" if max(picture.size) <= _SIDE_PX else "JPEG"
-    picture.thumbnail((_SIDE_PX, _SIDE_PX))  # decodes a JPEG no larger than it needs
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, kind)
-    return _uri(buffer.getvalue(), kind.lower())
+    picture.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))  # decodes a JPEG not much larger than it needs
+    return pages.thumbnail(picture)
 
 
 def _sizes(sides: Mapping[int, int]) -> list[dict[str, Any]]:

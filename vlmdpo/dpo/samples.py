@@ -1,0 +1,96 @@
+"""Answers to the same few prompts as training goes on, so that a person sees what the numbers mean.
+
+Greedy, so that no random number is drawn: a run with samples learns what one without them learns.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from vlmdpo.dpo.batch import PairCollator, images_of
+from vlmdpo.dpo.watch import read_lines, write_lines
+
+SAMPLES = "samples.jsonl"
+_ROWS = 4
+_MAX_NEW_TOKENS = 64
+
+
+class Samples(TrainerCallback):
+    """Asks at step 0, every so many steps, and after the last one, about a few rows, evenly spaced over the test split or,
+    where there is none, over what trains.
+
+    Args:
+        file: where answers are kept, a JSON line each: step, row, question, answer, chosen, rejected.
+        every: optimizer steps between two times; None for the first and the last only.
+        trainer: whose model is asked, and whose data is asked about.
+    """
+
+    def __init__(self, file: Path, every: int | None, trainer: Any) -> None:
+        self.file, self.every, self.trainer = file, every, trainer
+        data = trainer.datasets[-1]
+        count = min(_ROWS, len(data))
+        self.rows = [data[place * len(data) // count] for place in range(count)]
+        self.records: list[dict[str, Any]] = []
+        self._collator = PairCollator(trainer.processing_class)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # After a resume, answers past the checkpoint belong to steps that will be done again.
+        self.records = [record for record in read_lines(self.file) if record["step"] <= state.global_step]
+        if args.process_index == 0:
+            write_lines(self.file, self.records)
+        if state.global_step == 0:
+            self._ask(args, 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0:
+            self._ask(args, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            self._ask(args, state.global_step)
+
+    def _ask(self, args: Any, step: int) -> None:
+        """One process asks; the others wait for it where they next meet."""
+        if args.process_index or any(record["step"] == step for record in self.records):
+            return
+        found = [{"step": step, **self._answered(row)} for row in self.rows]
+        self.records += found
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+
+    @torch.no_grad()
+    def _answered(self, row: dict[str, Any]) -> dict[str, Any]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        inputs = self._collator.prompts([self._collator.render(row)["prompt"]], [images_of(row)])
+        inputs.pop("labels", None)
+        given = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
+        training = model.training
+        model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                made = model.generate(**given, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True)
+        finally:
+            model.train(training)
+        said = self.trainer.processing_class.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        return {"row": row["row"], "question": _question(row), "answer": said[0].strip(), **_answers(row)}
+
+
+def _question(row: dict[str, Any]) -> str:
+    """What the user's turns say, pictures apart."""
+    turns = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
+    return "\n".join(_text(content) for content in turns)
+
+
+def _answers(row: dict[str, Any]) -> dict[str, str]:
+    return {side: _text(row[side][0]["content"]) for side in ("chosen", "rejected")}
+
+
+def _text(content: list[dict[str, Any]]) -> str:
+    return " ".join(part["text"] for part in content if part.get("text")).strip()

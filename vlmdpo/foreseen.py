@@ -1,0 +1,94 @@
+"""The memory of a run, foreseen by `estimate-memory` in a process of its own while the run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmdpo import ui
+from vlmdpo.config import OF_ONE_CALL, EstimateMemoryConfig, TrainConfig
+from vlmdpo.errors import ModelError
+
+
+class Foreseeing:
+    """What `estimate-memory` says of a run on its own data, once it is done.
+
+    A process of its own: a simulation sets accelerate's state, of which a process has one, to the CPU.
+
+    Args:
+        config: of the run.
+        data: its prepared folder.
+        dtype: of the base weights, by name.
+        capacity_bytes: of the GPU, for a verdict and a plan; None for the peak alone.
+    """
+
+    def __init__(self, config: TrainConfig, data: Path, dtype: str, capacity_bytes: int | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
+        settings: dict[str, Any] = {name: getattr(config, name) for name in shared - set(OF_ONE_CALL)}
+        settings |= {"dtype": dtype, "dataset": str(data.absolute()), "num_gpus": config.num_processes}
+        settings["gpu"] = f"{capacity_bytes // 2**20}MiB" if capacity_bytes else None
+        recipe = Path(self._folder.name) / "estimate.yaml"
+        recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        command = [sys.executable, "-m", "vlmdpo", "estimate-memory", "--config", str(recipe), "--json"]
+        alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**alone, "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,  # Ctrl-C is for the run
+        )
+        self._found: dict[str, Any] | None = None
+        self._failed = False
+
+    def wait(self) -> dict[str, Any]:
+        """The estimate's report. Raises ModelError where there can be none."""
+        if self._found is None:
+            told, talk = self._process.communicate()
+            if self._process.returncode:
+                raise ModelError((talk.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: "))
+            self._found = json.loads(told)
+        return self._found
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak foreseen; None as long as it is not known. A run goes on without it, having said why."""
+        if self._failed or self._process.poll() is None:
+            return None
+        try:
+            found: int | None = self.wait()["peak_bytes"]
+            return found
+        except ModelError as problem:
+            self._failed = True
+            ui.warn(f"no peak memory foreseen: {problem}")
+            return None
+
+    def close(self) -> None:
+        """End the process, done or not."""
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+def plan(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> dict[str, Any]:
+    """What `estimate-memory` says of this run on its own data, for a GPU of so many bytes. Raises ModelError."""
+    foreseeing = Foreseeing(config, data, dtype, capacity_bytes)
+    try:
+        return foreseeing.wait()
+    except ModelError as problem:
+        raise ModelError(
+            f"--auto-batch-size: no batch can be foreseen ({problem}); leave it out, or see vlmdpo estimate-memory"
+        ) from problem
+    finally:
+        foreseeing.close()

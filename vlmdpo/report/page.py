@@ -1,0 +1,36 @@
+"""What the pages have in common: one template loader that escapes every text, and pictures as part of the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image as PillowImage
+
+SIDE_PX = 320  # the longer side of a picture on a page
+
+
+def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True) -> Environment:
+    """Templates of this package. Nothing undefined passes; with `escape` every text is HTML-escaped."""
+    loader = PackageLoader("vlmdpo.report")
+    made = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= dict(filters or {})
+    return made
+
+
+def uri(data: bytes, kind: str) -> str:
+    """An image file as a data URI; `kind` as in image/png."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def thumbnail(picture: PillowImage.Image) -> str:
+    """A picture as a data URI, reduced: small ones without loss, others as JPEG."""
+    kind = "PNG" if max(picture.size) <= SIDE_PX else "JPEG"
+    small = picture.copy()
+    small.thumbnail((SIDE_PX, SIDE_PX))
+    buffer = io.BytesIO()
+    small.convert("RGB").save(buffer, kind)
+    return uri(buffer.getvalue(), kind.lower())
