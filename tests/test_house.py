@@ -7,7 +7,7 @@ import vlmdpo
 
 ROOT = Path(vlmdpo.__file__).parent
 # Each room may import only from rooms above it; commands share the last but two.
-ORDER = ("errors", "config", "recipes", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report")
+ORDER = ("errors", "config", "recipes", "ui", "data", "models", "tiny", "memory", "dpo", "amber", "report", "web")
 COMMANDS = (
     "prepare",
     "estimate_memory",
@@ -30,6 +30,7 @@ MAY_BE_HEAVY = {
         "models/digest",
         "models/generate",
         "models/packing",
+        "models/side_by_side",
         "tiny/build",
         "tiny/families",
         "tiny/sample",

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 import vlmdpo as package
+from tests.conftest import unfolded
 from tests.pictures import noise
 from tests.ranks import FSDP2
 from vlmdpo import launch
@@ -187,7 +188,7 @@ def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
     victims[1].kill()
     _, err = run.communicate(timeout=_PATIENCE_S)
     assert run.returncode == 7
-    assert "was killed (SIGKILL, as one is that runs out of memory); the others were stopped" in err.splitlines()[-1]
+    assert "was killed (SIGKILL, as one is that runs out of memory); the others were stopped" in unfolded(err).splitlines()[-1]
     assert not psutil.wait_procs(victims, timeout=_PATIENCE_S)[1]
 
     shutil.rmtree("out")
@@ -196,7 +197,7 @@ def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=_PATIENCE_S)
     assert run.returncode == 75, err
-    assert "go on with: vlmdpo train --config out/recipe.yaml --resume" in err.splitlines()[-1]
+    assert "go on with: vlmdpo train --config out/recipe.yaml --resume" in unfolded(err).splitlines()[-1]
     assert "Traceback" not in err
     assert not psutil.wait_procs(victims, timeout=_PATIENCE_S)[1]
     [saved] = Path("out").glob("checkpoint-*")

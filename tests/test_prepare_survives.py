@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import vlmdpo as package
+from tests.conftest import unfolded
 from tests.killing import contents
 from tests.pictures import noise
 from vlmdpo.data import store
@@ -111,7 +112,7 @@ def test_a_dead_process_is_an_error_and_no_hang(tmp_path):
         workers[0].kill()
         _, err = running.communicate(timeout=_PATIENCE_S)
     assert running.returncode == 3
-    assert "a process of --num-proc 2 died, as one does that runs out of memory; what is done stays" in err
+    assert "a process of --num-proc 2 died, as one does that runs out of memory; what is done stays" in unfolded(err)
     assert not Path("out").exists()
 
 
@@ -139,7 +140,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdp
     command = _command("--dataset", data, "--num-proc", 1)
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, preexec_fn=little_room)
     assert done.returncode == 3, done.stderr
-    said = done.stderr.strip().splitlines()[-1]
+    said = unfolded(done.stderr).strip().splitlines()[-1]
     assert re.search(r"error: cannot write .*File too large \(.* free\); .* the same command goes on from there", said)
     assert not Path("out").exists()
     code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 1, "--output-dir", "out")

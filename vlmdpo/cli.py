@@ -57,6 +57,12 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
         "Score hallucination on AMBER, base beside tuned.",
         "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images AMBER/image",
     ),
+    "compare": (
+        cf.CompareConfig,
+        "vlmdpo.compare",
+        "A page: base and tuned side by side; votes become training data.",
+        "vlmdpo compare --model idefics2-8b --adapter DIR",
+    ),
     "export": (
         cf.ExportConfig,
         "vlmdpo.export",
@@ -106,7 +112,20 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
         flags = (
             [flags[0]]
             if field.name
-            in ("json", "overwrite", "resume", "compare", "doctor", "streaming", "merge", "dry_run", "quiet", "yes")
+            in (
+                "json",
+                "overwrite",
+                "resume",
+                "compare",
+                "doctor",
+                "streaming",
+                "merge",
+                "dry_run",
+                "quiet",
+                "yes",
+                "share",
+                "open",
+            )
             else [f"{flags[0]}/--no-{flags[0][2:]}"]
         )
         shown = meta["default_text"] or ("on" if default else "off")

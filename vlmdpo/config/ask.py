@@ -98,6 +98,43 @@ class EvalAmberConfig(Weights, Processes):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig(Weights):
+    """`vlmdpo compare`: a page on this machine that shows what base and tuned model say, side by side."""
+
+    adapter: Path | None = option(
+        None, "Folder of a trained adapter", default_text="with the embedded model the one shipped with it"
+    )
+    amber: Path | None = option(
+        None,
+        "Folder that eval-amber wrote; its changed answers are the first examples",
+        default_text="where eval-amber writes for this adapter, if it has",
+    )
+    examples: Path | None = option(None, "JSONL of more examples: image, question on each line", default_text="none")
+    image_root: Path | None = option(
+        None, "Folder that paths in --examples start from", default_text="the folder of --examples"
+    )
+    votes: Path = option(Path("outputs/votes/preferences.jsonl"), "JSONL that votes are appended to; vlmdpo prepare takes it")
+    beta: float | None = option(
+        None, "Beta of the rewards shown", default_text="the one the adapter was trained with, else 0.1"
+    )
+    max_new_tokens: int = option(128, "Longest answer, in tokens")
+    host: str = option("127.0.0.1", "Address to serve on; anything but this machine's own lets others in")
+    port: int | None = option(None, "Port to serve on", default_text="7860, or the next that is free")
+    share: bool = option(False, "Make the page public through gradio's relay, for 72 hours: anyone with the link can ask")
+    open: bool = option(False, "Open the page in a browser")
+    max_upload_mb: int = option(20, "Largest picture that can be uploaded, in MB")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self.beta is None or self.beta > 0, "beta", self.beta, "a number above 0")
+        need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 token or more")
+        need(self.port is None or 1 <= self.port <= 65535, "port", self.port, "1 to 65535")
+        need(self.max_upload_mb >= 1, "max_upload_mb", self.max_upload_mb, "1 MB or more")
+        if self.adapter is None and self.model != "tiny":
+            raise ConfigError("--adapter FOLDER is needed: what shall the model be compared with?")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(Weights):
     """`vlmdpo export`: an adapter as a standalone model, on disk or on the Hub."""
 

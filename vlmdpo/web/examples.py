@@ -1,0 +1,110 @@
+"""What can be picked to ask about: the answers that changed in an evaluation, then the run's own rows, then the user's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmdpo.amber import questions as qs
+from vlmdpo.data import store
+from vlmdpo.data.images import BadImage, inside, open_file
+from vlmdpo.errors import DataError
+
+SCORES = "scores.json"
+_OF_A_KIND = 12  # examples of each source
+Keep = Any  # a function that stores a PIL picture and returns its path
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture's file, what to ask, and where it comes from."""
+
+    picture: Path
+    question: str
+    source: str
+
+
+def evenly(entries: Sequence[Any], count: int = _OF_A_KIND) -> list[Any]:
+    """So many of the entries, evenly spaced."""
+    return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else list(entries)
+
+
+def of_amber(folder: Path, folder_of_pictures: Path) -> list[Example]:
+    """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError where it is none."""
+    try:
+        report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        flips = (report["comparison"] or {}).get("flips", [])
+        data, images = report["settings"]["data"], report["settings"]["images"]
+    except (OSError, ValueError, KeyError) as problem:
+        raise DataError(f"--amber: '{folder}' holds no result of vlmdpo eval-amber: {problem}") from problem
+    benchmark = qs.load(Path(data), Path(images) if images else Path(data) / "image", generative=False) if data else None
+    return of_flips(evenly(flips), folder_of_pictures, benchmark, "changed in eval-amber")
+
+
+def of_flips(flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None, source: str) -> list[Example]:
+    """Examples of questions about a benchmark's pictures, or the embedded one's. Pictures that are gone are left out."""
+    from vlmdpo.tiny import evaluation
+
+    found = []
+    for flip in flips:
+        try:
+            picture = benchmark.picture(flip["image"]) if benchmark else evaluation.picture(flip["image"])
+        except DataError:  # AMBER's pictures may lie on another machine by now
+            continue
+        path = folder / f"{Path(flip['image']).stem}.png"
+        picture.save(path)
+        found.append(Example(path, flip["question"], source))
+    return found
+
+
+def of_run(adapter: Path, folder: Path) -> list[Example]:
+    """Rows of the data that an adapter was trained with: its test split where it has one."""
+    try:
+        recipe = yaml.safe_load((adapter / "recipe.yaml").read_text(encoding="utf-8"))
+        data = Path(recipe["dataset"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # an adapter from elsewhere
+        return []
+    if store.read_manifest(data) is None:
+        return []
+    split = "test" if store.has_test_split(data) else "train"
+    rows = store.load(data, split)
+    found = []
+    for number in evenly(range(len(rows))):
+        row = rows[number]
+        texts = [part["text"] for turn in row["prompt"] for part in turn["content"] if part.get("text")]
+        if len(row["images"]) == 1 and len(row["prompt"]) == 1:  # the page asks one question about one picture
+            path = folder / f"row-{number}.png"
+            row["images"][0].save(path)
+            found.append(Example(path, " ".join(texts), f"{split} split of the run"))
+    return found
+
+
+def of_file(file: Path, root: Path) -> list[Example]:
+    """The user's own: a JSON line each with image and question. Raises DataError, naming the line."""
+    return list(islice(_lines(file, root), 200))
+
+
+def _lines(file: Path, root: Path) -> Iterator[Example]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"--examples: cannot read '{file}': {getattr(problem, 'strerror', None) or problem}") from problem
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"--examples: '{file}' line {number}"
+        try:
+            entry = json.loads(line)
+            path = inside(root, str(entry["image"]))
+            open_file(path)
+            yield Example(path, str(entry["question"]), file.name)
+        except (ValueError, KeyError, TypeError) as problem:
+            raise DataError(f"{where} must be a JSON object with image and question") from problem
+        except BadImage as problem:
+            raise DataError(f"{where}: {problem}") from problem
