@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from typer.exceptions import TyperException
 from vlmdpo import __version__, launch, recipes, ui
 from vlmdpo import config as cf
 from vlmdpo.errors import Interrupted, PeerLost, Preempted, VlmDpoError, nearest
+from vlmdpo.memory.gpus import GPUS
 from vlmdpo.models import processes, registry
 
 # Command name → (config, module with run and show, one line of help, full-size command)
@@ -60,7 +61,7 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
     "compare": (
         cf.CompareConfig,
         "vlmdpo.compare",
-        "A page: base and tuned side by side; votes become training data.",
+        "A page: base beside tuned, votes become data.",
         "vlmdpo compare --model idefics2-8b --adapter DIR",
     ),
     "export": (
@@ -69,12 +70,31 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
         "Merge an adapter into its base, or upload it.",
         "",
     ),
+    "env": (
+        cf.EnvConfig,
+        "vlmdpo.env",
+        "What a bug report needs: versions, GPUs, settings.",
+        "",
+    ),
     "demo": (
         cf.DemoConfig,
         "vlmdpo.demo",
         "All five in one run, offline, in some minutes.",
         "",
     ),
+}
+
+# Options whose values are known, for the shell's completion.
+_VALUES: dict[str, Iterable[str]] = {
+    "model": registry.ENTRIES,
+    "dataset": ("scenes", "rlaif-v"),
+    "dtype": cf.DTYPES,
+    "attn_implementation": cf.ATTENTIONS,
+    "strategy": cf.STRATEGIES,
+    "loss_type": (*cf.LOSSES, *cf.PRESETS),
+    "report_to": cf.TRACKERS,
+    "dimension": cf.DIMENSIONS,
+    "gpu": GPUS,
 }
 
 app = typer.Typer(
@@ -103,6 +123,12 @@ def _root(
     """Options of the program itself."""
 
 
+def _completion(name: str) -> Callable[[str], list[str]] | None:
+    """What completes an option's value on the shell's Tab, where its values are known."""
+    values = _VALUES.get(name)
+    return None if values is None else lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
 def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """One option of the command line, as Typer wants to find it in a signature. Unset options arrive as None."""
     meta = field.metadata
@@ -110,7 +136,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     default = field.default
     if kind is bool or kind == bool | None:
         flags = (
-            [flags[0]]
+            flags
             if field.name
             in (
                 "json",
@@ -136,7 +162,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     else:
         annotation = kind if isinstance(kind, types.UnionType) else kind | None
     help_text = f"{meta['help']}. [default: {shown}]"
-    declared = typer.Option(None, *flags, help=help_text, show_default=False)
+    declared = typer.Option(None, *flags, help=help_text, show_default=False, autocompletion=_completion(field.name))
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import ipaddress
 import json
@@ -65,8 +66,8 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     from vlmdpo.web import examples
 
     found = []
-    amber = config.amber or Path("outputs") / "amber" / f"scenes-{adapter.resolve().name}"
-    if config.amber is not None or (amber / examples.SCORES).is_file():
+    amber = config.amber or _evaluated(adapter)
+    if amber is not None:
         found += examples.of_amber(amber, folder)
     elif adapter == SHIPPED:
         flips = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
@@ -75,6 +76,12 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     if config.examples is not None:
         found += examples.of_file(config.examples, config.image_root or config.examples.parent)
     return found
+
+
+def _evaluated(adapter: Path) -> Path | None:
+    """Where eval-amber, left to itself, wrote of this adapter; the latest of several."""
+    found = Path("outputs", "amber").glob(f"*-{glob.escape(adapter.resolve().name)}/scores.json")
+    return max((path.parent for path in found), key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def _beta(adapter: Path) -> float:

@@ -5,21 +5,26 @@ second list of options to keep in step. Layers, weakest first: the default here,
 (only the embedded model has one), the recipe file, the flags.
 """
 
-from vlmdpo.config.ask import DIMENSIONS, CompareConfig, DemoConfig, EvalAmberConfig, ExportConfig, InferConfig
+from vlmdpo.config.ask import DIMENSIONS, CompareConfig, DemoConfig, EnvConfig, EvalAmberConfig, ExportConfig, InferConfig
 from vlmdpo.config.estimate import EstimateMemoryConfig
-from vlmdpo.config.options import DTYPES, OF_ONE_CALL, flag_name
+from vlmdpo.config.options import ATTENTIONS, DTYPES, OF_ONE_CALL, STRATEGIES, flag_name
 from vlmdpo.config.prepare import PrepareConfig
-from vlmdpo.config.train import LOSSES, RATES, SANE_RATES, TrainConfig
+from vlmdpo.config.train import LOSSES, PRESETS, RATES, SANE_RATES, TRACKERS, TrainConfig
 
 __all__ = [
+    "ATTENTIONS",
     "DIMENSIONS",
     "DTYPES",
     "LOSSES",
     "OF_ONE_CALL",
+    "PRESETS",
     "RATES",
     "SANE_RATES",
+    "STRATEGIES",
+    "TRACKERS",
     "CompareConfig",
     "DemoConfig",
+    "EnvConfig",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
     "ExportConfig",

@@ -160,6 +160,14 @@ class ExportConfig(Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """`vlmdpo env`: what a bug report needs."""
+
+    json: bool = option(False, "Print one JSON object to stdout and nothing else there")
+    quiet: bool = option(False, "No talk and no progress on stderr: only results, warnings and errors", also="-q")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """`vlmdpo demo`: all five commands in one run on the embedded model, offline."""
 

@@ -95,6 +95,8 @@ def _explained(repo: str, asked: str) -> Iterator[None]:
         raise DataError(f"no dataset '{repo}' here or on the Hub.{hint} Aliases: {', '.join(DATASETS)}") from problem
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
         hint = "" if asked in DATASETS else nearest(asked, DATASETS)
-        raise DataError(f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint}") from problem
+        raise DataError(
+            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Give a local file or folder, or go online"
+        ) from problem
     except ValueError as problem:
         raise DataError(f"dataset '{repo}': {str(problem).splitlines()[0]}") from problem
