@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -47,11 +48,7 @@ def test_every_field_is_an_option_with_its_default(command, vlmdpo, monkeypatch)
     fields = dataclasses.fields(cli.COMMANDS[command][0])
     assert fields
     for field in fields:
-        lines = [
-            line
-            for line in out.splitlines()
-            if line.strip().startswith((f"{config.flag_name(field.name)} ", f"{config.flag_name(field.name)},"))
-        ]
+        lines = [line for line in out.splitlines() if re.match(rf"\s*(-\w, )?{config.flag_name(field.name)}[ ,]", line)]
         assert len(lines) == 1, field.name
         text = out[out.index(lines[0]) :].split("\n  --")[0]
         assert "[default: " in " ".join(text.split()) + " ", field.name

@@ -96,7 +96,7 @@ def _explained(repo: str, asked: str) -> Iterator[None]:
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
         hint = "" if asked in DATASETS else nearest(asked, DATASETS)
         raise DataError(
-            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Give a local file or folder, or go online"
+            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Give a local file, or go online"
         ) from problem
     except ValueError as problem:
         raise DataError(f"dataset '{repo}': {str(problem).splitlines()[0]}") from problem
