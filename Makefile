@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo docs test lint format wheel clean
 
 demo: $(INSTALLED)  ## prepare, estimate, train, infer and evaluate, offline, in some minutes
 	$(BIN)/vlmdpo demo
@@ -19,6 +19,9 @@ lint: $(INSTALLED)  ## ruff, its formatter's check, and mypy
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## build/site, by mkdocs-material; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 wheel: $(INSTALLED)  ## build dist/*.whl
 	rm -rf build dist
