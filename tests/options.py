@@ -1,6 +1,6 @@
 """The tables of options in docs/commands, made from the command line itself:
 
-    python -m tests.options --write
+python -m tests.options --write
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A stand-in for a folder of one's own: pictures, and a table of preferences about them.
 
-    python examples/own_images/make_sample.py my [--pictures 120]
+python examples/own_images/make_sample.py my [--pictures 120]
 """
 
 import argparse

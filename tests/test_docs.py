@@ -1,0 +1,240 @@
+"""The documentation keeps its word: every command it shows is run, tables of options and texts of errors are the program's.
+
+A command is first read by the command line exactly as it stands. Then it is run on the embedded model: what belongs to full
+size or to a machine that is not here (a large model, the Hub, eight GPUs) is replaced, by `_small`, and nothing else.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlmdpo as package
+from tests import options
+from vlmdpo import cli, compare, config
+from vlmdpo.errors import nearest
+from vlmdpo.tiny import evaluation
+
+ROOT = Path(package.__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+# What full size needs, and what stands for it here; None: it takes no value.
+_REPLACED = {"--model": ["tiny"], "--dtype": ["float32"], "--push-to-hub": []}
+_NOT_HERE = {
+    **dict.fromkeys(["--num-processes", "--num-machines", "--machine-rank", "--main-process-ip", "--strategy"], True),
+    **dict.fromkeys(["--gpu"], True),
+    "--quantization": True,
+}
+_SMALLER = {
+    "prepare": ["--limit", "40"],
+    "train": ["--max-steps", "2"],
+    "eval-amber": ["--limit", "3", "--max-description-tokens", "8"],
+    "estimate-memory": ["--fast"],
+    "infer": ["--max-new-tokens", "8"],
+}
+
+
+def _blocks(text):
+    """Lines of code: those indented by four or more, and those in fences, without their prompt."""
+    fenced, found = False, []
+    for line in text.split("\n"):
+        if line.strip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            found.append(line.strip().removeprefix("$ "))
+        else:
+            found.append("")
+    return found
+
+
+def shown():
+    """(page and line, words) of every command in a block of code or between backticks."""
+    commands = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = _blocks(text)
+        for number, line in enumerate(lines):
+            if not line.startswith("vlmdpo "):
+                continue
+            while line.endswith("\\"):
+                number += 1
+                line = line[:-1] + lines[number]
+            commands.append((f"{page.relative_to(ROOT)}:{number + 1}", shlex.split(line, comments=True)[1:]))
+        for found in re.finditer(r"`vlmdpo ([a-z][a-z-]+(?: [^`\n]+)?)`", text):
+            place = f"{page.relative_to(ROOT)}:{text[: found.start()].count(chr(10)) + 1}"
+            commands.append((place, shlex.split(found[1])))
+    return [(place, words) for place, words in commands if words]
+
+
+SHOWN = shown()
+
+
+def _small(words):
+    """The same command, of a size that runs here."""
+    command, rest = words[0], iter(words[1:])
+    plain = (command == "train" and "--dry-run" in words) or command == "estimate-memory"
+    made = []
+    for word in rest:
+        if word in _REPLACED and not plain:
+            next(rest)
+            made += [word, *_REPLACED[word]] if _REPLACED[word] else []
+        elif word == "--dataset" and (value := next(rest)):
+            made += [word, "scenes" if value == "rlaif-v" and not plain else value]
+        elif word in _NOT_HERE and not plain:
+            next(rest)
+        else:
+            made.append(word)
+    if command == "train" and "--dry-run" not in words:
+        made += [*_SMALLER["train"], *(["--model", "tiny"] if "--config" in words else [])]
+        made += [] if "--resume" in words else ["--overwrite"]
+    elif command == "prepare":
+        made += [*_SMALLER["prepare"], "--overwrite"]
+    elif command == "export":
+        made += ["--overwrite", *([] if "--merge" in made else ["--merge"])]
+    elif command == "estimate-memory" and "--dataset" in words:
+        made += ["--fast"]
+    elif command == "eval-amber":
+        made += [*([] if "--answers" in words else _SMALLER[command]), "--overwrite"]
+    else:
+        made += _SMALLER.get(command, [])
+    return (command, *made)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the documentation speaks of: pictures, preferences, questions, AMBER's data, runs."""
+    folder = tmp_path_factory.mktemp("docs")
+    evaluation.picture("SCENE_1.png").save(folder / "photo.jpg")
+    shutil.copytree(evaluation.FOLDER, folder / "AMBER" / "data")
+    (folder / "AMBER" / "image").mkdir()
+    for number in range(1, evaluation.SCENES + 1):
+        evaluation.picture(f"SCENE_{number}.png").save(folder / "AMBER" / "image" / f"SCENE_{number}.png")
+    answers = [{"id": number, "response": "No"} for number in range(101, 120)]
+    (folder / "answers.json").write_text(json.dumps(answers))
+    (folder / "questions.jsonl").write_text(json.dumps({"id": 1, "image": "photo.jpg", "question": "Is there a moon?"}) + "\n")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    subprocess.run(
+        [sys.executable, "examples/own_images/make_sample.py", "my", "--pictures", "20"], cwd=folder, check=True, timeout=120
+    )
+    vote = {"question": "Is there a moon?", "chosen": "No", "rejected": "Yes"}
+    for file in (folder / "my" / "images" / "votes.jsonl", folder / "outputs" / "votes" / "preferences.jsonl"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        names = [f"{number:04d}.png" for number in range(1, 21)]
+        file.write_text("".join(json.dumps({**vote, "image": name}) + "\n" for name in names))
+        for name in names if file.parent != folder / "my" / "images" else ():
+            shutil.copy(folder / "my" / "images" / name, file.parent)
+    return folder
+
+
+@pytest.fixture
+def there(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(compare, "_serve", lambda config, page: "http://127.0.0.1:7860/")
+    return place
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """The runs that commands go on from: one of every name that the documentation gives an adapter."""
+    here = os.getcwd()
+    os.chdir(place)
+    try:
+        source = ["--dataset", "my/preferences.csv", "--image-root", "my/images", "--test-size", "0.2"]
+        assert cli.run(["prepare", *source, "--output-dir", "outputs/data/mine", "-q"]) == 0
+        first = "outputs/tiny-scenes-dpo"
+        steps = ["--max-steps", "2", "--eval-steps", "0", "-q"]
+        assert cli.run(["train", "--dataset", "outputs/data/mine", "--output-dir", first, *steps]) == 0
+        for name in ("outputs/idefics2-8b-rlaif-v-dpo", "outputs/mine", "outputs/run", "DIR"):
+            shutil.copytree(first, name)
+        assert cli.run(["eval-amber", "--adapter", first, "--task", "discriminative", "--limit", "3", "-q"]) == 0
+    finally:
+        os.chdir(here)
+
+
+def _read(words, monkeypatch):
+    """The settings that the command line makes of a command, without running it."""
+    read = []
+    monkeypatch.setattr(cli, "_run", lambda name, module, settings, hint: read.append(settings))
+    code = cli.run(list(words))
+    return code, read
+
+
+@pytest.mark.parametrize(("where", "words"), SHOWN, ids=[f"{where} {words[0]}" for where, words in SHOWN])
+def test_every_command_shown_is_one_that_the_program_takes(where, words, there, monkeypatch, capfd):
+    if words[0] not in cli.COMMANDS:
+        assert words in (["--install-completion"], ["--help"]), f"{where}: {nearest(words[0], cli.COMMANDS)}"
+        return
+    if "N" in words:
+        words = ["3" if word == "N" else word for word in words]
+    code, read = _read(words, monkeypatch)
+    err = capfd.readouterr().err
+    if code == 2 and re.search(r"is needed|nothing to do", err):  # `vlmdpo export --merge` in a sentence: a part of a command
+        assert "/" not in " ".join(words)
+        return
+    assert (code, len(read)) == (0, 1), f"{where}: {err}"
+    assert isinstance(read[0], cli.COMMANDS[words[0]][0])
+
+
+_TO_RUN = {}
+for _where, _words in SHOWN:
+    _said = ["3" if word == "N" else word for word in _words]
+    if _said[0] in cli.COMMANDS and _said[0] != "demo":  # `make demo` is a stage of CI
+        _TO_RUN.setdefault(_small(_said), _where)
+
+
+@pytest.mark.parametrize("small", list(_TO_RUN), ids=[f"{where} {small[0]}" for small, where in _TO_RUN.items()])
+def test_every_command_shown_runs(small, there, runs, vlmdpo):
+    code, out, err = vlmdpo(*small)
+    if code == 2 and re.search(r"is needed|nothing to do", err):  # see above
+        assert len(small) <= 6
+        return
+    assert code == 0, f"{' '.join(small)}\n{err}"
+    assert out.strip()
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_each_command_has_a_page_whose_table_is_the_programs(command):
+    page = (options.DOCS / f"{command}.md").read_text(encoding="utf-8")
+    assert page == options.put(command, page), "run: python -m tests.options --write"
+    for field in cli.dataclasses.fields(cli.COMMANDS[command][0]):
+        assert f"`{config.flag_name(field.name)}`" in page
+
+
+def _headings():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.findall(r"^### (.+)$", text, re.M)
+
+
+@pytest.mark.parametrize("heading", _headings())
+def test_troubleshooting_quotes_what_the_program_says(heading):
+    if heading == "No such option":  # Typer's own
+        return
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in Path(package.__file__).parent.rglob("*.py"))
+    sources = re.sub(r'"\n\s+f?"', "", sources)  # texts that are written over several lines
+    assert heading in sources
+
+
+def test_the_site_is_built_and_a_dead_link_would_stop_it(tmp_path):
+    pytest.importorskip("mkdocs")
+
+    def build(root):
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".mkdocs.yml", "-d", tmp_path / "site"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+
+    done = build(ROOT)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    assert {f"commands/{command}.html" for command in cli.COMMANDS} <= pages
+    assert "<math" in (tmp_path / "site" / "method.html").read_text()
+    assert "make_sample.py" in (tmp_path / "site" / "own-images.html").read_text()
+    for name in ("docs", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+    shutil.copy(ROOT / ".mkdocs.yml", tmp_path / "copy")
+    page = tmp_path / "copy" / "docs" / "index.md"
+    page.write_text(page.read_text() + "\n[gone](nowhere.md)\n")
+    assert build(tmp_path / "copy").returncode != 0
