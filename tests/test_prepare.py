@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from datasets import Image, List, load_from_disk
@@ -320,3 +321,15 @@ def test_no_usable_row_is_an_error(tmp_path, vlmdpo):
     code, _, err = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", [{"chosen": ""}, {"image": "gone.png"}]))
     assert code == 3
     assert "no usable row is left of 2: empty_chosen 1 (row 0: chosen is empty), missing_image 1" in err
+
+
+def test_the_report_can_be_left_out_and_had_later(vlmdpo):
+    assert vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "a")[0] == 0
+    code, out, _ = vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--no-report")
+    assert code == 0
+    assert "report" not in out
+    assert not Path("b/report.html").exists()
+    code, out, _ = vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--report")
+    assert code == 0
+    assert "report: b/report.html" in out
+    assert Path("b/report.html").read_bytes() == Path("a/report.html").read_bytes()

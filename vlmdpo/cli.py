@@ -209,6 +209,7 @@ def _run(name: str, module: str, settings: Any, hint: str) -> None:
         ui.say(hint)
     # Say nothing that a user cannot act on: the libraries' advice to those who write code against them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|datasets|accelerate|torch)\b")
     command = importlib.import_module(module)
     if hasattr(settings, "num_processes") and launch.wanted(settings):

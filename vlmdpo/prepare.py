@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from vlmdpo import __version__, ui
 from vlmdpo.config import PrepareConfig
 from vlmdpo.data import assemble, schemas, store, work
 from vlmdpo.data.hub import open_source
 from vlmdpo.data.schemas import Schema
-from vlmdpo.data.sources import Source, bounds
+from vlmdpo.data.sources import Source, as_stored, bounds
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 
@@ -55,7 +59,9 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         if not reused:
             store.usable_output(folder, config.overwrite)
             manifest = _prepare(source, schema, (first, last), facts, counter, num_proc, folder, config)
-    assert manifest is not None
+        assert manifest is not None
+        if config.report and not (folder / REPORT).is_file():  # prepared with --no-report
+            _write_report(folder, manifest, _sides(folder, manifest))
     if config.push_to_hub:
         from vlmdpo import push
 
@@ -144,7 +150,8 @@ def _prepare(
     size = assemble.write(job.folder, plan, made, key)
     manifest = {**facts, "key": key, "split": config.split, "model": config.model, **_outcome(plan, made, size)}
     try:
-        _write_report(made, manifest, plan.sides)
+        if config.report:
+            _write_report(made, manifest, plan.sides)
         (made / store.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         store.replace(folder, made)
     except OSError as problem:
@@ -210,13 +217,21 @@ def _versions() -> dict[str, str]:
     return {"vlmdpo": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def _sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, int]:
+    """How many pictures of a finished folder have which longer side, in pixels."""
+    rows = (row for split in manifest["splits"] for row in as_stored(store.load(folder, split)))
+    return Counter(max(Image.open(io.BytesIO(stored["bytes"])).size) for row in rows for stored in row["images"])
+
+
 def _write_report(made: Path, manifest: dict[str, Any], sides: Mapping[int, int]) -> None:
     from vlmdpo.report import prepare_page
 
     dataset = store.load(made)
     columns = {name: _column(made, "train", name) for name in store.COUNTS}
     prepare_page.draw_lengths(columns, made / LENGTHS)
-    (made / REPORT).write_text(prepare_page.page(manifest, dataset, made / LENGTHS, sides), encoding="utf-8")
+    part = made / f".{REPORT}.partial"
+    part.write_text(prepare_page.page(manifest, dataset, made / LENGTHS, sides), encoding="utf-8")
+    part.replace(made / REPORT)
 
 
 def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
@@ -236,7 +251,8 @@ def show(report: dict[str, Any]) -> None:
     if len(report["splits"]) > 1:
         ui.result("  " + ", ".join(f"{split} {rows:,}" for split, rows in report["splits"].items()) + "; no image is in both")
     side = f"at most {report['max_image_side']} px a side" if report["max_image_side"] else "not bounded"
-    ui.result(f"  images {side}, {ui.human_bytes(report['bytes'])} on disk; report: {report['path']}/{REPORT}")
+    page = Path(report["path"]) / REPORT
+    ui.result(f"  images {side}, {ui.human_bytes(report['bytes'])} on disk" + (f"; report: {page}" if page.is_file() else ""))
     if report["dropped"]:
         rows = [[reason, f"{count:,}", report["dropped_examples"][reason][0]] for reason, count in report["dropped"].items()]
         ui.table("Dropped", ["Reason", "Rows", "First of them"], rows, text=(0, 2))

@@ -50,6 +50,9 @@ class PrepareConfig(Base):
         None, "Processes that work at once, in number", default_text="one for every 4,000 rows, up to the CPU's cores"
     )
     show: int = option(0, "Row number of the example to show, counted from 0")
+    report: bool = option(
+        True, "Write report.html, a page to look the data over: sample pairs, lengths, sizes, dropped rows by reason"
+    )
     push_to_hub: str | None = option(
         None, "Upload the prepared dataset, with a card, to this Hub repository (user/name)", default_text="nothing is uploaded"
     )
