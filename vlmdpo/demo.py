@@ -72,10 +72,11 @@ def show(report: dict[str, Any]) -> None:
     rows = [
         ["prepared pairs", f"{folder}/data"],
         ["adapter and processor", f"{folder}/adapter"],
-        ["learning curves", f"{folder}/adapter/{results.CURVES}"],
+        ["curves and diagnosis", f"{folder}/adapter/{results.PAGE}"],
         ["answers and scores", f"{folder}/amber"],
     ]
     ui.result("What the demo wrote:")
     for what, where in rows:
         ui.result(f"  {what:<22} {where}")
-    ui.result("At full size: vlmdpo train --model idefics2-8b --dataset rlaif-v")
+    ui.result(f"Look and vote:  vlmdpo compare --adapter {folder}/adapter --amber {folder}/amber")
+    ui.result("At full size:  vlmdpo train --model idefics2-8b --dataset rlaif-v")

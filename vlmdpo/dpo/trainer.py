@@ -197,6 +197,17 @@ class PairTrainer(DPOTrainer):
             raise NotANumber([] if rows is None else rows.tolist(), self.state.global_step + 1)
         return found
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's; but each row of the test split counts alike, where TRL lets each batch, however small the last one is."""
+        logged = self._metrics["eval"]
+        before = {name: len(values) for name, values in logged.items()}
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        logged["loss"].append(self.accelerator.gather(found[0].detach()).mean().item())
+        for name, values in logged.items():
+            new = values[before.get(name, 0) :]
+            values[before.get(name, 0) :] = [value for value in new for _ in range(len(inputs["row"]))]
+        return found
+
     def _loss_of(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if not self.conditional:
             return super()._compute_loss(model, inputs, return_outputs)
