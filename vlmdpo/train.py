@@ -317,8 +317,8 @@ def show(report: dict[str, Any]) -> None:
     if report["fallback_reason"]:
         ui.result(f"Engine: stock rows, because {report['fallback_reason']}")
     for finding in report["diagnosis"]:
-        ui.result(f"{finding['title']}: {finding['seen']}")
-        if finding["level"] != "good":
-            ui.result(f"  {finding['means']} Try: {finding['tries'][0]}")
+        ui.result(f"{finding['title']}.")
+        ui.result(f"  {finding['seen'][0].upper()}{finding['seen'][1:]} {finding['means']}")
+        ui.result(f"  {'Next' if finding['level'] == 'good' else 'Try'}: {finding['tries'][0]}")
     ui.result(f"Adapter, processor, metrics and curves: {report['output_dir']}")
     ui.result(f"Curves, settings, samples and diagnosis: {report['page']}")
