@@ -20,12 +20,26 @@ from PIL import Image
 import vlmdpo
 from vlmdpo import estimate_memory, eval_amber, export, infer, prepare, train
 from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
-from vlmdpo.models.load import load_processor
+from vlmdpo.data.images import open_file
+from vlmdpo.models.generate import answer
+from vlmdpo.models.load import load_model, load_processor
+from vlmdpo.models.side_by_side import SideBySide
 from vlmdpo.tiny import families
 
 DOCS = Path(vlmdpo.__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- matrix: made by python -m tests.matrix --write -->", "<!-- end of matrix -->"
-COLUMNS = ("prepare", "estimate-memory", "LoRA", "full", "one row a pair", "infer", "eval-amber, shared", "reload", "merge")
+COLUMNS = (
+    "prepare",
+    "estimate-memory",
+    "LoRA",
+    "full",
+    "one row a pair",
+    "infer",
+    "eval-amber, shared",
+    "compare, at once",
+    "reload",
+    "merge",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ def examine(family: Family) -> dict[str, str]:
     few = {"limit": 6, "verify": 6, "batch_size": 4, "max_new_tokens": 3, "max_description_tokens": 3}
     asked = eval_amber.run(EvalAmberConfig(adapter=Path("lora"), output_dir=Path("amber"), **few, **base))
     found["eval-amber, shared"] = _yes(asked["engine"] == "shared" and not asked["fallback_reason"], asked["fallback_reason"])
+    found["compare, at once"] = _side_by_side("x.png", said["answer"])
     # `train` has compared what it saved with the live model, and raises where they differ.
     found["reload"] = _yes(
         isinstance(load_processor("./full").chat_template, str) and Path("lora/adapter_model.safetensors").is_file()
@@ -86,6 +101,20 @@ def examine(family: Family) -> dict[str, str]:
     merged = export.run(ExportConfig(adapter=Path("lora"), merge=True, **base))["agreement"]
     found["merge"] = _yes(merged["same_answers"] == merged["of"])
     return found
+
+
+def _side_by_side(picture: str, tuned_says: str) -> str:
+    """Whether base and tuned model can answer in one batch; either way their answers are those of `infer`."""
+    model = load_model("./model", adapter=Path("lora"))
+    models = SideBySide(model, load_processor("./model"), 0.1)
+    opened = open_file(Path(picture))
+    said = list(models.stream(opened, "What?", 4))[-1]
+    with model.disable_adapter():
+        base_says = answer(model, models.processor, [opened], ["What?"], 4)[0]
+    assert (said[0].text, said[1].text) == (base_says, tuned_says)
+    judged = models.judge(opened, "What?", said)
+    assert all(np.isfinite([one.base_logp, one.tuned_logp]).all() and one.tuned_logp < 0 for one in judged)
+    return _yes(models.at_once, "PEFT cannot mix the batch, so the answers come one after the other")
 
 
 def _rows(path: Path) -> None:

@@ -216,7 +216,7 @@ def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path)
     Image.new("RGB", (40, 40), "white").save(tmp_path / "mine.png")
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"image": "mine.png", "question": EVIL}) + "\n")
-    server, url = _served("--examples", mine, "--votes", tmp_path / "votes.jsonl")
+    server, url = _served("--examples", mine, "--votes", tmp_path / "votes.jsonl", "--max-upload-mb", "1")
     assert url.startswith("http://127.0.0.1:")
     try:
         with sync_api.sync_playwright() as driver:
@@ -247,6 +247,9 @@ def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path)
             view.locator("tr.tr-body", has_text="onerror").click()
             view.wait_for_timeout(300)
             assert (elsewhere, dialogs) == ([], [])
+            too_much = {"files": {"name": "a.png", "mimeType": "image/png", "buffer": b"0" * 2_000_000}}
+            refused = view.context.request.post(f"{url}gradio_api/upload", multipart=too_much)
+            assert refused.status == 413, "more than --max-upload-mb"
             browser.close()
         [line] = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
         assert (line["chosen"], line["rejected"], line["preferred"]) == (tuned, base, "tuned")

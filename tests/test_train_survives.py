@@ -40,9 +40,10 @@ def rounds(kind, number, *settings):
     return [line[0] for line in lines]
 
 
-def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter(data):
-    ends = rounds("KILL", 20, "--max-steps", "6", "--save-steps", "2", "--resume")
-    assert ends.count("killed") >= 10
+def test_killed_at_any_of_twelve_points_a_resumed_run_ends_with_the_same_adapter(data):
+    """More points, by hand: python -m tests.killing train KILL SEED ROUNDS --max-steps 6 --save-steps 2 --resume."""
+    ends = rounds("KILL", 12, "--max-steps", "6", "--save-steps", "2", "--resume")
+    assert ends.count("killed") >= 6
 
 
 def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):

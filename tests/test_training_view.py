@@ -207,3 +207,41 @@ def test_the_dashboard_stays_in_its_place_on_a_terminal(monkeypatch):
     assert "█▅▁" in screen or "█▄▁" in screen
     assert "loss 0.6" in screen
     assert ui.sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_the_page_draws_its_curves_in_a_browser_and_smooths_them():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    lines = [
+        {"step": n, "loss": 0.7 / n, "rewards/chosen": 0.1 * n, "rewards/rejected": -0.1 * n, "rewards/margins": 0.2 * n % 0.3}
+        for n in range(1, 9)
+    ]
+    shown = {"samples": [], "pictures": {}, "settings": {}, "findings": diagnose(lines, learning_rate=1e-5)}
+    text = run_page.page(title="a run", steps=(8, 8), lines=lines, evaluations=[{"step": 4, "loss": 0.5}], **shown)
+    Path("run.html").write_text(text)
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        view = browser.new_page(viewport={"width": 390, "height": 800})
+        said = []
+        view.on("console", lambda message: said.append(message.text))
+        view.on("pageerror", lambda problem: said.append(str(problem)))
+        view.goto(Path("run.html").absolute().as_uri())
+        titles = view.locator(".chart h3").all_inner_texts()
+        assert titles == ["Loss", "Rewards", "Reward margin (chosen − rejected)"], (
+            "charts of metrics that are not there are left out"
+        )
+        strong = view.locator(".chart").nth(2).locator("path.curve").last
+        before = strong.get_attribute("d")
+        view.locator("#smoothing").fill("0.9")
+        assert strong.get_attribute("d") != before
+        first = view.locator(".chart").first
+        first.locator("svg").hover()
+        assert "step" in first.locator(".legend").inner_text()
+        assert first.locator("circle").count() == 1, "the test split's point"
+        first.locator("button", has_text="test split").click()
+        assert first.locator("circle").count() == 0
+        assert view.evaluate("document.documentElement.scrollWidth") <= 390
+        assert said == []
+        browser.close()

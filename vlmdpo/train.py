@@ -21,6 +21,7 @@ from vlmdpo.config import OF_ONE_CALL, RATES, SANE_RATES, PrepareConfig, TrainCo
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted, VlmDpoError
+from vlmdpo.models.processes import sharding
 from vlmdpo.models.registry import short_name
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
@@ -159,8 +160,11 @@ def _foreseeing(config: TrainConfig, args: Any, data: Path) -> Iterator[Any]:
     if not wanted or args.process_index:
         yield None
         return
-    batch = {name: getattr(args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
-    found = foreseen.Foreseeing(dataclasses.replace(config, auto_batch_size=False, **batch), data, _dtype(config, args))
+    # As the run is, whoever launched it: --auto-batch-size and accelerate's own launcher may have changed what was asked for.
+    told = {name: getattr(args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    told |= {"num_processes": args.world_size, "num_machines": 1, "machine_rank": 0}
+    told["strategy"] = (sharding() if args.world_size > 1 else "") or "ddp"
+    found = foreseen.Foreseeing(dataclasses.replace(config, auto_batch_size=False, **told), data, _dtype(config, args))
     try:
         yield found
     finally:

@@ -5,6 +5,7 @@ Where PEFT can, both answers are made in one batch, of which one row has no adap
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -67,6 +68,19 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.wanted.is_set(), device=input_ids.device)
 
 
+@contextlib.contextmanager
+def _no_hooks_left(model: Any) -> Iterator[None]:
+    """Takes off the hooks that PEFT leaves on its layers where a mixed batch fails on the way."""
+    before = {module: set(module._forward_pre_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, keys in before.items():
+            for key in set(module._forward_pre_hooks) - keys:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 class SideBySide:
     """Asks both models; one question at a time.
 
@@ -86,8 +100,9 @@ class SideBySide:
         with self._one_at_a_time:
             if self.at_once:
                 try:
-                    for said in self._steps(picture, question, max_new_tokens, count=2, adapter_names=_BOTH):
-                        yield said[0], said[1]
+                    with _no_hooks_left(self.model):
+                        for said in self._steps(picture, question, max_new_tokens, count=2, adapter_names=_BOTH):
+                            yield said[0], said[1]
                     return
                 except ValueError as problem:  # a tower that folds the batch, DoRA, layers PEFT cannot mix
                     if "adapter_names" not in str(problem):
