@@ -34,12 +34,14 @@ def contents(folder):
 
 
 def trained(folder):
-    """What a training run must leave the same: adapter, every logged loss, steps, and the last checkpoint's optimizer."""
+    """What a training run must leave the same: adapter, losses, samples, steps, and the last checkpoint's optimizer."""
     adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
-    losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
+    samples = (Path(folder) / "samples.jsonl").read_text()
     report = json.loads((Path(folder) / "train_report.json").read_text())
     last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    return hashlib.sha256(adapter).hexdigest(), losses, report["steps"], (last / "optimizer.pt").read_bytes()
+    return hashlib.sha256(adapter).hexdigest(), losses, samples, report["steps"], (last / "optimizer.pt").read_bytes()
 
 
 def start(command, arguments):

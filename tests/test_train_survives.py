@@ -22,7 +22,7 @@ _FEW += ["--device", "cpu"]
 
 @pytest.fixture
 def data(vlmdpo):
-    code, _, err = vlmdpo("prepare", "--limit", "16", "--output-dir", "data")
+    code, _, err = vlmdpo("prepare", "--limit", "20", "--test-size", "4", "--output-dir", "data")
     assert code == 0, err
 
 
@@ -40,18 +40,18 @@ def rounds(kind, number, *settings):
     return [line[0] for line in lines]
 
 
-def test_killed_at_any_of_twelve_points_a_resumed_run_ends_with_the_same_adapter(data):
+def test_killed_at_any_of_eight_points_a_resumed_run_ends_with_the_same_adapter(data):
     """More points, by hand: python -m tests.killing train KILL SEED ROUNDS --max-steps 6 --save-steps 2 --resume."""
-    ends = rounds("KILL", 12, "--max-steps", "6", "--save-steps", "2", "--resume")
-    assert ends.count("killed") >= 6
+    ends = rounds("KILL", 8, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "2", "--sample-every", "2", "--resume")
+    assert ends.count("killed") >= 4
 
 
 def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):
     """Most signals arrive while gradients accumulate: random numbers of that part must be drawn again."""
     settings = ["--gradient-accumulation-steps", "8", "--lora-dropout", "0.3", "--max-steps", "4", "--save-steps", "100"]
-    ends = rounds("TERM", 5, *settings, "--resume")
+    ends = rounds("TERM", 3, *settings, "--resume")
     assert set(ends) <= {"75", "finished"}
-    assert ends.count("75") >= 3
+    assert ends.count("75") >= 2
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
@@ -106,6 +106,10 @@ def _answers(row):
 def test_a_learning_rate_that_breaks_the_weights_is_said(data, vlmdpo):
     settings = ["--learning-rate", "1e20", "--set", "max_grad_norm=0", "--save-steps", "1", "--num-train-epochs", "1"]
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings)
+    assert code == 4, err
+    said = "after step 1 the loss on the test split is no number, in 2 of the 2 rows of a batch, its row 0 first"
+    assert said in err.splitlines()[-1]
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings, "--eval-steps", "0", "--overwrite")
     assert code == 4, err
     assert "is no number, for every row of its batch" in err.splitlines()[-1]
     assert "lower --learning-rate and go on from checkpoint-1 with --resume" in err.splitlines()[-1]

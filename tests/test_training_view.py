@@ -6,12 +6,16 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from vlmdpo import ui
+from tests.conftest import unfolded
+from vlmdpo import foreseen, ui
+from vlmdpo.config import TrainConfig
 from vlmdpo.data import store
+from vlmdpo.dpo.watch import Watch
 from vlmdpo.report import run_page
 from vlmdpo.report.diagnosis import diagnose
 
@@ -103,6 +107,15 @@ def test_other_losses_are_judged_by_where_they_began():
     assert [finding.name for finding in diagnose(risen, learning_rate=1e-6)] == ["diverged"]
 
 
+def test_a_small_beta_makes_small_rewards_and_is_no_sign_of_standing_still():
+    lines = [
+        {"step": n, "loss": 0.69, "rewards/accuracies": 0.9, "rewards/margins": 0.001 * n, "rewards/chosen": 0.0005 * n}
+        for n in range(1, 13)
+    ]
+    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.1)] == ["not_moving"]
+    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.01)] == ["learning"]
+
+
 def test_the_test_split_is_evaluated_and_samples_are_kept_and_a_resumed_run_ends_alike(vlmdpo, scenes):
     settings = ("--max-steps", "8", "--eval-steps", "2", "--sample-every", "3", "--save-steps", "4", "--lora-dropout", "0.1")
     report, err = _train(vlmdpo, scenes, *settings)
@@ -166,9 +179,24 @@ def test_eval_steps_without_a_test_split_says_how_to_get_one(vlmdpo, made_to_sho
 
 
 def test_the_foreseen_peak_stands_beside_the_run(vlmdpo, scenes):
-    report, err = _train(vlmdpo, scenes, "--max-steps", "60", "--eval-steps", "0", "--foresee-memory", "--logging-steps", "10")
+    report, _ = _train(vlmdpo, scenes, "--max-steps", "1", "--eval-steps", "0", "--foresee-memory")
     assert report["foreseen_peak_bytes"] > 10_000_000
-    assert f"tensors foreseen {report['foreseen_peak_bytes'] / 2**30:.2f}" in err
+
+
+def test_memory_is_shown_against_what_was_foreseen():
+    watch = Watch(Path("metrics.jsonl"), foreseen=SimpleNamespace(peak_bytes=3 * 2**28))
+    shown = watch._memory(SimpleNamespace(device=SimpleNamespace(type="cpu")))
+    assert re.fullmatch(r"process \d+\.\d\d GiB, tensors foreseen 0\.75", shown)
+
+
+def test_a_peak_that_cannot_be_foreseen_costs_a_warning_and_no_run(capfd, scenes):
+    made = foreseen.Foreseeing(TrainConfig(), Path("nowhere"), "bfloat16")
+    try:
+        made.settle()
+        assert made.peak_bytes is None
+        assert re.search(r"no peak memory foreseen: .*nowhere' is damaged", unfolded(capfd.readouterr().err))
+    finally:
+        made.close()
 
 
 def test_the_page_escapes_what_models_and_data_say_and_runs_its_own_script_only():

@@ -84,6 +84,10 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
     ),
 }
 
+# Switches that are off until they are named, and so need no --no- form.
+_ONE_WAY = {
+    *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge", "dry_run", "share", "open"),
+}
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
     "model": registry.ENTRIES,
@@ -135,25 +139,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     flags = [meta["flag"] or cf.flag_name(field.name), *([meta["also"]] if meta["also"] else [])]
     default = field.default
     if kind is bool or kind == bool | None:
-        flags = (
-            flags
-            if field.name
-            in (
-                "json",
-                "overwrite",
-                "resume",
-                "compare",
-                "doctor",
-                "streaming",
-                "merge",
-                "dry_run",
-                "quiet",
-                "yes",
-                "share",
-                "open",
-            )
-            else [f"{flags[0]}/--no-{flags[0][2:]}"]
-        )
+        flags = flags if field.name in _ONE_WAY else [f"{flags[0]}/--no-{flags[0][2:]}"]
         shown = meta["default_text"] or ("on" if default else "off")
     else:
         shown = meta["default_text"] or str(default)

@@ -69,9 +69,9 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     amber = config.amber or _evaluated(adapter)
     if amber is not None:
         found += examples.of_amber(amber, folder)
-    elif adapter == SHIPPED:
+    elif config.model == "tiny":
         flips = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
-        found += examples.of_flips(flips, folder, None, "changed in eval-amber")
+        found += examples.of_flips(flips, folder, None, "questions about the embedded scenes")
     found += examples.of_run(adapter, folder)
     if config.examples is not None:
         found += examples.of_file(config.examples, config.image_root or config.examples.parent)
@@ -140,7 +140,7 @@ def _serve(config: CompareConfig, page: Any) -> str:
     url = str(shared or local)
     before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ui.result(f"Base and tuned side by side: {url}")
+        (ui.say if config.json else ui.result)(f"Base and tuned side by side: {url}")
         ui.say(f"votes go to {config.votes}; Ctrl-C ends it")
         over.wait()
     finally:

@@ -50,34 +50,39 @@ class Foreseeing:
             start_new_session=True,  # Ctrl-C is for the run
         )
         self._found: dict[str, Any] | None = None
-        self._failed = False
+        self._settled = False
 
     def wait(self) -> dict[str, Any]:
         """The estimate's report. Raises ModelError where there can be none."""
-        if self._found is None:
-            told, talk = self._process.communicate()
-            if self._process.returncode:
-                raise ModelError((talk.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: "))
-            self._found = json.loads(told)
-        return self._found
+        told, talk = self._process.communicate()
+        if self._process.returncode:
+            lines = talk.partition("error: ")[2].split()
+            raise ModelError(" ".join(lines) or "no reason given")
+        found: dict[str, Any] = json.loads(told)
+        return found
+
+    def settle(self) -> None:
+        """Wait until the peak is known, or known not to be; a run goes on without it, having said why."""
+        if self._settled:
+            return
+        self._settled = True
+        try:
+            self._found = self.wait()
+        except ModelError as problem:
+            ui.warn(f"no peak memory foreseen: {problem}")
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak foreseen; None as long as it is not known. A run goes on without it, having said why."""
-        if self._failed or self._process.poll() is None:
-            return None
-        try:
-            found: int | None = self.wait()["peak_bytes"]
-            return found
-        except ModelError as problem:
-            self._failed = True
-            ui.warn(f"no peak memory foreseen: {problem}")
-            return None
+        """The peak foreseen; None as long as it is not known."""
+        if self._process.poll() is not None:
+            self.settle()
+        return self._found["peak_bytes"] if self._found else None
 
     def close(self) -> None:
         """End the process, done or not."""
         self._process.kill()
-        self._process.communicate()
+        if not self._settled:
+            self._process.communicate()
         self._folder.cleanup()
 
 

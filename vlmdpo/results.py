@@ -29,10 +29,13 @@ def finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCon
 
     trainer, watch = setup.trainer, setup.watch
     found = _diagnosed(watch, config)
+    if config.foresee_memory and watch.foreseen is not None:
+        watch.foreseen.settle()  # it was asked for, and the run was shorter
     report = {
         "output_dir": str(folder),
         "model": config.model,
         "dataset": config.dataset,
+        "data": str(setup.data),
         "steps": trainer.state.global_step,
         "learning_rate": config.peak_learning_rate,
         **_last_metrics(watch.lines[-1]),
@@ -96,7 +99,7 @@ def _title(config: TrainConfig) -> str:
 def _diagnosed(watch: Any, config: TrainConfig) -> list[Any]:
     from vlmdpo.report.diagnosis import diagnose
 
-    return diagnose(watch.lines, watch.evaluations, learning_rate=config.peak_learning_rate)
+    return diagnose(watch.lines, watch.evaluations, learning_rate=config.peak_learning_rate, beta=config.beta)
 
 
 def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:

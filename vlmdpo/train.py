@@ -157,7 +157,7 @@ def _dtype(config: TrainConfig, args: Any) -> str:
 def _foreseeing(config: TrainConfig, args: Any, data: Path) -> Iterator[Any]:
     """Inside, the peak memory is being foreseen, or None: it is not wanted, or the batch was planned by it already."""
     wanted = args.device.type == "cuda" if config.foresee_memory is None else config.foresee_memory
-    if not wanted or args.process_index:
+    if not wanted or args.process_index or config.losses()[2]:  # mDPO's step is not one that can be foreseen
         yield None
         return
     # As the run is, whoever launched it: --auto-batch-size and accelerate's own launcher may have changed what was asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import textwrap
@@ -253,7 +254,7 @@ class Figure:
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
     """The last values as a row of bars, from the lowest to the highest of them."""
-    shown = list(values)[-width:]
+    shown = [value for value in values if math.isfinite(value)][-width:]
     low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
     if low == high:
         return "▁" * len(shown)

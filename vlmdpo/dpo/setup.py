@@ -31,6 +31,7 @@ class Setup:
     watch: Any
     fallback_reason: str | None
     over_length: list[dict[str, Any]]
+    data: Path
 
     @property
     def is_sharded(self) -> bool:
@@ -89,7 +90,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
         references=references,
         conditional=all_rows if config.losses()[2] else 0,
     )
-    setup = Setup(trainer, processor, dataset, watch, reason, over_length)
+    setup = Setup(trainer, processor, dataset, watch, reason, over_length, data)
     if trainer.is_fsdp_enabled:
         shard_language_layers(trainer)
     if setup.is_sharded:
@@ -325,6 +326,13 @@ def no_number(setup: Setup, problem: Any, folder: Path) -> ModelError:
     copies = setup.trainer.conditional  # mDPO's rows are followed by copies of them
     rows = sorted({row % copies if copies else row for row in problem.rows})
     bad = _rows_without_number(setup, rows)
+    if problem.evaluated:
+        manifest = store.read_manifest(setup.data) or {}
+        first = bad[0] - manifest["splits"]["train"]  # rows of the test split are numbered behind those that train
+        return ModelError(
+            f"after step {problem.step} the loss on the test split is no number, in {len(bad)} of the {len(rows)} rows of a "
+            f"batch, its row {first} first; {on}, or look without it: --eval-steps 0"
+        )
     named = ", ".join(map(str, bad[:8])) + (" ..." if len(bad) > 8 else "")
     if len(bad) < len(rows):
         return ModelError(

@@ -34,11 +34,12 @@ from vlmdpo.models.processes import sharding
 
 
 class NotANumber(Exception):
-    """The loss of a batch is no finite number; `rows` are its rows, `step` the optimizer step it belongs to."""
+    """The loss of a batch is no finite number; `rows` are its rows, `step` the optimizer step it belongs to, or after which
+    it was `evaluated`."""
 
-    def __init__(self, rows: list[int], step: int) -> None:
+    def __init__(self, rows: list[int], step: int, *, evaluated: bool = False) -> None:
         super().__init__(f"the loss of step {step} is no number (rows {rows})")
-        self.rows, self.step = rows, step
+        self.rows, self.step, self.evaluated = rows, step, evaluated
 
 
 class PairTrainer(DPOTrainer):
@@ -194,8 +195,13 @@ class PairTrainer(DPOTrainer):
             layer.gradient_checkpointing = False
         found = self._loss_of(model, inputs, return_outputs)
         if self.numbers_are_real and not bool((found[0] if return_outputs else found).isfinite()):
-            raise NotANumber([] if rows is None else rows.tolist(), self.state.global_step + 1)
+            raise self._no_number(rows)
         return found
+
+    def _no_number(self, rows: Any) -> NotANumber:
+        numbers = [] if rows is None else rows.tolist()
+        evaluated = bool(numbers) and self.eval_dataset is not None and numbers[0] in set(self.eval_dataset["row"])
+        return NotANumber(numbers, self.state.global_step + (0 if evaluated else 1), evaluated=evaluated)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's; but each row of the test split counts alike, where TRL lets each batch, however small the last one is."""
@@ -230,7 +236,7 @@ class PairTrainer(DPOTrainer):
             known = self.compute_ref_log_probs(self.ref_model or model, inputs)
             known = conditional.by_answer(*known) if self.conditional else known
             if self.numbers_are_real and not all(bool(logps.isfinite().all()) for logps in known):
-                raise NotANumber(rows.tolist(), self.state.global_step + 1)
+                raise self._no_number(rows)
             if self.references is not None:
                 self.references.put(rows, *known)
         return conditional.by_term(*known) if self.conditional else known

@@ -32,6 +32,8 @@ class Foreseen(Protocol):
     @property
     def peak_bytes(self) -> int | None: ...
 
+    def settle(self) -> None: ...
+
 
 class Watch(TrainerCallback):
     """Shows progress, appends to the metrics file, and turns Ctrl-C and SIGTERM into a checkpoint and a clean stop.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LEAST_LINES = 4  # logged lines below which curves say nothing
-_STILL = 0.02  # a reward, in nats times beta, that has not moved
+_STILL = 0.2  # nats by which an answer's log-prob has hardly moved; its reward by beta times as much
 _CHANCE = (0.4, 0.6)
 _RISEN = 0.1  # of where it began or was lowest: a loss that has risen
 
@@ -39,7 +39,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's logged lines, boiled down. `learning_rate` is the peak; `starts` the loss at step 0, where it is known."""
+    """A run's logged lines, boiled down.
+
+    Attributes:
+        starts: the loss at step 0, where it is known.
+        still: a reward that has hardly moved.
+        learning_rate: the peak.
+    """
 
     steps: int
     starts: float | None
@@ -48,23 +54,25 @@ class Run:
     margin: float
     chosen: float
     rejected: float
+    still: float
     learning_rate: float
     evaluations: Lines
     lines: Lines
 
 
-def diagnose(lines: Lines, evaluations: Lines = (), *, learning_rate: float) -> list[Finding]:
+def diagnose(lines: Lines, evaluations: Lines = (), *, learning_rate: float, beta: float = 0.1) -> list[Finding]:
     """What the curves show, gravest first; one "good" or "too early" finding where nothing else is.
 
     Args:
         lines: logged metrics, each with "step", "loss" and TRL's "rewards/...".
         evaluations: the same on rows that do not train, by the same names.
         learning_rate: the peak, to name the next one to try.
+        beta: of the rewards, to tell how far the log-probs behind them have moved.
     """
     if len(lines) < _LEAST_LINES:
         seen = f"{len(lines)} logged lines; {_LEAST_LINES} are the least that curves are read from."
         return [Finding("too_early", "look", "Too early to say", seen, "Let it go on, or log oftener.", ("--logging-steps 1",))]
-    run = _boiled(lines, evaluations, learning_rate)
+    run = _boiled(lines, evaluations, learning_rate, beta)
     rules = (_diverged, _overfits, _not_moving, _accuracy_at_chance, _both_fall, _only_rejected_falls, _nothing_left)
     found = [finding for rule in rules if (finding := rule(run)) is not None]
     bad = {finding.name for finding in found}
@@ -73,7 +81,7 @@ def diagnose(lines: Lines, evaluations: Lines = (), *, learning_rate: float) -> 
     return sorted(found, key=lambda finding: finding.level != "bad") or [_well(run)]
 
 
-def _boiled(lines: Lines, evaluations: Lines, learning_rate: float) -> Run:
+def _boiled(lines: Lines, evaluations: Lines, learning_rate: float, beta: float) -> Run:
     last = lines[-max(1, len(lines) // 4) :]
 
     def mean(name: str) -> float:
@@ -87,6 +95,7 @@ def _boiled(lines: Lines, evaluations: Lines, learning_rate: float) -> Run:
         margin=mean("rewards/margins"),
         chosen=mean("rewards/chosen"),
         rejected=mean("rewards/rejected"),
+        still=_STILL * beta,
         learning_rate=learning_rate,
         evaluations=evaluations,
         lines=lines,
@@ -94,7 +103,7 @@ def _boiled(lines: Lines, evaluations: Lines, learning_rate: float) -> Run:
 
 
 def _moved(run: Run) -> bool:
-    return max(abs(run.chosen), abs(run.rejected), abs(run.margin)) >= _STILL
+    return max(abs(run.chosen), abs(run.rejected), abs(run.margin)) >= run.still
 
 
 def _diverged(run: Run) -> Finding | None:
@@ -179,7 +188,7 @@ def _accuracy_at_chance(run: Run) -> Finding | None:
 
 
 def _both_fall(run: Run) -> Finding | None:
-    if run.margin < _STILL or run.chosen >= -max(_STILL, 0.2 * run.margin):
+    if run.margin < run.still or run.chosen >= -max(run.still, 0.2 * run.margin):
         return None
     return Finding(
         "both_fall",
@@ -197,7 +206,7 @@ def _both_fall(run: Run) -> Finding | None:
 
 
 def _only_rejected_falls(run: Run) -> Finding | None:
-    if run.margin < 2 * _STILL or not -max(_STILL, 0.2 * run.margin) <= run.chosen <= 0.1 * run.margin:
+    if run.margin < 2 * run.still or not -max(run.still, 0.2 * run.margin) <= run.chosen <= 0.1 * run.margin:
         return None
     return Finding(
         "only_rejected_falls",

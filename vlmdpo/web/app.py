@@ -35,7 +35,9 @@ mark.only-base { background: #f6c9c5; } mark.only-tuned { background: #bfe6cd; }
 .figures th, .figures td { text-align: right; padding: .2rem .4rem !important; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }
 .figures th:first-child, .figures td:first-child { text-align: left; }
-.figures p { margin: .4rem 0 0; }
+.figures tr { border: 0 !important; } .figures p { margin: .4rem 0 0; }
+@media (max-width: 30rem) { .figures table { font-size: .76rem; }
+  .figures th, .figures td { padding: .2rem !important; } }
 """
 _NOTHING = "<span class='soft'>Pick an example, or upload a picture, and ask.</span>"
 

@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlmdpo.amber import questions as qs
 from vlmdpo.data import store
 from vlmdpo.data.images import BadImage, inside, open_file
@@ -66,9 +64,8 @@ def of_flips(flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None,
 def of_run(adapter: Path, folder: Path) -> list[Example]:
     """Rows of the data that an adapter was trained with: its test split where it has one."""
     try:
-        recipe = yaml.safe_load((adapter / "recipe.yaml").read_text(encoding="utf-8"))
-        data = Path(recipe["dataset"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):  # an adapter from elsewhere
+        data = Path(json.loads((adapter / "train_report.json").read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):  # an adapter from elsewhere
         return []
     if store.read_manifest(data) is None:
         return []
