@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vlmdpo import compare, eval_amber, recipes, train
 from vlmdpo.config import EvalAmberConfig, TrainConfig
 from vlmdpo.models.registry import recipe
-from vlmdpo.web.examples import evenly
+from vlmdpo.report.page import evenly
 
 _FLIPS = 24
 

@@ -40,8 +40,8 @@ def _command(*arguments):
     return [sys.executable, "-m", "vlmdpo", "prepare", "--output-dir", "out", *map(str, arguments)]
 
 
-def test_killed_at_any_of_twelve_points_the_next_call_finishes_with_the_same_bytes(tmp_path):
-    rounds = "12"
+def test_killed_at_any_of_twenty_points_the_next_call_finishes_with_the_same_bytes(tmp_path):
+    rounds = "20"
     arguments = [rounds, "--dataset", _data(tmp_path / "d", 60), "--num-proc", "1", "--test-size", "0.3"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.killing", "prepare", "KILL", "1", *arguments],

@@ -40,18 +40,17 @@ def rounds(kind, number, *settings):
     return [line[0] for line in lines]
 
 
-def test_killed_at_any_of_eight_points_a_resumed_run_ends_with_the_same_adapter(data):
-    """More points, by hand: python -m tests.killing train KILL SEED ROUNDS --max-steps 6 --save-steps 2 --resume."""
-    ends = rounds("KILL", 8, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "2", "--sample-every", "2", "--resume")
-    assert ends.count("killed") >= 4
+def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter(data):
+    ends = rounds("KILL", 20, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "2", "--sample-every", "2", "--resume")
+    assert ends.count("killed") >= 10
 
 
 def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):
     """Most signals arrive while gradients accumulate: random numbers of that part must be drawn again."""
     settings = ["--gradient-accumulation-steps", "8", "--lora-dropout", "0.3", "--max-steps", "4", "--save-steps", "100"]
-    ends = rounds("TERM", 3, *settings, "--resume")
+    ends = rounds("TERM", 5, *settings, "--resume")
     assert set(ends) <= {"75", "finished"}
-    assert ends.count("75") >= 2
+    assert ends.count("75") >= 3
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):

@@ -22,6 +22,7 @@ from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 from vlmdpo.report import amber_page, model_card
 from vlmdpo.report.amber_page import span
+from vlmdpo.report.page import evenly
 
 SCORES, PAGE, MARKDOWN = "scores.json", "report.html", "report.md"
 _NAMED = 10  # missing pictures that are named on the screen; scores.json has all
@@ -351,8 +352,7 @@ def show_comparison(found: dict[str, Any]) -> None:
 def show_flips(found: dict[str, Any], count: int) -> None:
     """Print answers that changed, good and bad as they come: every so many-th, so that all parts of the list show."""
     flips = found["flips"]
-    picked = [flips[i * len(flips) // count] for i in range(count)] if len(flips) > count else flips
-    rows = [[f["question"], f["image"], f["truth"], f["base"], f["tuned"]] for f in picked]
+    rows = [[f["question"], f["image"], f["truth"], f["base"], f["tuned"]] for f in evenly(flips, count)]
     title = f"{len(rows)} of {len(flips)} answers that changed, evenly spaced, for better or worse"
     ui.table(title, ["Question", "Picture", "Truth", "Base", "Tuned"], rows)
 

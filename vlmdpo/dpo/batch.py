@@ -14,9 +14,7 @@ from torch import Tensor
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from vlmdpo.errors import DataError
-from vlmdpo.models.families import answer_token_type
-
-TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
+from vlmdpo.models.families import TYPE_KEYS, answer_token_type
 
 
 @dataclass

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vlmdpo.dpo.attention import PairLayout
-from vlmdpo.dpo.batch import TYPE_KEYS
 from vlmdpo.dpo.features import FeatureCache
 from vlmdpo.models import families, packing
 
@@ -172,7 +171,7 @@ class SharedForward:
         With `order` (R,) those of R rows, each one of the 2B.
         """
         layout = self.layout_class(pairs, pair_ids.device)
-        types = {name: layout.to_rows(kwargs.pop(name)) for name in TYPE_KEYS if kwargs.get(name) is not None}
+        types = {name: layout.to_rows(kwargs.pop(name)) for name in families.TYPE_KEYS if kwargs.get(name) is not None}
         positions = families.positions(self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types})
         if "token_type_ids" in types:  # masks are built of it; they are evaluated at indices of stock rows
             kwargs["token_type_ids"] = types["token_type_ids"]

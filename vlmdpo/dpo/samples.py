@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from vlmdpo.data.pairs import text_of
 from vlmdpo.dpo.batch import PairCollator, images_of
 from vlmdpo.dpo.watch import read_lines, write_lines
 
@@ -78,19 +79,12 @@ class Samples(TrainerCallback):
                 made = model.generate(**given, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True)
         finally:
             model.train(training)
+        answers = {side: text_of(row[side][0]) for side in ("chosen", "rejected")}
         said = self.trainer.processing_class.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        return {"row": row["row"], "question": _question(row), "answer": said[0].strip(), **_answers(row)}
+        return {"row": row["row"], "question": _question(row), "answer": said[0].strip(), **answers}
 
 
 def _question(row: dict[str, Any]) -> str:
     """What the user's turns say, pictures apart."""
     turns = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
-    return "\n".join(_text(content) for content in turns)
-
-
-def _answers(row: dict[str, Any]) -> dict[str, str]:
-    return {side: _text(row[side][0]["content"]) for side in ("chosen", "rejected")}
-
-
-def _text(content: list[dict[str, Any]]) -> str:
-    return " ".join(part["text"] for part in content if part.get("text")).strip()
+    return "\n".join(" ".join(part["text"] for part in content if part.get("text")) for content in turns).strip()

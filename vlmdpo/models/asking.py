@@ -23,7 +23,6 @@ from transformers.feature_extraction_utils import BatchFeature
 from vlmdpo.models import families, packing
 from vlmdpo.models.generate import prompt_of
 
-_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 # Settings that change greedy answers beyond a repetition penalty, and their values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
@@ -177,10 +176,10 @@ class Asker:
             ids, mask = made["input_ids"], made["attention_mask"]
             positions = families.positions(self.backbone, ids, mask, made)
             device = self.model.device
-            types = {name: made[name].to(device) for name in _TYPE_KEYS if name in made}
+            types = {name: made[name].to(device) for name in families.TYPE_KEYS if name in made}
             self._pictured[question] = _Prompt(ids[0].tolist(), positions.to(device), types)
             if not self._pixels:
-                rest = {k: v for k, v in made.items() if k not in ("input_ids", "attention_mask", *_TYPE_KEYS)}
+                rest = {k: v for k, v in made.items() if k not in ("input_ids", "attention_mask", *families.TYPE_KEYS)}
                 self._pixels = dict(BatchFeature(rest).to(device, self.model.dtype))
         return self._pictured[question]
 

@@ -34,6 +34,9 @@ def reads_prompts_both_ways(backbone: Any) -> bool:
     return _is_paligemma(backbone) or bool(getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False))
 
 
+TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")  # by which some processors tell text, prefix and pictures apart
+
+
 def answer_token_type(processor: Any, name: str) -> int:
     """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0 (text)."""
     return int(name == "token_type_ids" and _is_paligemma(processor))

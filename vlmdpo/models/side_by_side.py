@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from vlmdpo.models.families import answer_token_type
+from vlmdpo.models.families import TYPE_KEYS, answer_token_type
 from vlmdpo.models.generate import inputs_of
 
 WHO = ("base", "tuned")
 _BOTH = ["__base__", "default"]  # PEFT's names, of the rows of a mixed batch
-_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class SideBySide:
         answer = torch.tensor([ids], device=self.model.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
-        for name in _TYPE_KEYS:
+        for name in TYPE_KEYS:
             if name in inputs:
                 kind = torch.full_like(answer, answer_token_type(self.processor, name))
                 inputs[name] = torch.cat([inputs[name], kind], dim=1)

@@ -94,15 +94,10 @@ def _of_descriptions(figures: Mapping[str, Any]) -> str:
     return f"Descriptions: {'; '.join(shown) or 'no difference shown in any figure'}."
 
 
-def _evenly(entries: Sequence[Any], count: int) -> list[Any]:
-    """So many of the entries, evenly spaced, so that nobody picked them."""
-    return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else list(entries)
-
-
 def _gallery(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]) -> list[dict[str, Any]]:
     """Answers that changed, for better and worse in the proportion they stand in; of a single model, wrong answers."""
     if report["comparison"]:
-        return _evenly(report["comparison"]["flips"], GALLERY)
+        return pages.evenly(report["comparison"]["flips"], GALLERY)
     if len(report["scores"]) > 1:
         return []
     [who] = report["scores"]
@@ -112,11 +107,11 @@ def _gallery(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str,
         for q in benchmark.questions
         if q.id in words and (verdict(words[q.id]) or "").lower() != q.truth
     ]
-    return _evenly(wrong, GALLERY)
+    return pages.evenly(wrong, GALLERY)
 
 
 def _changed_descriptions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return _evenly(report.get("generative_comparison", {}).get("flips", []), GALLERY // 2)
+    return pages.evenly(report.get("generative_comparison", {}).get("flips", []), GALLERY // 2)
 
 
 def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,6 +19,11 @@ def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True
     made = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= dict(filters or {})
     return made
+
+
+def evenly(entries: Sequence[Any], count: int) -> list[Any]:
+    """So many of the entries, evenly spaced, so that nobody picked them."""
+    return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else list(entries)
 
 
 def uri(data: bytes, kind: str) -> str:

@@ -13,10 +13,10 @@ from vlmdpo.amber import questions as qs
 from vlmdpo.data import store
 from vlmdpo.data.images import BadImage, inside, open_file
 from vlmdpo.errors import DataError
+from vlmdpo.report.page import evenly
 
 SCORES = "scores.json"
 _OF_A_KIND = 12  # examples of each source
-Keep = Any  # a function that stores a PIL picture and returns its path
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,6 @@ class Example:
     source: str
 
 
-def evenly(entries: Sequence[Any], count: int = _OF_A_KIND) -> list[Any]:
-    """So many of the entries, evenly spaced."""
-    return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else list(entries)
-
-
 def of_amber(folder: Path, folder_of_pictures: Path) -> list[Example]:
     """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError where it is none."""
     try:
@@ -42,7 +37,7 @@ def of_amber(folder: Path, folder_of_pictures: Path) -> list[Example]:
     except (OSError, ValueError, KeyError) as problem:
         raise DataError(f"--amber: '{folder}' holds no result of vlmdpo eval-amber: {problem}") from problem
     benchmark = qs.load(Path(data), Path(images) if images else Path(data) / "image", generative=False) if data else None
-    return of_flips(evenly(flips), folder_of_pictures, benchmark, "changed in eval-amber")
+    return of_flips(evenly(flips, _OF_A_KIND), folder_of_pictures, benchmark, "changed in eval-amber")
 
 
 def of_flips(flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None, source: str) -> list[Example]:
@@ -72,7 +67,7 @@ def of_run(adapter: Path, folder: Path) -> list[Example]:
     split = "test" if store.has_test_split(data) else "train"
     rows = store.load(data, split)
     found = []
-    for number in evenly(range(len(rows))):
+    for number in evenly(range(len(rows)), _OF_A_KIND):
         row = rows[number]
         texts = [part["text"] for turn in row["prompt"] for part in turn["content"] if part.get("text")]
         if len(row["images"]) == 1 and len(row["prompt"]) == 1:  # the page asks one question about one picture
