@@ -79,4 +79,4 @@ def show(report: dict[str, Any]) -> None:
     for what, where in rows:
         ui.result(f"  {what:<22} {where}")
     ui.result(f"Look and vote:  vlmdpo compare --adapter {folder}/adapter --amber {folder}/amber")
-    ui.result("At full size:  vlmdpo train --model idefics2-8b --dataset rlaif-v")
+    ui.result("At full size: vlmdpo train --model idefics2-8b --dataset rlaif-v")
