@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -149,6 +150,30 @@ def test_sharded_settings_that_cannot_be_are_refused(data, monkeypatch, vlmdpo):
 def _launched(*arguments, **more):
     command = [sys.executable, "-m", "vlmdpo", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_a_first_machine_that_is_gone_before_the_others_is_no_matter():
+    """The store of torch's launcher goes with it; real agent, real store, in a process of their own."""
+    gone = """
+        from datetime import timedelta
+        from types import SimpleNamespace
+        from torch.distributed import TCPStore
+        from vlmdpo import launch
+        launch._hush("torch.distributed", "accelerate")
+        from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+        first = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+        second = TCPStore("127.0.0.1", first.port, is_master=False, timeout=timedelta(seconds=5))
+        del first
+        agent = SimpleNamespace(_store=second, _exit_barrier_timeout=5, _in_exit_barrier=False)
+        agent._worker_group = SimpleNamespace(state="SUCCEEDED", group_world_size=2)
+        SimpleElasticAgent._exit_barrier(agent)
+        print("ended")
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(gone)], capture_output=True, text=True, env=env, timeout=_PATIENCE_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 
 
 def test_the_launcher_on_two_machines_gives_one_report(data):

@@ -166,8 +166,7 @@ def _launched(arguments: list[str]) -> dict[int, int]:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for noisy in ("torch.distributed", "accelerate"):  # their advice is to those who write launchers
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    _hush("torch.distributed", "accelerate")  # their advice is to those who write launchers
     failed: dict[int, int] = {}
     raised: list[BaseException] = []
 
@@ -186,6 +185,19 @@ def _launched(arguments: list[str]) -> dict[int, int]:
     if raised:
         raise ProcessError(f"the processes cannot be started: {str(raised[0]).strip().splitlines()[0]}") from raised[0]
     return failed
+
+
+def _hush(*families: str) -> None:
+    """Silence loggers, their descendants too: torch's launcher sets levels on its own, which outrank their family's.
+
+    Among what it says there: on several machines its agents await each other at the end through a store that the first one
+    keeps. Where that one is gone first, all work is done and the exit code is 0, but a traceback would be printed.
+    """
+    import torch.distributed.run  # noqa: F401 - makes the loggers, which are silenced only once they are there
+
+    for name in (*families, *logging.root.manager.loggerDict):
+        if any(name == family or name.startswith(f"{family}.") for family in families):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager
