@@ -1,7 +1,10 @@
 """Shared by all tests: offline, two threads, a fresh working folder, and AMBER's public data where it is at hand."""
 
+import gc
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +18,17 @@ import pytest
 def unfolded(err):
     """Warnings and errors without the folding that keeps them within 80 columns."""
     return re.sub(r"\n {7,9}(?=\S)", " ", err)
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item):
+    """Once training's libraries are loaded, the collector need not look through them after every run: half a second each."""
+    if "trl.trainer.dpo_trainer" in sys.modules and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

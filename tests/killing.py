@@ -7,6 +7,7 @@ random point ("killed", "finished", or an exit code), and whether the run after 
 as the undisturbed one.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -62,6 +63,7 @@ def main(command, kind, seed, rounds, *arguments):
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     lengths.counter_of("tiny", None, False)
     sources.UNIT_ROWS = UNIT_ROWS
+    gc.freeze()  # the forked ones need not look through the libraries again and again
     look = contents if command == "prepare" else trained
     chance = random.Random(int(seed))
     began = time.monotonic()

@@ -5,6 +5,7 @@
 The file holds a list of {"name", "processes", "arguments", "env", "lost"}. Prints, for each, the exit codes as JSON.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -55,6 +56,7 @@ def start(rank, spec, port):
 def main(path):
     assert all((matplotlib.pyplot, arguments, doctor, lengths, reference, trainer, generate))
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    gc.freeze()  # the forked ones need not look through the libraries again and again
     for spec in json.loads(Path(path).read_text()):
         for path in map(Path, spec.get("lost", [])):  # as if the run had been killed before it wrote these
             shutil.rmtree(path) if path.is_dir() else path.unlink()

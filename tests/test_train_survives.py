@@ -41,7 +41,7 @@ def rounds(kind, number, *settings):
 
 
 def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter(data):
-    ends = rounds("KILL", 20, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "2", "--sample-every", "2", "--resume")
+    ends = rounds("KILL", 20, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "3", "--sample-every", "3", "--resume")
     assert ends.count("killed") >= 10
 
 
