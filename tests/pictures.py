@@ -1,5 +1,6 @@
 """What tests of data make: pictures as encoded bytes, photo-like noise, and what another process would receive."""
 
+import functools
 import io
 import pickle
 
@@ -13,6 +14,7 @@ def encoded(size=(40, 30), mode="RGB", kind="PNG", color=None, **more):
     return buffer.getvalue()
 
 
+@functools.cache
 def noise(size, seed=0, kind="JPEG", **more):
     """A picture with detail at every scale, so that a wrong filter or a damaged byte shows."""
     rng = np.random.default_rng(seed)

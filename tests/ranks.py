@@ -2,7 +2,8 @@
 
     python -m tests.ranks SPEC.json
 
-The file holds a list of {"name", "processes", "arguments", "env", "lost"}. Prints, for each, the exit codes as JSON.
+The file holds a list of {"name", "processes", "arguments", "env", "lost", "full_above"}. Prints, for each, the exit codes as
+JSON. Where "full_above" is given, the second process runs out of memory for more pairs at once.
 """
 
 import gc
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +31,35 @@ FSDP2 = {
 }
 
 
+PATIENCE_S = 300  # machines can be slow
+
+
+def run_groups(specs):
+    """Run groups of processes one after another; all must end well. Called by a test, in its folder."""
+    Path("specs.json").write_text(json.dumps(specs))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.ranks", "specs.json"],
+        **{"capture_output": True, "text": True, "timeout": PATIENCE_S},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    for spec, line in zip(specs, done.stdout.splitlines(), strict=True):
+        logs = [Path(f"{spec['name']}-{rank}.log").read_text() for rank in range(spec["processes"])]
+        assert set(json.loads(line)) == {0}, (spec["name"], line, logs)
+
+
+def full_above(limit):
+    """A `_compute_loss` of the trainer that runs out of memory for more pairs than fit."""
+    compute = trainer.PairTrainer._compute_loss
+
+    def limited(self, model, inputs, *rest):
+        if len(inputs["input_ids"]) // 2 > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+        return compute(self, model, inputs, *rest)
+
+    return limited
+
+
 def _free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -44,6 +75,8 @@ def start(rank, spec, port):
         if spec["processes"] > 1:
             os.environ.update({**group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
         os.environ.update(spec.get("env", {}))
+        if "full_above" in spec and rank == 1:
+            trainer.PairTrainer._compute_loss = full_above(spec["full_above"])
         log = os.open(f"{spec['name']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -1,32 +1,15 @@
 """Running out of memory, made to happen: the batch is halved, and the run learns what it would have learnt."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.engines import pairs, trainer
+from tests.ranks import full_above, run_groups
 from vlmdpo.dpo import watch
 from vlmdpo.dpo.trainer import PairTrainer
 from vlmdpo.errors import MemoryBudgetError
-
-
-def full_above(limit, log=None):
-    """A `_compute_loss` that runs out of memory for more pairs than fit."""
-    compute = PairTrainer._compute_loss
-
-    def limited(self, model, inputs, *rest):
-        count = len(inputs["input_ids"]) // 2
-        if log is not None:
-            log.append(count)
-        if count > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
-        return compute(self, model, inputs, *rest)
-
-    return limited
 
 
 def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **settings):
@@ -34,11 +17,13 @@ def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **setting
     made = trainer("llava", "shared", rows, tmp_path / name, logging_steps=1, learning_rate=1e-2, **settings)
     if limit is not None:
         made.halve_when_full()
-        limited, calls = full_above(limit, log), []
+        limited, calls = full_above(limit), []
 
-        def later(self, *inputs):
+        def later(self, model, inputs, *rest):
             calls.append(1)
-            return (limited if len(calls) > after else compute)(self, *inputs)
+            if log is not None and len(calls) > after:
+                log.append(len(inputs["input_ids"]) // 2)
+            return (limited if len(calls) > after else compute)(self, model, inputs, *rest)
 
         compute = PairTrainer._compute_loss
         monkeypatch.setattr(PairTrainer, "_compute_loss", later)
@@ -100,39 +85,21 @@ def test_the_command_goes_on_and_reports_its_batch(tmp_path, vlmdpo, monkeypatch
     assert "a single pair does not fit" in " ".join(err.split())
 
 
-SCRIPT = """
-import sys, torch
-from vlmdpo.dpo.trainer import PairTrainer
-compute = PairTrainer._compute_loss
-def limited(self, model, inputs, *rest):
-    if {limited} and self.accelerator.process_index == 1 and len(inputs["input_ids"]) // 2 > 2:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    return compute(self, model, inputs, *rest)
-PairTrainer._compute_loss = limited
-from vlmdpo import cli
-sys.exit(cli.run({arguments!r}))
-"""
-
-
 def test_all_processes_agree_when_one_runs_out(tmp_path):
     from vlmdpo import prepare
     from vlmdpo.config import PrepareConfig
 
     prepare.run(PrepareConfig(limit=32, output_dir=tmp_path / "few"))
-    reports, lines = {}, {}
-    for name, limited in (("plain", False), ("halved", True)):
-        out = tmp_path / name
-        settings = ["--dataset", tmp_path / "few", "--output-dir", out, "--per-device-train-batch-size", "4", "--json"]
-        settings += ["--gradient-accumulation-steps", "2", "--lora-dropout", "0", "--logging-steps", "1", "--device", "cpu"]
-        arguments = ["train", *map(str, settings), *(["--auto-batch-size"] if limited else [])]
-        script = tmp_path / f"{name}.py"
-        script.write_text(SCRIPT.format(limited=limited, arguments=arguments))
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr
-        reports[name] = json.loads(done.stdout)
-        lines[name] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settings = ["train", "--dataset", "few", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
+    settings += ["--lora-dropout", "0", "--logging-steps", "1", "--device", "cpu"]
+    plain = {"name": "plain", "processes": 2, "arguments": [*settings, "--output-dir", "plain"]}
+    halved = {"name": "halved", "processes": 2, "arguments": [*settings, "--output-dir", "halved", "--auto-batch-size"]}
+    run_groups([plain, {**halved, "full_above": 2}])
+    reports = {name: json.loads((tmp_path / name / "train_report.json").read_text()) for name in ("plain", "halved")}
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "halved")
+    }
     assert reports["halved"]["per_device_train_batch_size"] == 2
     assert len(lines["plain"]) == len(lines["halved"]) == 2
     for one, other in zip(lines["plain"], lines["halved"], strict=True):

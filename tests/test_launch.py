@@ -19,28 +19,13 @@ from safetensors.torch import load_file
 import vlmdpo as package
 from tests.conftest import unfolded
 from tests.pictures import noise
-from tests.ranks import FSDP2
+from tests.ranks import FSDP2, PATIENCE_S, run_groups
 from vlmdpo import launch
 from vlmdpo.config import InferConfig, TrainConfig
 from vlmdpo.errors import ConfigError, MissingDependencyError
 
 ROOT = Path(package.__file__).parent.parent
-_PATIENCE_S = 300  # machines can be slow
-_ONE_CURVE = ["--logging-steps", "1", "--lora-dropout", "0", "--device", "cpu", "--save-steps", "100"]
-
-
-def run_groups(specs):
-    """Run groups of processes one after another (see tests.ranks); all must end well."""
-    Path("specs.json").write_text(json.dumps(specs))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ranks", "specs.json"],
-        **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    for spec, line in zip(specs, done.stdout.splitlines(), strict=True):
-        logs = [Path(f"{spec['name']}-{rank}.log").read_text() for rank in range(spec["processes"])]
-        assert set(json.loads(line)) == {0}, (spec["name"], line, logs)
+_ONE_CURVE = ["--logging-steps", "1", "--lora-dropout", "0", "--device", "cpu", "--save-steps", "100", "--sample-every", "0"]
 
 
 def spec(name, processes, batch, accumulation, *more, data="data", env=None, again=False):
@@ -77,7 +62,7 @@ def test_every_arrangement_of_processes_learns_the_same(data):
     run_groups(
         [
             spec("one", 1, 8, 1),
-            spec("two", 2, 4, 1, "--gradient-checkpointing", "--checkpointing", "2"),
+            spec("two", 2, 4, 1, "--gradient-checkpointing", "--checkpointing", "2", "--sample-every", "3"),
             spec("four", 4, 2, 1),
             spec("accumulated", 1, 2, 4),
             spec("both", 2, 2, 2),
@@ -99,6 +84,7 @@ def test_every_arrangement_of_processes_learns_the_same(data):
         assert here == pytest.approx(there, rel=2e-3, abs=2e-5)
     assert curve("grouped-one") != curve("one")
     assert report("two")["checkpointed_layers"] == 2
+    assert Path("two/samples.jsonl").read_text().count("\n") == 3 * 4, "one process asks, before, between and after"
     assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == ["single", "ddp", "fsdp2"]
     assert {report(name)["engine"] for name in ("one", "two", "four", "sharded")} == {"shared"}
     saved, whole = (load_file(f"{name}/adapter_model.safetensors") for name in ("sharded", "two"))
@@ -171,7 +157,7 @@ def test_a_first_machine_that_is_gone_before_the_others_is_no_matter():
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(gone)], capture_output=True, text=True, env=env, timeout=_PATIENCE_S
+        [sys.executable, "-c", textwrap.dedent(gone)], capture_output=True, text=True, env=env, timeout=PATIENCE_S
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 
@@ -181,7 +167,7 @@ def test_the_launcher_on_two_machines_gives_one_report(data):
     many += [launch._free_port(), "--strategy", "fsdp2", "--per-device-train-batch-size", 4, "--max-steps", 2]
     many += ["--gradient-accumulation-steps", 1, "--dataset", "data", "--output-dir", "out", *_ONE_CURVE]
     machines = [_launched("train", *many, "--gradient-checkpointing", "--machine-rank", rank) for rank in range(2)]
-    said = [machine.communicate(timeout=_PATIENCE_S) for machine in machines]
+    said = [machine.communicate(timeout=PATIENCE_S) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "Trained tiny on data" in said[0][0]
     assert said[1][0] == ""  # the same table, said once
@@ -196,7 +182,7 @@ def test_the_launcher_on_two_machines_gives_one_report(data):
 def _training(name, process):
     """Wait until steps are logged; returns the processes that train, not their parent."""
     metrics = Path(name) / "metrics.jsonl"
-    end = time.monotonic() + _PATIENCE_S
+    end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and process.poll() is None:
         if metrics.exists() and metrics.read_text().count("\n") >= 2:
             return psutil.Process(process.pid).children()
@@ -211,20 +197,20 @@ def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
     victims = _training("out", run)
     assert len(victims) == 2
     victims[1].kill()
-    _, err = run.communicate(timeout=_PATIENCE_S)
+    _, err = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 7
     assert "was killed (SIGKILL, as one is that runs out of memory); the others were stopped" in unfolded(err).splitlines()[-1]
-    assert not psutil.wait_procs(victims, timeout=_PATIENCE_S)[1]
+    assert not psutil.wait_procs(victims, timeout=PATIENCE_S)[1]
 
     shutil.rmtree("out")
     run = _launched("train", *settings)
     victims = _training("out", run)
     run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=_PATIENCE_S)
+    _, err = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 75, err
     assert "go on with: vlmdpo train --config out/recipe.yaml --resume" in unfolded(err).splitlines()[-1]
     assert "Traceback" not in err
-    assert not psutil.wait_procs(victims, timeout=_PATIENCE_S)[1]
+    assert not psutil.wait_procs(victims, timeout=PATIENCE_S)[1]
     [saved] = Path("out").glob("checkpoint-*")
     steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert saved.name == f"checkpoint-{steps[-1]}"
@@ -290,7 +276,7 @@ def test_deepspeed_learns_the_same(strategy, data):
     shared = spec(strategy, 2, 4, 1, "--max-steps", "3", "--num-processes", "2", "--strategy", strategy)["arguments"]
     done = subprocess.run(
         [sys.executable, "-m", "vlmdpo", *shared],
-        **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
+        **{"capture_output": True, "text": True, "timeout": PATIENCE_S},
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Memory foreseen: exact counts of every known model, steps simulated and measured, and what fits."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -47,13 +48,13 @@ def test_the_embedded_model_is_counted_from_its_files():
     assert arch.counts(arch.on_meta(arch.architecture("tiny").config)) == dict(entry.by_part)
 
 
-@pytest.mark.parametrize("setting", ["llava, shared, LoRA, batch 2 × 1", "gemma3", "smolvlm, shared, full", "bf16 autocast"])
-def test_a_simulated_step_is_a_measured_one(setting):
-    command = [sys.executable, str(BENCHMARK), "--json", "--cases", setting]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_a_simulated_step_is_a_measured_one():
+    settings = ["llava, shared, LoRA, batch 2 × 1", "gemma3", "smolvlm, shared, full", "bf16 autocast"]
+    command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout)["cases"]
-    assert cases
+    assert all(any(setting in case["name"] for case in cases) for setting in settings)
     for case in cases:
         assert abs(case["agreement"]) < 0.005, case
         assert case["predicted_bytes"] > 1e7
@@ -61,7 +62,8 @@ def test_a_simulated_step_is_a_measured_one(setting):
 
 @pytest.mark.parametrize("engine", ["shared", "stock"])
 def test_shallow_copies_give_the_whole_models_peak(engine):
-    shape = arch.architecture("smolvlm-256m")
+    deep = arch.architecture("smolvlm-256m")
+    shape = dataclasses.replace(deep, config=arch.shallow(deep.config, 8, 7))  # deep enough to be cut, and sooner simulated
     config = TrainConfig(engine=engine, per_device_train_batch_size=1, bf16=True)
     rows = rows_of(shape.processor, Workload((256, 192), 1, 30, 60, 40), 1)
     quick = foresee(shape, config, rows, dtype=torch.bfloat16)
@@ -154,11 +156,11 @@ def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
 
 
 def test_screen_shows_the_command_to_run(vlmdpo):
-    code, out, err = vlmdpo("estimate-memory", *SMALL, "--gpu", "rtx-4090", "--gradient-accumulation-steps", "2")
+    code, out, err = vlmdpo("estimate-memory", "--lora", "--gpu", "rtx-4090", "--gradient-accumulation-steps", "2")
     assert code == 0, err
     out = " ".join(out.split())
     assert "rtx-4090: fits; needs" in out
-    assert "vlmdpo train --model smolvlm-256m --per-device-train-batch-size 4 --gradient-accumulation-steps 1" in out
+    assert "vlmdpo train --model tiny --dtype float32 --per-device-train-batch-size 4 --gradient-accumulation-steps 1" in out
     assert "* not validated: CUDA context and workspaces, fragmentation" in out
 
 
@@ -177,8 +179,8 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
 
 
 def test_sharding_and_four_bits_are_marked(vlmdpo):
-    plain = estimate(vlmdpo, *SMALL)
-    sharded = estimate(vlmdpo, *SMALL, "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4")
+    plain = estimate(vlmdpo, "--lora")
+    sharded = estimate(vlmdpo, "--lora", "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4")
     assert sharded["peak_bytes"] < plain["peak_bytes"]
     assert {"nf4 weights", "sharding over GPUs"} <= set(sharded["unvalidated"])
     assert not any(c["validated"] for c in sharded["allocated"]["components"] if c["bytes"])

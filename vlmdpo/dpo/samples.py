@@ -36,6 +36,7 @@ class Samples(TrainerCallback):
         data = trainer.datasets[-1]
         count = min(_ROWS, len(data))
         self.rows = [data[place * len(data) // count] for place in range(count)]
+        self._batches = _alike(self.rows, trainer.args.train_batch_size)
         self.records: list[dict[str, Any]] = []
         self._collator = PairCollator(trainer.processing_class)
 
@@ -59,15 +60,16 @@ class Samples(TrainerCallback):
         """One process asks; the others wait for it where they next meet."""
         if args.process_index or any(record["step"] == step for record in self.records):
             return
-        found = [{"step": step, **self._answered(row)} for row in self.rows]
+        found = [{"step": step, **answered} for rows in self._batches for answered in self._answered(rows)]
         self.records += found
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
 
     @torch.no_grad()
-    def _answered(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _answered(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        inputs = self._collator.prompts([self._collator.render(row)["prompt"]], [images_of(row)])
+        prompts = [self._collator.render(row)["prompt"] for row in rows]
+        inputs = self._collator.prompts(prompts, [images_of(row) for row in rows])
         inputs.pop("labels", None)
         given = {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()
@@ -79,9 +81,27 @@ class Samples(TrainerCallback):
                 made = model.generate(**given, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True)
         finally:
             model.train(training)
-        answers = {side: text_of(row[side][0]) for side in ("chosen", "rejected")}
         said = self.trainer.processing_class.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        return {"row": row["row"], "question": _question(row), "answer": said[0].strip(), **answers}
+        return [
+            {
+                "row": row["row"],
+                "question": _question(row),
+                "answer": answer.strip(),
+                **{side: text_of(row[side][0]) for side in ("chosen", "rejected")},
+            }
+            for row, answer in zip(rows, said, strict=True)
+        ]
+
+
+def _alike(rows: list[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
+    """Rows in their order, in batches of as many pictures each, no larger than those that train: they fit into memory."""
+    batches: list[list[dict[str, Any]]] = []
+    for row in rows:
+        if batches and len(batches[-1]) < most and len(images_of(batches[-1][0])) == len(images_of(row)):
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def _question(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlmdpo.memory.living import Ledger
 
 _OPS = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _UNFILLED = (_OPS.empty.memory_format, _OPS.empty_strided.default)
 _SMALL = 4096  # numbers in a constant that stays real
 _SOME_NUMBER = 0.5  # what reading a fake number gives: only metrics are read
@@ -40,6 +41,8 @@ class Shadow(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked three times for every operation
+            return args[0].fake_device
         out = self._run(func, args, kwargs or {})
         if self.ledger is not None:
             for tensor in _tensors(out):
