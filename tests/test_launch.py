@@ -66,8 +66,8 @@ def test_every_arrangement_of_processes_learns_the_same(data):
             spec("four", 4, 2, 1),
             spec("accumulated", 1, 2, 4),
             spec("both", 2, 2, 2),
-            spec("sharded", 2, 4, 1, "--save-steps", "4", "--resume", env=FSDP2),
-            spec("sharded", 2, 4, 1, "--save-steps", "4", "--resume", env=FSDP2, again=True),
+            spec("sharded", 2, 4, 1, "--save-steps", "4", "--sample-every", "3", "--resume", env=FSDP2),
+            spec("sharded", 2, 4, 1, "--save-steps", "4", "--sample-every", "3", "--resume", env=FSDP2, again=True),
             spec("grouped-one", 1, 8, 1, *grouped),
             spec("grouped-two", 2, 4, 1, *grouped),
             spec("full-one", 1, 8, 1, "--no-lora"),
@@ -85,6 +85,7 @@ def test_every_arrangement_of_processes_learns_the_same(data):
     assert curve("grouped-one") != curve("one")
     assert report("two")["checkpointed_layers"] == 2
     assert Path("two/samples.jsonl").read_text().count("\n") == 3 * 4, "one process asks, before, between and after"
+    assert Path("sharded/samples.jsonl").read_text() == Path("two/samples.jsonl").read_text(), "all ask, and one keeps"
     assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == ["single", "ddp", "fsdp2"]
     assert {report(name)["engine"] for name in ("one", "two", "four", "sharded")} == {"shared"}
     saved, whole = (load_file(f"{name}/adapter_model.safetensors") for name in ("sharded", "two"))

@@ -105,18 +105,19 @@ def _diagnosed(watch: Any, config: TrainConfig) -> list[Any]:
 def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:
     """Let the run answer samples and keep its page: at every checkpoint, and however it ends.
 
-    Raises ConfigError for samples of a model that no process has whole.
+    Raises ConfigError for samples under DeepSpeed's ZeRO-3.
     """
     from vlmdpo.dpo.samples import SAMPLES, Samples
     from vlmdpo.report import run_page
 
     trainer, watch = setup.trainer, setup.watch
-    if setup.is_sharded and config.sample_every:
-        raise ConfigError(
-            "--sample-every asks the model on one process, and here none has it whole; use --strategy ddp or zero2"
-        )
-    samples = None if setup.is_sharded or config.sample_every == 0 else Samples(folder / SAMPLES, config.sample_every, trainer)
-    if samples is not None:
+    in_parts = setup.is_sharded
+    if in_parts and trainer.is_deepspeed_enabled and config.sample_every:
+        raise ConfigError("--sample-every cannot ask a model that ZeRO-3 shares out; use --strategy fsdp2, ddp or zero2")
+    samples = None
+    # In parts, layers are brought together for every token: too costly for who did not ask.
+    if config.sample_every or (config.sample_every is None and not in_parts):
+        samples = Samples(folder / SAMPLES, config.sample_every, trainer, together=in_parts)
         trainer.add_callback(samples)
     if trainer.args.process_index:
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from vlmdpo.data.pairs import text_of
@@ -29,10 +30,11 @@ class Samples(TrainerCallback):
         file: where answers are kept, a JSON line each: step, row, question, answer, chosen, rejected.
         every: optimizer steps between two times; None for the first and the last only.
         trainer: whose model is asked, and whose data is asked about.
+        together: where no process has the model whole, all of them ask, and the first keeps what is answered.
     """
 
-    def __init__(self, file: Path, every: int | None, trainer: Any) -> None:
-        self.file, self.every, self.trainer = file, every, trainer
+    def __init__(self, file: Path, every: int | None, trainer: Any, *, together: bool = False) -> None:
+        self.file, self.every, self.trainer, self._together = file, every, trainer, together
         data = trainer.datasets[-1]
         count = min(_ROWS, len(data))
         self.rows = [data[place * len(data) // count] for place in range(count)]
@@ -57,11 +59,16 @@ class Samples(TrainerCallback):
             self._ask(args, state.global_step)
 
     def _ask(self, args: Any, step: int) -> None:
-        """One process asks; the others wait for it where they next meet."""
-        if args.process_index or any(record["step"] == step for record in self.records):
+        """One process asks, and the others wait for it where they next meet; or all ask, where it cannot alone."""
+        wanted = not any(record["step"] == step for record in self.records)
+        if self._together:
+            wanted = broadcast_object_list([wanted])[0]  # the file may lie on the first one's machine only
+        if not wanted or (args.process_index and not self._together):
             return
         found = [{"step": step, **answered} for rows in self._batches for answered in self._answered(rows)]
         self.records += found
+        if args.process_index:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
 
