@@ -1,5 +1,6 @@
 """train when things go wrong: killed, told to stop, out of space, losses that are no numbers, a dead worker. Each is caused."""
 
+import io
 import json
 import os
 import resource
@@ -7,12 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 import vlmdpo as package
+from vlmdpo import ui
 from vlmdpo.dpo.batch import PairCollator
+from vlmdpo.dpo.watch import Watch
 
 ROOT = Path(package.__file__).parent.parent
 _PATIENCE_S = 600  # machines can be slow
@@ -51,6 +56,63 @@ def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adap
     ends = rounds("TERM", 5, *settings, "--resume")
     assert set(ends) <= {"75", "finished"}
     assert ends.count("75") >= 3
+
+
+def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_error(data, vlmdpo, monkeypatch):
+    def told(*_):
+        try:
+            Path("out").mkdir()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except BaseException as problem:
+            raise RuntimeError("Failed to import a module because of the following error") from problem
+
+    monkeypatch.setattr("vlmdpo.dpo.setup.set_up", told)
+    handler = signal.getsignal(signal.SIGTERM)
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out")
+    assert code == 75, err
+    assert "SIGTERM outside training; what checkpoints there are stay" in err.splitlines()[-1]
+    assert not Path("out").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_sigterm_counts_while_libraries_are_being_loaded():
+    program = """
+        import os, signal, sys, time
+        class Told:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(60)
+        from vlmdpo import cli
+        sys.meta_path.insert(0, Told())
+        sys.exit(cli.run(["train", "--dataset", "scenes", "--device", "cpu"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch, capfd):
+    class Terminal(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, text):
+            if not lines:
+                os.kill(os.getpid(), signal.SIGTERM)
+            lines.append(bytes(text))
+            return len(text)
+
+    lines = []
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
+    watch = Watch(Path("metrics.jsonl"))
+    with watch.catching_signals():
+        ui.say("step 1/150: loss 0.6931")
+    assert watch.stopped_by == signal.SIGTERM
+    assert lines == [b"step 1/150: loss 0.6931\n"]
+    assert capfd.readouterr().err == "warning: SIGTERM: keeping a checkpoint\n"
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):

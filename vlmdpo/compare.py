@@ -9,7 +9,7 @@ import json
 import shlex
 import signal
 import tempfile
-import threading
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,6 @@ def _serve(config: CompareConfig, page: Any) -> str:
     """Launch, say where, and wait for the end."""
     from vlmdpo.web.app import CSS, THEME
 
-    over = threading.Event()
     app = page.build()
     try:
         _, local, shared = app.launch(
@@ -138,11 +137,14 @@ def _serve(config: CompareConfig, page: Any) -> str:
             f"cannot serve on {config.host}, port {config.port or 'any'}: {' '.join(str(problem).split())}"
         ) from problem
     url = str(shared or local)
-    before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    # No Event: its lock may be held by the very lines that the signal interrupts.
+    over: list[int] = []
+    before = {number: signal.signal(number, lambda which, _: over.append(which)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         (ui.say if config.json else ui.result)(f"Base and tuned side by side: {url}")
         ui.say(f"votes go to {config.votes}; Ctrl-C ends it")
-        over.wait()
+        while not over:
+            time.sleep(0.2)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vlmdpo import foreseen, prepare, recipes, results, ui
 from vlmdpo.config import OF_ONE_CALL, RATES, SANE_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo import setup as engine_room
-from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted, VlmDpoError
+from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
 from vlmdpo.models.processes import sharding
 from vlmdpo.models.registry import short_name
 
@@ -44,10 +45,39 @@ def run(config: TrainConfig) -> dict[str, Any]:
         from vlmdpo import dry_run
 
         return dry_run.plan(config)
-    from vlmdpo.dpo.watch import sigterm_before_training
-
-    with sigterm_before_training():
+    with _preempted_by_sigterm():
         return _train(config)
+
+
+class _Told(BaseException):
+    """SIGTERM, raised wherever the program happens to be. No Exception: libraries catch those, and go on or say another."""
+
+
+@contextlib.contextmanager
+def _preempted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the program at once: there is nothing to save yet, or nothing left to do. Only what trains has
+    a handler of its own."""
+    told = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal told
+        told = True
+        raise _Told
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except BaseException as problem:
+        if not told:
+            raise
+        # Whatever it is by now: where it was raised, as in the middle of an import, it may have been made another error.
+        message = "SIGTERM outside training; what checkpoints there are stay, and --resume goes on from them"
+        raise Preempted(message) from problem
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _train(config: TrainConfig) -> dict[str, Any]:
@@ -212,7 +242,7 @@ def _gone_if_empty(folder: Path) -> Iterator[None]:
     """The trainer makes its folder at once; where setting up fails, an empty one does not stay behind."""
     try:
         yield
-    except VlmDpoError:
+    except BaseException:
         with contextlib.suppress(OSError):  # it holds something, then: an earlier run
             folder.rmdir()
         raise

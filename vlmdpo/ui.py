@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -92,6 +93,15 @@ def warn(text: str) -> None:
     """Something that the user should know of, on stderr, --quiet or not."""
     if not _muted:
         _told("warning:", "yellow", text)
+
+
+def warn_from_handler(text: str) -> None:
+    """`warn` for a signal handler, which may interrupt the writing of a line: a stream cannot be entered twice, and says so
+    by a RuntimeError; then this goes past it."""
+    try:
+        warn(text)
+    except RuntimeError:
+        os.write(2, f"warning: {text}\n".encode())
 
 
 def error(text: str) -> None:

@@ -19,7 +19,6 @@ import torch
 from transformers import TrainerCallback
 
 from vlmdpo import ui
-from vlmdpo.errors import Preempted
 
 METRICS = "metrics.jsonl"
 _COMPARED_AT = 3  # optimizer steps after which memory has been at its highest
@@ -171,10 +170,10 @@ class Watch(TrainerCallback):
         def stop(number: int, frame: Any) -> None:
             if self.stopped_by == number == signal.SIGINT:
                 raise KeyboardInterrupt
-            if self.stopped_by is None:
+            first, self.stopped_by = self.stopped_by is None, signal.Signals(number)
+            if first:
                 again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-                ui.warn(f"{signal.Signals(number).name}: keeping a checkpoint{again}")
-            self.stopped_by = signal.Signals(number)
+                ui.warn_from_handler(f"{signal.Signals(number).name}: keeping a checkpoint{again}")
 
         with contextlib.ExitStack() as handlers:
             for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
@@ -196,23 +195,6 @@ def _figure(label: str, lines: Sequence[dict[str, Any]], names: list[str], form:
 def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
     """A line of the test split, its metrics by the names that training's have."""
     return {name.removeprefix("eval_"): value for name, value in line.items()}
-
-
-@contextlib.contextmanager
-def sigterm_before_training() -> Iterator[None]:
-    """Inside, SIGTERM ends the program at once, as preempted: there is nothing to save yet, and later nothing left to do."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Preempted("SIGTERM outside training; what checkpoints there are stay, and --resume goes on from them")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _chance() -> Callable[[], None]:
