@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from tests.conftest import unfolded
-from vlmdpo import foreseen, ui
+from vlmdpo import foreseen, results, ui
 from vlmdpo.config import TrainConfig
 from vlmdpo.data import store
 from vlmdpo.dpo.watch import Watch
+from vlmdpo.errors import ConfigError
 from vlmdpo.report import run_page
 from vlmdpo.report.diagnosis import diagnose
 
@@ -171,6 +172,21 @@ def test_every_way_of_training_evaluates(vlmdpo, scenes, way):
     assert sum("eval_loss" in line for line in lines) == 2
     assert 0 < report["eval"]["loss"] < 3
     assert yaml.safe_load(Path("out/recipe.yaml").read_text())["eval_steps"] == 1
+
+
+def test_samples_of_a_model_in_parts_are_for_those_who_ask_and_not_under_zero3():
+    def shown(deepspeed, every):
+        asked = []
+        trainer = SimpleNamespace(is_deepspeed_enabled=deepspeed, args=SimpleNamespace(process_index=1, train_batch_size=2))
+        trainer.datasets, trainer.processing_class, trainer.add_callback = [[{"row": 0}]], None, asked.append
+        setup = SimpleNamespace(trainer=trainer, watch=None, is_sharded=True)
+        results.show_as_it_goes(setup, Path("out"), TrainConfig(sample_every=every))
+        return asked
+
+    assert shown(deepspeed=False, every=None) == shown(deepspeed=True, every=None) == shown(deepspeed=False, every=0) == []
+    assert len(shown(deepspeed=False, every=5)) == 1
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        shown(deepspeed=True, every=5)
 
 
 def test_eval_steps_without_a_test_split_says_how_to_get_one(vlmdpo, made_to_show):
