@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlmdpo import compare, eval_amber, recipes, train
-from vlmdpo.config import EvalAmberConfig, TrainConfig
+from vlmdpo.commands import compare, eval_amber, train
+from vlmdpo.config import EvalAmberConfig, TrainConfig, recipes
 from vlmdpo.models.registry import recipe
-from vlmdpo.report.page import evenly
+from vlmdpo.report.html import evenly
 
 _FLIPS = 24
 

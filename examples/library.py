@@ -5,9 +5,9 @@ python examples/library.py
 
 from pathlib import Path
 
-from vlmdpo import prepare, train
+from vlmdpo.commands import prepare, train
 from vlmdpo.config import PrepareConfig, TrainConfig
-from vlmdpo.models.generate import answer
+from vlmdpo.engine.generate import answer
 from vlmdpo.models.load import load_model, load_processor
 from vlmdpo.tiny import evaluation
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from vlmdpo import __version__, cli, config, recipes
+from vlmdpo import __version__, cli, config
+from vlmdpo.config import recipes
 from vlmdpo.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "scipy")

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 import vlmdpo as package
-from tests import options
-from vlmdpo import cli, compare, config
+from tests.support import options
+from vlmdpo import cli, config
+from vlmdpo.commands import compare
 from vlmdpo.errors import nearest
 from vlmdpo.tiny import evaluation
 
@@ -200,7 +201,7 @@ def test_every_command_shown_runs(small, there, runs, vlmdpo):
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_each_command_has_a_page_whose_table_is_the_programs(command):
     page = (options.DOCS / f"{command}.md").read_text(encoding="utf-8")
-    assert page == options.put(command, page), "run: python -m tests.options --write"
+    assert page == options.put(command, page), "run: python -m tests.support.options --write"
     for field in cli.dataclasses.fields(cli.COMMANDS[command][0]):
         assert f"`{config.flag_name(field.name)}`" in page
 

@@ -4,27 +4,27 @@ import pytest
 import torch
 import transformers as tf
 
-from tests import matrix
-from tests.matrix import DOCS, FAMILIES, Family, examine, row
+from tests.support import matrix
+from tests.support.matrix import DOCS, FAMILIES, Family, examine, row
 from vlmdpo.models.families import images_only
-from vlmdpo.tiny import families
+from vlmdpo.tiny import random_models
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.small)
 def test_the_table_says_what_happens(family):
     made = row(family, examine(family))
-    assert made in DOCS.read_text(encoding="utf-8").splitlines(), f"python -m tests.matrix --write; it is now: {made}"
+    assert made in DOCS.read_text(encoding="utf-8").splitlines(), f"python -m tests.support.matrix --write; it is now: {made}"
 
 
 def test_every_family_has_one_row():
     table = DOCS.read_text(encoding="utf-8").partition(matrix.BEGIN)[2].partition(matrix.END)[0]
     assert table.count("\n| ") == len(FAMILIES) + 1
-    assert {family.small for family in FAMILIES} == set(families.FAMILIES)
+    assert {family.small for family in FAMILIES} == set(random_models.FAMILIES)
 
 
 def _llava_onevision(text, vision, image_size):
     """A family that vlmdpo has never heard of, as docs/models.md tells to add one."""
-    tok = families.tokenizer("<image>", "<video>", image_token="<image>", video_token="<video>")
+    tok = random_models.tokenizer("<image>", "<video>", image_token="<image>", video_token="<video>")
     config = tf.LlavaOnevisionConfig(
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         video_token_id=tok.convert_tokens_to_ids("<video>"),
@@ -32,9 +32,9 @@ def _llava_onevision(text, vision, image_size):
         vision_feature_select_strategy="full",
         image_grid_pinpoints=[[image_size, 2 * image_size], [2 * image_size, image_size]],
         tie_word_embeddings=False,
-        text_config={**families.text_sizes(tok, model_type="qwen2"), **text},
+        text_config={**random_models.text_sizes(tok, model_type="qwen2"), **text},
         vision_config={
-            **families.VISION_SIZES,
+            **random_models.VISION_SIZES,
             "model_type": "siglip_vision_model",
             "patch_size": 8,
             "image_size": image_size,
@@ -47,11 +47,11 @@ def _llava_onevision(text, vision, image_size):
     )
     told = {"num_image_tokens": (image_size // 8) ** 2, "vision_feature_select_strategy": "full"}
     processor = images_only(tf.LlavaOnevisionProcessor)
-    return config, processor(images, tok, chat_template=families.TEMPLATE.replace("IMAGE", "<image>"), **told)
+    return config, processor(images, tok, chat_template=random_models.TEMPLATE.replace("IMAGE", "<image>"), **told)
 
 
 def test_a_family_that_nobody_added_works_by_one_entry(monkeypatch):
-    monkeypatch.setitem(families.FAMILIES, "llava_onevision", _llava_onevision)
+    monkeypatch.setitem(random_models.FAMILIES, "llava_onevision", _llava_onevision)
     torch.manual_seed(0)
     found = examine(Family("LLaVA-OneVision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision"))
     assert [name for name, said in found.items() if said != "yes"] == ["compare, at once"]  # its pictures are cut into tiles

@@ -109,9 +109,9 @@ def test_yes_answers_and_without_a_terminal_nobody_is_asked(vlmdpo):
 def test_uploads_and_shares_are_asked_for_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdin", _Terminal("n\n"))
     monkeypatch.setattr(sys, "stderr", _Terminal())
-    from vlmdpo import push
+    from vlmdpo import hub
 
-    assert push.model("anything", "me/mine", private=False) is None
+    assert hub.model("anything", "me/mine", private=False) is None
     assert "Upload 'anything' to me/mine (public)? [y/N]" in sys.stderr.getvalue()
     monkeypatch.setattr(sys, "stdin", _Terminal("n\n"))
     assert cli.run(["compare", "--share"]) == 2

@@ -20,65 +20,67 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from vlmdpo import __version__, launch, recipes, ui
+from vlmdpo import __version__, ui
 from vlmdpo import config as cf
+from vlmdpo.config import recipes
+from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import Interrupted, PeerLost, Preempted, VlmDpoError, nearest
 from vlmdpo.memory.gpus import GPUS
-from vlmdpo.models import processes, registry
+from vlmdpo.models import registry
 
 # Command name → (config, module with run and show, one line of help, full-size command)
 COMMANDS: dict[str, tuple[type, str, str, str]] = {
     "prepare": (
         cf.PrepareConfig,
-        "vlmdpo.prepare",
+        "vlmdpo.commands.prepare",
         "Check preference pairs, bound their images, store them.",
         "vlmdpo prepare --model idefics2-8b --dataset rlaif-v",
     ),
     "estimate-memory": (
         cf.EstimateMemoryConfig,
-        "vlmdpo.estimate_memory",
+        "vlmdpo.commands.estimate_memory",
         "Count the memory DPO needs before it is paid for.",
         "vlmdpo estimate-memory --model idefics2-8b --dtype bfloat16 --lora",
     ),
     "train": (
         cf.TrainConfig,
-        "vlmdpo.train",
+        "vlmdpo.commands.train",
         "Train with Direct Preference Optimization (TRL and LoRA).",
         "vlmdpo train --model idefics2-8b --dataset rlaif-v",
     ),
     "infer": (
         cf.InferConfig,
-        "vlmdpo.infer",
+        "vlmdpo.commands.infer",
         "Answer questions about pictures, one or a file of them.",
         "vlmdpo infer --model idefics2-8b --adapter DIR --image FILE --question TEXT --compare",
     ),
     "eval-amber": (
         cf.EvalAmberConfig,
-        "vlmdpo.eval_amber",
+        "vlmdpo.commands.eval_amber",
         "Score hallucination on AMBER, base beside tuned.",
         "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images AMBER/image",
     ),
     "compare": (
         cf.CompareConfig,
-        "vlmdpo.compare",
+        "vlmdpo.commands.compare",
         "A page: base beside tuned, votes become data.",
         "vlmdpo compare --model idefics2-8b --adapter DIR",
     ),
     "export": (
         cf.ExportConfig,
-        "vlmdpo.export",
+        "vlmdpo.commands.export",
         "Merge an adapter into its base, or upload it.",
         "",
     ),
     "env": (
         cf.EnvConfig,
-        "vlmdpo.env",
+        "vlmdpo.commands.env",
         "What a bug report needs: versions, GPUs, settings.",
         "",
     ),
     "demo": (
         cf.DemoConfig,
-        "vlmdpo.demo",
+        "vlmdpo.commands.demo",
         "All five in one run, offline, in some minutes.",
         "",
     ),

@@ -16,7 +16,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from vlmdpo import demo, ui
+from vlmdpo import ui
+from vlmdpo.commands import demo
 from vlmdpo.config import DemoConfig
 
 WANTED_POINTS = 5.0

@@ -34,9 +34,9 @@ from train_step import IDEFICS2, LLAVA, Shape
 from train_step import _share as real_share
 from train_step import _tower as tower
 
-from vlmdpo.models.asking import Asker
-from vlmdpo.models.generate import answer, prompt_of
-from vlmdpo.tiny import families
+from vlmdpo.engine.decode import Asker
+from vlmdpo.engine.generate import answer, prompt_of
+from vlmdpo.tiny import random_models
 
 QUESTIONS, TOKENS = 14, 3
 # (shape, tokens of a real prompt, how many times faster ours must be; None: only the answers must agree)
@@ -78,7 +78,7 @@ def asked(shape: Shape, pictures: int) -> list[tuple[Image.Image, list[str]]]:
 
 def toy(shape: Shape) -> tuple[Any, Any]:
     """The small model and its processor."""
-    model, processor = families.make(
+    model, processor = random_models.make(
         shape.family, text=shape.text, vision=shape.vision, image_size=shape.image_size, **shape.more
     )
     processor.chat_template = _TEMPLATE

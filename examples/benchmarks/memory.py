@@ -27,13 +27,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
 
 from vlmdpo.config import TrainConfig
-from vlmdpo.dpo.arguments import dpo_config, lora_config
-from vlmdpo.dpo.foresight import Workload, rows_of, simulate
-from vlmdpo.dpo.reference import ReferenceCache
-from vlmdpo.dpo.trainer import PairTrainer, make_trainer
+from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import own_chat_template
-from vlmdpo.tiny import families
+from vlmdpo.tiny import random_models
+from vlmdpo.training.arguments import dpo_config, lora_config
+from vlmdpo.training.simulate import Workload, rows_of, simulate
+from vlmdpo.training.trainer import PairTrainer, make_trainer
 
 TEXT = {
     "hidden_size": 128,
@@ -95,7 +95,7 @@ def architecture(case: Case) -> Architecture:
     """A small model of the family, wide enough that its tensors are more than its bookkeeping."""
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if case.family == "gemma3" else {}
     more = {"projection_dim": TEXT["hidden_size"]} if case.family == "paligemma" else {}
-    config, processor = families.FAMILIES[case.family]({**TEXT, **kinds}, {}, 64, **more)
+    config, processor = random_models.FAMILIES[case.family]({**TEXT, **kinds}, {}, 64, **more)
     processor.chat_template = processor.chat_template or own_chat_template(processor)
     return Architecture(config, processor)
 

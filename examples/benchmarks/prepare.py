@@ -129,12 +129,12 @@ def article(source: Path, out: Path, side: int) -> dict[str, Any]:
 
 def ours(source: Path, out: Path, side: int) -> dict[str, Any]:
     """`vlmdpo prepare` with two processes."""
-    from vlmdpo import prepare
+    from vlmdpo.commands import prepare
     from vlmdpo.config import PrepareConfig
     from vlmdpo.data import work
-    from vlmdpo.dpo.lengths import counter_of
+    from vlmdpo.engine.lengths import counter_of
 
-    work.context(2, ["vlmdpo.dpo.lengths"])  # as the command does, before its own imports
+    work.context(2, ["vlmdpo.engine.lengths"])  # as the command does, before its own imports
     counter_of("tiny", None, False)  # libraries imported, processor loaded
     started = time.perf_counter()
     settings: dict[str, Any] = {"dataset": str(source), "output_dir": out / "made", "max_image_side": side, "num_proc": 2}

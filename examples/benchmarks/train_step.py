@@ -35,12 +35,12 @@ from rich.table import Table
 from vlmdpo.config import TrainConfig
 from vlmdpo.data.pairs import Message, message
 from vlmdpo.data.store import pair_features
-from vlmdpo.dpo import checkpointing
-from vlmdpo.dpo.arguments import dpo_config, lora_config
-from vlmdpo.dpo.reference import ReferenceCache
-from vlmdpo.dpo.trainer import PairTrainer, make_trainer
-from vlmdpo.memory.living import peak_bytes
-from vlmdpo.tiny import families
+from vlmdpo.engine.reference_cache import ReferenceCache
+from vlmdpo.memory.measure import peak_bytes
+from vlmdpo.tiny import random_models
+from vlmdpo.training import activation_checkpointing
+from vlmdpo.training.arguments import dpo_config, lora_config
+from vlmdpo.training.trainer import PairTrainer, make_trainer
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
 
 def trainer_of(shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached: bool = False) -> PairTrainer:
     """Stock TRL's trainer or ours on the same toy, its adapter moved off zero, ready to step."""
-    model, processor = families.make(
+    model, processor = random_models.make(
         shape.family, text=shape.text, vision=shape.vision, image_size=shape.image_size, **shape.more
     )
     settings = TrainConfig(engine=engine, lora_scope="language", per_device_train_batch_size=shape.pairs, device="cpu")
@@ -207,7 +207,7 @@ def trainer_of(shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached
         lora=lora_config(settings, model),
         references=cache,
     )
-    checkpointing.enable(trainer.model)
+    activation_checkpointing.enable(trainer.model)
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -314,7 +314,7 @@ def _free_layers(shape: Shape, rows: Dataset, folder: Path, budget: int) -> tupl
     weights = list(trainer.model.parameters())
     run = stepper(trainer)
     for layers in range(shape.text["num_hidden_layers"] + 1):
-        checkpointing.enable(trainer.model)
+        activation_checkpointing.enable(trainer.model)
         trainer.checkpointed_layers = layers
         peak = peak_bytes(run, weights, _CPU)
         if peak <= budget:

@@ -5,8 +5,8 @@ second list of options to keep in step. Layers, weakest first: the default here,
 (only the embedded model has one), the recipe file, the flags.
 """
 
-from vlmdpo.config.ask import DIMENSIONS, CompareConfig, DemoConfig, EnvConfig, EvalAmberConfig, ExportConfig, InferConfig
-from vlmdpo.config.estimate import EstimateMemoryConfig
+from vlmdpo.config.estimate_memory import EstimateMemoryConfig
+from vlmdpo.config.inference import DIMENSIONS, CompareConfig, DemoConfig, EnvConfig, EvalAmberConfig, ExportConfig, InferConfig
 from vlmdpo.config.options import ATTENTIONS, DTYPES, OF_ONE_CALL, STRATEGIES, flag_name
 from vlmdpo.config.prepare import PrepareConfig
 from vlmdpo.config.train import LOSSES, PRESETS, RATES, SANE_RATES, TRACKERS, TrainConfig

@@ -36,7 +36,7 @@ _GO_ON = "what is done stays; the same command goes on from there"
 
 
 class Measure(Protocol):
-    """Counts tokens as the model's processor makes them. See `vlmdpo.dpo.lengths`."""
+    """Counts tokens as the model's processor makes them. See `vlmdpo.engine.lengths`."""
 
     def count(self, pair: PreferencePair, pictures: list[Picture]) -> TokenCounts:
         """Raises BadRow where the chat template or processor refuses the row."""

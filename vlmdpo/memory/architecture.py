@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from vlmdpo.memory.fast import architectures
 from vlmdpo.models import families, load, registry
-from vlmdpo.tiny import families as small
+from vlmdpo.tiny import random_models as small
 
 _PART_NAMES = {"vision": "vision", "connector": "connector", "head": "embed/head", "language": "text"}
 

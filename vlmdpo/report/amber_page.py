@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlmdpo.amber.published import beside_article
-from vlmdpo.amber.questions import Benchmark
-from vlmdpo.amber.scores import COVERS
-from vlmdpo.amber.verdict import verdict
+from vlmdpo.benchmarks.amber.published import beside_article
+from vlmdpo.benchmarks.amber.questions import Benchmark
+from vlmdpo.benchmarks.amber.scores import COVERS
+from vlmdpo.benchmarks.verdict import verdict
 from vlmdpo.errors import DataError
-from vlmdpo.report import page as pages
+from vlmdpo.report import html as pages
 
 GALLERY = 24  # answers that are shown with their pictures; scores.json has all
 _FIGURES = (("chair", "CHAIR", False), ("cover", "Cover", True), ("hal", "Hal", False), ("cog", "Cog", False))

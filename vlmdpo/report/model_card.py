@@ -11,7 +11,7 @@ import yaml
 
 from vlmdpo.models.registry import hub_id
 from vlmdpo.report.amber_page import as_cell, span
-from vlmdpo.report.page import environment
+from vlmdpo.report.html import environment
 
 CARD, REPORT, RECIPE, AMBER = "README.md", "train_report.json", "recipe.yaml", "amber.json"
 _FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Action", "Relation")

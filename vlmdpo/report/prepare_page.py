@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image as PillowImage
 
 from vlmdpo.data.sources import as_stored
-from vlmdpo.report import page as pages
+from vlmdpo.report import html as pages
 
 SAMPLES = 24  # pairs that are shown, evenly spaced
 

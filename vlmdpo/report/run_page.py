@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from vlmdpo.report import page as pages
+from vlmdpo.report import html as pages
 from vlmdpo.report.diagnosis import Finding
 
 # (title, unit, [(metric, label, colour)], (level, its label)); metrics that a run lacks leave their chart out.

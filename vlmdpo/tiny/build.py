@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlmdpo.tiny import evaluation, pairs, sample
+from vlmdpo.tiny import evaluation, pairs, sample_pairs
 from vlmdpo.tiny import scenes as sc
 
 IMAGE_TOKENS = 16
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     save(model, processor, options.output / "model")
     # Sampled from what was saved, so from the rounded weights that users will have.
     asked = Idefics2ForConditionalGeneration.from_pretrained(options.output / "model", dtype=torch.float32).eval()
-    sample.write(sample.make_pairs(asked, processor, PAIRS, options.seed + 2), options.output / pairs.FILE)
+    sample_pairs.write(sample_pairs.make_pairs(asked, processor, PAIRS, options.seed + 2), options.output / pairs.FILE)
     evaluation.write(options.output / "amber")
     if options.install:
         assets = evaluation.FOLDER.parent

@@ -16,10 +16,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing i
 import gradio as gr
 
 from vlmdpo.data.images import BadImage, open_file
-from vlmdpo.models.side_by_side import WHO, Answer, Judged, SideBySide
+from vlmdpo.engine.side_by_side import WHO, Answer, Judged, SideBySide
 from vlmdpo.web import votes
 from vlmdpo.web.examples import Example
-from vlmdpo.web.words import marked, plain
+from vlmdpo.web.word_diff import marked, plain
 
 MAX_QUESTION = 2000  # characters
 _FONT = ["system-ui", "sans-serif"]

@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.amber import questions as qs
+from vlmdpo.benchmarks.amber import questions as qs
 from vlmdpo.data import store
 from vlmdpo.data.images import BadImage, inside, open_file
 from vlmdpo.errors import DataError
-from vlmdpo.report.page import evenly
+from vlmdpo.report.html import evenly
 
 SCORES = "scores.json"
 _OF_A_KIND = 12  # examples of each source

@@ -1,0 +1,284 @@
+"""`vlmdpo compare`: both answers, what both models think of them, votes as data, and the page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlmdpo.commands import compare
+from vlmdpo.engine.side_by_side import Answer, SideBySide
+from vlmdpo.errors import DataError
+from vlmdpo.tiny import evaluation
+from vlmdpo.web import examples, votes
+from vlmdpo.web.word_diff import marked
+
+QUESTION = "Is there a moon in this image?"
+EVIL = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} <b>"
+
+
+@pytest.fixture(scope="module")
+def models():
+    from vlmdpo.models.load import load_model, load_processor
+
+    return SideBySide(load_model("tiny", adapter=compare.SHIPPED, device="cpu"), load_processor("tiny"), 0.1)
+
+
+@pytest.fixture
+def page(models):
+    pytest.importorskip("gradio")
+    from vlmdpo.web.app import Page
+
+    return Page(models, ("tiny", "tuned"), [], Path("votes/v.jsonl"), 32)
+
+
+def _flips():
+    return json.loads((compare.SHIPPED / compare.FLIPS).read_text())
+
+
+def test_both_answers_grow_and_are_those_of_infer(models):
+    from vlmdpo.engine.generate import answer
+
+    flips = _flips()
+    different = 0
+    for flip in flips[:8]:
+        picture, question = evaluation.picture(flip["image"]), flip["question"]
+        steps = list(models.stream(picture, question, 16))
+        assert models.at_once, "both in one batch"
+        base, tuned = steps[-1]
+        assert [len(step[1].ids) for step in steps] == sorted(len(step[1].ids) for step in steps)
+        assert tuned.text == answer(models.model, models.processor, [picture], [question], 16)[0]
+        with models.model.disable_adapter():
+            assert base.text == answer(models.model, models.processor, [picture], [question], 16)[0]
+        different += base.text != tuned.text
+        models.at_once = False
+        assert list(models.stream(picture, question, 16))[-1] == (base, tuned), "one after the other they say the same"
+        models.at_once = True
+    assert different == 8, "the shipped flips are answers that changed"
+
+
+def test_where_peft_cannot_mix_a_batch_the_answers_come_one_after_the_other(models, monkeypatch):
+    picture = evaluation.picture(_flips()[0]["image"])
+    both = list(models.stream(picture, QUESTION, 8))[-1]
+    plain = models.model.generate
+
+    def generate(*args, adapter_names=None, **kwargs):
+        if adapter_names is not None:
+            raise ValueError("Length of `adapter_names` should be the same as the number of inputs")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(models.model, "generate", generate)
+    monkeypatch.setattr(models, "at_once", True)
+    steps = list(models.stream(picture, QUESTION, 8))
+    assert not models.at_once
+    assert steps[-1] == both
+    assert steps[0][1] == Answer(), "the base answers first"
+
+
+def test_log_probs_are_those_of_training(models, vlmdpo):
+    """The margin shown for a pair is the one that TRL logs for it."""
+    import torch
+
+    from vlmdpo.engine.collate import PairCollator
+
+    picture = evaluation.picture("SCENE_1.png")
+    said = list(models.stream(picture, QUESTION, 16))[-1]
+    first, second = models.judge(picture, QUESTION, said)
+    assert first.reward == pytest.approx(0.1 * (first.tuned_logp - first.base_logp))
+    assert second.tuned_logp > first.tuned_logp, "each model finds its own greedy answer likelier here"
+    assert first.base_logp > second.base_logp
+    turn = [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}]
+    messages = {
+        side: [{"role": "assistant", "content": [{"type": "text", "text": answer.text}]}]
+        for side, answer in zip(("chosen", "rejected"), said, strict=True)
+    }
+    row = {"images": [picture], "prompt": [{"role": "user", "content": turn}], **messages}
+    batch = PairCollator(models.processor, share=False)([row])
+    mask = batch["completion_mask"][:, 1:].bool()
+    inputs = {k: v for k, v in batch.items() if k not in ("completion_mask", "image_copies")}
+    inputs |= {name: value.repeat_interleave(2, 0) for name, value in inputs.items() if name.startswith("pixel")}
+    with torch.inference_mode():
+        logps = models.model(**inputs).logits[:, :-1].log_softmax(-1)
+    sums = (logps.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * mask).sum(1).tolist()
+    assert [first.tuned_logp, second.tuned_logp] == pytest.approx(sums, abs=1e-3)
+
+
+def test_words_that_differ_are_marked_and_everything_is_escaped():
+    base, tuned = marked("A red <b>cup</b> stands here.", "A blue <b>cup</b> stands here.")
+    assert base == 'A <mark class="only-base">red</mark> &lt;b&gt;cup&lt;/b&gt; stands here.'
+    assert '<mark class="only-tuned">blue</mark>' in tuned
+    assert marked("same", "same") == ("same", "same")
+    assert "<img" not in "".join(marked(EVIL, "no"))
+
+
+def test_votes_are_data_that_prepare_accepts(page, vlmdpo, tmp_path):
+    picture = tmp_path / "photo.jpg"
+    Image.new("RGB", (90, 60), "red").save(picture)
+    *_, last = page.ask(str(picture), QUESTION)
+    said = {**last[3], "base": "Yes, a moon — über it.", "tuned": "No"}
+    assert page.vote(said, "tuned")[0] is None
+    assert page.vote(said, "neither", "There is none.")[0] is None
+    assert page.votes == 3
+    with Path("votes/v.jsonl").open("a") as file:
+        file.write('{"image": "cut by a ki')
+    page.vote({**said, "tuned": "None."}, "base")
+    lines = [json.loads(line) for line in Path("votes/v.jsonl").read_text().splitlines()]
+    assert [(line["chosen"], line["rejected"]) for line in lines] == [
+        ("No", said["base"]),
+        ("There is none.", "No"),
+        ("There is none.", said["base"]),
+        (said["base"], "None."),
+    ]
+    assert len(list(Path("votes/images").iterdir())) == 1, "a picture is stored once"
+    code, out, err = vlmdpo("prepare", "--dataset", "votes/v.jsonl", "--output-dir", "data", "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows_out"] == 4
+
+
+def test_what_cannot_be_asked_or_voted_on_is_said(page, tmp_path):
+    def status(*asked):
+        *_, last = page.ask(*asked)
+        assert last[3] is None
+        return last[4]
+
+    assert "Give a picture" in status(None, QUESTION)
+    assert "Give a picture" in status("x.png", "  ")
+    (tmp_path / "no.png").write_text("no picture")
+    assert "cannot be used" in status(str(tmp_path / "no.png"), QUESTION)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert "2,000 characters" in status(str(tmp_path / "a.png"), "x" * 2001)
+    assert page.vote(None, "base")[1] == "Ask first."
+    said = {"picture": str(tmp_path / "a.png"), "question": "?", "base": "A", "tuned": ""}
+    assert "empty answer" in page.vote(said, "base")[1]
+    assert "another answer" in page.vote(said, "neither", "A")[1]
+    (tmp_path / "votes").write_text("in the way")
+    assert "Not written" in page.vote({**said, "tuned": "B"}, "base")[1]
+    assert page.votes == 0
+
+
+def test_examples_are_the_flips_first_then_rows_of_the_run(vlmdpo, tmp_path):
+    assert vlmdpo("prepare", "--limit", "60", "--test-size", "0.2", "--output-dir", "data", "--quiet")[0] == 0
+    code, _, err = vlmdpo("train", "--dataset", "data", "--output-dir", "outputs/mine", "--max-steps", "2", "--eval-steps", "0")
+    assert code == 0, err
+    shutil.copy(compare.SHIPPED / "adapter_model.safetensors", "outputs/mine")  # one that changes answers
+    code, _, err = vlmdpo("eval-amber", "--adapter", "outputs/mine", "--limit", "60", "--dimension", "existence", "--json")
+    assert code == 0, err
+    config = compare.CompareConfig(adapter=Path("outputs/mine"))
+    found = compare._examples(config, config.adapter, tmp_path)
+    sources = list(dict.fromkeys(example.source for example in found))
+    assert sources == ["changed in eval-amber", "test split of the run"]
+    assert all(example.picture.is_file() for example in found)
+    assert compare._beta(config.adapter) == 0.1
+    with pytest.raises(DataError, match="no result of vlmdpo eval-amber"):
+        examples.of_amber(tmp_path, tmp_path)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"image": "../secret.png", "question": "?"}\n')
+    with pytest.raises(DataError, match=r"line 1: .* points outside"):
+        examples.of_file(mine, tmp_path)
+    mine.write_text('{"image": "a.png"}\n')
+    with pytest.raises(DataError, match="line 1"):
+        examples.of_file(mine, tmp_path)
+
+
+def test_wrong_settings_are_one_line_before_anything_is_loaded(vlmdpo, monkeypatch):
+    code, _, err = vlmdpo("compare", "--model", "idefics2-8b")
+    assert (code, "--adapter FOLDER is needed" in err) == (2, True)
+    code, _, err = vlmdpo("compare", "--adapter", "nowhere")
+    assert (code, "holds no adapter_config.json" in err) == (4, True)
+    Path("taken").write_text("")
+    code, _, err = vlmdpo("compare", "--votes", "taken/votes.jsonl")
+    assert (code, "--votes: cannot write" in err) == (3, True)
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    code, _, err = vlmdpo("compare")
+    assert (code, "pip install 'vlmdpo[web]'" in err) == (6, True)
+
+
+def _served(*more):
+    command = [sys.executable, "-m", "vlmdpo", "compare", *more]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    line = server.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line + server.communicate(timeout=60)[1]
+    return server, found[0]
+
+
+def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "mine.png")
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({"image": "mine.png", "question": EVIL}) + "\n")
+    server, url = _served("--examples", mine, "--votes", tmp_path / "votes.jsonl", "--max-upload-mb", "1")
+    assert url.startswith("http://127.0.0.1:")
+    try:
+        with sync_api.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            view = browser.new_page(viewport={"width": 390, "height": 844})
+            elsewhere, dialogs = [], []
+            view.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else elsewhere.append(r.url))
+            view.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+            view.goto(url)
+            view.locator(".gallery-item, tr.tr-body").first.click()
+            assert view.locator("#vote-tuned").is_disabled()
+            view.wait_for_function("document.querySelector('#question textarea').value.startsWith('Is ')")
+            view.locator("#ask").click()
+            view.wait_for_selector(".figures table", timeout=60000)
+            base, tuned = (view.locator(f"#{who} .text").inner_text() for who in ("base", "tuned"))
+            assert base != tuned
+            assert view.locator("#tuned mark").count() >= 1
+            assert "Reward margin" in view.locator(".figures").inner_text()
+            assert view.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out on a phone"
+            view.locator("#vote-tuned").click()
+            view.get_by_text("Written: 1 preference").wait_for(timeout=30000)
+            assert view.locator("#vote-tuned").is_disabled(), "one vote an answer"
+            # an upload, and a question that would like to be markup
+            view.set_input_files("input[type=file]", tmp_path / "mine.png")
+            view.locator("#question textarea").fill(EVIL)
+            view.locator("#ask").click()
+            view.wait_for_selector(".figures table", timeout=60000)
+            view.locator("tr.tr-body", has_text="onerror").click()
+            view.wait_for_timeout(300)
+            assert (elsewhere, dialogs) == ([], [])
+            too_much = {"files": {"name": "a.png", "mimeType": "image/png", "buffer": b"0" * 2_000_000}}
+            refused = view.context.request.post(f"{url}gradio_api/upload", multipart=too_much)
+            assert refused.status == 413, "more than --max-upload-mb"
+            browser.close()
+        [line] = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+        assert (line["chosen"], line["rejected"], line["preferred"]) == (tuned, base, "tuned")
+        assert (tmp_path / line["image"]).is_file()
+    finally:
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=60)
+    assert server.returncode == 0, err
+    assert "1 votes written" in out
+    assert "vlmdpo prepare --dataset" in out
+
+
+def test_a_page_shows_what_models_say_as_text(page, monkeypatch):
+    """Answers, not only questions, may hold markup."""
+    said = (Answer((1, 2), EVIL), Answer((1, 3), EVIL + "!"))
+    monkeypatch.setattr(type(page.models), "stream", lambda *_: iter([said]))
+    picture = Path("p.png")
+    Image.new("RGB", (8, 8)).save(picture)
+    for outputs in page.ask(str(picture), "?"):
+        for pane in outputs[:2]:
+            assert "<img" not in pane
+            assert "<b>" not in pane
+    assert "&lt;img" in pane
+
+
+def test_votes_of_a_picture_that_is_none_are_not_written(tmp_path):
+    from vlmdpo.data.images import BadImage
+
+    (tmp_path / "no.png").write_text("no")
+    with pytest.raises(BadImage):
+        votes.append(tmp_path / "v.jsonl", picture=tmp_path / "no.png", question="?", chosen="a", rejected="b", about={})
+    assert not (tmp_path / "v.jsonl").exists()

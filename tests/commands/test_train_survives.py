@@ -1,0 +1,232 @@
+"""train when things go wrong: killed, told to stop, out of space, losses that are no numbers, a dead worker. Each is caused."""
+
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import vlmdpo as package
+from vlmdpo import ui
+from vlmdpo.engine.collate import PairCollator
+from vlmdpo.training.monitor import Watch
+
+ROOT = Path(package.__file__).parent.parent
+_PATIENCE_S = 600  # machines can be slow
+_FEW = ["--dataset", "data", "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--logging-steps", "1"]
+_FEW += ["--device", "cpu"]
+
+
+@pytest.fixture
+def data(vlmdpo):
+    code, _, err = vlmdpo("prepare", "--limit", "20", "--test-size", "4", "--output-dir", "data")
+    assert code == 0, err
+
+
+def rounds(kind, number, *settings):
+    """Runs disturbed at random points by a signal, each resumed: how each ended, and whether the resumed one was the same."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.support.killing", "train", kind, "1", str(number), *_FEW, *settings],
+        **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert len(lines) == number
+    assert {line[1] for line in lines} == {"same"}, done.stdout
+    return [line[0] for line in lines]
+
+
+def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter(data):
+    ends = rounds("KILL", 20, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "3", "--sample-every", "3", "--resume")
+    assert ends.count("killed") >= 10
+
+
+def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):
+    """Most signals arrive while gradients accumulate: random numbers of that part must be drawn again."""
+    settings = ["--gradient-accumulation-steps", "8", "--lora-dropout", "0.3", "--max-steps", "4", "--save-steps", "100"]
+    ends = rounds("TERM", 5, *settings, "--resume")
+    assert set(ends) <= {"75", "finished"}
+    assert ends.count("75") >= 3
+
+
+def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_error(data, vlmdpo, monkeypatch):
+    def told(*_):
+        try:
+            Path("out").mkdir()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except BaseException as problem:
+            raise RuntimeError("Failed to import a module because of the following error") from problem
+
+    monkeypatch.setattr("vlmdpo.training.setup.set_up", told)
+    handler = signal.getsignal(signal.SIGTERM)
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out")
+    assert code == 75, err
+    assert "SIGTERM outside training; what checkpoints there are stay" in err.splitlines()[-1]
+    assert not Path("out").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_sigterm_counts_while_libraries_are_being_loaded():
+    program = """
+        import os, signal, sys, time
+        class Told:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(60)
+        from vlmdpo import cli
+        sys.meta_path.insert(0, Told())
+        sys.exit(cli.run(["train", "--dataset", "scenes", "--device", "cpu"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch, capfd):
+    class Terminal(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, text):
+            if not lines:
+                os.kill(os.getpid(), signal.SIGTERM)
+            lines.append(bytes(text))
+            return len(text)
+
+    lines = []
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
+    watch = Watch(Path("metrics.jsonl"))
+    with watch.catching_signals():
+        ui.say("step 1/150: loss 0.6931")
+    assert watch.stopped_by == signal.SIGTERM
+    assert lines == [b"step 1/150: loss 0.6931\n"]
+    assert capfd.readouterr().err == "warning: SIGTERM: keeping a checkpoint\n"
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
+    assert vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "1", "--save-steps", "2")[0] == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, before[1]))  # room for the adapter, not for the optimizer
+    try:
+        code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--save-steps", "2", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 3, err
+    assert "cannot write checkpoint-2 below 'out': writing stopped short (" in err.splitlines()[-1]
+    assert "checkpoint-1 stays whole, and --resume goes on from it" in err.splitlines()[-1]
+    assert [path.name for path in Path("out").glob("*checkpoint*")] == ["checkpoint-1"]
+    assert not list(Path("out").glob(".*"))
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--save-steps", "2", "--resume")
+    assert code == 0, err
+    assert "going on from checkpoint-1" in err
+    assert not list(Path("out").rglob("training_args.bin"))
+
+
+def test_a_row_that_makes_the_loss_no_number_is_named(data, vlmdpo, monkeypatch):
+    plain = PairCollator.__call__
+    bad = max(range(16), key=lambda row: (-len(_answers(row)), row))  # the checks before training take the first long ones
+
+    def poisoned(self, examples):
+        batch = plain(self, examples)
+        for place, example in enumerate(examples):
+            if example.get("row") == bad:
+                batch["pixel_values"][place] = float("nan")
+        return batch
+
+    monkeypatch.setattr(PairCollator, "__call__", poisoned)
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--num-train-epochs", "1", "--no-reference-cache")
+    assert code == 4, err
+    said = err.splitlines()[-1]
+    assert f"is no number, because of row {bad} (look at it: vlmdpo prepare --show {bad})" in said
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--overwrite")  # the reference's own log-probs
+    assert code == 4
+    assert f"because of row {bad} " in err.splitlines()[-1]
+
+
+def _answers(row):
+    from vlmdpo.data import store
+
+    example = store.load(Path("data"))[row]
+    return min(str(example["chosen"]), str(example["rejected"]), key=len)
+
+
+def test_a_learning_rate_that_breaks_the_weights_is_said(data, vlmdpo):
+    settings = ["--learning-rate", "1e20", "--set", "max_grad_norm=0", "--save-steps", "1", "--num-train-epochs", "1"]
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings)
+    assert code == 4, err
+    said = "after step 1 the loss on the test split is no number, in 2 of the 2 rows of a batch, its row 0 first"
+    assert said in err.splitlines()[-1]
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings, "--eval-steps", "0", "--overwrite")
+    assert code == 4, err
+    assert "is no number, for every row of its batch" in err.splitlines()[-1]
+    assert "lower --learning-rate and go on from checkpoint-1 with --resume" in err.splitlines()[-1]
+
+
+def test_a_dead_data_worker_is_an_error_and_no_hang(data, vlmdpo, monkeypatch):
+    from torch.utils.data import get_worker_info
+
+    plain = PairCollator.__call__
+
+    def deadly(self, examples):
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, examples)
+
+    monkeypatch.setattr(PairCollator, "__call__", deadly)
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--dataloader-num-workers", "1")
+    assert code == 3, err
+    assert "one of --dataloader-num-workers 1 died at step 1" in err.splitlines()[-1]
+
+
+def test_resume_with_other_settings_is_warned_of_and_an_ended_run_takes_no_step(data, vlmdpo):
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "2", "--resume")
+    assert code == 0, err
+    assert "no checkpoint in 'out' yet: starting from the beginning" in err
+    adapter = Path("out/adapter_model.safetensors").read_bytes()
+    code, out, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "2", "--resume", "--json")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 2
+    assert Path("out/adapter_model.safetensors").read_bytes() == adapter
+    assert "other settings" not in err
+    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--beta", "0.2", "--resume")
+    assert code == 0, err
+    assert "--resume with other settings than the run was begun with: max_steps 2 → 3, beta 0.1 → 0.2" in err
+
+
+def test_nothing_is_sent_unless_asked_and_trackers_get_the_metrics(data, vlmdpo, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    settings = [*_FEW, "--output-dir", "out", "--max-steps", "2"]
+    code, _, err = vlmdpo("train", *settings)
+    assert code == 0, err
+    assert not list(Path(".").rglob("events.out.*"))
+    code, _, err = vlmdpo("train", *settings, "--overwrite", "--report-to", "tensorboard")
+    assert code == 0, err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [events] = Path(".").rglob("events.out.*")
+    seen = EventAccumulator(str(events)).Reload()
+    assert {"train/loss", "train/rewards/margins"} <= set(seen.Tags()["scalars"])
+    assert [point.step for point in seen.Scalars("train/loss")] == [1, 2]
+    code, _, err = vlmdpo("train", *settings, "--overwrite", "--report-to", "wandb")
+    assert code == 6
+    assert "--report-to wandb needs a package: pip install wandb" in err
+    code, _, err = vlmdpo("train", *settings, "--overwrite", "--report-to", "tensorbord")
+    assert code == 2
+    assert "Did you mean 'tensorboard'?" in err

@@ -1,0 +1,168 @@
+"""Pictures: what passes untouched, what is put right and by what name, and what is refused."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.pictures import encoded, noise, opened
+from vlmdpo.data import images
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")])
+def test_fitting_pictures_pass_untouched_and_undecoded(kind, mode, monkeypatch):
+    data = encoded(kind=kind, mode=mode)
+    monkeypatch.setattr(images, "_load", lambda picture: pytest.fail("decoded"))
+    for side in (40, None):
+        made = images.bound(data, side)
+        assert made.data is data
+        assert (made.size, made.changes) == ((40, 30), ())
+
+
+def test_large_pictures_are_bounded_and_keep_their_shape():
+    for size, side, wanted in (((200, 100), 50, (50, 25)), ((101, 3), 10, (10, 1)), ((3, 1000), 100, (1, 100))):
+        made = images.bound(encoded(size, kind="JPEG"), side)
+        picture = opened(made.data)
+        assert (picture.size, made.size, picture.format, picture.mode) == (wanted, wanted, "JPEG", "RGB")
+        assert made.changes == ("resized",)
+
+
+def test_reduced_pictures_look_as_pillow_reduces_them():
+    for size in ((640, 480), (1300, 900), (2000, 2500)):  # decoded whole, at a half, at a quarter
+        data = noise(size, quality=95)
+        made = opened(images.bound(data, 490).data)
+        plain = opened(data)
+        plain.thumbnail((490, 490))
+        difference = np.abs(np.asarray(made, dtype=int) - np.asarray(plain.resize(made.size), dtype=int))
+        assert difference.mean() < 2, size
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "changes"),
+    [
+        ("RGBA", "PNG", ("alpha_on_white",)),
+        ("LA", "PNG", ("alpha_on_white",)),
+        ("RGBA", "WEBP", ("alpha_on_white",)),
+        ("P", "PNG", ("palette_to_rgb",)),
+        ("I;16", "PNG", ("16bit_to_rgb",)),
+        ("CMYK", "JPEG", ("cmyk_to_rgb",)),
+        ("CMYK", "TIFF", ("cmyk_to_rgb",)),
+        ("1", "PNG", ("mode_to_rgb",)),
+        ("RGB", "BMP", ("bmp_to_png",)),
+        ("RGB", "TIFF", ("tiff_to_png",)),
+    ],
+)
+def test_other_kinds_become_plain_ones_by_name(mode, kind, changes):
+    for side, more in ((None, ()), (20, ("resized",))):
+        made = images.bound(encoded(mode=mode, kind=kind), side)
+        picture = opened(made.data)
+        assert (picture.mode, picture.format) == ("RGB", "JPEG" if kind == "JPEG" else "PNG")
+        assert made.changes == ((*changes, *more) if changes[0].endswith(("rgb", "white")) or not side else more)
+
+
+def test_transparent_parts_become_white_and_sixteen_bits_are_scaled():
+    clear = images.bound(encoded((4, 4), "RGBA", color=(255, 0, 0, 0)), None)
+    assert opened(clear.data).getpixel((0, 0)) == (255, 255, 255)
+    deep = images.bound(encoded((4, 4), "I;16", color=40_000), None)
+    assert opened(deep.data).getpixel((0, 0)) == (156, 156, 156)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied_once(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", (40, 20))
+    picture.paste("white", (0, 0, 20, 20))  # the left half, which the turn puts on top
+    picture.save(buffer, format=kind, exif=exif)
+    for side, size in ((None, (20, 40)), (10, (5, 10))):
+        made = images.bound(buffer.getvalue(), side)
+        turned = opened(made.data)
+        assert turned.size == size
+        assert "exif_rotated" in made.changes
+        assert turned.getpixel((2, 1))[0] > 200 > 60 > turned.getpixel((2, size[1] - 2))[0]
+        assert turned.getexif().get(0x0112) is None
+
+
+def test_of_several_frames_the_first_is_taken_and_said():
+    red = Image.new("RGB", (9, 9), "red")
+    for kind, name in (("GIF", "animated_first_frame"), ("PNG", "animated_first_frame"), ("MPO", "first_of_several_pictures")):
+        buffer = io.BytesIO()
+        red.save(buffer, format=kind, save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")])
+        made = images.bound(buffer.getvalue(), None)
+        assert name in made.changes
+        assert opened(made.data).getpixel((4, 4))[0] > 200
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_cut_at_any_point_are_refused(kind):
+    data = noise((120, 90), kind=kind)
+    for stop in range(1, len(data), len(data) // 40):
+        with pytest.raises(images.BadImage) as caught:
+            images.bound(data[:stop], None)
+        assert caught.value.reason in ("truncated_image", "unreadable_image")
+
+
+def test_a_damaged_png_is_refused_and_a_jpeg_with_trailing_bytes_is_not():
+    data = bytearray(noise((120, 90), kind="PNG"))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(images.BadImage) as caught:
+        images.bound(bytes(data), None)
+    assert caught.value.reason == "truncated_image"
+    whole = noise((120, 90))
+    for tail in (b"\x00" * 10, b"camera's own trailer"):
+        assert images.bound(whole + tail, None).data == whole + tail
+
+
+def test_no_picture_has_a_reason():
+    for data in (b"no picture at all", b""):
+        with pytest.raises(images.BadImage) as caught:
+            images.bound(data, 64)
+        assert caught.value.reason == "unreadable_image"
+
+
+def test_bombs_are_refused_before_decoding(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(images.BadImage, match="40x30") as caught:
+        images.bound(encoded(), 64)
+    assert caught.value.reason == "oversized_image"
+
+
+def test_a_bomb_beyond_what_pillow_opens_is_named_so(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(images.BadImage) as caught:
+        images.bound(encoded(), 64)
+    assert caught.value.reason == "oversized_image"
+
+
+def test_paths_stay_inside_their_root(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(encoded())
+    (root / "fine.png").write_bytes(encoded())
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    assert images.read("fine.png", root) == encoded()
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+        with pytest.raises(images.BadImage) as caught:
+            images.read(path, root)
+        assert caught.value.reason == "image_outside_root"
+
+
+def test_cells_of_every_kind_are_read(tmp_path):
+    (tmp_path / "x.png").write_bytes(encoded())
+    uri = "data:image/png;base64," + base64.b64encode(encoded()).decode()
+    cells = [encoded(), {"bytes": encoded(), "path": "gone.png"}, {"bytes": None, "path": "x.png"}, "x.png", uri]
+    assert {images.read(cell, tmp_path) for cell in cells} == {encoded()}
+    assert opened(images.read(Image.new("RGB", (3, 2)), tmp_path)).size == (3, 2)
+    for cell, reason in (
+        (7, "unreadable_image"),
+        ("", "missing_image"),
+        ("absent.png", "missing_image"),
+        ("https://example.org/x.png", "image_is_url"),
+        ("data:image/png;base64,!", "unreadable_image"),
+    ):
+        with pytest.raises(images.BadImage) as caught:
+            images.read(cell, tmp_path)
+        assert caught.value.reason == reason

@@ -1,0 +1,212 @@
+"""Formats of preference data: each recognised by its columns and turned into the same pair; bad rows by name."""
+
+import json
+
+import pytest
+
+from tests.support.pictures import encoded, sent
+from vlmdpo.data import schemas
+from vlmdpo.data.pairs import BadRow, Draft, check, text_of
+from vlmdpo.errors import DataError
+
+PICTURE = encoded()
+HUMAN = {"from": "human", "value": "<image>\nWhat?"}
+USER = {"role": "user", "content": "<image>What?"}
+
+
+def _said(role, text):
+    return {"role": role, "content": text}
+
+
+def _parts(text, images=1):
+    return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+
+
+ROWS = {
+    "RLAIF-V": {"image": PICTURE, "question": "What?", "chosen": "good", "rejected": "bad", "idx": 3, "image_path": "x"},
+    "RLHF-V": {
+        "image": PICTURE,
+        "text": json.dumps({"question": "What?", "chosen": "good", "rejected": "bad"}),
+        "ds_name": "d",
+    },
+    "VLFeedback ranking": {
+        "img_path": PICTURE,
+        "prompt": "What?",
+        "models": ["a", "b", "c"],
+        "completions": {
+            "annotations": [{"Helpfulness": {"Rating": r}, "Visual Faithfulness": {"Rating": "4"}} for r in ("3", "1", "5")],
+            "model": ["a", "b", "c"],
+            "response": ["middling", "bad", "good"],
+        },
+    },
+    "TRL": {
+        "images": [PICTURE],
+        "prompt": [_said("user", _parts("What?"))],
+        "chosen": [_said("assistant", [{"type": "text", "text": "good"}])],
+        "rejected": [_said("assistant", "bad")],
+    },
+    "TRL with implicit prompt": {
+        "image": PICTURE,
+        "chosen": [_said("user", "What?"), _said("assistant", "good")],
+        "rejected": [_said("user", "What?"), _said("assistant", "bad")],
+    },
+    "LLaMA-Factory sharegpt ranking": {
+        "conversations": [HUMAN],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+        "images": [PICTURE],
+    },
+    "LLaMA-Factory alpaca ranking": {
+        "instruction": "What?",
+        "input": "",
+        "chosen": "good",
+        "rejected": "bad",
+        "images": [PICTURE],
+    },
+    "ms-swift": {"messages": [USER, _said("assistant", "good")], "rejected_response": "bad", "images": [{"bytes": PICTURE}]},
+    "LLaVA pairs": {
+        "image": PICTURE,
+        "conversations": [HUMAN],
+        "output_1": {"from": "llava", "value": "bad"},
+        "output_2": {"from": "llava", "value": "good"},
+        "preference": 2,
+    },
+    "LLaVA conversations": {
+        "image": PICTURE,
+        "conversations": [HUMAN, {"from": "gpt", "value": "good"}],
+        "rejected_conversations": [HUMAN, {"from": "gpt", "value": "bad"}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_every_format_is_recognised_and_gives_the_same_pair(name, tmp_path):
+    row = ROWS[name]
+    schema = schemas.detect(row, row, "here")
+    assert schema.name == name
+    assert set(schema.columns) <= set(row)
+    pair = check(sent(schema).draft(row), tmp_path)
+    assert pair.images == (PICTURE,)
+    assert pair.prompt == ({"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},)
+    assert (text_of(pair.chosen), text_of(pair.rejected)) == ("good", "bad")
+
+
+def test_ms_swift_rows_with_whole_rejected_conversations(tmp_path):
+    row = {
+        "messages": [USER, _said("assistant", "good")],
+        "rejected_messages": [USER, _said("assistant", "bad")],
+        "images": [PICTURE],
+        "rejected_images": [PICTURE],
+    }
+    schema = schemas.detect(row, row, "here")
+    assert text_of(check(schema.draft(row), tmp_path).rejected) == "bad"
+    with pytest.raises(BadRow) as caught:
+        schema.draft({**row, "rejected_images": [encoded((5, 5))]})
+    assert caught.value.reason == "other_images_for_rejected"
+
+
+def test_a_vlfeedback_list_of_completions_and_its_ties():
+    row = ROWS["VLFeedback ranking"]
+    columns = row["completions"]
+    as_list = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    draft = schemas.detect(row, row, "here").draft
+    assert draft({**row, "completions": as_list}) == draft(row)
+    for rating, reason in (("3", "tied_ranking"), ("N/A", "unrated")):
+        same = [{**one, "annotations": {"Helpfulness": {"Rating": rating}}} for one in as_list]
+        with pytest.raises(BadRow) as caught:
+            draft({**row, "completions": same})
+        assert caught.value.reason == reason
+
+
+def test_unknown_columns_are_named_with_the_way_out():
+    with pytest.raises(DataError, match=r"no known preference format in columns photo, ask; .*--map image=photo"):
+        schemas.detect(["photo", "ask"], {"photo": 1, "ask": 2}, "here")
+    plain_text = {"image": PICTURE, "text": "a caption, no JSON"}
+    with pytest.raises(DataError, match="no known preference format"):
+        schemas.detect(plain_text, plain_text, "here")
+
+
+def test_videos_are_refused(tmp_path):
+    row = {**ROWS["TRL"], "videos": ["x.mp4"]}
+    with pytest.raises(DataError, match="videos; vlmdpo trains on pictures: sample frames"):
+        schemas.detect(row, row, "here")
+    for prompt in ("<video>What?", [_said("user", [{"type": "video"}, {"type": "text", "text": "What?"}])]):
+        with pytest.raises(BadRow) as caught:
+            check(Draft(None, prompt, "good", "bad"), tmp_path)
+        assert caught.value.reason == "video"
+
+
+def test_a_mapping_reaches_into_rows(tmp_path):
+    row = {"photo": PICTURE, "ask": "What?", "answers": [{"text": "good"}, {"text": "bad"}]}
+    mapping = {"image": "photo", "question": "ask", "chosen": "answers.0.text", "rejected": "answers.-1.text"}
+    schema = sent(schemas.mapped(mapping, list(row), row, "here"))
+    pair = check(schema.draft(row), tmp_path)
+    assert (pair.images, text_of(pair.chosen), text_of(pair.rejected)) == ((PICTURE,), "good", "bad")
+    with pytest.raises(BadRow) as caught:
+        check(schema.draft({**row, "answers": [{"text": "good"}]}), tmp_path)
+    assert caught.value.reason == "identical_answers"  # one answer is the first and the last
+    with pytest.raises(DataError, match="--map wants column 'asked' as question; found photo, ask, answers"):
+        schemas.mapped({**mapping, "question": "asked"}, list(row), row, "here")
+
+
+def _draft(**changes):
+    return Draft(**{"images": PICTURE, "prompt": "What?", "chosen": "good", "rejected": "bad", **changes})
+
+
+TWO_TURNS = [_said("user", "<image>One?"), _said("assistant", "Yes"), _said("user", "<image>Two?")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"chosen": " "}, "empty_chosen"),
+        ({"rejected": None}, "empty_rejected"),
+        ({"prompt": ""}, "empty_prompt"),
+        ({"prompt": None}, "empty_prompt"),
+        ({"prompt": "<image>"}, "empty_prompt"),
+        ({"rejected": "good "}, "identical_answers"),
+        ({"images": ""}, "missing_image"),
+        ({"images": "absent.png"}, "missing_image"),
+        ({"images": 7}, "unreadable_image"),
+        ({"prompt": "<image><image>What?"}, "placeholder_miscount"),
+        ({"prompt": TWO_TURNS}, "placeholder_miscount"),
+        ({"images": None, "prompt": "<image>What?"}, "placeholder_miscount"),
+        ({"chosen": "good <image>"}, "placeholder_miscount"),
+        ({"prompt": [_said("tool", "out")]}, "unknown_role"),
+        ({"prompt": [_said("user", "What?"), _said("assistant", "Hm")]}, "prompt_without_question"),
+        ({"chosen": [_said("assistant", "a"), _said("user", "b"), _said("assistant", "c")]}, "answer_not_one_turn"),
+        ({"prompt": [_said("user", [{"type": "audio"}])]}, "unknown_message"),
+        ({"prompt": 7}, "unknown_message"),
+        ({"chosen": ["good"]}, "unknown_message"),
+    ],
+)
+def test_bad_rows_have_a_reason(changes, reason, tmp_path):
+    with pytest.raises(BadRow) as caught:
+        check(_draft(**changes), tmp_path)
+    assert caught.value.reason == reason
+
+
+def test_several_turns_and_pictures_keep_their_places(tmp_path):
+    second = encoded((5, 5))
+    pair = check(_draft(images=[PICTURE, {"bytes": second}], prompt=TWO_TURNS, system="Be brief."), tmp_path)
+    assert [turn["role"] for turn in pair.prompt] == ["system", "user", "assistant", "user"]
+    assert [text_of(turn) for turn in pair.prompt] == ["Be brief.", "<image>\nOne?", "Yes", "<image>\nTwo?"]
+    assert pair.images == (PICTURE, second)
+    front = check(_draft(images=[PICTURE, second]), tmp_path)
+    assert text_of(front.prompt[0]) == "<image>\n<image>\nWhat?"
+
+
+def test_rows_without_a_picture_are_taken_and_noted(tmp_path):
+    for nothing in (None, [], {"bytes": None, "path": None}):
+        pair = check(_draft(images=nothing), tmp_path)
+        assert (pair.images, pair.notes) == ((), ("no_image",))
+
+
+def test_keys_tell_copies_and_swapped_copies(tmp_path):
+    key, swapped, pictures = check(_draft(), tmp_path).keys()
+    again = check(_draft(chosen="bad", rejected="good"), tmp_path).keys()
+    assert again == (swapped, key, pictures)
+    others = [_draft(prompt="Which?"), _draft(images=encoded((5, 5))), _draft(chosen="best")]
+    assert key not in {check(other, tmp_path).keys()[0] for other in others}
+    bare = check(_draft(images=None), tmp_path).keys()
+    assert bare[2] == check(_draft(images=None, chosen="best"), tmp_path).keys()[2] != pictures

@@ -1,0 +1,229 @@
+"""Sources: the same rows from every kind of file, in units that any process can read alone."""
+
+import csv
+import io
+import json
+import tarfile
+
+import pyarrow
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+
+from tests.support.pictures import encoded, sent
+from vlmdpo.data import hub, schemas, sources
+from vlmdpo.data.pairs import check, text_of
+from vlmdpo.data.sources import Streamed, Unit, bounds
+from vlmdpo.errors import DataError
+
+COUNT = 10
+PICTURES = [encoded((10 + i, 8)) for i in range(COUNT)]
+
+
+def _row(i, image):
+    return {"image": image, "question": f'q{i}, "said"\nso', "chosen": "a", "rejected": "b"}
+
+
+def _folder(tmp_path):
+    (tmp_path / "p").mkdir()
+    for i, picture in enumerate(PICTURES):
+        (tmp_path / "p" / f"{i}.png").write_bytes(picture)
+    return [_row(i, f"p/{i}.png") for i in range(COUNT)]
+
+
+def _parquet(path, **more):
+    rows = [_row(i, {"bytes": picture, "path": None}) for i, picture in enumerate(PICTURES)]
+    pq.write_table(pyarrow.Table.from_pylist(rows), path, **more)
+
+
+def _saved(path):
+    texts = {name: Value("string") for name in ("question", "chosen", "rejected")}
+    rows = [_row(i, {"bytes": picture, "path": None}) for i, picture in enumerate(PICTURES)]
+    return Dataset.from_list(rows, features=Features({"image": ImageFeature(), **texts}))
+
+
+def _tar(path, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for i, picture in enumerate(PICTURES):
+            row = _row(i, None)
+            held = {
+                f"{i:04d}.jpg": picture,
+                f"{i:04d}.json": json.dumps({"chosen": row["chosen"], "rejected": row["rejected"]}).encode(),
+                f"{i:04d}.question.txt": row["question"].encode(),
+            }
+            for name, data in held.items():
+                member = tarfile.TarInfo(f"shard/{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def _write(kind, tmp_path):
+    rows = _folder(tmp_path)
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        _parquet(path)
+    elif kind == "jsonl":
+        path.write_text("\n".join([*(json.dumps(row) for row in rows), ""]))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "saved":
+        _saved(path).save_to_disk(str(path))
+    elif kind == "dict":
+        DatasetDict({"train": _saved(path), "test": _saved(path).select([0])}).save_to_disk(str(path))
+    elif kind == "folder":
+        path = tmp_path / "p"
+        (path / "metadata.csv").write_text(
+            "file_name,question,chosen,rejected\n" + "".join(f'{i}.png,"q{i}, ""said""\nso",a,b\n' for i in range(COUNT))
+        )
+    else:
+        _tar(path, "w:gz" if kind == "tar.gz" else "w")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv", "tsv", "saved", "dict", "tar", "tar.gz", "folder"])
+def test_every_kind_of_file_gives_the_same_pairs(kind, tmp_path):
+    source = hub.open_source(str(_write(kind, tmp_path)), "train")
+    assert source.count == COUNT
+    first = source.first_row()
+    draft = schemas.detect(source.columns, first, "here").draft
+    assert bounds(source, "train[20%:70%]", None) == (2, 7)
+    for start, stop in ((0, COUNT), (2, 7)):
+        units = list(source.units(start, stop))
+        away = sent(source)  # as another process has it
+        found = [check(draft(row), source.root) for unit in units for row in away.rows(sent(unit))]
+        assert [text_of(pair.prompt[0]) for pair in found] == [f'<image>\nq{i}, "said"\nso' for i in range(start, stop)]
+        assert [pair.images[0] for pair in found] == PICTURES[start:stop]
+
+
+def _numbers(units):
+    return [(unit.number, unit.first, unit.last) for unit in units]
+
+
+def test_units_are_the_same_at_every_call_and_cut_by_rows_or_bytes(monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_ROWS", 4)
+    monkeypatch.setattr(sources, "_UNIT_BYTES", 100)
+    source = Streamed(
+        name="s", fingerprint="f", count=10, root=None, stream=lambda: ({"text": "x" * 9, "n": i} for i in range(10))
+    )
+    assert _numbers(source.units(0, None)) == [(0, 0, 4), (1, 4, 8), (2, 8, 10)]
+    assert _numbers(source.units(3, 9)) == [(0, 3, 7), (1, 7, 9)]
+    heavy = Streamed(name="s", fingerprint="f", count=3, root=None, stream=lambda: ({"b": b"x" * 90} for _ in range(3)))
+    assert _numbers(heavy.units(0, None)) == [(0, 0, 2), (1, 2, 3)]
+    with pytest.raises(DataError, match="holds no row"):
+        Streamed(name="s", fingerprint="f", count=0, root=None, stream=lambda: iter(())).first_row()
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 10])
+@pytest.mark.parametrize("huge", [False, True])
+def test_parquet_units_follow_row_groups_and_stream_huge_ones(group, huge, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_ROWS", 4)
+    monkeypatch.setattr(sources, "_ROW_GROUP_ROWS", 4 if huge else 100)
+    (tmp_path / "d").mkdir()
+    for name in ("a", "b"):
+        _parquet(tmp_path / "d" / f"{name}.parquet", row_group_size=group)
+    source = hub.open_source(str(tmp_path / "d"), "train")
+    for first, last in ((0, 20), (3, 17), (7, 8), (11, 20)):
+        units = list(source.units(first, last))
+        assert [unit.number for unit in units] == list(range(len(units)))
+        assert [unit.first for unit in units] == [first, *(unit.last for unit in units[:-1])]
+        assert units[-1].last == last
+        assert any(unit.records is not None for unit in units) == (huge and group > 4)
+        rows = [row["image"]["bytes"] for unit in units for row in source.rows(unit)]
+        assert rows == (PICTURES * 2)[first:last]
+
+
+def test_files_of_a_folder_are_chosen_by_split(tmp_path):
+    (tmp_path / "d" / "data").mkdir(parents=True)
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        _parquet(tmp_path / "d" / "data" / f"{name}.parquet")
+    assert hub.open_source(str(tmp_path / "d"), "train[:50%]").count == COUNT
+    with pytest.raises(DataError, match=r"no file in .* is named after 'validation'"):
+        hub.open_source(str(tmp_path / "d"), "validation")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("x.jsonl", '{"a": 1}\n{broken\n', "line 2 is no valid JSON"),
+        ("x.jsonl", "[1]\n", "line 1 must be a JSON object"),
+        ("x.json", '[{"a": 1}, 2]', "entry 1 must be a JSON object"),
+        ("x.json", '[{"a": 1}', "is no valid JSON"),
+        ("x.csv", "a,b\n1\n", "line 2 has not as many cells"),
+        ("x.csv", 'a,b\n"1,2\n', "is no valid CSV"),
+        ("x.tar", "no archive", "is no readable tar archive"),
+        ("x.parquet", "no parquet", "is no readable Parquet file"),
+        ("x.txt", "text", "give files of one kind"),
+    ],
+)
+def test_broken_files_are_located(name, text, says, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=says):
+        list(hub.open_source(str(tmp_path / name), "train").units(0, None))
+
+
+def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):
+    _write("parquet", tmp_path)
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert hub.open_source(str(tmp_path), "train").count == COUNT
+    (tmp_path / "more.csv").write_text("a\n1\n")
+    with pytest.raises(DataError, match=r"give files of one kind .* not \.csv, \.parquet"):
+        hub.open_source(str(tmp_path), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no \.parquet"):
+        hub.open_source(str(tmp_path / "empty"), "train")
+
+
+def test_saved_lists_of_pictures_are_read_as_stored_and_leave_nothing_behind(tmp_path):
+    features = Features({"images": List(ImageFeature()), "prompt": Value("string"), "n": Value("int32")})
+    rows = [{"images": [{"bytes": picture, "path": None}] * 2, "prompt": "q", "n": i} for i, picture in enumerate(PICTURES)]
+    Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "s"))
+    before = sorted(path.name for path in (tmp_path / "s").iterdir())
+    source = hub.open_source(str(tmp_path / "s"), "train")
+    found = [row for unit in source.units(0, None) for row in source.rows(unit)]
+    assert [[image["bytes"] for image in row["images"]] for row in found] == [[picture] * 2 for picture in PICTURES]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("split", "says"), [("train[:0]", "is empty"), ("train[", "cannot read"), ("train+test", "cannot read")]
+)
+def test_bad_splits(split, says):
+    source = Streamed(name="s", fingerprint="f", count=10, root=None, stream=lambda: iter(()))
+    with pytest.raises(DataError, match=says):
+        bounds(source, split, None)
+
+
+def test_a_stream_of_unknown_length_takes_a_limit_and_no_slice():
+    source = Streamed(name="s", fingerprint="f", count=None, root=None, stream=lambda: ({"n": i} for i in range(10)))
+    assert bounds(source, "train", None) == (0, None)
+    assert bounds(source, "train", 3) == (0, 3)
+    with pytest.raises(DataError, match="give --limit instead"):
+        bounds(source, "train[:5]", None)
+    assert list(source.units(0, 3)) == [Unit(0, 0, 3, [{"n": 0}, {"n": 1}, {"n": 2}])]
+
+
+def test_the_hub_is_streamed_with_stored_pictures(monkeypatch):
+    """What `load_dataset(streaming=True)` returns, made here: nothing is downloaded in tests."""
+    import datasets
+    import huggingface_hub
+
+    stream = _saved(None).to_iterable_dataset()
+    seen = {}
+
+    def load_dataset(repo, subset, **settings):
+        seen.update(repo=repo, subset=subset, **settings)
+        return stream
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda repo, revision: type("Info", (), {"sha": "abc"}))
+    source = hub.open_source("rlaif-v", "train", subset="part", revision="v1", streaming=True)
+    assert seen == {"repo": "openbmb/RLAIF-V-Dataset", "subset": "part", "split": "train", "revision": "v1", "streaming": True}
+    assert source.fingerprint == "openbmb/RLAIF-V-Dataset@abc/part/train"
+    rows = [row for unit in source.units(2, 5) for row in source.rows(unit)]
+    assert [row["image"]["bytes"] for row in rows] == PICTURES[2:5]

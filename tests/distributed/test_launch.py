@@ -1,0 +1,286 @@
+"""Several processes: the same results as one, whatever the arrangement, and no hang. All with real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import vlmdpo as package
+from tests.conftest import unfolded
+from tests.support.pictures import noise
+from tests.support.ranks import FSDP2, PATIENCE_S, run_groups
+from vlmdpo.config import InferConfig, TrainConfig
+from vlmdpo.distributed import launch
+from vlmdpo.errors import ConfigError, MissingDependencyError
+
+ROOT = Path(package.__file__).parent.parent
+_ONE_CURVE = ["--logging-steps", "1", "--lora-dropout", "0", "--device", "cpu", "--save-steps", "100", "--sample-every", "0"]
+
+
+def spec(name, processes, batch, accumulation, *more, data="data", env=None, again=False):
+    """A training run of 8 pairs a step, on CPU; `again` without what came after its first checkpoint."""
+    arguments = ["train", "--dataset", data, "--output-dir", name, "--per-device-train-batch-size", str(batch)]
+    arguments += ["--gradient-accumulation-steps", str(accumulation), *_ONE_CURVE, *more]
+    lost = ["adapter_model.safetensors", "train_report.json", "checkpoint-6"] if again else []
+    return {
+        "name": name,
+        "processes": processes,
+        "arguments": arguments,
+        "env": env or {},
+        "lost": [f"{name}/{x}" for x in lost],
+    }
+
+
+def curve(name):
+    lines = [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"], line["rewards/margins"]) for line in lines]
+
+
+def report(name):
+    return json.loads((Path(name) / "train_report.json").read_text())
+
+
+@pytest.fixture
+def data(vlmdpo):
+    code, _, err = vlmdpo("prepare", "--limit", "48", "--output-dir", "data")
+    assert code == 0, err
+
+
+def test_every_arrangement_of_processes_learns_the_same(data):
+    grouped = ["--group-by-length", "--num-train-epochs", "2"]
+    run_groups(
+        [
+            spec("one", 1, 8, 1),
+            spec("two", 2, 4, 1, "--gradient-checkpointing", "--checkpointing", "2", "--sample-every", "3"),
+            spec("four", 4, 2, 1),
+            spec("accumulated", 1, 2, 4),
+            spec("both", 2, 2, 2),
+            spec("sharded", 2, 4, 1, "--save-steps", "4", "--sample-every", "3", "--resume", env=FSDP2),
+            spec("sharded", 2, 4, 1, "--save-steps", "4", "--sample-every", "3", "--resume", env=FSDP2, again=True),
+            spec("grouped-one", 1, 8, 1, *grouped),
+            spec("grouped-two", 2, 4, 1, *grouped),
+            spec("full-one", 1, 8, 1, "--no-lora"),
+            spec("full-sharded", 2, 4, 1, "--no-lora", env=FSDP2),
+        ]
+    )
+    for here, there in zip(curve("full-sharded"), curve("full-one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-3, abs=1e-5)
+    assert len(curve("one")) == 6
+    for name in ("two", "four", "accumulated", "both", "sharded"):
+        for here, there in zip(curve(name), curve("one"), strict=True):
+            assert here == pytest.approx(there, rel=2e-4, abs=2e-6), name
+    for here, there in zip(curve("grouped-two"), curve("grouped-one"), strict=True):
+        assert here == pytest.approx(there, rel=2e-3, abs=2e-5)
+    assert curve("grouped-one") != curve("one")
+    assert report("two")["checkpointed_layers"] == 2
+    assert Path("two/samples.jsonl").read_text().count("\n") == 3 * 4, "one process asks, before, between and after"
+    assert Path("sharded/samples.jsonl").read_text() == Path("two/samples.jsonl").read_text(), "all ask, and one keeps"
+    assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == ["single", "ddp", "fsdp2"]
+    assert {report(name)["engine"] for name in ("one", "two", "four", "sharded")} == {"shared"}
+    saved, whole = (load_file(f"{name}/adapter_model.safetensors") for name in ("sharded", "two"))
+    assert saved.keys() == whole.keys()
+    assert all(saved[name].shape == whole[name].shape for name in whole)
+    [cache] = Path("data/reference-logprobs").glob("*.arrow")
+    assert pa.ipc.open_file(cache).read_all()["row"].to_pylist() == list(range(48))
+
+
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_batches_without_pictures_do_not_hang_the_others(engine, vlmdpo):
+    Path("mixed").mkdir()
+    for i in range(4):
+        Path(f"mixed/{i}.png").write_bytes(noise((64, 64), seed=i, kind="PNG"))
+    rows = [
+        {"question": f"q{i}", "chosen": f"A red one {i}.", "rejected": f"Blue {i}.", "images": [f"{i % 4}.png"] * (i % 3 == 0)}
+        for i in range(16)
+    ]
+    Path("mixed/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert vlmdpo("prepare", "--dataset", "mixed/rows.jsonl", "--output-dir", "prepared")[0] == 0
+    own = {"data": "prepared"}
+    specs = [spec("one", 1, 2, 1, "--engine", engine, **own), spec("ddp", 2, 1, 1, "--engine", engine, **own)]
+    if engine == "shared":
+        specs.append(spec("sharded", 2, 1, 1, env=FSDP2, **own))
+    run_groups(specs)
+    for name in [one["name"] for one in specs[1:]]:
+        for here, there in zip(curve(name), curve("one"), strict=True):
+            assert here == pytest.approx(there, rel=1e-3, abs=1e-5), name
+
+
+def test_sharded_settings_that_cannot_be_are_refused(data, monkeypatch, vlmdpo):
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    for arguments, says in (
+        (["--auto-batch-size"], "--auto-batch-size needs whole weights"),
+        (["--gradient-checkpointing", "--checkpointing", "auto"], "--checkpointing auto measures the model"),
+        (["--loss-type", "mdpo"], "not tried with sharded weights"),
+    ):
+        code, _, err = vlmdpo("train", "--dataset", "data", "--output-dir", "no", *arguments)
+        assert code == 2
+        assert says in err.splitlines()[-1]
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    code, _, err = vlmdpo("train", "--dataset", "data", "--output-dir", "no")
+    assert code == 2
+    assert "fsdp_version: 2" in err
+    assert not Path("no").exists()
+
+
+def _launched(*arguments, **more):
+    command = [sys.executable, "-m", "vlmdpo", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_a_first_machine_that_is_gone_before_the_others_is_no_matter():
+    """The store of torch's launcher goes with it; real agent, real store, in a process of their own."""
+    gone = """
+        from datetime import timedelta
+        from types import SimpleNamespace
+        from torch.distributed import TCPStore
+        from vlmdpo import launch
+        launch._hush("torch.distributed", "accelerate")
+        from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+        first = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+        second = TCPStore("127.0.0.1", first.port, is_master=False, timeout=timedelta(seconds=5))
+        del first
+        agent = SimpleNamespace(_store=second, _exit_barrier_timeout=5, _in_exit_barrier=False)
+        agent._worker_group = SimpleNamespace(state="SUCCEEDED", group_world_size=2)
+        SimpleElasticAgent._exit_barrier(agent)
+        print("ended")
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(gone)], capture_output=True, text=True, env=env, timeout=PATIENCE_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
+def test_the_launcher_on_two_machines_gives_one_report(data):
+    many = ["--num-processes", 2, "--num-machines", 2, "--main-process-ip", "127.0.0.1", "--main-process-port"]
+    many += [launch._free_port(), "--strategy", "fsdp2", "--per-device-train-batch-size", 4, "--max-steps", 2]
+    many += ["--gradient-accumulation-steps", 1, "--dataset", "data", "--output-dir", "out", *_ONE_CURVE]
+    machines = [_launched("train", *many, "--gradient-checkpointing", "--machine-rank", rank) for rank in range(2)]
+    said = [machine.communicate(timeout=PATIENCE_S) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "Trained tiny on data" in said[0][0]
+    assert said[1][0] == ""  # the same table, said once
+    made = report("out")
+    assert (made["steps"], made["num_processes"], made["strategy"]) == (2, 2, "fsdp2")
+    assert "Traceback" not in said[0][1] + said[1][1]
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert recipe["strategy"] == "fsdp2"
+    assert "machine_rank" not in recipe
+
+
+def _training(name, process):
+    """Wait until steps are logged; returns the processes that train, not their parent."""
+    metrics = Path(name) / "metrics.jsonl"
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 2:
+            return psutil.Process(process.pid).children()
+        time.sleep(0.1)
+    pytest.fail(f"no step was done: {process.communicate()}")
+
+
+def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
+    settings = ["--dataset", "data", "--output-dir", "out", "--num-processes", 2, "--per-device-train-batch-size", 2]
+    settings += ["--gradient-accumulation-steps", 2, "--num-train-epochs", 500, "--device", "cpu", "--logging-steps", 1]
+    run = _launched("train", *settings)
+    victims = _training("out", run)
+    assert len(victims) == 2
+    victims[1].kill()
+    _, err = run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == 7
+    assert "was killed (SIGKILL, as one is that runs out of memory); the others were stopped" in unfolded(err).splitlines()[-1]
+    assert not psutil.wait_procs(victims, timeout=PATIENCE_S)[1]
+
+    shutil.rmtree("out")
+    run = _launched("train", *settings)
+    victims = _training("out", run)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == 75, err
+    assert "go on with: vlmdpo train --config out/recipe.yaml --resume" in unfolded(err).splitlines()[-1]
+    assert "Traceback" not in err
+    assert not psutil.wait_procs(victims, timeout=PATIENCE_S)[1]
+    [saved] = Path("out").glob("checkpoint-*")
+    steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert saved.name == f"checkpoint-{steps[-1]}"
+
+
+def test_infer_writes_the_file_of_one_process():
+    Path("pictures").mkdir()
+    for i in range(6):
+        Path(f"pictures/{i}.png").write_bytes(noise((64, 64), seed=i, kind="PNG"))
+    lines = [{"id": i, "image": f"{i}.png", "question": f"What is in picture {i}?"} for i in range(6)]
+    Path("pictures/questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ask = ["infer", "--input", "pictures/questions.jsonl", "--batch-size", "2", "--max-new-tokens", "6", "--device", "cpu"]
+    Path("two.jsonl").write_text("")
+    Path(".two.jsonl.part-1").write_text('{"id": 4, "image": "4.png", "question": "?", "answer": "kept", ')  # cut by a kill
+    run_groups(
+        [
+            {"name": "one", "processes": 1, "arguments": [*ask, "--output", "one.jsonl"]},
+            {"name": "two", "processes": 2, "arguments": [*ask, "--output", "two.jsonl"]},
+        ]
+    )
+    assert Path("one.jsonl").read_text() == Path("two.jsonl").read_text()
+    assert len(Path("one.jsonl").read_text().splitlines()) == 6
+    assert not list(Path(".").glob(".two*"))
+
+
+def test_what_cannot_be_launched_is_said(monkeypatch):
+    with pytest.raises(ConfigError, match="--num-machines needs --main-process-ip"):
+        TrainConfig(num_processes=2, num_machines=2)
+    with pytest.raises(ConfigError, match="do not share them"):
+        TrainConfig(num_processes=3, num_machines=2, main_process_ip="10.0.0.1")
+    with pytest.raises(ConfigError, match="give --num-processes too"):
+        TrainConfig(strategy="fsdp2")
+    with pytest.raises(ConfigError, match="give --input and --output"):
+        InferConfig(num_processes=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vlmdpo\[deepspeed\]'"):
+        launch.run("train", TrainConfig(num_processes=2, strategy="zero3", device="cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="the launcher has started 4"):
+        launch.wanted(TrainConfig(num_processes=2))
+    assert not launch.wanted(TrainConfig(num_processes=4))
+    monkeypatch.delenv("WORLD_SIZE")
+    assert launch.wanted(TrainConfig(num_processes=4))
+    assert not launch.wanted(TrainConfig(num_processes=4, dry_run=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_shipped_configurations_are_what_the_launcher_makes(strategy):
+    shipped = yaml.safe_load((ROOT / "examples" / "accelerate" / f"{strategy}.yaml").read_text())
+    made = launch.accelerate_config(TrainConfig(num_processes=8, strategy=strategy))
+    for name in ("main_process_ip", "main_process_port", "machine_rank"):
+        del made[name]
+    if strategy.startswith("zero"):
+        assert shipped["deepspeed_config"].pop("gradient_accumulation_steps") == "auto"
+        assert made["deepspeed_config"].pop("gradient_accumulation_steps") == TrainConfig().gradient_accumulation_steps
+    assert shipped == made
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_learns_the_same(strategy, data):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    run_groups([spec("one", 1, 8, 1, "--max-steps", "3")])
+    shared = spec(strategy, 2, 4, 1, "--max-steps", "3", "--num-processes", "2", "--strategy", strategy)["arguments"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmdpo", *shared],
+        **{"capture_output": True, "text": True, "timeout": PATIENCE_S},
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert report(strategy)["strategy"] == strategy
+    for here, there in zip(curve(strategy), curve("one"), strict=True):
+        assert here == pytest.approx(there, rel=2e-4, abs=2e-6)

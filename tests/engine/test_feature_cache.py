@@ -1,0 +1,118 @@
+"""Frozen vision parts: once a batch, without gradient, and from disk where asked; the loss stays the same."""
+
+import json
+
+import pytest
+import torch
+
+from tests.support.engines import assert_same, pairs, step, trainer
+from vlmdpo.engine.feature_cache import FeatureCache
+from vlmdpo.tiny import random_models
+
+LANGUAGE = r".*(language_model|text_model).*(q_proj|v_proj|out_proj|down_proj)"
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [
+        (f, e)
+        for f in sorted(random_models.FAMILIES)
+        for e in ("shared", "rows")
+        if f not in random_models.RECURRENT or e == "rows"
+    ],
+)
+def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
+    images = (1,) if family.startswith("paligemma") else (2, 0, 1)
+    rows = pairs(3, images=images)
+    cache = FeatureCache(tmp_path, "k")
+    made = trainer(family, engine, rows, tmp_path, lora=LANGUAGE)
+    expected = step(made)
+    made.features = cache
+    made.use_engine(engine)
+    first = step(made)
+    assert cache.known() == sum(images[i % len(images)] > 0 for i in range(3))
+    made.use_engine(engine)
+    made._shared[0]._features = None  # the tower cannot be asked any more
+    again = step(made, rows=[2, 0, 1])
+    turned = step(trainer(family, engine, rows, tmp_path, lora=LANGUAGE), rows=[2, 0, 1])
+    for found, wanted in ((first, expected), (again, turned)):
+        found[1].pop("num_tokens"), wanted[1].pop("num_tokens")
+        assert_same(wanted, found)
+
+
+def test_a_damaged_file_is_reported_and_made_anew(tmp_path, capfd):
+    rows = pairs(2)
+    cache = FeatureCache(tmp_path, "k")
+    made = trainer("llava", "shared", rows, tmp_path, lora=LANGUAGE)
+    made.features = cache
+    made.use_engine("shared")
+    loss = step(made)[0]
+    file = next(cache.path.rglob("1.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40])
+    assert step(made)[0] == loss
+    assert "is not used and will be made anew" in " ".join(capfd.readouterr().err.split())
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("family", ["idefics2", "llava", "gemma3"])
+def test_with_a_trained_connector_the_frozen_tower_still_runs_once(family, tmp_path):
+    rows = pairs(2)
+    names = r".*(connector|projector|language_model|text_model).*(gate_proj|down_proj|linear_1|q_proj|v_proj)"
+    more = {"lora": names, "gradient_checkpointing": True}
+    expected = step(trainer(family, "stock", rows, tmp_path, **more))
+    made = trainer(family, "shared", rows, tmp_path, **more)
+    made.model.gradient_checkpointing_enable({"use_reentrant": False})
+    tower = made.model.get_base_model().model.get_encoder("image")
+    runs = []
+    patches = next(module for module in tower.modules() if isinstance(module, torch.nn.Conv2d))
+    patches.register_forward_hook(lambda module, inputs, output: runs.append(module))
+    assert_same(expected, step(made))
+    assert len(runs) == 1
+
+
+def test_no_gradient_goes_back_to_the_pixels(tmp_path):
+    rows = pairs(2)
+    names = r".*(merger.mlp.0|language_model.*q_proj)"
+    asked = {}
+    for engine in ("stock", "shared"):
+        made = trainer("qwen2_5_vl", engine, rows, tmp_path, gradient_checkpointing=True, lora=names, max_steps=2)
+        blocks = made.model.get_base_model().model.visual.blocks
+        seen = asked[engine] = []
+        blocks[-1].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.requires_grad))
+        made.train()
+    assert any(asked["stock"]), "the hooks that stock has are what this is about"
+    assert asked["shared"]
+    assert not any(asked["shared"])
+
+
+def test_the_command_states_the_size_and_reuses_the_features(tmp_path, vlmdpo):
+    from vlmdpo.commands import prepare
+    from vlmdpo.config import PrepareConfig
+
+    prepare.run(PrepareConfig(limit=16, output_dir=tmp_path / "few"))
+    settings = ["--dataset", "few", "--lora-scope", "language", "--feature-cache", "--num-train-epochs", "1", "--json"]
+    losses = []
+    for run, said in (("a", "0 of 16 rows found; the others will take about"), ("b", "16 of 16 rows found")):
+        code, out, err = vlmdpo("train", *settings, "--output-dir", run)
+        assert code == 0, err
+        assert said in " ".join(err.split())
+        losses.append(json.loads(out)["loss"])
+    assert losses[0] == losses[1]
+    code, _, err = vlmdpo("train", "--dataset", "few", "--feature-cache", "--output-dir", "c")
+    assert code == 2
+    assert "--lora-scope language" in err
+
+
+def test_a_full_disk_is_said_before_training(tmp_path, vlmdpo, monkeypatch):
+    import shutil
+
+    from vlmdpo.commands import prepare
+    from vlmdpo.config import PrepareConfig
+
+    prepare.run(PrepareConfig(limit=8, output_dir=tmp_path / "few"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, err = vlmdpo("train", "--dataset", "few", "--lora-scope", "language", "--feature-cache", "--output-dir", "c")
+    assert code == 3
+    assert "free at 'few'" in " ".join(err.split())

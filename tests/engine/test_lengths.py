@@ -1,0 +1,94 @@
+"""Token counts: for every family what the collator makes, though pictures are seldom processed for it."""
+
+import dataclasses
+import io
+
+import pytest
+from PIL import Image
+
+from tests.support.pictures import encoded
+from vlmdpo.data.images import Picture
+from vlmdpo.data.pairs import BadRow, PreferencePair, message
+from vlmdpo.engine import lengths
+from vlmdpo.engine.collate import PairCollator
+from vlmdpo.models import families as known
+from vlmdpo.models.families import own_chat_template
+from vlmdpo.tiny import random_models
+
+SIZES = [(40, 30), (31, 64), (64, 64), (90, 20), (20, 70), (33, 33), (57, 41), (80, 25)]
+
+
+def _processor(family):
+    processor = random_models.make(family)[1]
+    processor.chat_template = processor.chat_template or own_chat_template(processor)
+    return processor
+
+
+def _pair(*sizes, question="What is it?"):
+    pictures = [Picture(encoded(size), size) for size in sizes]
+    data = tuple(picture.data for picture in pictures)
+    return PreferencePair(
+        data, (message("user", question, len(sizes)),), message("assistant", "good"), message("assistant", "b")
+    ), pictures
+
+
+def _made(processor, pair):
+    row = {"images": [Image.open(io.BytesIO(data)) for data in pair.images], "prompt": list(pair.prompt)}
+    batch = PairCollator(processor)([{**row, "chosen": [pair.chosen], "rejected": [pair.rejected]}])
+    return tuple(batch["pairs"][0])
+
+
+@pytest.mark.parametrize("family", list(random_models.FAMILIES))
+def test_counts_are_what_the_collator_makes(family):
+    counter = lengths.Counter(_processor(family))
+    for sizes in [(size,) for size in SIZES]:
+        pair, pictures = _pair(*sizes)
+        counted = counter.count(pair, pictures)
+        assert (counted.prompt, counted.chosen, counted.rejected) == _made(counter.processor, pair), sizes
+        assert counted.images > 0
+    counter.collator.prompts = lambda *_: pytest.fail("a picture was processed")
+    for side in range(20, 120, 7):
+        pair, pictures = _pair((side, 50))
+        assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0]
+
+
+@pytest.mark.parametrize("family", ["idefics2", "idefics3", "llava", "llava_next", "gemma3", "qwen2_5_vl"])
+def test_places_of_pictures_are_told_apart(family):
+    """Neighbours share a mark in Idefics2, and a word behind a picture gets a space: the same sizes, other counts."""
+    counter = lengths.Counter(_processor(family))
+    place = message("user", "", 1)["content"][0]
+    texts = [{"type": "text", "text": text} for text in ("One?", " two?", "\n")]
+    orders = [
+        [place, place, *texts],
+        [place, texts[0], place, texts[1]],
+        [texts[0], place, texts[2], place],
+        [*texts, place, place],
+    ]
+    for sizes in ((SIZES[0], SIZES[3]), (SIZES[1], SIZES[2])):
+        plain, pictures = _pair(*sizes)
+        for order in orders:
+            pair = dataclasses.replace(plain, prompt=({"role": "user", "content": order},))
+            assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0], order
+
+
+def test_a_processor_that_tells_wrong_sizes_is_not_believed(monkeypatch):
+    monkeypatch.setattr(lengths, "image_tokens", lambda processor, sizes: 7)
+    counter = lengths.Counter(_processor("qwen2_vl"))
+    for size in SIZES:
+        pair, pictures = _pair(size)
+        assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0]
+    assert not counter._trusted
+
+
+def test_a_row_without_pictures_and_one_that_the_processor_refuses():
+    counter = lengths.Counter(_processor("qwen2_vl"))
+    pair, _ = _pair()
+    assert counter.count(pair, []).images == 0
+    pair, pictures = _pair((1000, 2))  # Qwen takes no side 200 times the other
+    with pytest.raises(BadRow) as caught:
+        counter.count(pair, pictures)
+    assert caught.value.reason == "processor_refuses"
+    pair, pictures = _pair((30, 30), question=f"holds {known.reserved_tokens(counter.processor)[0]}")
+    with pytest.raises(BadRow) as caught:
+        counter.count(pair, pictures)
+    assert caught.value.reason == "placeholder_miscount"

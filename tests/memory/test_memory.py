@@ -1,0 +1,238 @@
+"""Memory foreseen: exact counts of every known model, steps simulated and measured, and what fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmdpo.config import TrainConfig
+from vlmdpo.errors import ConfigError
+from vlmdpo.memory import architecture as arch
+from vlmdpo.memory import fast
+from vlmdpo.memory.fake_tensors import Shadow
+from vlmdpo.memory.fit import Line, largest_batch, verdict
+from vlmdpo.memory.gpus import capacity_bytes
+from vlmdpo.memory.measure import Ledger
+from vlmdpo.memory.terms import Shards, allocated
+from vlmdpo.models import registry
+from vlmdpo.training.simulate import Workload, foresee, rows_of, simulate
+
+BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "memory.py"
+PUBLIC = [entry for entry in registry.ENTRIES.values() if entry.alias != "tiny"]
+
+
+@pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry.alias)
+def test_every_number_of_the_registry_is_the_architectures(entry):
+    model = arch.on_meta(arch.public_config(entry.alias))
+    assert arch.counts(model) == dict(entry.by_part)
+    assert sum(p.numel() for p in model.parameters()) == entry.parameters
+    assert arch.adapter_size(model, 8, "all") == 8 * entry.lora_per_rank
+    stand_in = arch.architecture(entry.alias)
+    assert arch.counts(arch.on_meta(stand_in.config)) == dict(entry.by_part), "the stand-in is as large"
+
+
+def test_an_adapter_is_as_large_as_peft_makes_it():
+    config = arch.public_config("smolvlm-256m")
+    wrapped = arch.on_meta(config, lora_r=16)
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert trained == arch.adapter_size(arch.on_meta(config), 16, "all") == 16 * registry.entry("smolvlm-256m").lora_per_rank
+
+
+def test_the_embedded_model_is_counted_from_its_files():
+    entry = registry.entry("tiny")
+    assert arch.counts(arch.on_meta(arch.architecture("tiny").config)) == dict(entry.by_part)
+
+
+def test_a_simulated_step_is_a_measured_one():
+    settings = ["llava, shared, LoRA, batch 2 × 1", "gemma3", "smolvlm, shared, full", "bf16 autocast"]
+    command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(done.stdout)["cases"]
+    assert all(any(setting in case["name"] for case in cases) for setting in settings)
+    for case in cases:
+        assert abs(case["agreement"]) < 0.005, case
+        assert case["predicted_bytes"] > 1e7
+
+
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_shallow_copies_give_the_whole_models_peak(engine):
+    shape = arch.architecture("smolvlm-256m")
+    config = TrainConfig(engine=engine, per_device_train_batch_size=1, bf16=True)
+    rows = rows_of(shape.processor, Workload((256, 192), 1, 30, 60, 40), 1)
+    quick = foresee(shape, config, rows, dtype=torch.bfloat16)
+    whole = simulate(shape, config, rows, dtype=torch.bfloat16)
+    assert quick.static == whole.static
+    assert quick.peak == pytest.approx(whole.peak, rel=1e-4)
+    assert whole.peak > 1.1 * whole.static
+
+
+def test_a_ledger_counts_what_lives_and_forgets_what_is_gone():
+    ledger = Ledger()
+    with Shadow(ledger=ledger):
+        first = torch.zeros(1000, 1000)
+        view = first[10:]
+        second = first + 1
+        assert ledger.now == 2 * 4_000_000
+        del second
+        assert (ledger.now, ledger.peak) == (4_000_000, 8_000_000)
+        ledger.start()
+        ids = torch.arange(5)
+        assert ids.tolist() == [0, 1, 2, 3, 4], "integers are real"
+        assert first[ids].shape == (5, 1000)
+        assert first[torch.tensor([True, False] * 500)].shape == (500, 1000)
+        del first
+        assert ledger.now >= 4_000_000, "a view keeps its storage"
+        del view
+    assert ledger.now < 100
+
+
+def test_what_is_allocated_by_hand():
+    lines = {c.name: c.bytes for c in allocated(1000, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch")}
+    assert lines == {"Model to train": 2000, "Adapter": 40, "Reference model": 0, "Gradients": 40, "Optimizer states": 80}
+    lines = {c.name: c.bytes for c in allocated(1000, 0, "float32", lora=False, cached=False, optim="adamw_torch")}
+    assert lines == {"Model to train": 4000, "Reference model": 4000, "Gradients": 4000, "Optimizer states": 8000}
+    eight = allocated(1000, 0, "bfloat16", lora=False, cached=True, optim="adamw_8bit", shards=Shards.of("fsdp2", 4))
+    assert {c.name: c.bytes for c in eight} == {
+        **{"Model to train": 500, "Reference model": 0, "Gradients": 500, "Optimizer states": 500}
+    }
+    assert not any(c.validated for c in eight)
+    assert Shards.of("zero2", 8) == Shards(1, 8, 8)
+    four = allocated(64 * 1024, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch", nf4_weights=64 * 1024)
+    assert four[0].name == "Model to train, in nf4"
+    assert four[0].bytes == 64 * 1024 // 2 + 1024 + 1024 * 4 // 256
+
+
+def test_verdicts_and_the_largest_batch():
+    assert verdict(90, 100).word == "fits"
+    assert verdict(97, 100).word == "tight"
+    assert (verdict(110, 100).word, verdict(110, 100).free_bytes) == ("does not fit", -10)
+    line = Line(1, 2, {"forward": 12.0, "backward": 10.0}, {"forward": 13.0, "backward": 14.0})
+    assert [line.peak(batch) for batch in (1, 2, 4)] == [12.0, 14.0, 22.0]
+    assert largest_batch(line, 0, 30, 64) == 4  # 8 would need 38
+    assert largest_batch(line, 0, 24, 6) == 3, "a divisor of the effective batch"
+    assert largest_batch(line, 0, 12, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("rtx-4090", 24 * 2**30), ("A100_80GB", 80 * 2**30)]
+)
+def test_gpus_and_amounts(gpu, expected):
+    assert capacity_bytes(gpu) == expected
+
+
+def test_an_unknown_gpu_names_a_near_one():
+    with pytest.raises(ConfigError, match="Did you mean 'rtx-4090'"):
+        capacity_bytes("rtx-4091")
+
+
+def estimate(vlmdpo, *arguments, code=0):
+    got, out, err = vlmdpo("estimate-memory", "--json", *arguments)
+    assert got == code, err
+    return json.loads(out) if code == 0 else " ".join(err.split())
+
+
+SMALL = ["--model", "smolvlm-256m", "--dtype", "bfloat16", "--lora", "--answer-tokens", "40", "--image-size", "256x192"]
+
+
+def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
+    report = estimate(vlmdpo, *SMALL, "--gpu", "4GiB", "--plot", tmp_path / "bars.png", "--gradient-accumulation-steps", "4")
+    assert report["verdict"] == "fits"
+    assert report["peak_bytes"] == max(report["phases"].values()) > report["allocated"]["total_bytes"]
+    plan = report["plan"]
+    assert plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"] == 8
+    assert plan["peak_bytes"] < 4 * 2**30
+    assert "CUDA context and workspaces" in report["unvalidated"]
+    with Image.open(tmp_path / "bars.png") as picture:
+        assert picture.width > 800
+    larger = estimate(vlmdpo, *SMALL, "--per-device-train-batch-size", str(plan["per_device_train_batch_size"]))
+    assert larger["peak_bytes"] == pytest.approx(plan["peak_bytes"], rel=1e-6), "the plan's peak is that batch's own"
+
+
+def test_screen_shows_the_command_to_run(vlmdpo):
+    code, out, err = vlmdpo("estimate-memory", "--lora", "--gpu", "rtx-4090", "--gradient-accumulation-steps", "2")
+    assert code == 0, err
+    out = " ".join(out.split())
+    assert "rtx-4090: fits; needs" in out
+    assert "vlmdpo train --model tiny --dtype float32 --per-device-train-batch-size 4 --gradient-accumulation-steps 1" in out
+    assert "* not validated: CUDA context and workspaces, fragmentation" in out
+
+
+def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
+    from vlmdpo.commands import prepare
+    from vlmdpo.config import PrepareConfig
+
+    prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
+    report = estimate(vlmdpo, "--dataset", tmp_path / "few", "--lora")
+    assert report["image"] == [72, 72]
+    assert 1e7 < report["peak_bytes"] < 1e9
+    longest = prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))["lengths"]
+    fast = estimate(vlmdpo, "--model", "smolvlm-256m", "--lora", "--fast", "--dataset", tmp_path / "few")["settings"]
+    assert fast["prompt_tokens"] == longest["prompt_tokens"]["max"] - 18
+    assert fast["answer_tokens"] == max(longest[f"{side}_tokens"]["max"] for side in ("chosen", "rejected"))
+
+
+def test_sharding_and_four_bits_are_marked(vlmdpo):
+    plain = estimate(vlmdpo, "--lora")
+    sharded = estimate(vlmdpo, "--lora", "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4")
+    assert sharded["peak_bytes"] < plain["peak_bytes"]
+    assert {"nf4 weights", "sharding over GPUs"} <= set(sharded["unvalidated"])
+    assert not any(c["validated"] for c in sharded["allocated"]["components"] if c["bytes"])
+
+
+@pytest.mark.parametrize("alias", ["idefics2-8b", "llava-1.5-7b", "qwen3-vl-4b", "gemma-3-4b"])
+def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
+    shape = arch.architecture(alias)
+    from vlmdpo.engine.generate import prompt_of
+    from vlmdpo.models.families import default_image_side
+
+    side = default_image_side(shape.processor)
+    assert fast.default_side(alias) == side
+    image = Image.new("RGB", (side, side * 3 // 4))
+    inputs = shape.processor(text=[prompt_of(shape.processor, "a")], images=[[image]], add_special_tokens=False)
+    count = sum(token == shape.config.image_token_id for token in inputs["input_ids"][0])
+    assert fast.image_tokens(alias, image.size)[0] == pytest.approx(count, abs=0.02 * count)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--gpu", "voodoo-2"], 2, "is no GPU known here"),
+        (["--image-size", "big"], 2, "as in 490 or 640x480"),
+        (["--quantization", "nf4"], 2, "needs --lora"),
+        (["--fast", "--dataset", "x"], 3, "'x' is no folder that vlmdpo prepare wrote"),
+        (["--fast", "--image-splitting"], 2, "--fast knows no --image-splitting"),
+        (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
+        (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
+        (["--dataset", "absent"], 3, "absent"),
+    ],
+)
+def test_mistakes(arguments, code, says, vlmdpo):
+    assert says in estimate(vlmdpo, *arguments, code=code)
+
+
+def test_a_folder_with_a_configuration_is_enough_to_count(tmp_path, vlmdpo):
+    import shutil
+
+    from vlmdpo.models.load import source_of
+
+    shutil.copy(Path(source_of("tiny")) / "config.json", tmp_path)
+    model = arch.on_meta(arch.config_of(str(tmp_path)))
+    assert sum(arch.counts(model).values()) == registry.entry("tiny").parameters
+    code, _, err = vlmdpo("estimate-memory", "--model", tmp_path)
+    assert code == 4, "a step needs the processor too"
+    assert "error: --model" in err
+
+
+def test_what_to_switch_on_first_is_a_command(vlmdpo):
+    small = ["--model", "smolvlm-256m", "--image-size", "64", "--answer-tokens", "8", "--gpu", "2GiB"]
+    code, out, err = vlmdpo("estimate-memory", *small)
+    assert code == 0, err
+    out = " ".join(out.split())
+    assert "2GiB: does not fit" in out
+    assert "Switch on first: --dtype bfloat16 --lora, as in: vlmdpo train --model smolvlm-256m" in out
+    assert "--per-device-train-batch-size 1 --gradient-accumulation-steps 64" in out

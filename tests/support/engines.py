@@ -1,0 +1,99 @@
+"""Shared by the engine's tests: small random pairs and one step of each engine on them, on tiny models."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+from trl import DPOConfig
+
+from vlmdpo.data.pairs import message
+from vlmdpo.data.store import pair_features
+from vlmdpo.models.families import own_chat_template
+from vlmdpo.tiny import random_models
+from vlmdpo.training.trainer import PairTrainer
+
+
+def pairs(count, *, images=(1,), seed=0, answer=14):
+    """`count` rows of random pixels and letters; row i has images[i % len(images)] pictures. Lengths differ."""
+    rng = np.random.default_rng(seed)
+
+    def text(longest):
+        return "".join(rng.choice(list("abcdefgh "), size=int(rng.integers(3, longest)))).strip() or "a"
+
+    def picture():
+        size = tuple(int(side) for side in rng.integers(20, 50, 2))
+        return Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+
+    rows = [
+        {
+            "images": [picture() for _ in range(images[i % len(images)])],
+            "prompt": [message("user", "q" + text(12), images[i % len(images)])],
+            "chosen": [message("assistant", "c" + text(answer))],
+            "rejected": [message("assistant", "r" + text(answer))],
+        }
+        for i in range(count)
+    ]
+    return Dataset.from_list(rows, features=pair_features()).add_column("row", range(count))
+
+
+def trainer(
+    family, engine, rows, folder, *, lora="all-linear", bf16=False, references=None, build=None, conditional=0, **settings
+):
+    """A PairTrainer on a tiny model of `family`, its adapter moved off zero so that policy and reference differ."""
+    model, processor = random_models.make(family, **(build or {}))
+    processor.chat_template = processor.chat_template or own_chat_template(processor)
+    if bf16:
+        model.to(torch.bfloat16)
+    settings = {"per_device_train_batch_size": len(rows), "gradient_checkpointing": False, "beta": 0.5, **settings}
+    args = DPOConfig(output_dir=str(folder), max_length=None, report_to="none", use_cpu=True, bf16=False, **settings)
+    config = LoraConfig(r=4, target_modules=lora) if lora else None
+    made = PairTrainer(
+        engine=engine,
+        model=model,
+        processing_class=processor,
+        args=args,
+        train_dataset=rows,
+        peft_config=config,
+        references=references,
+        conditional=conditional,
+    )
+    torch.manual_seed(1)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    made.model.train()
+    return made
+
+
+def step(made, rows=None, batch=None):
+    """(loss, TRL's metrics, gradients by name) of one batch."""
+    examples = [made.train_dataset[i] for i in (rows if rows is not None else range(len(made.train_dataset)))]
+    made.model.zero_grad()
+    loss = made.compute_loss(made.model, batch if batch is not None else made.data_collator(examples))
+    loss.backward()
+    metrics = {name: values[-1] for name, values in made._metrics["train"].items()}
+    gradients = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+    return loss.item(), metrics, gradients
+
+
+def assert_same(expected, found, tolerance=1e-5):
+    """Loss, every metric and every gradient agree to `tolerance`, relative to what each is made of.
+
+    Metrics that are small differences of log-probs are held against the log-probs' size, gradients against the
+    largest one of their kind: what float32 can resolve.
+    """
+    loss, metrics, gradients = expected
+    assert found[0] == pytest.approx(loss, rel=tolerance)
+    assert found[1].keys() == metrics.keys()
+    scale = max(1.0, abs(metrics["logps/chosen"]), abs(metrics["logps/rejected"]))
+    for name, value in metrics.items():
+        size = scale if name.startswith(("rewards/", "logps/")) else max(abs(value), 1e-3)
+        assert abs(found[1][name] - value) <= tolerance * size, (name, found[1][name], value)
+    assert found[2].keys() >= {name for name, g in gradients.items() if g.abs().max() > 1e-9}
+    largest = max(g.norm() for g in gradients.values())
+    for name, gradient in gradients.items():
+        other = found[2].get(name, torch.zeros_like(gradient))
+        apart, size = (other - gradient).norm(), gradient.norm()
+        assert apart <= tolerance * max(size, 0.05 * largest), (name, apart / size, size / largest)

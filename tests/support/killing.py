@@ -1,0 +1,90 @@
+"""Run a command again and again from one process that has its libraries imported, killing some of the runs.
+
+    python -m tests.support.killing prepare|train KILL|TERM SEED ROUNDS ARGUMENTS...
+
+Prints the seconds that an undisturbed run takes, then for each round a line: how the run ended that was sent the signal at a
+random point ("killed", "finished", or an exit code), and whether the run after it, which is left alone, made the same bytes
+as the undisturbed one.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot
+import torch
+
+from vlmdpo import cli
+from vlmdpo.data import sources
+from vlmdpo.engine import lengths, preview, reference_cache
+from vlmdpo.training import doctor, trainer
+
+UNIT_ROWS = 8  # of prepare, so that a small set has several units
+
+
+def contents(folder):
+    """Every file below a folder with a hash of its bytes."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+
+def trained(folder):
+    """What a training run must leave the same: adapter, losses, samples, steps, and the last checkpoint's optimizer."""
+    adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
+    samples = (Path(folder) / "samples.jsonl").read_text()
+    report = json.loads((Path(folder) / "train_report.json").read_text())
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return hashlib.sha256(adapter).hexdigest(), losses, samples, report["steps"], (last / "optimizer.pt").read_bytes()
+
+
+def start(command, arguments):
+    """A forked process that runs the command line and ends with its exit code. Returns its number."""
+    child = os.fork()
+    if child == 0:
+        sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os._exit(cli.run([command, "--output-dir", "out", *arguments]))
+    return child
+
+
+def finish(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(command, kind, seed, rounds, *arguments):
+    assert all((matplotlib.pyplot, lengths, preview, doctor, reference_cache, trainer))  # the forked ones need not
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    lengths.counter_of("tiny", None, False)
+    sources.UNIT_ROWS = UNIT_ROWS
+    gc.freeze()  # the forked ones need not look through the libraries again and again
+    look = contents if command == "prepare" else trained
+    chance = random.Random(int(seed))
+    began = time.monotonic()
+    assert finish(start(command, arguments)) == 0
+    undisturbed = time.monotonic() - began
+    wanted = look("out")
+    print(f"{undisturbed:.2f}", flush=True)
+    for _ in range(int(rounds)):
+        shutil.rmtree("out")
+        child = start(command, arguments)
+        time.sleep(chance.uniform(0, undisturbed))
+        os.kill(child, getattr(signal, f"SIG{kind}"))
+        code = finish(child)
+        how = {0: "finished", -signal.SIGKILL: "killed"}.get(code, str(code))
+        whole = command == "prepare" and os.path.exists("out")
+        same = (not whole or look("out") == wanted) and finish(start(command, arguments)) == 0 and look("out") == wanted
+        left = [name for name in os.listdir(".") if name.startswith(".out") and name != ".out.lock"]
+        left += [path.name for path in Path("out").glob(".*")]
+        print(how, "same" if same and not left else f"DIFFERENT {left}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

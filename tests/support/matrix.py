@@ -1,0 +1,184 @@
+"""Every family through every command, on a small model of random weights with a real processor: the table in docs/models.md.
+
+    python -m tests.support.matrix --write    # after a change that changes the table
+
+`tests/test_matrix.py` holds the table against what happens, row by row.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import vlmdpo
+from vlmdpo.commands import estimate_memory, eval_amber, export, infer, prepare, train
+from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
+from vlmdpo.data.images import open_file
+from vlmdpo.engine.generate import answer
+from vlmdpo.engine.side_by_side import SideBySide
+from vlmdpo.models.load import load_model, load_processor
+from vlmdpo.tiny import random_models
+
+DOCS = Path(vlmdpo.__file__).parent.parent / "docs" / "models.md"
+BEGIN, END = "<!-- matrix: made by python -m tests.support.matrix --write -->", "<!-- end of matrix -->"
+COLUMNS = (
+    "prepare",
+    "estimate-memory",
+    "LoRA",
+    "full",
+    "one row a pair",
+    "infer",
+    "eval-amber, shared",
+    "compare, at once",
+    "reload",
+    "merge",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table: the name people know, a checkpoint, and the small family that stands for it."""
+
+    name: str
+    checkpoint: str
+    small: str
+
+
+FAMILIES = (
+    Family("Idefics2", "HuggingFaceM4/idefics2-8b", "idefics2"),
+    Family("Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "idefics3"),
+    Family("SmolVLM, SmolVLM2", "HuggingFaceTB/SmolVLM-Instruct", "smolvlm"),
+    Family("LLaVA-1.5", "llava-hf/llava-1.5-7b-hf", "llava"),
+    Family("LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next"),
+    Family("PaliGemma", "google/paligemma-3b-pt-224", "paligemma"),
+    Family("PaliGemma 2", "google/paligemma2-3b-pt-224", "paligemma2"),
+    Family("Gemma 3", "google/gemma-3-4b-it", "gemma3"),
+    Family("InternVL3", "OpenGVLab/InternVL3-8B-hf", "internvl"),
+    Family("Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl"),
+    Family("Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl"),
+    Family("Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl"),
+    Family("Qwen3.5", "Qwen/Qwen3.5-4B", "qwen3_5"),
+)
+
+
+def examine(family: Family) -> dict[str, str]:
+    """What each column says of a family: "yes", or the reason why not. Works in the current folder."""
+    model, processor = random_models.make(family.small, seed=3)
+    model.save_pretrained("model")
+    processor.save_pretrained("model")
+    _rows(Path("rows.jsonl"))
+    base = {"model": "./model"}
+    short = {"dataset": "data", "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    found = {}
+    prepared = prepare.run(PrepareConfig(dataset="rows.jsonl", output_dir=Path("data"), **base))
+    found["prepare"] = _yes(prepared["rows_out"] == 6 and prepared["lengths"]["image_tokens"]["max"] > 0)
+    foreseen = estimate_memory.run(EstimateMemoryConfig(dataset="data", lora=True, per_device_train_batch_size=2, **base))
+    found["estimate-memory"] = _yes(foreseen["peak_bytes"] > foreseen["allocated"]["total_bytes"])
+    settings = {**short, **base, "learning_rate": 1e-2, "gradient_checkpointing": False, "logging_steps": 1}
+    tuned = train.run(TrainConfig(output_dir=Path("lora"), **settings))
+    found["LoRA"] = _yes(tuned["steps"] == 2 and _learnt("lora"))
+    whole = train.run(TrainConfig(output_dir=Path("full"), lora=False, sample_every=0, **settings))
+    found["full"] = _yes(whole["steps"] == 2 and _learnt("full"))
+    found["one row a pair"] = _yes(tuned["engine"] == "shared", tuned["fallback_reason"])
+    Image.new("RGB", (40, 30), "red").save("x.png")
+    said = infer.run(InferConfig(adapter=Path("lora"), image=Path("x.png"), question="What?", max_new_tokens=4, **base))
+    found["infer"] = _yes(isinstance(said["answer"], str))
+    few = {"limit": 6, "verify": 6, "batch_size": 4, "max_new_tokens": 3, "max_description_tokens": 3}
+    asked = eval_amber.run(EvalAmberConfig(adapter=Path("lora"), output_dir=Path("amber"), **few, **base))
+    found["eval-amber, shared"] = _yes(asked["engine"] == "shared" and not asked["fallback_reason"], asked["fallback_reason"])
+    found["compare, at once"] = _side_by_side("x.png", said["answer"])
+    # `train` has compared what it saved with the live model, and raises where they differ.
+    found["reload"] = _yes(
+        isinstance(load_processor("./full").chat_template, str) and Path("lora/adapter_model.safetensors").is_file()
+    )
+    merged = export.run(ExportConfig(adapter=Path("lora"), merge=True, **base))["agreement"]
+    found["merge"] = _yes(merged["same_answers"] == merged["of"])
+    return found
+
+
+def _side_by_side(picture: str, tuned_says: str) -> str:
+    """Whether base and tuned model can answer in one batch; either way their answers are those of `infer`."""
+    model = load_model("./model", adapter=Path("lora"))
+    models = SideBySide(model, load_processor("./model"), 0.1)
+    opened = open_file(Path(picture))
+    said = list(models.stream(opened, "What?", 4))[-1]
+    with model.disable_adapter():
+        base_says = answer(model, models.processor, [opened], ["What?"], 4)[0]
+    assert (said[0].text, said[1].text) == (base_says, tuned_says)
+    judged = models.judge(opened, "What?", said)
+    assert all(np.isfinite([one.base_logp, one.tuned_logp]).all() and one.tuned_logp < 0 for one in judged)
+    return _yes(models.at_once, "PEFT cannot mix the batch, so the answers come one after the other")
+
+
+def _rows(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(6):
+        size = (int(rng.integers(24, 60)), int(rng.integers(24, 60)))
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(f"{i}.png")
+        lines.append({"image": f"{i}.png", "question": f"What is {i}?", "chosen": "good " * (i + 1), "rejected": "bad"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _learnt(folder: str) -> bool:
+    """Whether the loss of a run starts at ln 2 and then moves."""
+    losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return abs(losses[0] - 0.6931) < 1e-3 and abs(losses[1] - losses[0]) > 1e-5
+
+
+def _yes(holds: bool, reason: str | None = None) -> str:
+    return "yes" if holds else f"no: {reason or 'it does not hold'}"
+
+
+def row(family: Family, found: dict[str, str]) -> str:
+    """A family's line of the table; what does not work has its reason below it."""
+    marks = [
+        found[column] if found[column] == "yes" else f"no ({reasons(found).index(found[column]) + 1})" for column in COLUMNS
+    ]
+    return f"| {family.name} | `{family.checkpoint}` | {' | '.join(marks)} | {'; '.join(_numbered(found)) or '-'} |"
+
+
+def reasons(found: dict[str, str]) -> list[str]:
+    """Why columns do not hold, each reason once."""
+    return list(dict.fromkeys(said for said in found.values() if said != "yes"))
+
+
+def _numbered(found: dict[str, str]) -> list[str]:
+    return [f"({number}) {said.removeprefix('no: ')}" for number, said in enumerate(reasons(found), start=1)]
+
+
+def table() -> str:
+    """All rows, each family examined in a folder of its own."""
+    head = ["Family", "Such as", *COLUMNS, "Why not"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    here = os.getcwd()
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            os.chdir(folder)
+            try:
+                lines.append(row(family, examine(family)))
+            finally:
+                os.chdir(here)
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    given = parser.parse_args()
+    made = table()
+    if given.write:
+        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
+        DOCS.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

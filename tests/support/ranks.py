@@ -1,0 +1,102 @@
+"""Run command lines in groups of real processes, forked from one that has its libraries imported.
+
+    python -m tests.support.ranks SPEC.json
+
+The file holds a list of {"name", "processes", "arguments", "env", "lost", "full_above"}. Prints, for each, the exit codes as
+JSON. Where "full_above" is given, the second process runs out of memory for more pairs at once.
+"""
+
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot
+import torch
+
+from vlmdpo import cli
+from vlmdpo.engine import generate, lengths, reference_cache
+from vlmdpo.training import arguments, doctor, trainer
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+PATIENCE_S = 300  # machines can be slow
+
+
+def run_groups(specs):
+    """Run groups of processes one after another; all must end well. Called by a test, in its folder."""
+    Path("specs.json").write_text(json.dumps(specs))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.support.ranks", "specs.json"],
+        **{"capture_output": True, "text": True, "timeout": PATIENCE_S},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    for spec, line in zip(specs, done.stdout.splitlines(), strict=True):
+        logs = [Path(f"{spec['name']}-{rank}.log").read_text() for rank in range(spec["processes"])]
+        assert set(json.loads(line)) == {0}, (spec["name"], line, logs)
+
+
+def full_above(limit):
+    """A `_compute_loss` of the trainer that runs out of memory for more pairs than fit."""
+    compute = trainer.PairTrainer._compute_loss
+
+    def limited(self, model, inputs, *rest):
+        if len(inputs["input_ids"]) // 2 > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+        return compute(self, model, inputs, *rest)
+
+    return limited
+
+
+def _free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def start(rank, spec, port):
+    """A forked process of a group. Returns its number."""
+    child = os.fork()
+    if child == 0:
+        count = str(spec["processes"])
+        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        if spec["processes"] > 1:
+            os.environ.update({**group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
+        os.environ.update(spec.get("env", {}))
+        if "full_above" in spec and rank == 1:
+            trainer.PairTrainer._compute_loss = full_above(spec["full_above"])
+        log = os.open(f"{spec['name']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = cli.run(spec["arguments"])
+        sys.stdout.flush()
+        os._exit(code)
+    return child
+
+
+def main(path):
+    assert all((matplotlib.pyplot, arguments, doctor, lengths, reference_cache, trainer, generate))
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    gc.freeze()  # the forked ones need not look through the libraries again and again
+    for spec in json.loads(Path(path).read_text()):
+        for path in map(Path, spec.get("lost", [])):  # as if the run had been killed before it wrote these
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        port = _free_port()
+        children = [start(rank, spec, port) for rank in range(spec["processes"])]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,49 @@
+"""The lesson that packs many questions behind one image must teach what one question alone would see."""
+
+import random
+
+import torch
+
+from vlmdpo.engine.generate import prompt_of
+from vlmdpo.tiny import build
+from vlmdpo.tiny import scenes as sc
+
+
+def test_packed_questions_give_the_logits_they_would_have_alone():
+    torch.manual_seed(0)
+    processor = build.make_processor()
+    model = build.make_model(processor).eval()
+    model.set_attn_implementation("eager")
+    lesson = build.Lesson(steps=1, learning_rate=1e-3, images_per_step=2, questions_per_image=3)
+    teacher = build.Teacher(processor, lesson, random.Random(3))
+    batch = teacher.batch()
+    with torch.no_grad():
+        packed = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    prefix = len(teacher.prefix)
+    checked = 0
+    for row in range(2):
+        ids, positions = batch["input_ids"][row], batch["position_ids"][row]
+        starts = [i for i in range(prefix, len(ids)) if positions[i] == prefix]
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            one = ids[start:end]
+            one = one[one != processor.tokenizer.pad_token_id]
+            alone = torch.cat([ids[:prefix], one])[None]
+            with torch.no_grad():
+                expected = model(input_ids=alone, pixel_values=batch["pixel_values"][row : row + 1]).logits
+            torch.testing.assert_close(packed[row, start : start + len(one)], expected[0, prefix:], atol=2e-5, rtol=1e-4)
+            checked += 1
+    assert checked == 8  # two images, three questions and one description each
+
+
+def test_lessons_use_the_tokens_of_the_chat_template():
+    processor = build.make_processor()
+    teacher = build.Teacher(processor, build.TALKING, random.Random(0))
+    question, answer = "Is there a star in this image?", "No"
+    asked, answered = teacher._turn(question, answer)
+    picture = sc.draw(sc.sample_scene(random.Random(0), "making"))
+    prompt = processor(text=prompt_of(processor, question), images=[picture], add_special_tokens=False)["input_ids"][0]
+    assert teacher.prefix + asked == prompt
+    whole = processor.apply_chat_template(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenize=False
+    )
+    assert whole.endswith(processor.tokenizer.decode(asked[-5:] + answered))

@@ -1,0 +1,126 @@
+"""mDPO against the paper's equations, written out anew on plain rows; what its batches share, and what is kept."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import logsigmoid
+
+from tests.support.engines import pairs, step, trainer
+from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.reference_cache import ReferenceCache
+from vlmdpo.training.mdpo import corrupted
+
+BETA, COUNT = 0.5, 3
+
+
+def _logps(made, example, image, answer):
+    """log pi(answer | image, prompt) from one plain row of the unwrapped model."""
+    row = {**example, "images": [image], "chosen": example[answer], "rejected": example[answer]}
+    batch = PairCollator(made.processing_class, share=False)([row])
+    ids, mask = batch["input_ids"][:1], batch["completion_mask"][:1]
+    pixels = {name: batch[name] for name in ("pixel_values", "pixel_attention_mask", "image_grid_thw") if name in batch}
+    types = {name: batch[name][:1] for name in ("token_type_ids", "mm_token_type_ids") if name in batch}
+    logits = made.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pixels, **types).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (logps * mask[:, 1:]).sum()
+
+
+def _by_the_paper(made, rows):
+    """(loss, gradients) of the three terms, each row's answers in rows of their own."""
+    made.model.zero_grad()
+    terms = []
+    for example in rows:
+        image = example["images"][0]
+        other = corrupted(image, f"{made.args.seed}/{example['row']}/0")
+        asked = ((image, "chosen"), (image, "rejected"), (other, "chosen"))
+        policy = [_logps(made, example, *one) for one in asked]
+        with torch.no_grad(), made.model.disable_adapter():
+            reference = [_logps(made, example, *one) for one in asked]
+        chosen, rejected, conditional = (BETA * (p - r) for p, r in zip(policy, reference, strict=True))
+        terms.append(-logsigmoid(chosen - rejected) - logsigmoid(chosen - conditional) - logsigmoid(chosen - 0.0))
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["idefics2", "llava", "qwen2_5_vl", "gemma3"])
+def test_loss_and_gradients_are_the_papers(family, tmp_path):
+    rows = pairs(COUNT, seed=3)
+    made = trainer(family, "shared", rows, tmp_path, conditional=COUNT, loss_type=["sigmoid"], loss_weights=[3.0], beta=BETA)
+    loss, metrics, gradients = step(made)
+    made._shared[0].remove()  # plain rows from here on
+    expected, wanted = _by_the_paper(made, [rows[i] for i in range(COUNT)])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    largest = max(gradient.norm() for gradient in wanted.values())
+    assert largest > 0
+    for name, gradient in wanted.items():
+        apart = (gradients.get(name, torch.zeros_like(gradient)) - gradient).norm()
+        assert apart <= 2e-5 * max(gradient.norm(), 0.05 * largest), name
+    assert 0 <= metrics["rewards/conditional_accuracies"] <= 1
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-5)
+
+
+def test_metrics_are_of_the_rows_own_answers(tmp_path):
+    rows = pairs(COUNT, seed=4)
+    plain = step(trainer("idefics2", "shared", rows, tmp_path, beta=BETA))[1]
+    made = trainer("idefics2", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0], beta=BETA)
+    conditional = step(made)[1]
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    ):
+        assert conditional[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-4), name
+
+
+def test_a_batch_runs_each_picture_and_answer_once(tmp_path):
+    rows = pairs(COUNT, seed=5)
+    made = trainer("idefics2", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0])
+    batch = made.data_collator([rows[i] for i in range(COUNT)])
+    assert batch["pixel_values"].shape[0] == 2 * COUNT
+    assert len(batch["input_ids"]) == 6 * COUNT
+    chosen = sum(pair[1] for pair in batch["pairs"])
+    rejected = sum(pair[2] for pair in batch["pairs"])
+    prompts = sum(pair[0] + 1 for pair in batch["pairs"])
+    assert batch["pair_ids"].shape[1] == prompts + chosen + rejected
+    assert all(pair[2] == 0 for pair in batch["pairs"][COUNT:])
+    assert batch["row"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_kept_references_give_the_same_loss(tmp_path):
+    rows = pairs(COUNT, seed=6)
+    settings = {"conditional": COUNT, "loss_weights": [3.0]}
+    without = step(trainer("llava", "shared", rows, tmp_path, **settings))[0]
+    cache = ReferenceCache(tmp_path, "k", 2 * COUNT)
+    made = trainer("llava", "shared", rows, tmp_path, references=cache, **settings)
+    assert step(made)[0] == pytest.approx(without, rel=1e-5)
+    assert cache.holds(range(2 * COUNT))
+    made.compute_ref_log_probs = lambda *_: pytest.fail("computed again")
+    assert step(made)[0] == pytest.approx(without, rel=1e-5)
+
+
+def test_at_the_start_every_term_is_ln_2(tmp_path):
+    rows = pairs(COUNT, seed=7)
+    made = trainer("smolvlm", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0])
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    assert step(made)[0] == pytest.approx(3 * math.log(2), rel=1e-5)
+
+
+def test_a_corrupted_picture_is_a_small_part_of_the_same_size_and_repeats_itself():
+    ramp = Image.linear_gradient("L").convert("RGB").resize((200, 120))  # every level tells where it came from
+    levels = set()
+    for seed in map(str, range(50)):
+        part = corrupted(ramp, seed)
+        assert part.size == ramp.size
+        assert part.tobytes() == corrupted(ramp, seed).tobytes()
+        low, high = part.getextrema()[0]
+        assert high - low <= 255 * 0.2**0.5 + 8  # a side of a fifth of the area, and rounding
+        levels.add(low)
+    assert len(levels) > 20

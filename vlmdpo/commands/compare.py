@@ -1,0 +1,161 @@
+"""`vlmdpo compare`: base and tuned side by side on a page of this machine; votes become preference data."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import ipaddress
+import json
+import shlex
+import signal
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmdpo import ui
+from vlmdpo.config import CompareConfig
+from vlmdpo.errors import ConfigError, DataError, MissingDependencyError
+
+SHIPPED = Path(str(resources.files("vlmdpo.tiny").joinpath("assets", "adapter")))
+FLIPS = "flips.json"  # beside the shipped adapter: some of the answers it changed
+_BETA = 0.1
+
+
+def run(config: CompareConfig) -> dict[str, Any]:
+    """Serve until Ctrl-C or SIGTERM; returns where it was, and the votes of this time.
+
+    Raises:
+        MissingDependencyError: gradio is not installed.
+        ConfigError: a port that is taken, a relay that cannot be reached.
+        DataError, ModelError: examples, adapter or model that cannot be used.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingDependencyError("vlmdpo compare needs gradio: pip install 'vlmdpo[web]'")
+    if config.share and not ui.confirm("Make the page public: anyone with the link can ask this model?", otherwise=True):
+        raise ConfigError("not shared; leave out --share to serve on this machine alone")
+    _warn_of_others(config.host)
+    _check_votes(config.votes)
+    with tempfile.TemporaryDirectory(prefix="vlmdpo-compare-") as name:
+        page = _page(config, Path(name))
+        url = _serve(config, page)
+    return {"url": url, "votes": page.votes, "file": str(config.votes)}
+
+
+def _page(config: CompareConfig, folder: Path) -> Any:
+    from vlmdpo.engine.side_by_side import SideBySide
+    from vlmdpo.models import load
+
+    adapter = config.adapter or SHIPPED
+    examples = _examples(config, adapter, folder)  # before anything is loaded: they may be wrong
+    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation}
+    model = load.load_model(config.model, adapter=adapter, **how, **origin)
+    processor = load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    from vlmdpo.web.app import Page
+
+    names = (config.model, "the adapter shipped with it" if adapter == SHIPPED else str(config.adapter))
+    models = SideBySide(model, processor, config.beta or _beta(adapter))
+    return Page(models, names, examples, config.votes, config.max_new_tokens)
+
+
+def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
+    from vlmdpo.web import examples
+
+    found = []
+    amber = config.amber or _evaluated(adapter)
+    if amber is not None:
+        found += examples.of_amber(amber, folder)
+    elif config.model == "tiny":
+        flips = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
+        found += examples.of_flips(flips, folder, None, "questions about the embedded scenes")
+    found += examples.of_run(adapter, folder)
+    if config.examples is not None:
+        found += examples.of_file(config.examples, config.image_root or config.examples.parent)
+    return found
+
+
+def _evaluated(adapter: Path) -> Path | None:
+    """Where eval-amber, left to itself, wrote of this adapter; the latest of several."""
+    found = Path("outputs", "amber").glob(f"*-{glob.escape(adapter.resolve().name)}/scores.json")
+    return max((path.parent for path in found), key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def _beta(adapter: Path) -> float:
+    try:
+        recipe = yaml.safe_load((adapter / "recipe.yaml").read_text(encoding="utf-8"))
+        return float(recipe["beta"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):  # an adapter from elsewhere
+        return _BETA
+
+
+def _warn_of_others(host: str) -> None:
+    try:
+        alone = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        alone = host == "localhost"
+    if not alone:
+        ui.warn(f"--host {host}: everyone who can reach this machine can use the page; 127.0.0.1 is for you alone")
+
+
+def _check_votes(file: Path) -> None:
+    """Raise DataError where votes could not be written: better now than after the first one."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as problem:
+        raise DataError(f"--votes: cannot write '{file}': {problem.strerror}") from problem
+    if file.is_dir():
+        raise DataError(f"--votes: '{file}' is a folder; give a file")
+
+
+def _serve(config: CompareConfig, page: Any) -> str:
+    """Launch, say where, and wait for the end."""
+    from vlmdpo.web.app import CSS, THEME
+
+    app = page.build()
+    try:
+        _, local, shared = app.launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=config.share,
+            inbrowser=config.open,
+            max_file_size=f"{config.max_upload_mb}mb",
+            theme=THEME,
+            css=CSS,
+            quiet=True,
+            footer_links=[],
+            ssr_mode=False,
+            prevent_thread_lock=True,
+        )
+    except (OSError, RuntimeError) as problem:
+        raise ConfigError(
+            f"cannot serve on {config.host}, port {config.port or 'any'}: {' '.join(str(problem).split())}"
+        ) from problem
+    url = str(shared or local)
+    # No Event: its lock may be held by the very lines that the signal interrupts.
+    over: list[int] = []
+    before = {number: signal.signal(number, lambda which, _: over.append(which)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        (ui.say if config.json else ui.result)(f"Base and tuned side by side: {url}")
+        ui.say(f"votes go to {config.votes}; Ctrl-C ends it")
+        while not over:
+            time.sleep(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        app.close(verbose=False)
+    return url
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print how many votes there were, and what can be done with them."""
+    if report["votes"]:
+        ui.result(f"{report['votes']} votes written to {report['file']}")
+        ui.result(f"Train on them: {shlex.join(['vlmdpo', 'prepare', '--dataset', report['file']])}")
+    else:
+        ui.result("No votes.")

@@ -1,0 +1,85 @@
+"""`vlmdpo demo`: prepare, estimate, train, infer and evaluate in one run, offline, on the embedded model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vlmdpo import config as cf
+from vlmdpo import ui
+from vlmdpo.commands import estimate_memory, eval_amber, infer, prepare, train
+from vlmdpo.config import recipes
+from vlmdpo.errors import DataError
+from vlmdpo.models.registry import recipe
+from vlmdpo.training import results
+
+_MARK = "demo.json"
+_QUESTION = "Is there a moon in this image?"  # there is none: the picture shows crosses and squares
+
+
+def run(config: cf.DemoConfig) -> dict[str, Any]:
+    """All five steps; each prints its own result as it comes. Returns the reports by step. Raises DataError."""
+    folder = config.output_dir
+    _clear(folder)
+    ui.step("1/5 prepare: preference pairs, checked and stored")
+    prepared = prepare.run(cf.PrepareConfig(output_dir=folder / "data"))
+    prepare.show(prepared)
+    ui.step("2/5 estimate-memory: what DPO would need, here and at full size")
+    estimates = [
+        estimate_memory.run(cf.EstimateMemoryConfig()),
+        estimate_memory.run(cf.EstimateMemoryConfig(model="idefics2-8b", dtype="bfloat16", lora=True)),
+    ]
+    for estimate in estimates:
+        ui.result(f"{estimate['model']}: {ui.human_bytes(estimate['total_bytes'])} before activations ({estimate['dtype']})")
+    ui.step("3/5 train: DPO with LoRA")
+    layer = {"dataset": str(folder / "data"), "output_dir": folder / "adapter", "seed": config.seed}
+    trained = train.run(recipes.build(cf.TrainConfig, recipe("tiny", "train"), layer))
+    train.show(trained)
+    adapter = Path(trained["output_dir"])
+    ui.step("4/5 infer: one picture, before and after")
+    answered = infer.run(cf.InferConfig(adapter=adapter, compare=True, question=_QUESTION))
+    infer.show(answered)
+    ui.step("5/5 eval-amber: held-out questions, before and after")
+    layer = {"adapter": adapter, "output_dir": folder / "amber"}
+    evaluated = eval_amber.run(recipes.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
+    return {
+        "output_dir": str(folder),
+        "prepare": prepared,
+        "estimate": estimates,
+        "train": trained,
+        "infer": answered,
+        "eval": evaluated,
+    }
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier demo; refuse anything else."""
+    if folder.is_file():
+        raise DataError(f"--output-dir: '{folder}' is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file():
+        raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
+    try:
+        shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
+        folder.mkdir(parents=True)
+        (folder / _MARK).write_text('{"what": "a vlmdpo demo; the next one replaces this folder"}\n', encoding="utf-8")
+    except OSError as problem:
+        raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror}") from problem
+
+
+def show(report: dict[str, Any]) -> None:
+    """The closing table, and where everything is."""
+    eval_amber.show_flips(report["eval"]["comparison"], 6)
+    eval_amber.show(report["eval"])
+    folder = report["output_dir"]
+    rows = [
+        ["prepared pairs", f"{folder}/data"],
+        ["adapter and processor", f"{folder}/adapter"],
+        ["curves and diagnosis", f"{folder}/adapter/{results.PAGE}"],
+        ["answers and scores", f"{folder}/amber"],
+    ]
+    ui.result("What the demo wrote:")
+    for what, where in rows:
+        ui.result(f"  {what:<22} {where}")
+    ui.result(f"Look and vote:  vlmdpo compare --adapter {folder}/adapter --amber {folder}/amber")
+    ui.result("At full size: vlmdpo train --model idefics2-8b --dataset rlaif-v")

@@ -1,0 +1,292 @@
+"""`vlmdpo prepare`: preference pairs from any source, every row checked, images bounded, tokens counted, stored once."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmdpo import __version__, ui
+from vlmdpo.config import PrepareConfig
+from vlmdpo.data import assemble, schemas, store, work
+from vlmdpo.data.hub import open_source
+from vlmdpo.data.schemas import Schema
+from vlmdpo.data.sources import Source, as_stored, bounds
+from vlmdpo.errors import DataError
+from vlmdpo.models.registry import short_name
+
+_ROWS_A_PROCESS = 4_000  # fewer are done before another process has imported its libraries
+_MOST_PROCESSES = 32
+_LOUD = 0.05  # the share of dropped rows that is warned of
+REPORT, LENGTHS = "report.html", "lengths.png"
+
+
+def run(config: PrepareConfig) -> dict[str, Any]:
+    """Prepare the data, or find it prepared. Returns the manifest with `path`, `reused` and an `example` row.
+
+    Raises:
+        DataError: unreadable source, unknown format, no usable row, a full disk, an output folder that holds something else,
+            an upload that fails.
+        ModelError: the model whose processor bounds the images and counts tokens cannot be found.
+    """
+    if config.output_dir is not None and config.output_dir.is_file():
+        raise DataError(f"--output-dir: '{config.output_dir}' is a file")
+    source = _open(config)
+    first, last = bounds(source, config.split, config.limit)
+    schema = _schema(config, source)
+    num_proc = config.num_proc or _processes(first, last)
+    work.context(num_proc, ["vlmdpo.engine.lengths"])
+    from vlmdpo.engine.lengths import counter_of
+    from vlmdpo.models.digest import processor_digest
+    from vlmdpo.models.families import default_image_side
+
+    counter = counter_of(config.model, config.revision, config.trust_remote_code)
+    side = config.max_image_side or default_image_side(counter.processor)
+    facts = _facts(config, source, schema, first, last, side) | {"processor": processor_digest(counter.processor)}
+    folder = config.output_dir or Path("outputs") / "data" / f"{short_name(source.name)}-{store.key_of(facts)[:8]}"
+    with store.locked(folder):
+        manifest = store.read_manifest(folder)
+        reused = manifest is not None and manifest["key"] == store.key_of(facts) and not config.overwrite
+        if not reused:
+            store.usable_output(folder, config.overwrite)
+            manifest = _prepare(source, schema, (first, last), facts, counter, num_proc, folder, config)
+        assert manifest is not None
+        if config.report and not (folder / REPORT).is_file():  # prepared with --no-report
+            _write_report(folder, manifest, _sides(folder, manifest))
+    if config.push_to_hub:
+        from vlmdpo import hub
+
+        hub.dataset(folder, manifest, config.push_to_hub, private=config.private)
+    return {**manifest, "path": str(folder), "reused": reused, "example": _example(counter, folder, config.show)}
+
+
+def _open(config: PrepareConfig) -> Source:
+    if config.dataset == "scenes":
+        from vlmdpo.tiny import pairs
+
+        return pairs.source()
+    return open_source(
+        config.dataset,
+        config.split,
+        image_root=config.image_root,
+        subset=config.subset,
+        revision=config.dataset_revision,
+        streaming=config.streaming,
+    )
+
+
+def _schema(config: PrepareConfig, source: Source) -> Schema:
+    """The source's schema: as --map says, else recognised; said before the work starts."""
+    row, where = source.first_row(), f"'{source.name}'"
+    mapping = config.mapping()
+    schema = schemas.mapped(mapping, source.columns, row, where) if mapping else schemas.detect(source.columns, row, where)
+    count = f"{source.count:,} rows" if source.count is not None else "rows not counted"
+    ui.say(f"{source.name}: {count}, format {schema.line}" + ("" if mapping else "; --map tells it otherwise"))
+    return schema
+
+
+def _processes(first: int, last: int | None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = cores if last is None else (last - first) // _ROWS_A_PROCESS
+    return max(1, min(cores, wanted, _MOST_PROCESSES))
+
+
+def _facts(
+    config: PrepareConfig, source: Source, schema: Schema, first: int, last: int | None, side: int | None
+) -> dict[str, Any]:
+    """All that changes the result: what names it, and what the manifest tells."""
+    own = ("on_bad", "max_length", "over_length", "test_size", "shuffle", "seed")
+    return {
+        "dataset": source.name,
+        "fingerprint": source.fingerprint,
+        "rows": [first, last],
+        "schema": schema.line,
+        "image_root": str(source.root),
+        "max_image_side": side,
+        **{name: getattr(config, name) for name in own},
+    }
+
+
+def _prepare(
+    source: Source,
+    schema: Schema,
+    rows: tuple[int, int | None],
+    facts: dict[str, Any],
+    counter: Any,
+    num_proc: int,
+    folder: Path,
+    config: PrepareConfig,
+) -> dict[str, Any]:
+    from vlmdpo.engine.lengths import counter_of
+
+    key = store.key_of(facts)
+    place = folder.with_name(f".{folder.name}.partial")
+    _workplace(place, key)
+    job = work.Job(
+        source=source,
+        schema=schema,
+        max_image_side=facts["max_image_side"],
+        max_length=config.max_length,
+        over_length=config.over_length,
+        on_bad=config.on_bad,
+        folder=place / "units",
+        make_measure=functools.partial(counter_of, config.model, config.revision, config.trust_remote_code),
+    )
+    total = None if rows[1] is None else rows[1] - rows[0]
+    with ui.progress("prepare", total, unit="rows") as bar:
+        units = work.do_all(job, source.units(*rows), num_proc, counter, bar.advance)
+    order = assemble.Order(test_size=config.test_size, shuffle=config.shuffle, seed=config.seed)
+    plan = assemble.plan(job.folder, units, order, config.on_bad)
+    made = place / "result"
+    size = assemble.write(job.folder, plan, made, key)
+    manifest = {**facts, "key": key, "split": config.split, "model": config.model, **_outcome(plan, made, size)}
+    try:
+        if config.report:
+            _write_report(made, manifest, plan.sides)
+        (made / store.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        store.replace(folder, made)
+    except OSError as problem:
+        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
+    shutil.rmtree(place, ignore_errors=True)
+    return manifest
+
+
+def _workplace(place: Path, key: str) -> None:
+    """The hidden folder that units are done in: with what an interrupted call of the same kind left, or empty."""
+    mark = place / "key"
+    try:
+        if place.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
+            shutil.rmtree(place)
+        elif place.exists():
+            ui.say("going on where an earlier call stopped")
+        place.mkdir(parents=True, exist_ok=True)
+        mark.write_text(key, encoding="utf-8")
+    except OSError as problem:
+        raise DataError(f"cannot write '{place}': {problem.strerror or problem}") from problem
+
+
+def _outcome(plan: assemble.Plan, made: Path, size: int) -> dict[str, Any]:
+    splits = {split: len(rows) for split, rows in plan.splits.items()}
+    return {
+        "rows_in": plan.tally.rows_in,
+        "rows_out": sum(splits.values()),
+        "splits": splits,
+        "dropped": dict(sorted(plan.tally.dropped.items())),
+        "dropped_examples": dict(sorted(plan.tally.examples.items())),
+        "changed": dict(sorted(plan.tally.changed.items())),
+        "lengths": _length_summary(made, list(splits)),
+        "bytes": size,
+        "versions": _versions(),
+    }
+
+
+def _length_summary(made: Path, splits: list[str]) -> dict[str, dict[str, float]]:
+    """Smallest, median, 95th percentile and largest number of tokens, by kind."""
+    import numpy
+
+    counted = {name: numpy.concatenate([_column(made, split, name) for split in splits]) for name in store.COUNTS}
+    longest = counted["prompt_tokens"] + numpy.maximum(counted["chosen_tokens"], counted["rejected_tokens"])
+    return {
+        name: {
+            "min": int(tokens.min()),
+            "median": float(numpy.median(tokens)),
+            "p95": float(numpy.percentile(tokens, 95)),
+            "max": int(tokens.max()),
+        }
+        for name, tokens in {**counted, "longest_tokens": longest}.items()
+    }
+
+
+def _column(made: Path, split: str, name: str) -> Any:
+    return store.load(made, split).with_format("numpy")[name][:]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("datasets", "pillow", "pyarrow", "transformers")
+    return {"vlmdpo": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, int]:
+    """How many pictures of a finished folder have which longer side, in pixels."""
+    rows = (row for split in manifest["splits"] for row in as_stored(store.load(folder, split)))
+    return Counter(max(Image.open(io.BytesIO(stored["bytes"])).size) for row in rows for stored in row["images"])
+
+
+def _write_report(made: Path, manifest: dict[str, Any], sides: Mapping[int, int]) -> None:
+    from vlmdpo.report import prepare_page
+
+    dataset = store.load(made)
+    columns = {name: _column(made, "train", name) for name in store.COUNTS}
+    prepare_page.draw_lengths(columns, made / LENGTHS)
+    part = made / f".{REPORT}.partial"
+    part.write_text(prepare_page.page(manifest, dataset, made / LENGTHS, sides), encoding="utf-8")
+    part.replace(made / REPORT)
+
+
+def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
+    """One row as the model will read it. Raises DataError for a row that is not there."""
+    from vlmdpo.engine.preview import preview
+
+    dataset = store.load(folder)
+    if number >= len(dataset):
+        raise DataError(f"--show: row {number} is not among the {len(dataset)} prepared rows, counted from 0")
+    return {"row": number, "source_row": dataset[number]["source_row"], **preview(counter.collator, dataset[number])}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print what came out, what was dropped or changed and why, how long rows are, and one example."""
+    done = "Found prepared" if report["reused"] else "Prepared"
+    ui.result(f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in {report['path']}")
+    if len(report["splits"]) > 1:
+        ui.result("  " + ", ".join(f"{split} {rows:,}" for split, rows in report["splits"].items()) + "; no image is in both")
+    side = f"at most {report['max_image_side']} px a side" if report["max_image_side"] else "not bounded"
+    page = Path(report["path"]) / REPORT
+    ui.result(f"  images {side}, {ui.human_bytes(report['bytes'])} on disk" + (f"; report: {page}" if page.is_file() else ""))
+    if report["dropped"]:
+        rows = [[reason, f"{count:,}", report["dropped_examples"][reason][0]] for reason, count in report["dropped"].items()]
+        ui.table("Dropped", ["Reason", "Rows", "First of them"], rows, text=(0, 2))
+    if report["changed"]:
+        changed = ", ".join(f"{name} {count:,}" for name, count in report["changed"].items())
+        ui.result(f"  put right or noted, in rows: {changed}")
+    _show_lengths(report)
+    dropped = sum(report["dropped"].values())
+    if dropped > _LOUD * report["rows_in"]:
+        worst = max(report["dropped"], key=lambda reason: report["dropped"][reason])
+        ui.warn(
+            f"{100 * dropped / report['rows_in']:.0f}% of the rows were dropped, most for {worst}; look at why before you train"
+        )
+    _show_example(report)
+
+
+def _show_lengths(report: dict[str, Any]) -> None:
+    names = {name: name.removesuffix("_tokens").replace("image", "of it images") for name in store.COUNTS}
+    order = ("prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens")
+    shown = {**{name: names[name] for name in order}, "longest_tokens": "longer sequence"}
+    rows = [
+        [label, *(f"{report['lengths'][name][figure]:,.0f}" for figure in ("min", "median", "p95", "max"))]
+        for name, label in shown.items()
+    ]
+    ui.table(f"Tokens of a row, as {report['model']} reads it", ["", "Least", "Median", "95%", "Most"], rows)
+
+
+def _show_example(report: dict[str, Any]) -> None:
+    example = report["example"]
+    sizes = ", ".join(example["images"]) or "none"
+    ui.result(f"\nRow {example['row']} (source row {example['source_row']}) as {report['model']} reads it, image {sizes}:")
+    if ui.draws_pictures():
+        for picture in store.load(Path(report["path"]))[example["row"]]["images"]:
+            ui.picture(picture)
+    ui.tokens("prompt", [example["prompt"]], f"{example['tokens']['prompt']} tokens, none in the loss", counted=False)
+    for side in ("chosen", "rejected"):
+        ui.tokens(side, example["loss_tokens"][side], f"{example['tokens'][side]} tokens, all in the loss", counted=True)

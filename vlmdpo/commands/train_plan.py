@@ -1,0 +1,184 @@
+"""`vlmdpo train --dry-run`: everything that can be known without a network, a GPU or the model, before anything is paid for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vlmdpo import ui
+from vlmdpo.commands import estimate_memory
+from vlmdpo.config import OF_ONE_CALL, EstimateMemoryConfig, TrainConfig
+from vlmdpo.data import store
+from vlmdpo.data.hub import DATASETS
+from vlmdpo.data.sources import Streamed, bounds
+from vlmdpo.errors import ConfigError, ModelError
+from vlmdpo.memory import fast
+from vlmdpo.models import registry
+
+_PUBLISHED_ROWS = {"openbmb/RLAIF-V-Dataset": 83_132}  # as its card on the Hub says
+_SHARED = {field.name for field in dataclasses.fields(EstimateMemoryConfig)} & {
+    field.name for field in dataclasses.fields(TrainConfig)
+}
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """What the run would be. Nothing is loaded, downloaded or written.
+
+    Raises:
+        ConfigError: settings that TRL refuses.
+        DataError, ModelError: data or a model folder that is named by its path and is not there.
+    """
+    from vlmdpo.models.load import pick_device
+    from vlmdpo.training.arguments import dpo_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        dpo_config(config, Path(folder), pick_device("cpu"))
+    gpus, gpu = _gpus(config.gpu)
+    gpus = config.num_processes if config.num_processes > 1 else gpus
+    rows, known_by = _rows(config)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus
+    losses, weights, conditional = config.losses()
+    known = _model(config.model)
+    whole = config.lora and config.lora_scope == "all" and config.lora_target_modules == "all-linear" and not config.use_dora
+    return {
+        "dry_run": True,
+        "model": config.model,
+        "hub_id": registry.hub_id(config.model),
+        "parameters": known.parameters if known else None,
+        "trainable": known.lora_per_rank * config.lora_r if known and whole else None,
+        "dataset": config.dataset,
+        "rows": rows,
+        "rows_known_by": known_by,
+        "gpus": gpus,
+        "effective_batch": batch,
+        "steps": _steps(config, rows, batch),
+        "learning_rate": config.peak_learning_rate,
+        "losses": ["mdpo"] if conditional else losses,
+        "loss_weights": None if conditional else weights,
+        "how": _how(config),
+        "memory": _memory(config, gpus, gpu),
+        "estimate": _estimate_command(config, gpus, gpu),
+    }
+
+
+def _gpus(asked: str | None) -> tuple[int, str | None]:
+    """(number, kind) of "8xh100" or "h100"."""
+    counted = re.fullmatch(r"(\d+)x(.+)", asked or "")
+    return (int(counted[1]), counted[2]) if counted else (1, asked)
+
+
+def _model(model: str) -> registry.Entry | None:
+    known = registry.known(model)
+    if known is None and "/" not in model and not Path(model).exists():
+        registry.entry(model)  # raises, naming the nearest alias
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise ModelError(f"--model: no folder '{model}'")
+    return known
+
+
+def _rows(config: TrainConfig) -> tuple[int | None, str]:
+    """How many rows would train, and how that is known; None where only a download would tell."""
+    folder = Path(config.dataset)
+    manifest = store.read_manifest(folder)
+    if manifest is not None:
+        return int(manifest["splits"]["train"]), "prepared"
+    if config.dataset == "scenes":
+        from vlmdpo.tiny import pairs
+
+        return _cut(pairs.source().count, config), "embedded"
+    if folder.expanduser().exists():
+        from vlmdpo.data.hub import open_source
+
+        return _cut(open_source(config.dataset, config.split).count, config), "counted, before checks"
+    repo = DATASETS.get(config.dataset, config.dataset)
+    if repo in _PUBLISHED_ROWS:
+        return _cut(_PUBLISHED_ROWS[repo], config), "published, before checks"
+    return None, "not known without a download"
+
+
+def _cut(count: int | None, config: TrainConfig) -> int | None:
+    if count is None:
+        return None
+    source = Streamed(name=config.dataset, fingerprint="", count=count, root=Path("."), stream=lambda: iter(()))
+    first, last = bounds(source, config.split, None)
+    return (count if last is None else last) - first
+
+
+def _steps(config: TrainConfig, rows: int | None, batch: int) -> int | None:
+    if config.max_steps > 0:
+        return config.max_steps
+    return None if rows is None else math.ceil(config.num_train_epochs * math.ceil(rows / batch))
+
+
+def _how(config: TrainConfig) -> str:
+    if not config.lora:
+        frozen = f" but {config.freeze}" if config.freeze else ""
+        return f"all weights{frozen}"
+    kind = "QLoRA (nf4)" if config.quantization == "nf4" else "LoRA"
+    more = [name for name, on in (("rslora", config.use_rslora), ("dora", config.use_dora)) if on]
+    where = "all linear layers" if config.lora_scope == "all" else f"the {config.lora_scope} part"
+    return f"{kind} r={config.lora_r} on {where}" + (f" ({', '.join(more)})" if more else "")
+
+
+def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
+    strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    shared = {name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *OF_ONE_CALL}}
+    prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
+    return {**shared, "dtype": dtype, "dataset": prepared, "num_gpus": gpus, "strategy": strategy, "gpu": gpu}
+
+
+def _memory(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] | None:
+    """What the closed formula says of a GPU's memory; None where it does not know the model or the setting."""
+    known = registry.known(config.model)
+    if known is None or known.alias not in fast.architectures():
+        return None
+    try:
+        report = estimate_memory.run(EstimateMemoryConfig(**_estimate(config, gpus, gpu), fast=True))
+    except ConfigError:  # a setting that the formula does not know, and the simulation does
+        return None
+    return {name: report.get(name) for name in ("peak_bytes", "verdict", "gpu", "error_per_cent")}
+
+
+def _estimate_command(config: TrainConfig, gpus: int, gpu: str | None) -> str:
+    default = EstimateMemoryConfig()
+    words = ["vlmdpo", "estimate-memory"]
+    for name, value in sorted(_estimate(config, gpus, gpu).items()):
+        if value == getattr(default, name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    return shlex.join(words)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the plan, line by line."""
+    size = f", {report['parameters']:,} parameters" if report["parameters"] else ""
+    ui.result(f"Model     {report['model']} ({report['hub_id']}){size}")
+    rows = f"{report['rows']:,} rows" if report["rows"] is not None else "rows"
+    ui.result(f"Data      {report['dataset']}: {rows} ({report['rows_known_by']})")
+    trains = f": {report['trainable']:,} parameters train" if report["trainable"] else ""
+    ui.result(f"Training  {report['how']}{trains}; learning rate {report['learning_rate']:g}")
+    weighed = report["loss_weights"] and any(weight != 1 for weight in report["loss_weights"])
+    weights = f", weights {', '.join(f'{weight:g}' for weight in report['loss_weights'])}" if weighed else ""
+    ui.result(f"Loss      {', '.join(report['losses'])}{weights}")
+    steps = f"{report['steps']:,}" if report["steps"] is not None else "as many as the data gives"
+    on = f" over {report['gpus']} GPUs" if report["gpus"] > 1 else ""
+    ui.result(f"Steps     {steps}, {report['effective_batch']} pairs each{on}")
+    ui.result(f"Memory    {_memory_line(report['memory'])}")
+    ui.result(f"          to the byte, by simulation: {report['estimate']}")
+    ui.result("Nothing was loaded, downloaded or written; leave out --dry-run to train.")
+
+
+def _memory_line(memory: dict[str, Any] | None) -> str:
+    if memory is None or memory["peak_bytes"] is None:
+        return "no formula for this model or setting"
+    line = (
+        f"about {memory['peak_bytes'] / 2**30:.1f} GiB a GPU at the peak, by formula, {memory['error_per_cent']}% off or less"
+    )
+    return line + (f"; {memory['gpu']['name']}: {memory['verdict']}" if memory["verdict"] else "; --gpu h100 gives a verdict")
