@@ -1,5 +1,6 @@
-"""How the adapter that ships with the embedded model was made: what bare `vlmdpo train` gives, in bfloat16, and some of the
-answers that it changed. Run it anew after a change to the embedded model or data:
+"""How the adapter that ships with the embedded model was made: what bare `vlmdpo train` gives, in
+bfloat16, and some of the answers that it changed. Run it anew after a change to the embedded model
+or data:
 
     python examples/embedded_adapter.py
 """
@@ -28,10 +29,16 @@ def main(folder: Path = compare.SHIPPED) -> None:
         layer = {"adapter": out, "output_dir": Path(name) / "amber", "task": "discriminative"}
         report = eval_amber.run(recipes.build(EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: weight.to(torch.bfloat16) for name, weight in load_file(out / "adapter_model.safetensors").items()}
+        weights = {
+            name: weight.to(torch.bfloat16)
+            for name, weight in load_file(out / "adapter_model.safetensors").items()
+        }
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(out / "adapter_config.json", folder / "adapter_config.json")
-    kept = [{name: flip[name] for name in ("image", "question")} for flip in evenly(report["comparison"]["flips"], _FLIPS)]
+    kept = [
+        {name: flip[name] for name in ("image", "question")}
+        for flip in evenly(report["comparison"]["flips"], _FLIPS)
+    ]
     (folder / compare.FLIPS).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""vlmdpo as a library, without its command line: prepare, train, ask. Runs offline on the embedded model.
+"""vlmdpo as a library, without its command line: prepare, train, ask. Runs offline on the embedded
+model.
 
 python examples/library.py
 """
@@ -15,7 +16,11 @@ from vlmdpo.tiny import evaluation
 def main(folder: Path = Path("outputs/library"), steps: int = 60) -> tuple[str, str]:
     """Train a small adapter and return the answers of base and tuned model to one question."""
     data = prepare.run(PrepareConfig(output_dir=folder / "data", limit=800))
-    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    settings = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+    }
     report = train.run(
         TrainConfig(
             dataset=data["path"],

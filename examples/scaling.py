@@ -1,11 +1,13 @@
-"""What DPO costs on 8, 64 and 512 GPUs, on paper: memory, bytes on the wire, and a step's time by a small simulation.
+"""What DPO costs on 8, 64 and 512 GPUs, on paper: memory, bytes on the wire, and a step's time by a
+small simulation.
 
     python examples/scaling.py            # the tables of docs/scaling.md, between its marks
     python examples/scaling.py --write    # put them there
 
-Every formula stands in docs/scaling.md with its source. The simulation walks through one optimizer step layer by layer with
-two resources, the GPU's arithmetic and its link: a collective may run beside the layer before it; a layer waits for its own.
-Nothing here was measured; the constants below are data sheets' and one assumed share of peak.
+Every formula stands in docs/scaling.md with its source. The simulation walks through one optimizer
+step layer by layer with two resources, the GPU's arithmetic and its link: a collective may run
+beside the layer before it; a layer waits for its own. Nothing here was measured; the constants
+below are data sheets' and one assumed share of peak.
 """
 
 from __future__ import annotations
@@ -22,14 +24,20 @@ SHARE_OF_LINK = 0.8  # assumed: what collectives reach of a link
 HOP_S = 5e-6  # assumed latency of a ring's hop
 GPUS_A_NODE, GPU_BYTES = 8, 80e9
 TOKENS = 1_570  # of a pair in one row: prompt and picture 1,330, two answers of 120
-ADAMW, FLOAT32, BFLOAT16 = 8, 4, 2  # bytes a trained number: two float32 moments; its gradient and master copy
+ADAMW, FLOAT32, BFLOAT16 = (
+    8,
+    4,
+    2,
+)  # bytes a trained number: two float32 moments; its gradient and master copy
 COUNTS = (8, 64, 512)
 BEGIN, END = "<!-- tables: python examples/scaling.py --write -->\n", "<!-- end of tables -->\n"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's sizes: parameters, numbers that a LoRA adapter (r=16, all linear layers) trains, language layers."""
+    """A model's sizes: parameters, numbers that a LoRA adapter (r=16, all linear layers) trains,
+    language layers.
+    """
 
     name: str
     parameters: float
@@ -39,9 +47,19 @@ class Model:
 
 def _qwen_72b() -> Model:
     hidden, inner, kv, layers, vocabulary = 8192, 29568, 1024, 80, 152064  # its public config.json
-    shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    shapes = [
+        (hidden, hidden),
+        (hidden, kv),
+        (hidden, kv),
+        (hidden, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ]
     text = layers * sum(a * b for a, b in shapes) + 2 * vocabulary * hidden
-    return Model("Qwen2.5-VL-72B", text + 0.68e9, layers * sum(16 * (a + b) for a, b in shapes), layers)
+    return Model(
+        "Qwen2.5-VL-72B", text + 0.68e9, layers * sum(16 * (a + b) for a, b in shapes), layers
+    )
 
 
 MODELS = (Model("Idefics2-8B", 8_402_768_112, 55_348_736, 32), _qwen_72b())
@@ -49,7 +67,9 @@ MODELS = (Model("Idefics2-8B", 8_402_768_112, 55_348_736, 32), _qwen_72b())
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: how many GPUs share it and how, and whether every weight trains. One pair a GPU and pass, 64 a step or more."""
+    """A run: how many GPUs share it and how, and whether every weight trains. One pair a GPU and
+    pass, 64 a step or more.
+    """
 
     model: Model
     gpus: int
@@ -63,14 +83,19 @@ class Plan:
 
     @property
     def accumulation(self) -> int:
-        """Passes an optimizer step: 64 pairs a step as in the article, or one a GPU where there are more."""
+        """Passes an optimizer step: 64 pairs a step as in the article, or one a GPU where there are
+        more.
+        """
         return max(1, 64 // self.gpus)
 
     @property
     def state_bytes(self) -> float:
         """Weights, gradients, optimizer on each GPU, without activations."""
         weights = self.model.parameters * BFLOAT16 + (0 if self.full else self.trained * FLOAT32)
-        gradients, moments = self.trained * FLOAT32, self.trained * (ADAMW + (FLOAT32 if self.full else 0))
+        gradients, moments = (
+            self.trained * FLOAT32,
+            self.trained * (ADAMW + (FLOAT32 if self.full else 0)),
+        )
         if self.strategy == "ddp":
             return weights + gradients + moments
         if self.strategy == "zero2":
@@ -84,7 +109,9 @@ class Plan:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each GPU sends in an optimizer step (ring: (N-1)/N of the data for each gather or scatter)."""
+        """Bytes that each GPU sends in an optimizer step (ring: (N-1)/N of the data for each gather
+        or scatter).
+        """
         part = (self.gpus - 1) / self.gpus
         gradients = self.trained * FLOAT32
         if self.strategy == "ddp":
@@ -96,17 +123,25 @@ class Plan:
 
     def collective_s(self, size: float) -> float:
         """One gather or scatter of so many bytes on a ring: (N-1) hops and (N-1)/N of the bytes."""
-        hops = self.gpus - 1 if self.gpus <= GPUS_A_NODE else self.gpus // GPUS_A_NODE - 1 + GPUS_A_NODE - 1
+        hops = (
+            self.gpus - 1
+            if self.gpus <= GPUS_A_NODE
+            else self.gpus // GPUS_A_NODE - 1 + GPUS_A_NODE - 1
+        )
         return hops * HOP_S + (self.gpus - 1) / self.gpus * size / self.link_bytes_s
 
 
 def flops_a_pair(plan: Plan) -> float:
-    """Forward 2PT, recomputing 2PT, backward 2PT for the activations, and 2PT for weights where all of them train."""
+    """Forward 2PT, recomputing 2PT, backward 2PT for the activations, and 2PT for weights where all
+    of them train.
+    """
     return (8 if plan.full else 6) * plan.model.parameters * TOKENS
 
 
 def step_s(plan: Plan) -> tuple[float, float]:
-    """(an optimizer step's seconds, those of its arithmetic alone), by walking through it layer by layer."""
+    """(an optimizer step's seconds, those of its arithmetic alone), by walking through it layer by
+    layer.
+    """
     layers = plan.model.layers
     arithmetic = flops_a_pair(plan) / (PEAK_FLOPS * SHARE_OF_PEAK)
     forward = arithmetic * 2 / (8 if plan.full else 6) / layers
@@ -156,7 +191,8 @@ def tables() -> str:
                     seconds, alone = step_s(plan)
                     timed = f"{seconds:.2f} | {100 * alone / seconds:.0f}%" if fits else "- | -"
                     text += (
-                        f"| {model.name} | {gpus} | {strategy} | {plan.state_bytes / 1e9:.1f} | {plan.sent_bytes / 1e9:.2f} "
+                        f"| {model.name} | {gpus} | {strategy} | {plan.state_bytes / 1e9:.1f} | "
+                        f"{plan.sent_bytes / 1e9:.2f} "
                         f"| {timed} | {verdict(plan)} |\n"
                     )
     return text + "\n"
@@ -171,7 +207,9 @@ def with_tables(page: str) -> str:
 
 def main() -> None:
     """Print the tables, or write them into the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true")
     page = Path(__file__).parent.parent / "docs" / "scaling.md"
     if parser.parse_args().write:

@@ -1,4 +1,6 @@
-"""Shared by all tests: offline, two threads, a fresh working folder, and AMBER's public data where it is at hand."""
+"""Shared by all tests: offline, two threads, a fresh working folder, and AMBER's public data where
+it is at hand.
+"""
 
 import gc
 import os
@@ -20,12 +22,16 @@ def unfolded(err):
     return re.sub(r"\n {7,9}(?=\S)", " ", err)
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script; commands would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background of a script; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
-    """Once training's libraries are loaded, the collector need not look through them after every run: half a second each."""
+    """Once training's libraries are loaded, the collector need not look through them after every
+    run: half a second each.
+    """
     if "trl.trainer.dpo_trainer" in sys.modules and not gc.get_freeze_count():
         gc.collect()
         gc.freeze()
@@ -39,7 +45,9 @@ def _own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def vlmdpo(capfd):
-    """Run a command line in this process: returns (exit code, stdout, stderr), each error in one line."""
+    """Run a command line in this process: returns (exit code, stdout, stderr), each error in one
+    line.
+    """
     from vlmdpo import cli
 
     def call(*arguments):

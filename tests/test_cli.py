@@ -1,4 +1,6 @@
-"""The command line: help without weight, options in step with configs, layers, one clear line for every mistake."""
+"""The command line: help without weight, options in step with configs, layers, one clear line for
+every mistake.
+"""
 
 import dataclasses
 import json
@@ -49,28 +51,48 @@ def test_every_field_is_an_option_with_its_default(command, vlmdpo, monkeypatch)
     fields = dataclasses.fields(cli.COMMANDS[command][0])
     assert fields
     for field in fields:
-        lines = [line for line in out.splitlines() if re.match(rf"\s*(-\w, )?{config.flag_name(field.name)}[ ,]", line)]
+        lines = [
+            line
+            for line in out.splitlines()
+            if re.match(rf"\s*(-\w, )?{config.flag_name(field.name)}[ ,]", line)
+        ]
         assert len(lines) == 1, field.name
         text = out[out.index(lines[0]) :].split("\n  --")[0]
         assert "[default: " in " ".join(text.split()) + " ", field.name
 
 
 def test_module_and_console_script_are_one_program():
-    done = subprocess.run([sys.executable, "-m", "vlmdpo", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmdpo", "--version"], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout.strip()) == (0, f"vlmdpo {__version__}")
 
 
 def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_run", lambda name, module, settings, hint: seen.append((settings, hint)))
+    monkeypatch.setattr(
+        cli, "_run", lambda name, module, settings, hint: seen.append((settings, hint))
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("beta: 0.3\nlearning-rate: 5e-4\nlora_r: 4\n")
-    assert cli.run(["train", "--config", str(recipe), "--lora_r", "8", "--set", "max_grad_norm=0.5"]) == 0
+    assert (
+        cli.run(["train", "--config", str(recipe), "--lora_r", "8", "--set", "max_grad_norm=0.5"])
+        == 0
+    )
     assert cli.run(["train", "--model", "idefics2-8b"]) == 0
     (tiny, hint), (full, no_hint) = seen
-    assert (tiny.beta, tiny.learning_rate, tiny.lora_r, tiny.set) == (0.3, 5e-4, 8, ("max_grad_norm=0.5",))
+    assert (tiny.beta, tiny.learning_rate, tiny.lora_r, tiny.set) == (
+        0.3,
+        5e-4,
+        8,
+        ("max_grad_norm=0.5",),
+    )
     assert tiny.per_device_train_batch_size == 16  # the embedded model's own recipe
-    assert (full.per_device_train_batch_size, full.gradient_accumulation_steps, full.peak_learning_rate) == (2, 32, 5e-5)
+    assert (
+        full.per_device_train_batch_size,
+        full.gradient_accumulation_steps,
+        full.peak_learning_rate,
+    ) == (2, 32, 5e-5)
     assert "vlmdpo train --model idefics2-8b" in hint
     assert no_hint == ""
 
@@ -82,8 +104,16 @@ def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch)
         (["trian"], 2, "Did you mean 'train'?"),
         (["train", "--beta-x", "1"], 2, "No such option: --beta-x"),
         (["train", "--beta", "much"], 2, "--beta"),
-        (["train", "--per-device-train-batch-size", "0"], 2, "--per-device-train-batch-size: 0 is out of range"),
-        (["train", "--per-device-train-batch-size", "-4"], 2, "--per-device-train-batch-size: -4 is out of range"),
+        (
+            ["train", "--per-device-train-batch-size", "0"],
+            2,
+            "--per-device-train-batch-size: 0 is out of range",
+        ),
+        (
+            ["train", "--per-device-train-batch-size", "-4"],
+            2,
+            "--per-device-train-batch-size: -4 is out of range",
+        ),
         (["train", "--dtype", "float13"], 2, "--dtype: unknown value 'float13'"),
         (["train", "--loss-type", "sigmoit"], 2, "Did you mean 'sigmoid'?"),
         (["train", "--resume", "--overwrite"], 2, "--resume"),

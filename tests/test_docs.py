@@ -1,7 +1,9 @@
-"""The documentation keeps its word: every command it shows is run, tables of options and texts of errors are the program's.
+"""The documentation keeps its word: every command it shows is run, tables of options and texts of
+errors are the program's.
 
-A command is first read by the command line exactly as it stands. Then it is run on the embedded model: what belongs to full
-size or to a machine that is not here (a large model, the Hub, eight GPUs) is replaced, by `_small`, and nothing else.
+A command is first read by the command line exactly as it stands. Then it is run on the embedded
+model: what belongs to full size or to a machine that is not here (a large model, the Hub, eight
+GPUs) is replaced, by `_small`, and nothing else.
 """
 
 import json
@@ -23,11 +25,18 @@ from vlmdpo.errors import nearest
 from vlmdpo.tiny import evaluation
 
 ROOT = Path(package.__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 # What full size needs, and what stands for it here; None: it takes no value.
 _REPLACED = {"--model": ["tiny"], "--dtype": ["float32"], "--push-to-hub": []}
 _NOT_HERE = {
-    **dict.fromkeys(["--num-processes", "--num-machines", "--machine-rank", "--main-process-ip", "--strategy"], True),
+    **dict.fromkeys(
+        ["--num-processes", "--num-machines", "--machine-rank", "--main-process-ip", "--strategy"],
+        True,
+    ),
     **dict.fromkeys(["--gpu"], True),
     "--quantization": True,
 }
@@ -65,7 +74,9 @@ def shown():
             while line.endswith("\\"):
                 number += 1
                 line = line[:-1] + lines[number]
-            commands.append((f"{page.relative_to(ROOT)}:{number + 1}", shlex.split(line, comments=True)[1:]))
+            commands.append(
+                (f"{page.relative_to(ROOT)}:{number + 1}", shlex.split(line, comments=True)[1:])
+            )
         for found in re.finditer(r"`vlmdpo ([a-z][a-z-]+(?: [^`\n]+)?)`", text):
             place = f"{page.relative_to(ROOT)}:{text[: found.start()].count(chr(10)) + 1}"
             commands.append((place, shlex.split(found[1])))
@@ -108,22 +119,34 @@ def _small(words):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the documentation speaks of: pictures, preferences, questions, AMBER's data, runs."""
+    """A folder with what the documentation speaks of: pictures, preferences, questions, AMBER's
+    data, runs.
+    """
     folder = tmp_path_factory.mktemp("docs")
     evaluation.picture("SCENE_1.png").save(folder / "photo.jpg")
     shutil.copytree(evaluation.FOLDER, folder / "AMBER" / "data")
     (folder / "AMBER" / "image").mkdir()
     for number in range(1, evaluation.SCENES + 1):
-        evaluation.picture(f"SCENE_{number}.png").save(folder / "AMBER" / "image" / f"SCENE_{number}.png")
+        evaluation.picture(f"SCENE_{number}.png").save(
+            folder / "AMBER" / "image" / f"SCENE_{number}.png"
+        )
     answers = [{"id": number, "response": "No"} for number in range(101, 120)]
     (folder / "answers.json").write_text(json.dumps(answers))
-    (folder / "questions.jsonl").write_text(json.dumps({"id": 1, "image": "photo.jpg", "question": "Is there a moon?"}) + "\n")
+    (folder / "questions.jsonl").write_text(
+        json.dumps({"id": 1, "image": "photo.jpg", "question": "Is there a moon?"}) + "\n"
+    )
     (folder / "examples").symlink_to(ROOT / "examples")
     subprocess.run(
-        [sys.executable, "examples/own_images/make_sample.py", "my", "--pictures", "20"], cwd=folder, check=True, timeout=120
+        [sys.executable, "examples/own_images/make_sample.py", "my", "--pictures", "20"],
+        cwd=folder,
+        check=True,
+        timeout=120,
     )
     vote = {"question": "Is there a moon?", "chosen": "No", "rejected": "Yes"}
-    for file in (folder / "my" / "images" / "votes.jsonl", folder / "outputs" / "votes" / "preferences.jsonl"):
+    for file in (
+        folder / "my" / "images" / "votes.jsonl",
+        folder / "outputs" / "votes" / "preferences.jsonl",
+    ):
         file.parent.mkdir(parents=True, exist_ok=True)
         names = [f"{number:04d}.png" for number in range(1, 21)]
         file.write_text("".join(json.dumps({**vote, "image": name}) + "\n" for name in names))
@@ -145,14 +168,28 @@ def runs(place):
     here = os.getcwd()
     os.chdir(place)
     try:
-        source = ["--dataset", "my/preferences.csv", "--image-root", "my/images", "--test-size", "0.2"]
+        source = [
+            "--dataset",
+            "my/preferences.csv",
+            "--image-root",
+            "my/images",
+            "--test-size",
+            "0.2",
+        ]
         assert cli.run(["prepare", *source, "--output-dir", "outputs/data/mine", "-q"]) == 0
         first = "outputs/tiny-scenes-dpo"
         steps = ["--max-steps", "2", "--eval-steps", "0", "-q"]
-        assert cli.run(["train", "--dataset", "outputs/data/mine", "--output-dir", first, *steps]) == 0
+        assert (
+            cli.run(["train", "--dataset", "outputs/data/mine", "--output-dir", first, *steps]) == 0
+        )
         for name in ("outputs/idefics2-8b-rlaif-v-dpo", "outputs/mine", "outputs/run", "DIR"):
             shutil.copytree(first, name)
-        assert cli.run(["eval-amber", "--adapter", first, "--task", "discriminative", "--limit", "3", "-q"]) == 0
+        assert (
+            cli.run(
+                ["eval-amber", "--adapter", first, "--task", "discriminative", "--limit", "3", "-q"]
+            )
+            == 0
+        )
     finally:
         os.chdir(here)
 
@@ -165,16 +202,22 @@ def _read(words, monkeypatch):
     return code, read
 
 
-@pytest.mark.parametrize(("where", "words"), SHOWN, ids=[f"{where} {words[0]}" for where, words in SHOWN])
+@pytest.mark.parametrize(
+    ("where", "words"), SHOWN, ids=[f"{where} {words[0]}" for where, words in SHOWN]
+)
 def test_every_command_shown_is_one_that_the_program_takes(where, words, there, monkeypatch, capfd):
     if words[0] not in cli.COMMANDS:
-        assert words in (["--install-completion"], ["--help"]), f"{where}: {nearest(words[0], cli.COMMANDS)}"
+        assert words in (["--install-completion"], ["--help"]), (
+            f"{where}: {nearest(words[0], cli.COMMANDS)}"
+        )
         return
     if "N" in words:
         words = ["3" if word == "N" else word for word in words]
     code, read = _read(words, monkeypatch)
     err = capfd.readouterr().err
-    if code == 2 and re.search(r"is needed|nothing to do", err):  # `vlmdpo export --merge` in a sentence: a part of a command
+    if code == 2 and re.search(
+        r"is needed|nothing to do", err
+    ):  # `vlmdpo export --merge` in a sentence: a part of a command
         assert "/" not in " ".join(words)
         return
     assert (code, len(read)) == (0, 1), f"{where}: {err}"
@@ -188,7 +231,9 @@ for _where, _words in SHOWN:
         _TO_RUN.setdefault(_small(_said), _where)
 
 
-@pytest.mark.parametrize("small", list(_TO_RUN), ids=[f"{where} {small[0]}" for small, where in _TO_RUN.items()])
+@pytest.mark.parametrize(
+    "small", list(_TO_RUN), ids=[f"{where} {small[0]}" for small, where in _TO_RUN.items()]
+)
 def test_every_command_shown_runs(small, there, runs, vlmdpo):
     code, out, err = vlmdpo(*small)
     if code == 2 and re.search(r"is needed|nothing to do", err):  # see above
@@ -215,7 +260,9 @@ def _headings():
 def test_troubleshooting_quotes_what_the_program_says(heading):
     if heading == "No such option":  # Typer's own
         return
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in Path(package.__file__).parent.rglob("*.py"))
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in Path(package.__file__).parent.rglob("*.py")
+    )
     sources = re.sub(r'"\n\s+f?"', "", sources)  # texts that are written over several lines
     assert heading in sources
 
@@ -224,12 +271,25 @@ def test_the_site_is_built_and_a_dead_link_would_stop_it(tmp_path):
     pytest.importorskip("mkdocs")
 
     def build(root):
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".mkdocs.yml", "-d", tmp_path / "site"]
+        command = [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "-f",
+            ".mkdocs.yml",
+            "-d",
+            tmp_path / "site",
+        ]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
 
     done = build(ROOT)
     assert done.returncode == 0, done.stderr
-    pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    pages = {
+        path.relative_to(tmp_path / "site").as_posix()
+        for path in (tmp_path / "site").rglob("*.html")
+    }
     assert {f"commands/{command}.html" for command in cli.COMMANDS} <= pages
     assert "<math" in (tmp_path / "site" / "method.html").read_text()
     assert "make_sample.py" in (tmp_path / "site" / "own-images.html").read_text()

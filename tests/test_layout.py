@@ -9,14 +9,31 @@ ROOT = Path(vlmdpo.__file__).parent
 # Each folder (or module of the root) may import only from itself and from those before it.
 ORDER = (
     *("errors", "config", "ui", "data", "models", "distributed", "engine", "benchmarks"),
-    *("feedback", "tiny", "memory", "hub", "report", "training", "web", "commands", "cli", "__main__"),
+    *(
+        "feedback",
+        "tiny",
+        "memory",
+        "hub",
+        "report",
+        "training",
+        "web",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 )
 AT_THE_ROOT = {"__init__", "__main__", "cli", "errors", "hub", "ui"}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
     *("models/families", "models/load", "models/digest"),
-    *("engine/collate", "engine/decode", "engine/feature_cache", "engine/forward", "engine/generate"),
+    *(
+        "engine/collate",
+        "engine/decode",
+        "engine/feature_cache",
+        "engine/forward",
+        "engine/generate",
+    ),
     *("engine/lengths", "engine/packed_attention", "engine/pair_layout", "engine/reference_cache"),
     *("engine/side_by_side", "engine/stock_collator"),
     *("tiny/build", "tiny/random_models", "tiny/sample_pairs"),

@@ -13,7 +13,9 @@ from vlmdpo.tiny import random_models
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.small)
 def test_the_table_says_what_happens(family):
     made = row(family, examine(family))
-    assert made in DOCS.read_text(encoding="utf-8").splitlines(), f"python -m tests.support.matrix --write; it is now: {made}"
+    assert made in DOCS.read_text(encoding="utf-8").splitlines(), (
+        f"python -m tests.support.matrix --write; it is now: {made}"
+    )
 
 
 def test_every_family_has_one_row():
@@ -24,7 +26,9 @@ def test_every_family_has_one_row():
 
 def _llava_onevision(text, vision, image_size):
     """A family that vlmdpo has never heard of, as docs/models.md tells to add one."""
-    tok = random_models.tokenizer("<image>", "<video>", image_token="<image>", video_token="<video>")
+    tok = random_models.tokenizer(
+        "<image>", "<video>", image_token="<image>", video_token="<video>"
+    )
     config = tf.LlavaOnevisionConfig(
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         video_token_id=tok.convert_tokens_to_ids("<video>"),
@@ -43,15 +47,22 @@ def _llava_onevision(text, vision, image_size):
         },
     )
     images = tf.LlavaOnevisionImageProcessorPil(
-        size={"height": image_size, "width": image_size}, image_grid_pinpoints=config.image_grid_pinpoints
+        size={"height": image_size, "width": image_size},
+        image_grid_pinpoints=config.image_grid_pinpoints,
     )
     told = {"num_image_tokens": (image_size // 8) ** 2, "vision_feature_select_strategy": "full"}
     processor = images_only(tf.LlavaOnevisionProcessor)
-    return config, processor(images, tok, chat_template=random_models.TEMPLATE.replace("IMAGE", "<image>"), **told)
+    return config, processor(
+        images, tok, chat_template=random_models.TEMPLATE.replace("IMAGE", "<image>"), **told
+    )
 
 
 def test_a_family_that_nobody_added_works_by_one_entry(monkeypatch):
     monkeypatch.setitem(random_models.FAMILIES, "llava_onevision", _llava_onevision)
     torch.manual_seed(0)
-    found = examine(Family("LLaVA-OneVision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision"))
-    assert [name for name, said in found.items() if said != "yes"] == ["compare, at once"]  # its pictures are cut into tiles
+    found = examine(
+        Family("LLaVA-OneVision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision")
+    )
+    assert [name for name, said in found.items() if said != "yes"] == [
+        "compare, at once"
+    ]  # its pictures are cut into tiles

@@ -1,4 +1,6 @@
-"""docs/scaling.md: its tables are what the script makes, and the simulation keeps to what can be said without it."""
+"""docs/scaling.md: its tables are what the script makes, and the simulation keeps to what can be
+said without it.
+"""
 
 import importlib.util
 import sys
@@ -26,7 +28,9 @@ def test_the_page_holds_the_tables_of_the_script(scaling):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
-def test_a_step_is_no_shorter_than_its_arithmetic_or_its_bytes_and_no_longer_than_both(strategy, scaling):
+def test_a_step_is_no_shorter_than_its_arithmetic_or_its_bytes_and_no_longer_than_both(
+    strategy, scaling
+):
     for model in scaling.MODELS:
         for gpus in scaling.COUNTS:
             for full in (False, True):

@@ -1,4 +1,6 @@
-"""The habits of a good neighbour in a shell: pipes, colours, quiet, questions, completion, errors that fit, a bug report."""
+"""The habits of a good neighbour in a shell: pipes, colours, quiet, questions, completion, errors
+that fit, a bug report.
+"""
 
 import io
 import json
@@ -45,12 +47,16 @@ def test_an_error_fits_80_columns_and_says_where_and_what_next(wrong, capfd):
     at = next(number for number, line in enumerate(lines) if line.startswith("error: "))
     first, more = lines[at], lines[at + 1 :]
     for line in (first, *more):
-        assert len(line) <= 80 or len(line.split()) <= 2 or "vlmdpo " in line, "only a path or a command is longer"
+        assert len(line) <= 80 or len(line.split()) <= 2 or "vlmdpo " in line, (
+            "only a path or a command is longer"
+        )
     assert all(line.startswith("       ") for line in more)
 
 
 def test_a_command_at_the_end_of_an_error_can_be_copied(capfd):
-    ui.error(f"stopped at step 3 of 10; go on with: vlmdpo train --config {_LONG}recipe.yaml --resume")
+    ui.error(
+        f"stopped at step 3 of 10; go on with: vlmdpo train --config {_LONG}recipe.yaml --resume"
+    )
     err = capfd.readouterr().err
     assert err.splitlines()[-1].strip() == f"vlmdpo train --config {_LONG}recipe.yaml --resume"
 
@@ -60,10 +66,14 @@ def test_data_goes_to_stdout_and_talk_to_stderr_which_quiet_silences(vlmdpo):
     assert code == 0
     assert "Prepared:" in out
     assert "format RLAIF-V" in err
-    code, again, err = vlmdpo("prepare", "--limit", "8", "--output-dir", "data", "--overwrite", "-q")
+    code, again, err = vlmdpo(
+        "prepare", "--limit", "8", "--output-dir", "data", "--overwrite", "-q"
+    )
     assert (code, err) == (0, "")
     assert "Prepared:" in again
-    code, out, err = vlmdpo("train", "--dataset", "data", "--max-steps", "1", "--output-dir", "out", "--quiet", "--json")
+    code, out, err = vlmdpo(
+        "train", "--dataset", "data", "--max-steps", "1", "--output-dir", "out", "--quiet", "--json"
+    )
     assert (code, err) == (0, "")
     assert json.loads(out)["steps"] == 1
 
@@ -101,7 +111,9 @@ def test_yes_answers_and_without_a_terminal_nobody_is_asked(vlmdpo):
     assert "add --overwrite" in err
     assert vlmdpo("prepare", "--limit", "9", "--output-dir", "data", "--yes")[0] == 0
     for more in ([], ["--overwrite"], ["-y"]):
-        code, _, err = vlmdpo("train", "--dataset", "data", "--max-steps", "1", "--output-dir", "out", *more)
+        code, _, err = vlmdpo(
+            "train", "--dataset", "data", "--max-steps", "1", "--output-dir", "out", *more
+        )
         assert code == 0, err
     assert vlmdpo("train", "--dataset", "data", "--max-steps", "1", "--output-dir", "out")[0] == 3
 
@@ -152,7 +164,9 @@ def test_a_closed_pipe_is_no_traceback():
 def test_tab_completes_commands_options_and_values():
     def completed(line):
         words = line.split(" ")
-        found = _ran(_VLMDPO_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
+        found = _ran(
+            _VLMDPO_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1)
+        )
         return found.stdout.split()
 
     assert completed("vlmdpo est") == ["estimate-memory"]
@@ -165,7 +179,16 @@ def test_env_says_what_a_bug_report_needs(vlmdpo, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     code, out, _ = vlmdpo("env")
     assert code == 0
-    for name in ("vlmdpo: ", "torch: ", "transformers: ", "trl: ", "python: ", "GPUs: ", "memory: ", "HF_HUB_OFFLINE=1"):
+    for name in (
+        "vlmdpo: ",
+        "torch: ",
+        "transformers: ",
+        "trl: ",
+        "python: ",
+        "GPUs: ",
+        "memory: ",
+        "HF_HUB_OFFLINE=1",
+    ):
         assert name in out
     assert "secret" not in out
     report = json.loads(vlmdpo("env", "--json")[1])

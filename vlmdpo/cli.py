@@ -1,6 +1,8 @@
-"""The command line: options to config, config to command, command to screen. Nothing heavy is imported for `--help`.
+"""The command line: options to config, config to command, command to screen. Nothing heavy is
+imported for `--help`.
 
-Options are made from the fields of the config dataclasses, so that name, type, default and help stand once.
+Options are made from the fields of the config dataclasses, so that name, type, default and help
+stand once.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
         cf.EvalAmberConfig,
         "vlmdpo.commands.eval_amber",
         "Score hallucination on AMBER, base beside tuned.",
-        "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images AMBER/image",
+        "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images "
+        "AMBER/image",
     ),
     "compare": (
         cf.CompareConfig,
@@ -88,7 +91,20 @@ COMMANDS: dict[str, tuple[type, str, str, str]] = {
 
 # Switches that are off until they are named, and so need no --no- form.
 _ONE_WAY = {
-    *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge", "dry_run", "share", "open"),
+    *(
+        "json",
+        "quiet",
+        "yes",
+        "overwrite",
+        "resume",
+        "compare",
+        "doctor",
+        "streaming",
+        "merge",
+        "dry_run",
+        "share",
+        "open",
+    ),
 }
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
@@ -105,8 +121,10 @@ _VALUES: dict[str, Iterable[str]] = {
 
 app = typer.Typer(
     name="vlmdpo",
-    help="Direct Preference Optimization for vision-language models: prepare, estimate-memory, train, infer, eval-amber. "
-    "Every command runs offline on the embedded model 'tiny' until told otherwise; try: vlmdpo demo",
+    help="Direct Preference Optimization for vision-language models: prepare, estimate-memory, "
+    "train, infer, eval-amber. "
+    "Every command runs offline on the embedded model 'tiny' until told otherwise; try: vlmdpo "
+    "demo",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -123,7 +141,11 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", help="Print the version and stop.", callback=_print_version, is_eager=True
+        False,
+        "--version",
+        help="Print the version and stop.",
+        callback=_print_version,
+        is_eager=True,
     ),
 ) -> None:
     """Options of the program itself."""
@@ -132,11 +154,17 @@ def _root(
 def _completion(name: str) -> Callable[[str], list[str]] | None:
     """What completes an option's value on the shell's Tab, where its values are known."""
     values = _VALUES.get(name)
-    return None if values is None else lambda incomplete: [value for value in values if value.startswith(incomplete)]
+    return (
+        None
+        if values is None
+        else lambda incomplete: [value for value in values if value.startswith(incomplete)]
+    )
 
 
 def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    """One option of the command line, as Typer wants to find it in a signature. Unset options arrive as None."""
+    """One option of the command line, as Typer wants to find it in a signature. Unset options
+    arrive as None.
+    """
     meta = field.metadata
     flags = [meta["flag"] or cf.flag_name(field.name), *([meta["also"]] if meta["also"] else [])]
     default = field.default
@@ -150,8 +178,12 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     else:
         annotation = kind if isinstance(kind, types.UnionType) else kind | None
     help_text = f"{meta['help']}. [default: {shown}]"
-    declared = typer.Option(None, *flags, help=help_text, show_default=False, autocompletion=_completion(field.name))
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)
+    declared = typer.Option(
+        None, *flags, help=help_text, show_default=False, autocompletion=_completion(field.name)
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation
+    )
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -160,8 +192,15 @@ def _command(name: str) -> Callable[..., None]:
 
     def call(**given: Any) -> None:
         recipe_file = given.pop("config")
-        flags = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v not in (None, [])}
-        layers: list[Mapping[str, Any]] = [recipes.read_recipe(recipe_file) if recipe_file else {}, flags]
+        flags = {
+            key: tuple(v) if isinstance(v, list) else v
+            for key, v in given.items()
+            if v not in (None, [])
+        }
+        layers: list[Mapping[str, Any]] = [
+            recipes.read_recipe(recipe_file) if recipe_file else {},
+            flags,
+        ]
         model = flags.get("model") or layers[0].get("model") or "tiny"
         settings: Any = recipes.build(cls, registry.recipe(str(model), name), *layers)
         _run(name, module, settings, _hint(full_size, {**layers[0], **flags}))
@@ -172,7 +211,9 @@ def _command(name: str) -> Callable[..., None]:
         help="YAML recipe with the same keys as the options; flags win over it. [default: none]",
         show_default=False,
     )
-    extra = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=config_option, annotation=Path | None)
+    extra = inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=config_option, annotation=Path | None
+    )
     kinds = recipes.field_types(cls)
     parameters = [_parameter(field, kinds[field.name]) for field in dataclasses.fields(cls)]
     call.__signature__ = inspect.Signature([*parameters, extra])  # type: ignore[attr-defined]
@@ -183,7 +224,9 @@ def _command(name: str) -> Callable[..., None]:
 
 def _hint(full_size: str, given: Mapping[str, Any]) -> str:
     """One line for a bare call: what it works on, and the full-size command."""
-    if not full_size or any(given.get(key) for key in ("model", "dataset", "answers", "data", "adapter")):
+    if not full_size or any(
+        given.get(key) for key in ("model", "dataset", "answers", "data", "adapter")
+    ):
         return ""
     return f"using the embedded model 'tiny' (and data 'scenes'); full size: {full_size}"
 
@@ -195,7 +238,8 @@ def _run(name: str, module: str, settings: Any, hint: str) -> None:
         launch.begin()
     if hint:
         ui.say(hint)
-    # Say nothing that a user cannot act on: the libraries' advice to those who write code against them.
+    # Say nothing that a user cannot act on: the libraries' advice to those who write code against
+    # them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|datasets|accelerate|torch)\b")
@@ -227,7 +271,11 @@ def _spelling(argument: str) -> str:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error is one clear line on stderr."""
     try:
-        code = app([_spelling(argument) for argument in arguments], standalone_mode=False, prog_name="vlmdpo")
+        code = app(
+            [_spelling(argument) for argument in arguments],
+            standalone_mode=False,
+            prog_name="vlmdpo",
+        )
         if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
             ui.warn("interrupted")
         return code if isinstance(code, int) else 0

@@ -1,7 +1,7 @@
 """Every error a user can cause, and the exit code that goes with it.
 
-A message says where, what, and what to do next, in one or two lines. Anything that is not a `VlmDpoError`
-is a bug of ours: it keeps its traceback and exits with 1.
+A message says where, what, and what to do next, in one or two lines. Anything that is not a
+`VlmDpoError` is a bug of ours: it keeps its traceback and exits with 1.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class PeerLost(ProcessError):
 
 
 class Preempted(VlmDpoError):
-    """SIGTERM: what was finished is kept; a scheduler may put the same command into its queue again (EX_TEMPFAIL)."""
+    """SIGTERM: what was finished is kept; a scheduler may put the same command into its queue again
+    (EX_TEMPFAIL).
+    """
 
     exit_code = 75
 

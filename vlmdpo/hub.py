@@ -1,4 +1,6 @@
-"""Prepared data and models to the Hugging Face Hub, with cards. Nothing leaves this machine unless asked."""
+"""Prepared data and models to the Hugging Face Hub, with cards. Nothing leaves this machine unless
+asked.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bo
     """
     from huggingface_hub import DatasetCard
 
-    if not ui.confirm(f"Upload {manifest['rows_out']:,} rows to {repo} ({_seen(private)})?", otherwise=True):
+    if not ui.confirm(
+        f"Upload {manifest['rows_out']:,} rows to {repo} ({_seen(private)})?", otherwise=True
+    ):
         ui.say("not uploaded")
         return
     with _explained(repo, folder):
@@ -42,8 +46,8 @@ _AT_HOME = ["checkpoint-*", "train_report.json", "amber.json"]
 
 
 def model(folder: Path, repo: str, *, private: bool) -> str | None:
-    """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its address; None where it was
-    asked on a terminal, and the answer was no.
+    """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its
+    address; None where it was asked on a terminal, and the answer was no.
 
     Checkpoints, metrics and whatever else lies there stay at home.
 
@@ -55,12 +59,22 @@ def model(folder: Path, repo: str, *, private: bool) -> str | None:
     if not ui.confirm(f"Upload '{folder}' to {repo} ({_seen(private)})?", otherwise=True):
         ui.say("not uploaded")
         return None
-    sent = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "learning_curves.png"]
+    sent = [
+        "*.safetensors",
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        "README.md",
+        "learning_curves.png",
+    ]
     with _explained(repo, folder):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         ui.say(f"uploading '{folder}' to {repo}")
-        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=_AT_HOME)
+        api.upload_folder(
+            repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=_AT_HOME
+        )
     return f"https://huggingface.co/{repo}"
 
 
@@ -71,28 +85,49 @@ def _seen(private: bool) -> str:
 @contextlib.contextmanager
 def _explained(repo: str, folder: Path) -> Iterator[None]:
     """Turns what the Hub's libraries raise into one line that says where the result stands."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError) as problem:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        ConnectionError,
+    ) as problem:
         said = str(problem).strip().splitlines()[0]
         raise DataError(
-            f"--push-to-hub {repo}: {said}; the result stands in '{folder}'. Log in with: hf auth login"
+            f"--push-to-hub {repo}: {said}; the result stands in '{folder}'. Log in with: hf auth "
+            "login"
         ) from problem
 
 
 def card(manifest: Mapping[str, Any], repo: str) -> str:
     """The card's text: source, checks, lengths, versions, how to load it."""
-    dropped = "".join(f"| {reason} | {count:,} |\n" for reason, count in manifest["dropped"].items())
+    dropped = "".join(
+        f"| {reason} | {count:,} |\n" for reason, count in manifest["dropped"].items()
+    )
     changed = "".join(f"| {name} | {count:,} |\n" for name, count in manifest["changed"].items())
     lengths = "".join(
-        f"| {name.removesuffix('_tokens')} | {one['min']} | {one['median']:g} | {one['p95']:.0f} | {one['max']} |\n"
+        f"| {name.removesuffix('_tokens')} | {one['min']} | {one['median']:g} | {one['p95']:.0f} "
+        f"| {one['max']} |\n"
         for name, one in manifest["lengths"].items()
     )
-    side = f"at most {manifest['max_image_side']} pixels a side" if manifest["max_image_side"] else "as they came"
+    side = (
+        f"at most {manifest['max_image_side']} pixels a side"
+        if manifest["max_image_side"]
+        else "as they came"
+    )
     source = Path(manifest["dataset"])
-    origin = source.name if source.exists() else manifest["dataset"]  # without where it lies on this machine
+    origin = (
+        source.name if source.exists() else manifest["dataset"]
+    )  # without where it lies on this machine
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     return f"""
 # {repo.rpartition("/")[2]}

@@ -1,4 +1,6 @@
-"""The only room that prints. Results and `--json` go to stdout; talk, warnings and progress to stderr."""
+"""The only room that prints. Results and `--json` go to stdout; talk, warnings and progress to
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,16 @@ _COLUMNS = 80  # that warnings and errors keep within
 
 
 def _out() -> Console:
-    # Made anew each time, so that a redirected sys.stdout (a test, a notebook) is honoured. A pipe has no width
-    # of its own; cutting a table at 80 columns there would lose data.
+    # Made anew each time, so that a redirected sys.stdout (a test, a notebook) is honoured. A pipe
+    # has no width of its own; cutting a table at 80 columns there would lose data.
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def _err(*, always: bool = False) -> Console:
     console = Console(file=sys.stderr, highlight=False, quiet=(_muted or _silent) and not always)
-    console.soft_wrap = not console.is_terminal  # a terminal's lines end between words, a log's with the sentence
+    console.soft_wrap = (
+        not console.is_terminal
+    )  # a terminal's lines end between words, a log's with the sentence
     return console
 
 
@@ -63,13 +67,17 @@ def set_quiet(quiet: bool) -> None:
 
 
 def set_manners(*, quiet: bool, yes: bool) -> None:
-    """`quiet`: no talk and no progress, but results, warnings and errors. `yes`: questions are answered, not asked."""
+    """`quiet`: no talk and no progress, but results, warnings and errors. `yes`: questions are
+    answered, not asked.
+    """
     global _silent, _yes
     _silent, _yes = quiet, yes
 
 
 def confirm(question: str, *, otherwise: bool = False) -> bool:
-    """Ask on a terminal; with --yes the answer is yes, and where nobody can be asked it is `otherwise`."""
+    """Ask on a terminal; with --yes the answer is yes, and where nobody can be asked it is
+    `otherwise`.
+    """
     if _yes:
         return True
     if _muted or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -96,8 +104,9 @@ def warn(text: str) -> None:
 
 
 def warn_from_handler(text: str) -> None:
-    """`warn` for a signal handler, which may interrupt the writing of a line: a stream cannot be entered twice, and says so
-    by a RuntimeError; then this goes past it."""
+    """`warn` for a signal handler, which may interrupt the writing of a line: a stream cannot be
+    entered twice, and says so by a RuntimeError; then this goes past it.
+    """
     try:
         warn(text)
     except RuntimeError:
@@ -110,14 +119,20 @@ def error(text: str) -> None:
 
 
 def _told(label: str, style: str, text: str) -> None:
-    """A labelled text in lines of 80 columns or fewer. A command at its end gets a line of its own, whole, to be copied."""
+    """A labelled text in lines of 80 columns or fewer. A command at its end gets a line of its own,
+    whole, to be copied.
+    """
     indent = " " * (len(label) + 1)
     whole, command = text, ""
     found = re.search(r"(?<=: )vlmdpo [^;]+$", text)
     if found and len(indent + text) > _COLUMNS:
         whole, command = text[: found.start()].rstrip(), found[0]
-    lines = textwrap.wrap(whole, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False) or [""]
-    shown = Text.assemble((label, style), " ", f"\n{indent}".join([*lines, *([command] if command else [])]))
+    lines = textwrap.wrap(
+        whole, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False
+    ) or [""]
+    shown = Text.assemble(
+        (label, style), " ", f"\n{indent}".join([*lines, *([command] if command else [])])
+    )
     _err(always=True).print(shown, soft_wrap=True)
 
 
@@ -147,14 +162,18 @@ def table(
     note: str = "",
     text: Sequence[int] = (0,),
 ) -> None:
-    """A table on stdout. Columns in `text` are text, the others numbers; rows numbered in `strong` stand out."""
+    """A table on stdout. Columns in `text` are text, the others numbers; rows numbered in `strong`
+    stand out.
+    """
     if _quiet:
         return
     grid = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, column in enumerate(columns):
         grid.add_column(escape(column), justify="left" if i in text else "right", overflow="fold")
     for number, row in enumerate(rows):
-        grid.add_row(*(escape(cell) for cell in row), style="bold green" if number in strong else None)
+        grid.add_row(
+            *(escape(cell) for cell in row), style="bold green" if number in strong else None
+        )
     # Title and note are lines of their own: rich would fold them at the width of a narrow table.
     out = _out()
     out.print(f"\n[bold]{escape(title)}[/]")
@@ -175,7 +194,9 @@ def columns(title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
 
 
 def tokens(name: str, pieces: Sequence[str], note: str, *, counted: bool) -> None:
-    """Decoded tokens on stdout with their special ones visible: those `counted` in the loss one by one, others as one text."""
+    """Decoded tokens on stdout with their special ones visible: those `counted` in the loss one by
+    one, others as one text.
+    """
     if _quiet:
         return
     out = _out()
@@ -203,7 +224,9 @@ def picture(image: Any, *, columns: int = 48) -> None:
     for y in range(0, 2 * rows, 2):
         text.append("  ")
         for x in range(columns):
-            upper, lower = ("rgb({},{},{})".format(*small.getpixel((x, y + below))) for below in (0, 1))
+            upper, lower = (
+                "rgb({},{},{})".format(*small.getpixel((x, y + below))) for below in (0, 1)
+            )
             text.append("▀", style=f"{upper} on {lower}")
         text.append("\n")
     _out().print(text, end="")
@@ -229,13 +252,19 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The speed of the last half minute, or of the whole once it is done."""
-        speed = task.finished_speed or task.speed or (task.completed / task.elapsed if task.completed and task.elapsed else 0)
+        speed = (
+            task.finished_speed
+            or task.speed
+            or (task.completed / task.elapsed if task.completed and task.elapsed else 0)
+        )
         return Text(f"{speed:.1f} {self._unit}/s" if speed else "")
 
 
 @contextmanager
 def progress(what: str, total: int | None, *, unit: str = "") -> Iterator[Bar]:
-    """A progress bar on stderr with count, time gone and left, with `unit` the speed; a plain line where it is no terminal."""
+    """A progress bar on stderr with count, time gone and left, with `unit` the speed; a plain line
+    where it is no terminal.
+    """
     live = Progress(
         TextColumn("  {task.description}"),
         BarColumn(bar_width=16),
@@ -253,8 +282,10 @@ def progress(what: str, total: int | None, *, unit: str = "") -> Iterator[Bar]:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a dashboard: a label, the value as text, and the values that led there. `talk` frames the text where it
-    is printed as a plain line; figures without it are printed as label and text."""
+    """One line of a dashboard: a label, the value as text, and the values that led there. `talk`
+    frames the text where it is printed as a plain line; figures without it are printed as label and
+    text.
+    """
 
     label: str
     text: str
@@ -272,7 +303,9 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 
 class Dashboard:
-    """A run as it goes: where stderr is a terminal a panel that stays in its place, else a plain line for each figure."""
+    """A run as it goes: where stderr is a terminal a panel that stays in its place, else a plain
+    line for each figure.
+    """
 
     def __init__(self, what: str, total: int, done: int, console: Console) -> None:
         self._total, self._console, self._done = total, console, done
@@ -301,14 +334,22 @@ class Dashboard:
         self._shown = figures
         if self._console.is_terminal:
             return
-        spoken = [f.talk.format(f.text) if f.talk else f"{f.label} {f.text}" for f in figures if bool(f.talk) == evaluated]
+        spoken = [
+            f.talk.format(f.text) if f.talk else f"{f.label} {f.text}"
+            for f in figures
+            if bool(f.talk) == evaluated
+        ]
         speed = f"; {self._speed:.1f} pairs/s{self._left}" if self._speed and not evaluated else ""
         say(f"step {self._done}/{self._total}: {', '.join(spoken)}{speed}")
 
     def __rich__(self) -> Group:
         grid = Table.grid(padding=(0, 2))
         for figure in self._shown:
-            grid.add_row(f"  [dim]{escape(figure.label)}[/]", f"[cyan]{sparkline(figure.history)}[/]", escape(figure.text))
+            grid.add_row(
+                f"  [dim]{escape(figure.label)}[/]",
+                f"[cyan]{sparkline(figure.history)}[/]",
+                escape(figure.text),
+            )
         return Group(self._bar, grid)
 
 

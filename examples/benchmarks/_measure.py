@@ -14,9 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 _OPS = torch.ops.aten
-# torch counts the attention kernels of GPUs; these are the CPU's, counted by its own formulas (causal or not, in full).
+# torch counts the attention kernels of GPUs; these are the CPU's, counted by its own formulas
+# (causal or not, in full).
 _CPU_ATTENTION = {
-    _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v),
+    _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **more: (
+        sdpa_flop_count(q, k, v)
+    ),
     _OPS._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(grad, q, k, v)
     ),
@@ -31,28 +34,47 @@ def counted_flops(run: Callable[[], Any]) -> int:
 
 
 _PARTS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::convolution"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::addmm_",
+        "aten::convolution",
+    ),
     "attention": ("aten::_scaled_dot_product",),
 }
 
 
 def by_part(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that one call spends in matrix products, in attention, and in all the rest (of each operator's own time)."""
+    """Seconds that one call spends in matrix products, in attention, and in all the rest (of each
+    operator's own time).
+    """
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
     seconds = dict.fromkeys([*_PARTS, "the rest"], 0.0)
     for event in profiled.key_averages():
         part = next(
-            (part for part, names in _PARTS.items() if event.key in names or event.key.startswith(names[-1])), "the rest"
+            (
+                part
+                for part, names in _PARTS.items()
+                if event.key in names or event.key.startswith(names[-1])
+            ),
+            "the rest",
         )
         seconds[part] += event.self_cpu_time_total / 1e6
     return seconds
 
 
 def interleaved(
-    runs: dict[str, Callable[[], Any]], repeats: int, *, clock: Callable[[], float] = time.perf_counter
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, float]]:
-    """Seconds of each call in each round by `clock`, taken in turns A B C A B C, after one unmeasured round."""
+    """Seconds of each call in each round by `clock`, taken in turns A B C A B C, after one
+    unmeasured round.
+    """
     rounds = []
     for _ in range(repeats + 1):
         seconds = {}
@@ -71,4 +93,6 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def versions(*names: str) -> str:
     """Python's and these packages' versions, for a report's head."""
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+    return ", ".join(
+        [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
+    )

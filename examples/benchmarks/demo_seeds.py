@@ -1,9 +1,11 @@
 """The demo's gain over several training seeds: does it hold, or was it luck?
 
-    python examples/benchmarks/demo_seeds.py --seeds 1 2 3 4 5 [--json] [--markdown docs/benchmarks/demo-seeds.md]
+    python examples/benchmarks/demo_seeds.py --seeds 1 2 3 4 5 [--json] [--markdown
+    docs/benchmarks/demo-seeds.md]
 
-Each seed is one whole `vlmdpo demo`: only the adapter's start and the order of the data differ. A case passes where
-the tuned model beats the base on the held-out questions by at least five points of accuracy.
+Each seed is one whole `vlmdpo demo`: only the adapter's start and the order of the data differ. A
+case passes where the tuned model beats the base on the held-out questions by at least five points
+of accuracy.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ WANTED_POINTS = 5.0
 
 
 def case(seed: int, folder: Path) -> dict:
-    """One demo: accuracy and F1 before and after, the interval, McNemar's p, and how often each said No."""
+    """One demo: accuracy and F1 before and after, the interval, McNemar's p, and how often each
+    said No.
+    """
     report = demo.run(DemoConfig(seed=seed, output_dir=folder / f"seed-{seed}"))["eval"]
     scores = {who: table["Discriminative"] for who, table in report["scores"].items()}
     found = report["comparison"]
@@ -45,17 +49,21 @@ def markdown(cases: list[dict]) -> str:
     lines = [
         "# The demo's gain over five training seeds",
         "",
-        f"{datetime.date.today()}, Python {platform.python_version()}, {versions}, CPU. Repeat with:",
+        f"{datetime.date.today()}, Python {platform.python_version()}, {versions}, CPU. Repeat "
+        "with:",
         "",
-        "    python examples/benchmarks/demo_seeds.py --seeds " + " ".join(c["name"].split()[1] for c in cases),
+        "    python examples/benchmarks/demo_seeds.py --seeds "
+        + " ".join(c["name"].split()[1] for c in cases),
         "",
-        "| run | base acc. / F1 | tuned acc. / F1 | gain | 95% interval | McNemar p | said No: base → tuned |",
+        "| run | base acc. / F1 | tuned acc. / F1 | gain | 95% interval | McNemar p | said No: "
+        "base → tuned |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for c in cases:
         low, high = c["ci95"]
         lines.append(
-            f"| {c['name']} | {c['base']['accuracy']} / {c['base']['f1']} | {c['tuned']['accuracy']} / {c['tuned']['f1']} "
+            f"| {c['name']} | {c['base']['accuracy']} / {c['base']['f1']} | "
+            f"{c['tuned']['accuracy']} / {c['tuned']['f1']} "
             f"| {c['delta_accuracy']:+.1f} | {low:+.1f} to {high:+.1f} | {c['mcnemar_p']:.1g} "
             f"| {100 * c['said_no']['base']:.0f}% → {100 * c['said_no']['tuned']:.0f}% |"
         )
@@ -66,7 +74,9 @@ def markdown(cases: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the table here")

@@ -1,16 +1,20 @@
-"""AMBER's yes/no questions asked three ways: one at a time, batched, and ours; same model, same pictures, same process.
+"""AMBER's yes/no questions asked three ways: one at a time, batched, and ours; same model, same
+pictures, same process.
 
     python examples/benchmarks/eval_amber.py [--json] [--markdown FILE] [--cases llava ...]
 
-Fourteen questions a picture, as AMBER has on average, three tokens of answer ("No", ".", end) to each. "One at a time" is
-the article's loop: processor and `generate` for each question. "Batched" is `generate` on left-padded batches of 14. Ours
-is what `vlmdpo eval-amber` does: each picture and the prompts' common beginning once. Image processing is part of all three.
-Models are small with random weights; image tokens, prompt tokens, and the ratio of the vision tower's work to the language
-model's are the real ones', and printed (a letter is a token here, so questions and chat templates are short). How large that
-ratio is decides the limit: at 640×480 Idefics2's tower sees 1,530 patches, at its full 980 pixels 3,640.
+Fourteen questions a picture, as AMBER has on average, three tokens of answer ("No", ".", end) to
+each. "One at a time" is the article's loop: processor and `generate` for each question. "Batched"
+is `generate` on left-padded batches of 14. Ours is what `vlmdpo eval-amber` does: each picture and
+the prompts' common beginning once. Image processing is part of all three. Models are small with
+random weights; image tokens, prompt tokens, and the ratio of the vision tower's work to the
+language model's are the real ones', and printed (a letter is a token here, so questions and chat
+templates are short). How large that ratio is decides the limit: at 640×480 Idefics2's tower sees
+1,530 patches, at its full 980 pixels 3,640.
 
-Ratios are of CPU time in each round, on one thread, of which the median counts. A case passes where every answer is the
-same all three ways, and ours is as many times faster than one at a time as it must be.
+Ratios are of CPU time in each round, on one thread, of which the median counts. A case passes where
+every answer is the same all three ways, and ours is as many times faster than one at a time as it
+must be.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ from vlmdpo.engine.generate import answer, prompt_of
 from vlmdpo.tiny import random_models
 
 QUESTIONS, TOKENS = 14, 3
-# (shape, tokens of a real prompt, how many times faster ours must be; None: only the answers must agree)
+# (shape, tokens of a real prompt, how many times faster ours must be; None: only the answers must
+# agree)
 CASES = (
     (replace(LLAVA, name="LLaVA-1.5-7B, 576 image tokens"), 592, 9.0),
     (
@@ -49,17 +54,24 @@ CASES = (
             image_size=560,
             image=(560, 416),
             vision=tower(60, 2, 200),
-            real_vision_share=real_share(3640, 0.413e9, 27, 1152, 6.98e9, extra=2 * 0.092e9 * 3640 + 1.1e11),
+            real_vision_share=real_share(
+                3640, 0.413e9, 27, 1152, 6.98e9, extra=2 * 0.092e9 * 3640 + 1.1e11
+            ),
         ),
         80,
         10.0,
     ),
-    (replace(IDEFICS2, name="Idefics2-8B, 64 image tokens, 640×480", vision=tower(64, 3, 200)), 80, None),
+    (
+        replace(IDEFICS2, name="Idefics2-8B, 64 image tokens, 640×480", vision=tower(64, 3, 200)),
+        80,
+        None,
+    ),
 )
 # As many tokens as real templates have around picture and question.
 _TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}u:<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}~ai:"
+    "{% if part['type'] == 'image' %}u:<image>{% else %}{{ part['text'] }}{% endif %}{% endfor "
+    "%}{% endfor %}~ai:"
 )
 
 
@@ -71,7 +83,9 @@ def asked(shape: Shape, pictures: int) -> list[tuple[Image.Image, list[str]]]:
         return "".join(rng.choice(list("abcdefgh"), size=int(rng.integers(8, 11))))
 
     def picture() -> Image.Image:
-        return Image.fromarray(rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8))
+        return Image.fromarray(
+            rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8)
+        )
 
     return [(picture(), [question() for _ in range(QUESTIONS)]) for _ in range(pictures)]
 
@@ -79,7 +93,11 @@ def asked(shape: Shape, pictures: int) -> list[tuple[Image.Image, list[str]]]:
 def toy(shape: Shape) -> tuple[Any, Any]:
     """The small model and its processor."""
     model, processor = random_models.make(
-        shape.family, text=shape.text, vision=shape.vision, image_size=shape.image_size, **shape.more
+        shape.family,
+        text=shape.text,
+        vision=shape.vision,
+        image_size=shape.image_size,
+        **shape.more,
     )
     processor.chat_template = _TEMPLATE
     model.eval().requires_grad_(False)  # counting FLOPs follows gradients, of which there are none
@@ -90,22 +108,38 @@ def measured_share(model: Any, processor: Any, shape: Shape) -> tuple[int, float
     """Tokens of a prompt, and vision FLOPs over the language model's on it."""
     [(picture, questions)] = asked(shape, 1)
     text = prompt_of(processor, questions[0])
-    inputs = dict(processor(text=[text], images=[[picture]], add_special_tokens=False, return_tensors="pt"))
-    pixels = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "image_sizes") if name in inputs}
+    inputs = dict(
+        processor(text=[text], images=[[picture]], add_special_tokens=False, return_tensors="pt")
+    )
+    pixels = {
+        name: inputs[name]
+        for name in ("pixel_values", "pixel_attention_mask", "image_sizes")
+        if name in inputs
+    }
     vision = counted_flops(lambda: model.base_model.get_image_features(**pixels))
     whole = counted_flops(lambda: model.base_model(**inputs, use_cache=False))
     return inputs["input_ids"].shape[1], vision / (whole - vision)
 
 
-def ways(model: Any, processor: Any, shape: Shape, pictures: int) -> dict[str, Callable[[], list[str]]]:
+def ways(
+    model: Any, processor: Any, shape: Shape, pictures: int
+) -> dict[str, Callable[[], list[str]]]:
     """The three ways of asking the same model the same questions."""
     everything = asked(shape, pictures)
 
     def one_at_a_time() -> list[str]:
-        return [answer(model, processor, [p], [q], TOKENS)[0] for p, questions in everything for q in questions]
+        return [
+            answer(model, processor, [p], [q], TOKENS)[0]
+            for p, questions in everything
+            for q in questions
+        ]
 
     def batched() -> list[str]:
-        return [t for p, questions in everything for t in answer(model, processor, [p] * QUESTIONS, questions, TOKENS)]
+        return [
+            t
+            for p, questions in everything
+            for t in answer(model, processor, [p] * QUESTIONS, questions, TOKENS)
+        ]
 
     def ours() -> list[str]:
         asker = Asker(model, processor, keep_features=True)
@@ -120,7 +154,9 @@ def ways(model: Any, processor: Any, shape: Shape, pictures: int) -> dict[str, C
     return {"one at a time": one_at_a_time, "batched": batched, "ours": ours}
 
 
-def measure(shape: Shape, prompt: int, least: float | None, pictures: int, repeats: int) -> dict[str, Any]:
+def measure(
+    shape: Shape, prompt: int, least: float | None, pictures: int, repeats: int
+) -> dict[str, Any]:
     """One case: medians, ratios, counted FLOPs, agreement."""
     model, processor = toy(shape)
     tokens, share = measured_share(model, processor, shape)
@@ -129,7 +165,9 @@ def measure(shape: Shape, prompt: int, least: float | None, pictures: int, repea
     differ = sum(len({said[way][i] for way in runs}) > 1 for i in range(len(said["ours"])))
     flops = {way: counted_flops(run) for way, run in runs.items()}
     rounds = interleaved(runs, repeats, clock=time.process_time)
-    ratios = medians([{way: spent["one at a time"] / spent[way] for way in runs} for spent in rounds])
+    ratios = medians(
+        [{way: spent["one at a time"] / spent[way] for way in runs} for spent in rounds]
+    )
     count = pictures * QUESTIONS
     return {
         "name": shape.name,
@@ -152,36 +190,55 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
     lines = [
         "# AMBER's yes/no questions: one at a time, batched, and shared",
         "",
-        f"{datetime.date.today()}, {versions('torch', 'transformers')}, 1 CPU thread, float32, CPU time, medians of",
-        f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/eval_amber.py`, which says what is measured.",
+        f"{datetime.date.today()}, {versions('torch', 'transformers')}, 1 CPU thread, float32, "
+        "CPU time, medians of",
+        f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/eval_amber.py`, "
+        "which says what is measured.",
         "",
-        "| model's proportions | questions/CPU s: one at a time / batched / ours | batched | ours | counted FLOPs, ours "
+        "| model's proportions | questions/CPU s: one at a time / batched / ours | batched | ours "
+        "| counted FLOPs, ours "
         "| answers that differ |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for c in cases:
         speed = " / ".join(f"{value:.1f}" for value in c["questions_per_cpu_s"].values())
         lines.append(
-            f"| {c['name']} | {speed} | {c['ratios']['batched']:.2f}× | {c['ratio']:.2f}× | {c['counted']['ours']:.2f}× "
+            f"| {c['name']} | {speed} | {c['ratios']['batched']:.2f}× | {c['ratio']:.2f}× | "
+            f"{c['counted']['ours']:.2f}× "
             f"| {c['agreement']} of {c['questions']} |"
         )
-    lines += ["", "Vision over language model, FLOPs of one prompt, and its tokens (toy / real):", ""]
+    lines += [
+        "",
+        "Vision over language model, FLOPs of one prompt, and its tokens (toy / real):",
+        "",
+    ]
     for c in cases:
         share, tokens = c["vision_share"], c["prompt_tokens"]
-        lines.append(f"- {c['name']}: {share['toy']:.3f} / {share['real']:.3f}; {tokens['toy']} / {tokens['real']} tokens")
+        lines.append(
+            f"- {c['name']}: {share['toy']:.3f} / {share['real']:.3f}; {tokens['toy']} / "
+            f"{tokens['real']} tokens"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", help="only shapes whose name contains one of these, in any case")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", help="only shapes whose name contains one of these, in any case"
+    )
     parser.add_argument("--pictures", type=int, default=3, help="pictures a round")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = [c for c in CASES if not options.cases or any(word.lower() in c[0].name.lower() for word in options.cases)]
+    wanted = [
+        c
+        for c in CASES
+        if not options.cases or any(word.lower() in c[0].name.lower() for word in options.cases)
+    ]
     cases = [measure(*case, options.pictures, options.repeats) for case in wanted]
     if options.markdown:
         options.markdown.write_text(markdown(cases, options.repeats), encoding="utf-8")
@@ -203,7 +260,10 @@ def main() -> None:
     Console(width=150).print(table)
     for c in cases:
         share, tokens = c["vision_share"], c["prompt_tokens"]
-        print(f"{c['name']}: vision over language {share['toy']:.3f} (real {share['real']:.3f}), prompt {tokens}")
+        print(
+            f"{c['name']}: vision over language {share['toy']:.3f} (real {share['real']:.3f}), "
+            f"prompt {tokens}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Foreseen memory beside measured: the estimator's simulated step, and PyTorch's own allocator during a real `train()`.
+"""Foreseen memory beside measured: the estimator's simulated step, and PyTorch's own allocator
+during a real `train()`.
 
     python examples/benchmarks/memory.py [--json] [--markdown FILE] [--cases llava ...]
 
-Each case trains a small real model for three optimizer steps on the CPU, through the trainer's own `train()`, while the
-profiler records every allocation and release of PyTorch's allocator; the highest total above what lived before is the
-measured peak. The estimator is given the architecture, the settings and the rows' lengths, nothing of the run. A case passes
-where the two differ by less than 0.5%. What only a GPU has (context, workspaces, fragmentation) is not measured here.
+Each case trains a small real model for three optimizer steps on the CPU, through the trainer's own
+`train()`, while the profiler records every allocation and release of PyTorch's allocator; the
+highest total above what lived before is the measured peak. The estimator is given the architecture,
+the settings and the rows' lengths, nothing of the run. A case passes where the two differ by less
+than 0.5%. What only a GPU has (context, workspaces, fragmentation) is not measured here.
 """
 
 from __future__ import annotations
@@ -64,8 +66,17 @@ class Case:
 
     @property
     def name(self) -> str:
-        how = [self.family, self.engine, "LoRA" if self.lora else "full", f"batch {self.batch} × {self.accumulation}"]
-        how += ["checkpointing"] * self.checkpointing + ["bf16 autocast"] * self.bf16 + ["no cache"] * (not self.cached)
+        how = [
+            self.family,
+            self.engine,
+            "LoRA" if self.lora else "full",
+            f"batch {self.batch} × {self.accumulation}",
+        ]
+        how += (
+            ["checkpointing"] * self.checkpointing
+            + ["bf16 autocast"] * self.bf16
+            + ["no cache"] * (not self.cached)
+        )
         return ", ".join(how)
 
 
@@ -93,7 +104,11 @@ CASES = (
 
 def architecture(case: Case) -> Architecture:
     """A small model of the family, wide enough that its tensors are more than its bookkeeping."""
-    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if case.family == "gemma3" else {}
+    kinds = (
+        {"layer_types": ["sliding_attention", "full_attention"] * 2}
+        if case.family == "gemma3"
+        else {}
+    )
     more = {"projection_dim": TEXT["hidden_size"]} if case.family == "paligemma" else {}
     config, processor = random_models.FAMILIES[case.family]({**TEXT, **kinds}, {}, 64, **more)
     processor.chat_template = processor.chat_template or own_chat_template(processor)
@@ -130,7 +145,9 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
     trainer = make_trainer(
         engine=case.engine,
         model=model,
-        reference=None if case.lora or case.cached else AutoModelForImageTextToText.from_config(shape.config, dtype=dtype),
+        reference=None
+        if case.lora or case.cached
+        else AutoModelForImageTextToText.from_config(shape.config, dtype=dtype),
         processor=shape.processor,
         dataset=rows,
         args=dpo_config(config, folder, torch.device("cpu")),
@@ -143,7 +160,9 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
 
 
 def measured_peak(trainer: PairTrainer) -> int:
-    """Bytes at the highest point of a real `train()` above what lived before it, as the allocator reports them."""
+    """Bytes at the highest point of a real `train()` above what lived before it, as the allocator
+    reports them.
+    """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainer.train()
@@ -187,7 +206,8 @@ def markdown(cases: list[dict[str, Any]]) -> str:
     lines = [
         "# Foreseen memory beside measured, on the CPU",
         "",
-        f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}. Peak of tensors above the weights,",
+        f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}. Peak of "
+        "tensors above the weights,",
         "in MB. Repeat with `python examples/benchmarks/memory.py`, which says what is measured.",
         "",
         "| setting | foreseen | measured | difference |",
@@ -200,13 +220,21 @@ def markdown(cases: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", help="only settings whose name contains one of these, in any case")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", help="only settings whose name contains one of these, in any case"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    wanted = [c for c in CASES if not options.cases or any(word.lower() in c.name.lower() for word in options.cases)]
+    wanted = [
+        c
+        for c in CASES
+        if not options.cases or any(word.lower() in c.name.lower() for word in options.cases)
+    ]
     cases = [measure(case) for case in wanted]
     if options.markdown:
         options.markdown.write_text(markdown(cases), encoding="utf-8")
@@ -218,7 +246,9 @@ def main() -> None:
         table.add_column(column)
     for c in cases:
         numbers = (f"{c[name] / 1e6:.2f}" for name in ("predicted_bytes", "measured_bytes"))
-        table.add_row(c["name"], *numbers, f"{100 * c['agreement']:+.3f}%", "yes" if c["passed"] else "NO")
+        table.add_row(
+            c["name"], *numbers, f"{100 * c['agreement']:+.3f}%", "yes" if c["passed"] else "NO"
+        )
     Console(width=130).print(table)
 
 

@@ -1,15 +1,19 @@
-"""One training step of stock TRL beside the pair engine: same model, same pairs, same process, in turns.
+"""One training step of stock TRL beside the pair engine: same model, same pairs, same process, in
+turns.
 
-    python examples/benchmarks/train_step.py [--json] [--markdown FILE] [--plot FILE] [--cases llava ...]
+    python examples/benchmarks/train_step.py [--json] [--markdown FILE] [--plot FILE] [--cases llava
+    ...]
 
-Models are small with random weights, but in proportion: image tokens, answer lengths, and the ratio of the vision
-tower's work to the language model's are those of the real ones, and printed beside them. LoRA r=16 on the language
-model, vision tower frozen, gradient checkpointing on in both. Batches are collated beforehand, so image processing,
-which the engine halves, is not in the times. "1 epoch" computes the reference as it goes; "3 epochs" reads it from
-the cache after the first; both pay for it.
+Models are small with random weights, but in proportion: image tokens, answer lengths, and the ratio
+of the vision tower's work to the language model's are those of the real ones, and printed beside
+them. LoRA r=16 on the language model, vision tower frozen, gradient checkpointing on in both.
+Batches are collated beforehand, so image processing, which the engine halves, is not in the times.
+"1 epoch" computes the reference as it goes; "3 epochs" reads it from the cache after the first;
+both pay for it.
 
-Ratios are those of each round, of which the median counts: the rounds themselves drift on a busy machine. A case passes
-where loss and metrics agree to 1e-4, and the ratios reach both what they must and 95% of the ratio of counted FLOPs.
+Ratios are those of each round, of which the median counts: the rounds themselves drift on a busy
+machine. A case passes where loss and metrics agree to 1e-4, and the ratios reach both what they
+must and 95% of the ratio of counted FLOPs.
 """
 
 from __future__ import annotations
@@ -45,11 +49,12 @@ from vlmdpo.training.trainer import PairTrainer, make_trainer
 
 @dataclass(frozen=True)
 class Shape:
-    """One family at one size: the toy's make-up, the image in pixels, token counts, and what must be reached.
+    """One family at one size: the toy's make-up, the image in pixels, token counts, and what must
+    be reached.
 
-    `real_vision_share`: the real model's vision and connector FLOPs over its language model's, by a stock row's tokens.
-    `wanted`: ratios over 1 and 3 epochs (None: 95% of the counted ones is all that is asked).
-    `wanted_peak`: the largest share of stock's peak memory.
+    `real_vision_share`: the real model's vision and connector FLOPs over its language model's, by a
+    stock row's tokens. `wanted`: ratios over 1 and 3 epochs (None: 95% of the counted ones is all
+    that is asked). `wanted_peak`: the largest share of stock's peak memory.
     """
 
     name: str
@@ -68,8 +73,12 @@ class Shape:
     pairs: int = 2
 
 
-def _share(patches: int, tower: float, layers: int, width: int, lm: float, extra: float = 0.0) -> Callable[[float], float]:
-    """Vision over language FLOPs of one row: 2 × parameters × tokens, and 4 × tokens² × width × layers of attention."""
+def _share(
+    patches: int, tower: float, layers: int, width: int, lm: float, extra: float = 0.0
+) -> Callable[[float], float]:
+    """Vision over language FLOPs of one row: 2 × parameters × tokens, and 4 × tokens² × width ×
+    layers of attention.
+    """
     vision = 2 * tower * patches + 4 * patches**2 * width * layers + extra
     return lambda tokens: vision / (2 * lm * tokens + 4 * tokens**2 * 4096 * 32)
 
@@ -85,7 +94,8 @@ _LM = {
     "initializer_range": 0.05,
 }
 _GQA = {**_LM, "num_key_value_heads": 1}
-# Wider and less deep: at 600 tokens attention would else take a far larger share than it does at 4,096 dimensions.
+# Wider and less deep: at 600 tokens attention would else take a far larger share than it does at
+# 4,096 dimensions.
 _WIDE = {
     **_LM,
     "hidden_size": 512,
@@ -97,13 +107,21 @@ _WIDE = {
 
 
 def _tower(width: int, layers: int, inner: int) -> dict[str, Any]:
-    return {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": 2}
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "num_attention_heads": 2,
+    }
 
 
 IDEFICS2 = Shape(
     name="Idefics2-8B, 640×480",
     family="idefics2",
-    text={**_GQA, "num_hidden_layers": 16},  # deep, so that its connector is as small beside it as the real one
+    text={
+        **_GQA,
+        "num_hidden_layers": 16,
+    },  # deep, so that its connector is as small beside it as the real one
     vision=_tower(72, 3, 200),
     image_size=368,
     image=(368, 272),
@@ -131,7 +149,13 @@ QWEN = Shape(
     name="Qwen2.5-VL-7B, 1 megapixel",
     family="qwen2_5_vl",
     text=_GQA,
-    vision={"hidden_size": 80, "depth": 3, "intermediate_size": 384, "num_heads": 2, "fullatt_block_indexes": [2]},
+    vision={
+        "hidden_size": 80,
+        "depth": 3,
+        "intermediate_size": 384,
+        "num_heads": 2,
+        "fullatt_block_indexes": [2],
+    },
     image_size=576,
     image=(576, 576),
     prompt=1330,
@@ -166,7 +190,9 @@ SHAPES = (
 
 
 def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
-    """Random pictures and letters; a letter is a token. `answers` are the shortest and longest answer in tokens."""
+    """Random pictures and letters; a letter is a token. `answers` are the shortest and longest
+    answer in tokens.
+    """
     rng = np.random.default_rng(0)
     shortest, longest = shape.answers
 
@@ -179,7 +205,11 @@ def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
 
     rows = [
         {
-            "images": [Image.fromarray(rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8))],
+            "images": [
+                Image.fromarray(
+                    rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8)
+                )
+            ],
             "prompt": [message("user", letters(prompt_letters), 1)],
             "chosen": answer(),
             "rejected": answer(),
@@ -189,12 +219,20 @@ def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
     return Dataset.from_list(rows, features=pair_features())
 
 
-def trainer_of(shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached: bool = False) -> PairTrainer:
+def trainer_of(
+    shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached: bool = False
+) -> PairTrainer:
     """Stock TRL's trainer or ours on the same toy, its adapter moved off zero, ready to step."""
     model, processor = random_models.make(
-        shape.family, text=shape.text, vision=shape.vision, image_size=shape.image_size, **shape.more
+        shape.family,
+        text=shape.text,
+        vision=shape.vision,
+        image_size=shape.image_size,
+        **shape.more,
     )
-    settings = TrainConfig(engine=engine, lora_scope="language", per_device_train_batch_size=shape.pairs, device="cpu")
+    settings = TrainConfig(
+        engine=engine, lora_scope="language", per_device_train_batch_size=shape.pairs, device="cpu"
+    )
     args = dpo_config(settings, folder, torch.device("cpu"))
     cache = ReferenceCache(folder, f"{engine}-{shape.pairs}", len(rows)) if cached else None
     trainer = make_trainer(
@@ -217,7 +255,9 @@ def trainer_of(shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached
 
 
 def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
-    """One training step on the whole batch: forward, reference, loss, backward. `forget`: the cache is empty again."""
+    """One training step on the whole batch: forward, reference, loss, backward. `forget`: the cache
+    is empty again.
+    """
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
 
     def run() -> float:
@@ -233,13 +273,19 @@ def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
 
 
 def measured_share(trainer: PairTrainer) -> float:
-    """The toy's vision FLOPs over its language model's, forward, two stock rows a pair, each pair alone."""
+    """The toy's vision FLOPs over its language model's, forward, two stock rows a pair, each pair
+    alone.
+    """
     backbone = trainer.model.get_base_model().base_model
     vision = whole = 0
     for row in trainer.train_dataset:
         batch = trainer.data_collator([dict(row)])
         batch.pop("row"), batch.pop("completion_mask")
-        kwargs = {k: batch[k] for k in ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes") if k in batch}
+        kwargs = {
+            k: batch[k]
+            for k in ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
+            if k in batch
+        }
         with torch.no_grad():
             vision += counted_flops(lambda kwargs=kwargs: backbone.get_image_features(**kwargs))
             whole += counted_flops(lambda batch=batch: backbone(**batch, use_cache=False))
@@ -256,26 +302,43 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
         stock = trainer_of(shape, rows, "stock", folder)
         ours = trainer_of(shape, rows, "shared", folder, cached=True)
         lengths = ours.data_collator([dict(row) for row in ours.train_dataset])["pairs"]
-        steps = {"stock": stepper(stock), "first": stepper(ours, forget=True), "cached": stepper(ours)}
+        steps = {
+            "stock": stepper(stock),
+            "first": stepper(ours, forget=True),
+            "cached": stepper(ours),
+        }
         losses = {step: run() for step, run in steps.items()}
         metrics = [{k: v[-1] for k, v in t._metrics["train"].items()} for t in (stock, ours)]
         flops = {step: counted_flops(run) for step, run in steps.items()}
         weights = {id(t): list(t.model.parameters()) for t in (stock, ours)}
-        peaks = {name: peak_bytes(steps[name], weights[id(t)], _CPU) for name, t in (("stock", stock), ("first", ours))}
+        peaks = {
+            name: peak_bytes(steps[name], weights[id(t)], _CPU)
+            for name, t in (("stock", stock), ("first", ours))
+        }
         rounds = interleaved(steps, repeats)
         parts = {step: by_part(steps[step]) for step in ("stock", "cached")}
         layers, free_peak = _free_layers(shape, rows, folder, peaks["stock"])
         kept = trainer_of(shape, rows, "shared", folder, cached=True)
         kept.checkpointed_layers = layers
-        free = {"stock": steps["stock"], "first": stepper(kept, forget=True), "cached": stepper(kept)}
+        free = {
+            "stock": steps["stock"],
+            "first": stepper(kept, forget=True),
+            "cached": stepper(kept),
+        }
         at_equal = medians([_ratios(seconds) for seconds in interleaved(free, repeats)])
     agreement = max(
         abs(losses["first"] - losses["stock"]),
         abs(losses["cached"] - losses["stock"]),
-        *(abs(metrics[1][k] - v) / max(1.0, abs(v)) for k, v in metrics[0].items() if k != "num_tokens"),
+        *(
+            abs(metrics[1][k] - v) / max(1.0, abs(v))
+            for k, v in metrics[0].items()
+            if k != "num_tokens"
+        ),
     )
     wanted = dict(zip(("1 epoch", "3 epochs"), shape.wanted or (0, 0), strict=True))
-    tokens = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths) / (2 * len(lengths))
+    tokens = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths) / (
+        2 * len(lengths)
+    )
     ratios, counted = medians([_ratios(seconds) for seconds in rounds]), _ratios(flops)
     return {
         "name": shape.name,
@@ -289,7 +352,11 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
         "seconds_by_part": parts,
         "peak_bytes": {**peaks, "fewer layers": free_peak},
         "peak_ratio": peaks["first"] / peaks["stock"],
-        "at_equal_memory": {**at_equal, "checkpointed_layers": layers, "layers": shape.text["num_hidden_layers"]},
+        "at_equal_memory": {
+            **at_equal,
+            "checkpointed_layers": layers,
+            "layers": shape.text["num_hidden_layers"],
+        },
         "wanted": wanted,
         "agreement": agreement,
         "passed": agreement < 1e-4
@@ -309,7 +376,9 @@ def _ratios(cost: dict[str, float]) -> dict[str, float]:
 
 
 def _free_layers(shape: Shape, rows: Dataset, folder: Path, budget: int) -> tuple[int, int]:
-    """The fewest language layers to checkpoint so that our peak stays at or below stock's, and that peak."""
+    """The fewest language layers to checkpoint so that our peak stays at or below stock's, and that
+    peak.
+    """
     trainer = trainer_of(shape, rows, "shared", folder)
     weights = list(trainer.model.parameters())
     run = stepper(trainer)
@@ -327,10 +396,13 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
     lines = [
         "# One training step: stock TRL beside the pair engine",
         "",
-        f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}, 2 CPU threads, float32, medians of",
-        f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/train_step.py`, which says what is measured.",
+        f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}, 2 CPU "
+        "threads, float32, medians of",
+        f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/train_step.py`, "
+        "which says what is measured.",
         "",
-        "| shape | pairs/s stock → ours (cached) | 1 epoch | 3 epochs | cache on disk | counted FLOPs 1 / 3 / disk "
+        "| shape | pairs/s stock → ours (cached) | 1 epoch | 3 epochs | cache on disk | counted "
+        "FLOPs 1 / 3 / disk "
         "| share of counted | peak, ours / stock | agreement |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -338,36 +410,54 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         speed, r, f = c["pairs_per_s"], c["ratios"], c["counted"]
         part = min(c["of_counted"].values())
         lines.append(
-            f"| {c['name']} | {speed['stock']:.2f} → {speed['first']:.2f} ({speed['cached']:.2f}) | {r['1 epoch']:.2f}× "
-            f"| {r['3 epochs']:.2f}× | {r['cached']:.2f}× | {f['1 epoch']:.2f} / {f['3 epochs']:.2f} / {f['cached']:.2f} "
+            f"| {c['name']} | {speed['stock']:.2f} → {speed['first']:.2f} ({speed['cached']:.2f}) "
+            f"| {r['1 epoch']:.2f}× "
+            f"| {r['3 epochs']:.2f}× | {r['cached']:.2f}× | {f['1 epoch']:.2f} / "
+            f"{f['3 epochs']:.2f} / {f['cached']:.2f} "
             f"| ≥ {100 * part:.0f}% | {c['peak_ratio']:.2f} | {c['agreement']:.0e} |"
         )
     lines += [
         "",
         "At equal peak memory, ours keeps the activations that sharing frees:",
         "",
-        "| shape | layers checkpointed | peak, MB stock / ours | 1 epoch | 3 epochs | cache on disk |",
+        "| shape | layers checkpointed | peak, MB stock / ours | 1 epoch | 3 epochs | cache on "
+        "disk |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for c in cases:
-        e, (stock, ours) = c["at_equal_memory"], (c["peak_bytes"][name] / 1e6 for name in ("stock", "fewer layers"))
+        e, (stock, ours) = (
+            c["at_equal_memory"],
+            (c["peak_bytes"][name] / 1e6 for name in ("stock", "fewer layers")),
+        )
         lines.append(
-            f"| {c['name']} | {e['checkpointed_layers']} of {e['layers']} | {stock:.0f} / {ours:.0f} "
+            f"| {c['name']} | {e['checkpointed_layers']} of {e['layers']} | {stock:.0f} / "
+            f"{ours:.0f} "
             f"| {e['1 epoch']:.2f}× | {e['3 epochs']:.2f}× | {e['cached']:.2f}× |"
         )
     lines += [
         "",
-        "Where the time of a step goes, in seconds, stock / ours with the cache (one profiled step each; × is their ratio):",
+        "Where the time of a step goes, in seconds, stock / ours with the cache (one profiled "
+        "step each; × is their ratio):",
         "",
         "| shape | matrix products | attention | the rest |",
         "| --- | --- | --- | --- |",
     ]
     for c in cases:
         stock, ours = c["seconds_by_part"]["stock"], c["seconds_by_part"]["cached"]
-        cells = " | ".join(f"{stock[part]:.2f} / {ours[part]:.2f} ({stock[part] / ours[part]:.2f}×)" for part in stock)
+        cells = " | ".join(
+            f"{stock[part]:.2f} / {ours[part]:.2f} ({stock[part] / ours[part]:.2f}×)"
+            for part in stock
+        )
         lines.append(f"| {c['name']} | {cells} |")
-    lines += ["", "Vision and connector over language model, forward FLOPs of one stock row (toy / real):", ""]
-    lines += [f"- {c['name']}: {c['vision_share']['toy']:.3f} / {c['vision_share']['real']:.3f}" for c in cases]
+    lines += [
+        "",
+        "Vision and connector over language model, forward FLOPs of one stock row (toy / real):",
+        "",
+    ]
+    lines += [
+        f"- {c['name']}: {c['vision_share']['toy']:.3f} / {c['vision_share']['real']:.3f}"
+        for c in cases
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -382,9 +472,22 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     spans = ("1 epoch", "3 epochs", "cached")
     for i, span in enumerate(spans):
         places = [n + (i - 1) * 0.27 for n in range(len(cases))]
-        axes.bar(places, [c["ratios"][span] for c in cases], width=0.25, label=span if i < 2 else "cache on disk")
+        axes.bar(
+            places,
+            [c["ratios"][span] for c in cases],
+            width=0.25,
+            label=span if i < 2 else "cache on disk",
+        )
         limits = [c["counted"][span] for c in cases]
-        axes.scatter(places, limits, marker="_", s=500, color="black", label="counted FLOPs" if i == 0 else None, zorder=3)
+        axes.scatter(
+            places,
+            limits,
+            marker="_",
+            s=500,
+            color="black",
+            label="counted FLOPs" if i == 0 else None,
+            zorder=3,
+        )
     axes.axhline(1, color="gray", linewidth=1)
     axes.set_xticks(range(len(cases)), [c["name"].replace(", ", "\n") for c in cases])
     axes.set_ylabel("× stock TRL, pairs/s")
@@ -395,15 +498,23 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", help="only shapes whose name contains one of these, in any case")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", help="only shapes whose name contains one of these, in any case"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     parser.add_argument("--plot", type=Path, help="write the picture here")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    wanted = [s for s in SHAPES if not options.cases or any(word.lower() in s.name.lower() for word in options.cases)]
+    wanted = [
+        s
+        for s in SHAPES
+        if not options.cases or any(word.lower() in s.name.lower() for word in options.cases)
+    ]
     cases = [measure(shape, options.repeats) for shape in wanted]
     if options.markdown:
         options.markdown.write_text(markdown(cases, options.repeats), encoding="utf-8")
@@ -413,21 +524,37 @@ def main() -> None:
         print(json.dumps({"cases": cases}, indent=2))
         return
     table = Table(title="stock TRL ÷ ours, and the counted-FLOP limit")
-    for column in ("shape", "1 epoch", "3 epochs", "cache on disk", "peak", "equal memory, 3 epochs", "agreement", "passed"):
+    for column in (
+        "shape",
+        "1 epoch",
+        "3 epochs",
+        "cache on disk",
+        "peak",
+        "equal memory, 3 epochs",
+        "agreement",
+        "passed",
+    ):
         table.add_column(column)
     for c in cases:
         table.add_row(
             c["name"],
-            *(f"{c['ratios'][s]:.2f}× of {c['counted'][s]:.2f}" for s in ("1 epoch", "3 epochs", "cached")),
+            *(
+                f"{c['ratios'][s]:.2f}× of {c['counted'][s]:.2f}"
+                for s in ("1 epoch", "3 epochs", "cached")
+            ),
             f"{c['peak_ratio']:.2f}",
-            f"{c['at_equal_memory']['3 epochs']:.2f}× ({c['at_equal_memory']['checkpointed_layers']} layers)",
+            f"{c['at_equal_memory']['3 epochs']:.2f}× "
+            f"({c['at_equal_memory']['checkpointed_layers']} layers)",
             f"{c['agreement']:.0e}",
             "yes" if c["passed"] else "NO",
         )
     Console(width=150).print(table)
     for c in cases:
         share = c["vision_share"]
-        print(f"{c['name']}: vision over language FLOPs {share['toy']:.3f} (real {share['real']:.3f}); lengths {c['lengths']}")
+        print(
+            f"{c['name']}: vision over language FLOPs {share['toy']:.3f} (real "
+            f"{share['real']:.3f}); lengths {c['lengths']}"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def main(folder: Path, pictures: int = 120) -> None:
             scene = scenes.sample_scene(chance, "making")
             name = f"{number:04d}.png"
             scenes.draw(scene).save(folder / "images" / name)
-            asked = [question for group in scenes.questions(scene, chance).values() for question in group]
+            asked = [
+                question for group in scenes.questions(scene, chance).values() for question in group
+            ]
             for question in chance.sample(asked, min(_EACH, len(asked))):
                 right, wrong = ("Yes", "No") if question.truth == "yes" else ("No", "Yes")
                 table.writerow([name, question.text, right, wrong])

@@ -1,4 +1,6 @@
-"""AMBER: the official scores to the digit, answers read without guessing, and how sure a difference is."""
+"""AMBER: the official scores to the digit, answers read without guessing, and how sure a difference
+is.
+"""
 
 import json
 
@@ -11,19 +13,31 @@ from vlmdpo.benchmarks.stats import compare
 from vlmdpo.benchmarks.verdict import verdict
 from vlmdpo.errors import DataError
 
-SPELT = {"Descriminative Task": "Discriminative", "Exsitence": "Existence"}  # as AMBER's scorer prints them
+SPELT = {
+    "Descriminative Task": "Discriminative",
+    "Exsitence": "Existence",
+}  # as AMBER's scorer prints them
 
 
 @pytest.mark.parametrize("case", ["always_no", "always_yes", "perfect", "rand1_acc86"])
 def test_golden_cases_to_the_digit(case, amber_data, vlmdpo):
-    code, out, _ = vlmdpo("eval-amber", "--data", amber_data, "--answers", amber_data / "golden" / f"{case}.json", "--json")
+    code, out, _ = vlmdpo(
+        "eval-amber",
+        "--data",
+        amber_data,
+        "--answers",
+        amber_data / "golden" / f"{case}.json",
+        "--json",
+    )
     assert code == 0
     scores = json.loads(out)["scores"]["base"]
     checked = 0
     for kind in ("d", "de", "da", "dr"):
         official = json.loads((amber_data / "golden" / f"{case}.{kind}.out.json").read_text())
         for name, figures in official.items():
-            assert scores[SPELT.get(name, name)] == {key.lower(): value for key, value in figures.items()}, name
+            assert scores[SPELT.get(name, name)] == {
+                key.lower(): value for key, value in figures.items()
+            }, name
             checked += 1
     assert checked == 13
 
@@ -104,7 +118,11 @@ _QUERY = {"id": 5, "image": "a.png", "query": "Is it?"}
     ("queries", "annotations", "says"),
     [
         ([_QUERY], [{"id": 6, "type": "relation", "truth": "no"}], "question 5 has no entry"),
-        ([_QUERY], [{"id": 5, "type": "relation", "truth": "maybe"}], "annotation 5 is no yes/no question"),
+        (
+            [_QUERY],
+            [{"id": 5, "type": "relation", "truth": "maybe"}],
+            "annotation 5 is no yes/no question",
+        ),
         ([{"id": 5}], [], "entry 0 .* lacks image, query"),
         ({"id": 5}, [], "must hold a JSON list"),
         ([], [], "holds no question"),
@@ -154,12 +172,32 @@ _TRUTH = {"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sea"]}
         ([_DESCRIBE], _TRUTH, None, "", "cannot read .*relation.json"),
         ([_DESCRIBE], _TRUTH, {"sky": "sea"}, "", "JSON object of lists of words"),
         ([_DESCRIBE], _TRUTH, {"sky": []}, "", "names 'sea', which relation.json lacks"),
-        ([_DESCRIBE], {**_TRUTH, "truth": "sky"}, {"sky": [], "sea": []}, "", "lists of words as truth and hallu"),
-        ([{**_DESCRIBE, "id": 2}], _TRUTH, {"sky": [], "sea": []}, "", "question 2 has no generative entry"),
-        ([{**_DESCRIBE, "id": 5}], _TRUTH, {"sky": [], "sea": []}, "", "question 5 has no generative entry"),
+        (
+            [_DESCRIBE],
+            {**_TRUTH, "truth": "sky"},
+            {"sky": [], "sea": []},
+            "",
+            "lists of words as truth and hallu",
+        ),
+        (
+            [{**_DESCRIBE, "id": 2}],
+            _TRUTH,
+            {"sky": [], "sea": []},
+            "",
+            "question 2 has no generative entry",
+        ),
+        (
+            [{**_DESCRIBE, "id": 5}],
+            _TRUTH,
+            {"sky": [], "sea": []},
+            "",
+            "question 5 has no generative entry",
+        ),
     ],
 )
-def test_a_generative_half_that_does_not_join_is_refused(described, truth, relation, safe, says, tmp_path):
+def test_a_generative_half_that_does_not_join_is_refused(
+    described, truth, relation, safe, says, tmp_path
+):
     folder = _folder(tmp_path, [_QUERY], [{"id": 5, "type": "relation", "truth": "no"}, truth])
     (folder / "query" / "query_generative.json").write_text(json.dumps(described))
     if relation is not None:
@@ -168,7 +206,9 @@ def test_a_generative_half_that_does_not_join_is_refused(described, truth, relat
         (folder / "safe_words.txt").write_text(safe)
     with pytest.raises(DataError, match=says):
         qs.load(folder, None)
-    assert len(qs.load(folder, None, generative=False).questions) == 1, "its other half can be used all the same"
+    assert len(qs.load(folder, None, generative=False).questions) == 1, (
+        "its other half can be used all the same"
+    )
 
 
 def test_real_amber_has_the_defects_that_the_docs_name(amber_data):
@@ -178,7 +218,9 @@ def test_real_amber_has_the_defects_that_the_docs_name(amber_data):
     assert {q.truth for q in existence} == {"no"}
 
     def named(question):
-        return question.text.removeprefix("Is there ").split(" ", 1)[1].removesuffix(" in this image?")
+        return (
+            question.text.removeprefix("Is there ").split(" ", 1)[1].removesuffix(" in this image?")
+        )
 
     assert sum(named(q) in things[q.image] for q in existence) == 63
     asked = [(q.image, q.text) for q in benchmark.questions]

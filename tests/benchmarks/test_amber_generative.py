@@ -1,4 +1,6 @@
-"""AMBER's generative scores, against a second telling of its scorer's procedure, and the two noun extractors."""
+"""AMBER's generative scores, against a second telling of its scorer's procedure, and the two noun
+extractors.
+"""
 
 import json
 import random
@@ -15,11 +17,17 @@ from vlmdpo.tiny import evaluation
 
 
 def as_amber_counts(named, truth, hallu, association, safe, alike):
-    """The scorer's procedure told in its own terms: flat lists with a running number per synonym, searched from the left."""
+    """The scorer's procedure told in its own terms: flat lists with a running number per synonym,
+    searched from the left.
+    """
 
     def flat(words):
-        numbered = [(synonym, number) for number, word in enumerate(words) for synonym in association[word]]
-        return [word for word, _ in numbered] + list(words), [number for _, number in numbered] + list(range(len(words)))
+        numbered = [
+            (synonym, number) for number, word in enumerate(words) for synonym in association[word]
+        ]
+        return [word for word, _ in numbered] + list(words), [
+            number for _, number in numbered
+        ] + list(range(len(words)))
 
     truth_words, truth_at = flat(truth)
     hallu_words, hallu_at = flat(hallu)
@@ -47,7 +55,9 @@ def as_amber_counts(named, truth, hallu, association, safe, alike):
 
 def random_case(rng, vocabulary, words):
     entries = sorted(vocabulary.association)
-    truth = tuple(rng.choices(entries, k=rng.randrange(0, 8)))  # with repetition: AMBER's lists have some
+    truth = tuple(
+        rng.choices(entries, k=rng.randrange(0, 8))
+    )  # with repetition: AMBER's lists have some
     hallu = tuple(rng.choices(entries, k=rng.randrange(0, 6)))
     named = rng.choices([*words, *truth, *hallu], k=rng.randrange(0, 14))
     return named, Description(1, "a", "?", truth, hallu)
@@ -66,14 +76,24 @@ def check_random_cases(vocabulary, cases=400):
     seen = set()
     for _ in range(cases):
         named, asked = random_case(rng, vocabulary, words)
-        expected = as_amber_counts(named, asked.truth, asked.hallu, vocabulary.association, vocabulary.safe, alike)
+        expected = as_amber_counts(
+            named, asked.truth, asked.hallu, vocabulary.association, vocabulary.safe, alike
+        )
         assert gen.count(named, asked, vocabulary, extractor) == expected, (named, asked)
         seen.add(expected)
     assert len(seen) > cases / 3
 
 
 VOCABULARY = Vocabulary(
-    {"tree": ("bush",), "forest": ("tree", "bush"), "sofa": ("couch", "chair"), "dog": (), "cat": (), "sky": (), "orange": ()},
+    {
+        "tree": ("bush",),
+        "forest": ("tree", "bush"),
+        "sofa": ("couch", "chair"),
+        "dog": (),
+        "cat": (),
+        "sky": (),
+        "orange": (),
+    },
     frozenset({"orange"}),
 )
 
@@ -84,7 +104,11 @@ def test_counts_follow_ambers_procedure():
 
 def test_counts_follow_ambers_procedure_on_its_own_words(amber_data):
     vocabulary = load(amber_data, None).vocabulary
-    assert (len(vocabulary.association), len(vocabulary.words), len(vocabulary.safe)) == (340, 418, 9)
+    assert (len(vocabulary.association), len(vocabulary.words), len(vocabulary.safe)) == (
+        340,
+        418,
+        9,
+    )
     check_random_cases(vocabulary)
 
 
@@ -92,24 +116,65 @@ def test_counts_follow_ambers_procedure_on_its_own_words(amber_data):
     ("named", "truth", "hallu", "expected"),
     [
         (["dog", "dog"], ("dog", "sky"), (), (2, (), 1, 2, 0, 0)),
-        (["couch"], ("sofa",), (), (1, (), 1, 1, 0, 0)),  # through the list of words for the same thing
-        (["bush"], ("tree", "forest"), (), (1, (), 1, 2, 0, 0)),  # the first entry it stands for, not the best
-        (["tree"], ("tree", "forest"), (), (1, (), 1, 2, 0, 0)),  # synonyms come first: it marks the forest
+        (
+            ["couch"],
+            ("sofa",),
+            (),
+            (1, (), 1, 1, 0, 0),
+        ),  # through the list of words for the same thing
+        (
+            ["bush"],
+            ("tree", "forest"),
+            (),
+            (1, (), 1, 2, 0, 0),
+        ),  # the first entry it stands for, not the best
+        (
+            ["tree"],
+            ("tree", "forest"),
+            (),
+            (1, (), 1, 2, 0, 0),
+        ),  # synonyms come first: it marks the forest
         (["cat"], ("dog",), ("cat",), (1, ("cat",), 0, 1, 1, 1)),
-        (["cat"], ("dog",), (), (1, ("cat",), 0, 1, 0, 0)),  # neither there nor expected: hallucinated all the same
-        (["orange"], (), (), (1, (), 0, 0, 0, 0)),  # a safe word counts as a noun and is never wrong
+        (
+            ["cat"],
+            ("dog",),
+            (),
+            (1, ("cat",), 0, 1, 0, 0),
+        ),  # neither there nor expected: hallucinated all the same
+        (
+            ["orange"],
+            (),
+            (),
+            (1, (), 0, 0, 0, 0),
+        ),  # a safe word counts as a noun and is never wrong
         ([], ("dog",), ("cat",), (0, (), 0, 1, 0, 1)),
     ],
 )
 def test_counts_by_hand(named, truth, hallu, expected):
     extractor = nouns.Extractor("test", str.split, lambda word: frozenset((word,)))
-    assert gen.count(named, Description(1, "a", "?", truth, hallu), VOCABULARY, extractor) == gen.Counts(*expected)
+    assert gen.count(
+        named, Description(1, "a", "?", truth, hallu), VOCABULARY, extractor
+    ) == gen.Counts(*expected)
 
 
 def test_figures_are_rounded_as_amber_prints_them():
-    counts = [gen.Counts(3, ("cat",), 2, 3, 1, 4), gen.Counts(4, (), 1, 3, 0, 2), gen.Counts(0, (), 0, 0, 0, 0)]
-    assert gen.figures(counts) == {"chair": 14.3, "cover": 50.0, "hal": 33.4, "cog": 16.7}  # 100 - 2 / 3.001 %, not 33.3
-    assert gen.figures([gen.Counts(0, (), 0, 0, 0, 0)]) == {"chair": 0.0, "cover": 0.0, "hal": 0.1, "cog": 0.0}
+    counts = [
+        gen.Counts(3, ("cat",), 2, 3, 1, 4),
+        gen.Counts(4, (), 1, 3, 0, 2),
+        gen.Counts(0, (), 0, 0, 0, 0),
+    ]
+    assert gen.figures(counts) == {
+        "chair": 14.3,
+        "cover": 50.0,
+        "hal": 33.4,
+        "cog": 16.7,
+    }  # 100 - 2 / 3.001 %, not 33.3
+    assert gen.figures([gen.Counts(0, (), 0, 0, 0, 0)]) == {
+        "chair": 0.0,
+        "cover": 0.0,
+        "hal": 0.1,
+        "cog": 0.0,
+    }
 
 
 def test_the_lexicon_finds_nouns_by_their_lemma():
@@ -159,15 +224,24 @@ def test_the_official_extractor_is_nltk_and_spacy(monkeypatch):
     nltk = types.ModuleType("nltk")
     nltk.data = types.SimpleNamespace(find=lambda path: path)
     nltk.word_tokenize = str.split
-    nltk.pos_tag = lambda words: [(word, "NNS" if word.endswith("s") else "NN" if word == "dog" else "VB") for word in words]
+    nltk.pos_tag = lambda words: [
+        (word, "NNS" if word.endswith("s") else "NN" if word == "dog" else "VB") for word in words
+    ]
     stem = types.ModuleType("nltk.stem")
-    stem.WordNetLemmatizer = lambda: types.SimpleNamespace(lemmatize=lambda word: word.removesuffix("s"))
+    stem.WordNetLemmatizer = lambda: types.SimpleNamespace(
+        lemmatize=lambda word: word.removesuffix("s")
+    )
     spacy = types.ModuleType("spacy")
-    spacy.load = lambda name: types.SimpleNamespace(make_doc=lambda word: Doc((float(name == "en_core_web_lg"),)))
+    spacy.load = lambda name: types.SimpleNamespace(
+        make_doc=lambda word: Doc((float(name == "en_core_web_lg"),))
+    )
     for name, module in (("nltk", nltk), ("nltk.stem", stem), ("spacy", spacy)):
         monkeypatch.setitem(sys.modules, name, module)
     extractor = nouns.make("official", {"dog", "cat", "run"})
-    assert extractor.nouns("dog cats run boats") == ["dog", "cat"]  # a verb is no noun, and boat is not in the vocabulary
+    assert extractor.nouns("dog cats run boats") == [
+        "dog",
+        "cat",
+    ]  # a verb is no noun, and boat is not in the vocabulary
     assert extractor.alike("dog") == {"dog", "cat", "run"}
     assert extractor.name == "official"
 
@@ -175,7 +249,12 @@ def test_the_official_extractor_is_nltk_and_spacy(monkeypatch):
 def test_embedded_descriptions_are_scored_by_their_scenes(tmp_path, vlmdpo):
     benchmark = load(evaluation.FOLDER, None)
     responses = [
-        {"id": d.id, "response": "There is " + " and ".join(f"a {word}" for word in (*d.truth, *d.hallu)) + "."}
+        {
+            "id": d.id,
+            "response": "There is "
+            + " and ".join(f"a {word}" for word in (*d.truth, *d.hallu))
+            + ".",
+        }
         for d in benchmark.descriptions
     ]
     (tmp_path / "a.json").write_text(json.dumps(responses))
@@ -188,6 +267,8 @@ def test_embedded_descriptions_are_scored_by_their_scenes(tmp_path, vlmdpo):
     assert figures["extractor"] == "lexicon"
     assert (figures["cover"], figures["cog"]) == (100.0, 100.0)
     assert figures["hal"] == pytest.approx(with_hallu, abs=0.11)
-    assert figures["chair"] == pytest.approx(100 * sum(len(d.hallu) for d in benchmark.descriptions) / named, abs=0.06)
+    assert figures["chair"] == pytest.approx(
+        100 * sum(len(d.hallu) for d in benchmark.descriptions) / named, abs=0.06
+    )
     assert report["coverage"] == 1.0
     assert "Discriminative" not in report["scores"]["base"]

@@ -1,4 +1,6 @@
-"""`vlmdpo compare`: both answers, what both models think of them, votes as data, and the page in a real browser."""
+"""`vlmdpo compare`: both answers, what both models think of them, votes as data, and the page in a
+real browser.
+"""
 
 import json
 import os
@@ -27,7 +29,9 @@ EVIL = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} <b>"
 def models():
     from vlmdpo.models.load import load_model, load_processor
 
-    return SideBySide(load_model("tiny", adapter=compare.SHIPPED, device="cpu"), load_processor("tiny"), 0.1)
+    return SideBySide(
+        load_model("tiny", adapter=compare.SHIPPED, device="cpu"), load_processor("tiny"), 0.1
+    )
 
 
 @pytest.fixture
@@ -58,7 +62,9 @@ def test_both_answers_grow_and_are_those_of_infer(models):
             assert base.text == answer(models.model, models.processor, [picture], [question], 16)[0]
         different += base.text != tuned.text
         models.at_once = False
-        assert list(models.stream(picture, question, 16))[-1] == (base, tuned), "one after the other they say the same"
+        assert list(models.stream(picture, question, 16))[-1] == (base, tuned), (
+            "one after the other they say the same"
+        )
         models.at_once = True
     assert different == 8, "the shipped flips are answers that changed"
 
@@ -91,7 +97,9 @@ def test_log_probs_are_those_of_training(models, vlmdpo):
     said = list(models.stream(picture, QUESTION, 16))[-1]
     first, second = models.judge(picture, QUESTION, said)
     assert first.reward == pytest.approx(0.1 * (first.tuned_logp - first.base_logp))
-    assert second.tuned_logp > first.tuned_logp, "each model finds its own greedy answer likelier here"
+    assert second.tuned_logp > first.tuned_logp, (
+        "each model finds its own greedy answer likelier here"
+    )
     assert first.base_logp > second.base_logp
     turn = [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}]
     messages = {
@@ -102,7 +110,11 @@ def test_log_probs_are_those_of_training(models, vlmdpo):
     batch = PairCollator(models.processor, share=False)([row])
     mask = batch["completion_mask"][:, 1:].bool()
     inputs = {k: v for k, v in batch.items() if k not in ("completion_mask", "image_copies")}
-    inputs |= {name: value.repeat_interleave(2, 0) for name, value in inputs.items() if name.startswith("pixel")}
+    inputs |= {
+        name: value.repeat_interleave(2, 0)
+        for name, value in inputs.items()
+        if name.startswith("pixel")
+    }
     with torch.inference_mode():
         logps = models.model(**inputs).logits[:, :-1].log_softmax(-1)
     sums = (logps.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * mask).sum(1).tolist()
@@ -136,7 +148,9 @@ def test_votes_are_data_that_prepare_accepts(page, vlmdpo, tmp_path):
         (said["base"], "None."),
     ]
     assert len(list(Path("votes/images").iterdir())) == 1, "a picture is stored once"
-    code, out, err = vlmdpo("prepare", "--dataset", "votes/v.jsonl", "--output-dir", "data", "--json")
+    code, out, err = vlmdpo(
+        "prepare", "--dataset", "votes/v.jsonl", "--output-dir", "data", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["rows_out"] == 4
 
@@ -163,11 +177,37 @@ def test_what_cannot_be_asked_or_voted_on_is_said(page, tmp_path):
 
 
 def test_examples_are_the_flips_first_then_rows_of_the_run(vlmdpo, tmp_path):
-    assert vlmdpo("prepare", "--limit", "60", "--test-size", "0.2", "--output-dir", "data", "--quiet")[0] == 0
-    code, _, err = vlmdpo("train", "--dataset", "data", "--output-dir", "outputs/mine", "--max-steps", "2", "--eval-steps", "0")
+    assert (
+        vlmdpo("prepare", "--limit", "60", "--test-size", "0.2", "--output-dir", "data", "--quiet")[
+            0
+        ]
+        == 0
+    )
+    code, _, err = vlmdpo(
+        "train",
+        "--dataset",
+        "data",
+        "--output-dir",
+        "outputs/mine",
+        "--max-steps",
+        "2",
+        "--eval-steps",
+        "0",
+    )
     assert code == 0, err
-    shutil.copy(compare.SHIPPED / "adapter_model.safetensors", "outputs/mine")  # one that changes answers
-    code, _, err = vlmdpo("eval-amber", "--adapter", "outputs/mine", "--limit", "60", "--dimension", "existence", "--json")
+    shutil.copy(
+        compare.SHIPPED / "adapter_model.safetensors", "outputs/mine"
+    )  # one that changes answers
+    code, _, err = vlmdpo(
+        "eval-amber",
+        "--adapter",
+        "outputs/mine",
+        "--limit",
+        "60",
+        "--dimension",
+        "existence",
+        "--json",
+    )
     assert code == 0, err
     config = compare.CompareConfig(adapter=Path("outputs/mine"))
     found = compare._examples(config, config.adapter, tmp_path)
@@ -201,7 +241,9 @@ def test_wrong_settings_are_one_line_before_anything_is_loaded(vlmdpo, monkeypat
 
 def _served(*more):
     command = [sys.executable, "-m", "vlmdpo", "compare", *more]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
     line = server.stdout.readline()
     found = re.search(r"http://\S+", line)
     assert found, line + server.communicate(timeout=60)[1]
@@ -216,26 +258,39 @@ def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path)
     Image.new("RGB", (40, 40), "white").save(tmp_path / "mine.png")
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"image": "mine.png", "question": EVIL}) + "\n")
-    server, url = _served("--examples", mine, "--votes", tmp_path / "votes.jsonl", "--max-upload-mb", "1")
+    server, url = _served(
+        "--examples", mine, "--votes", tmp_path / "votes.jsonl", "--max-upload-mb", "1"
+    )
     assert url.startswith("http://127.0.0.1:")
     try:
         with sync_api.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            browser = driver.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+            )
             view = browser.new_page(viewport={"width": 390, "height": 844})
             elsewhere, dialogs = [], []
-            view.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else elsewhere.append(r.url))
+            view.on(
+                "request",
+                lambda r: (
+                    None if r.url.startswith((url, "data:", "blob:")) else elsewhere.append(r.url)
+                ),
+            )
             view.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
             view.goto(url)
             view.locator(".gallery-item, tr.tr-body").first.click()
             assert view.locator("#vote-tuned").is_disabled()
-            view.wait_for_function("document.querySelector('#question textarea').value.startsWith('Is ')")
+            view.wait_for_function(
+                "document.querySelector('#question textarea').value.startsWith('Is ')"
+            )
             view.locator("#ask").click()
             view.wait_for_selector(".figures table", timeout=60000)
             base, tuned = (view.locator(f"#{who} .text").inner_text() for who in ("base", "tuned"))
             assert base != tuned
             assert view.locator("#tuned mark").count() >= 1
             assert "Reward margin" in view.locator(".figures").inner_text()
-            assert view.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out on a phone"
+            assert view.evaluate("document.documentElement.scrollWidth") <= 390, (
+                "nothing sticks out on a phone"
+            )
             view.locator("#vote-tuned").click()
             view.get_by_text("Written: 1 preference").wait_for(timeout=30000)
             assert view.locator("#vote-tuned").is_disabled(), "one vote an answer"
@@ -247,7 +302,9 @@ def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path)
             view.locator("tr.tr-body", has_text="onerror").click()
             view.wait_for_timeout(300)
             assert (elsewhere, dialogs) == ([], [])
-            too_much = {"files": {"name": "a.png", "mimeType": "image/png", "buffer": b"0" * 2_000_000}}
+            too_much = {
+                "files": {"name": "a.png", "mimeType": "image/png", "buffer": b"0" * 2_000_000}
+            }
             refused = view.context.request.post(f"{url}gradio_api/upload", multipart=too_much)
             assert refused.status == 413, "more than --max-upload-mb"
             browser.close()
@@ -280,5 +337,12 @@ def test_votes_of_a_picture_that_is_none_are_not_written(tmp_path):
 
     (tmp_path / "no.png").write_text("no")
     with pytest.raises(BadImage):
-        votes.append(tmp_path / "v.jsonl", picture=tmp_path / "no.png", question="?", chosen="a", rejected="b", about={})
+        votes.append(
+            tmp_path / "v.jsonl",
+            picture=tmp_path / "no.png",
+            question="?",
+            chosen="a",
+            rejected="b",
+            about={},
+        )
     assert not (tmp_path / "v.jsonl").exists()

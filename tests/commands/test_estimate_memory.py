@@ -28,7 +28,9 @@ def test_full_float32_is_the_articles_160_gb(vlmdpo):
 
 
 def test_bfloat16_lora_is_the_articles_32_3_gb(vlmdpo):
-    report = _report(vlmdpo, "--model", "HuggingFaceM4/idefics2-8b", "--dtype", "bfloat16", "--lora")
+    report = _report(
+        vlmdpo, "--model", "HuggingFaceM4/idefics2-8b", "--dtype", "bfloat16", "--lora"
+    )
     assert [line["gb"] for line in report["article"]["components"]] == [16.0, 16.0, 0.1, 0.2]
     assert report["article"]["total_gb"] == 32.3
     assert report["parameters"]["trainable"] == 55_348_736
@@ -37,7 +39,12 @@ def test_bfloat16_lora_is_the_articles_32_3_gb(vlmdpo):
 
 
 def test_rank_scales_what_trains(vlmdpo):
-    assert _report(vlmdpo, "--model", "idefics2-8b", "--lora", "--lora-r", "8")["parameters"]["trainable"] == 27_674_368
+    assert (
+        _report(vlmdpo, "--model", "idefics2-8b", "--lora", "--lora-r", "8")["parameters"][
+            "trainable"
+        ]
+        == 27_674_368
+    )
 
 
 def test_table_shows_both_units(vlmdpo):

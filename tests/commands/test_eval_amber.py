@@ -1,4 +1,6 @@
-"""eval-amber as people use it: both tasks, kept answers, resuming, bad pictures, several processes, and the page."""
+"""eval-amber as people use it: both tasks, kept answers, resuming, bad pictures, several processes,
+and the page.
+"""
 
 import json
 import os
@@ -30,7 +32,9 @@ def small(tmp_path):
         evaluation.picture(name).save(folder / "image" / name)
     for file in ("query_discriminative.json", "query_generative.json"):
         path = folder / "query" / file
-        path.write_text(json.dumps([q for q in json.loads(path.read_text()) if q["image"] in names]))
+        path.write_text(
+            json.dumps([q for q in json.loads(path.read_text()) if q["image"] in names])
+        )
     return folder
 
 
@@ -43,7 +47,10 @@ def adapter(tmp_path_factory):
     from vlmdpo.models.load import load_model
 
     torch.manual_seed(0)
-    model = get_peft_model(load_model("tiny", device="cpu"), LoraConfig(r=4, target_modules=r".*text_model.*(q|v)_proj"))
+    model = get_peft_model(
+        load_model("tiny", device="cpu"),
+        LoraConfig(r=4, target_modules=r".*text_model.*(q|v)_proj"),
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.06)
@@ -59,49 +66,91 @@ def run(vlmdpo, *arguments, code=0):
 
 
 def answers(folder, who="base"):
-    return {entry["id"]: entry for entry in json.loads((folder / f"answers_{who}.json").read_text())}
+    return {
+        entry["id"]: entry for entry in json.loads((folder / f"answers_{who}.json").read_text())
+    }
 
 
 def test_both_tasks_base_beside_tuned(small, adapter, tmp_path, vlmdpo):
     report, _ = run(vlmdpo, "--data", small, "--adapter", adapter, "--output-dir", tmp_path / "out")
     asked = sum(report["questions"][name] for name in ("Existence", "Attribute", "Relation"))
     assert report["coverage"] == 1.0
-    assert len(answers(tmp_path / "out")) == len(answers(tmp_path / "out", "tuned")) == asked + PICTURES
+    assert (
+        len(answers(tmp_path / "out"))
+        == len(answers(tmp_path / "out", "tuned"))
+        == asked + PICTURES
+    )
     for who in ("base", "tuned"):
-        assert set(report["scores"][who]["Generative"]) == {"chair", "cover", "hal", "cog", "extractor"}
+        assert set(report["scores"][who]["Generative"]) == {
+            "chair",
+            "cover",
+            "hal",
+            "cog",
+            "extractor",
+        }
         low, high = report["intervals"][who]["Discriminative"]["accuracy"]
         assert low <= report["scores"][who]["Discriminative"]["accuracy"] + 0.1
         assert high >= report["scores"][who]["Discriminative"]["accuracy"] - 0.1
     found = report["comparison"]
     assert found["fixed"] + found["broken"] == len(found["flips"]) > 0
     assert found["fixed"] == sum(f["fixed"] for f in found["flips"])
-    assert found["fixed"] == sum(found["dimensions"][name]["fixed"] for name in ("Existence", "Attribute", "Relation"))
+    assert found["fixed"] == sum(
+        found["dimensions"][name]["fixed"] for name in ("Existence", "Attribute", "Relation")
+    )
     low, high = found["ci95"]
     assert (found["verdict"] == "no difference shown") == (low <= 0 <= high)
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == report
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("answers_base.json", "answers_tuned.json", "report.html", "report.md", "run.json", "scores.json")
+        *(
+            "answers_base.json",
+            "answers_tuned.json",
+            "report.html",
+            "report.md",
+            "run.json",
+            "scores.json",
+        )
     ]
 
 
 def test_shared_answers_are_the_plain_ones(small, tmp_path, vlmdpo):
     run(vlmdpo, "--data", small, "--output-dir", tmp_path / "a")
-    run(vlmdpo, "--data", small, "--output-dir", tmp_path / "b", "--engine", "plain", "--batch-size", "3")
+    run(
+        vlmdpo,
+        "--data",
+        small,
+        "--output-dir",
+        tmp_path / "b",
+        "--engine",
+        "plain",
+        "--batch-size",
+        "3",
+    )
     shared, plain = answers(tmp_path / "a"), answers(tmp_path / "b")
-    assert {n: e["response"] for n, e in shared.items()} == {n: e["response"] for n, e in plain.items()}
+    assert {n: e["response"] for n, e in shared.items()} == {
+        n: e["response"] for n, e in plain.items()
+    }
     assert all(plain[n]["said"].startswith(e["said"]) for n, e in shared.items())
 
 
-def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(small, tmp_path, vlmdpo, monkeypatch):
+def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(
+    small, tmp_path, vlmdpo, monkeypatch
+):
     plain, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "a", "--engine", "plain")
-    monkeypatch.setattr(Asker, "ask", lambda self, questions, *rest, **more: ["Perhaps"] * len(questions))
+    monkeypatch.setattr(
+        Asker, "ask", lambda self, questions, *rest, **more: ["Perhaps"] * len(questions)
+    )
     report, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "b")
     assert report["engine"] == "plain"
-    assert "is answered 'Perhaps' the shared way and 'Yes' the plain way; going on with the plain way" in said
+    assert (
+        "is answered 'Perhaps' the shared way and 'Yes' the plain way; going on with the plain way"
+        in said
+    )
     assert report["scores"] == plain["scores"]
 
 
-def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(small, tmp_path, vlmdpo, monkeypatch):
+def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(
+    small, tmp_path, vlmdpo, monkeypatch
+):
     out = ["--data", small, "--output-dir", tmp_path / "out"]
     first, _ = run(vlmdpo, *out, "--dimension", "existence", "--dimension", "state")
     assert set(first["scores"]["base"]) == {"Discriminative", "Existence", "Attribute", "State"}
@@ -109,8 +158,14 @@ def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(small, tmp_pa
     known = len(answers(tmp_path / "out"))
     asked = []
     real, describe = Asker.ask, generate.answer
-    monkeypatch.setattr(Asker, "ask", lambda s, texts, *r, **k: asked.extend(texts) or real(s, texts, *r, **k))
-    monkeypatch.setattr(generate, "answer", lambda m, p, pictures, *r: asked.extend(pictures) or describe(m, p, pictures, *r))
+    monkeypatch.setattr(
+        Asker, "ask", lambda s, texts, *r, **k: asked.extend(texts) or real(s, texts, *r, **k)
+    )
+    monkeypatch.setattr(
+        generate,
+        "answer",
+        lambda m, p, pictures, *r: asked.extend(pictures) or describe(m, p, pictures, *r),
+    )
     run(vlmdpo, *out, "--verify", "0")
     assert len(asked) == len(answers(tmp_path / "out")) - known > 0
     asked.clear()
@@ -120,7 +175,9 @@ def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(small, tmp_pa
     assert len(answers(tmp_path / "out")) > known, "a smaller question loses no answers"
 
 
-def test_answers_of_another_run_are_refused_and_overwritten_only_when_asked(small, adapter, tmp_path, vlmdpo):
+def test_answers_of_another_run_are_refused_and_overwritten_only_when_asked(
+    small, adapter, tmp_path, vlmdpo
+):
     out = ["--output-dir", tmp_path / "out", "--limit", "2"]
     run(vlmdpo, "--data", small, *out)
     before = (tmp_path / "out" / "answers_base.json").read_text()
@@ -154,17 +211,22 @@ def test_a_killed_run_goes_on_without_loss(small, tmp_path, vlmdpo):
     out = tmp_path / "out"
     slow = (
         "import time\nfrom vlmdpo.benchmarks.answers import Answers\nput = Answers.put\n"
-        "def slowly(self, *a):\n    put(self, *a)\n    print('kept', flush=True)\n    time.sleep(60)\n"
+        "def slowly(self, *a):\n    put(self, *a)\n    print('kept', flush=True)\n    "
+        "time.sleep(60)\n"
         "Answers.put = slowly\nfrom vlmdpo import cli\n"
         f"cli.run(['eval-amber', '--data', {str(small)!r}, '--output-dir', {str(out)!r}])\n"
     )
-    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline().strip() == "kept"
         process.send_signal(signal.SIGKILL)
     partial = out / "partial" / "0.jsonl"
     kept = partial.read_text()
     assert kept
-    partial.write_text(kept + '{"who": "base", "id": 10')  # what a kill in the middle of a line leaves
+    partial.write_text(
+        kept + '{"who": "base", "id": 10'
+    )  # what a kill in the middle of a line leaves
     report, _ = run(vlmdpo, "--data", small, "--output-dir", out)
     assert report["coverage"] == 1.0
     assert (out / "answers_base.json").read_bytes() == (whole / "answers_base.json").read_bytes()
@@ -198,12 +260,35 @@ def test_bad_pictures_are_listed_and_the_run_goes_on(small, tmp_path, vlmdpo):
     assert again["coverage"] > report["coverage"], "what is there now is asked now"
 
 
-def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(small, tmp_path, vlmdpo, monkeypatch):
-    monkeypatch.setattr(Asker, "ask", lambda self, questions, *rest, **more: ["No."] * len(questions))
-    report, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "a", "--task", "discriminative", "--verify", "0")
+def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(
+    small, tmp_path, vlmdpo, monkeypatch
+):
+    monkeypatch.setattr(
+        Asker, "ask", lambda self, questions, *rest, **more: ["No."] * len(questions)
+    )
+    report, _ = run(
+        vlmdpo,
+        "--data",
+        small,
+        "--output-dir",
+        tmp_path / "a",
+        "--task",
+        "discriminative",
+        "--verify",
+        "0",
+    )
     assert report["unparsed"] == 0
     report, _ = run(
-        vlmdpo, "--data", small, "--output-dir", tmp_path / "b", "--task", "discriminative", "--verify", "0", "--strict"
+        vlmdpo,
+        "--data",
+        small,
+        "--output-dir",
+        tmp_path / "b",
+        "--task",
+        "discriminative",
+        "--verify",
+        "0",
+        "--strict",
     )
     assert report["unparsed"] > 10
     assert report["models"]["base"]["unparsed_examples"][0]["said"] == "No."
@@ -211,7 +296,17 @@ def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(small, tmp_path
     _, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "c", "--strict", code=3)
     assert "SCENE_2.png' cannot be read" in said
     (small / "image" / "SCENE_2.png").unlink()
-    _, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "d", "--strict", "--model", "nobody/none", code=3)
+    _, said = run(
+        vlmdpo,
+        "--data",
+        small,
+        "--output-dir",
+        tmp_path / "d",
+        "--strict",
+        "--model",
+        "nobody/none",
+        code=3,
+    )
     assert "SCENE_2.png; --strict wants them all" in said
 
 
@@ -221,9 +316,13 @@ def test_tasks_and_what_is_not_installed(small, tmp_path, vlmdpo):
     (small / "query" / "query_generative.json").unlink()
     report, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "b", "--task", "all")
     assert "Generative" not in report["scores"]["base"]
-    _, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "c", "--task", "generative", code=3)
+    _, said = run(
+        vlmdpo, "--data", small, "--output-dir", tmp_path / "c", "--task", "generative", code=3
+    )
     assert "holds no query/query_generative.json; give --task discriminative" in said
-    _, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "d", "--engine", "vllm", code=6)
+    _, said = run(
+        vlmdpo, "--data", small, "--output-dir", tmp_path / "d", "--engine", "vllm", code=6
+    )
     assert "pip install 'vlmdpo[vllm]'" in said
     _, said = run(vlmdpo, "--dimension", "existance", code=2)
     assert "Did you mean 'existence'?" in said
@@ -232,8 +331,23 @@ def test_tasks_and_what_is_not_installed(small, tmp_path, vlmdpo):
 def test_two_processes_write_the_file_of_one(small, adapter, tmp_path, vlmdpo):
     settings = ["--data", small, "--adapter", adapter, "--json"]
     alone, _ = run(vlmdpo, *settings[:-1], "--output-dir", tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "vlmdpo"]
-    command = [sys.executable, *launch, "eval-amber", *map(str, settings), "--output-dir", str(tmp_path / "two")]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "vlmdpo",
+    ]
+    command = [
+        sys.executable,
+        *launch,
+        "eval-amber",
+        *map(str, settings),
+        "--output-dir",
+        str(tmp_path / "two"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
@@ -257,7 +371,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset") or name.startswith("on")]
+        self.loads += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "srcset") or name.startswith("on")
+        ]
 
 
 @pytest.fixture
@@ -266,9 +384,23 @@ def hostile_report(small, adapter, tmp_path, vlmdpo, monkeypatch):
     path = small / "query" / "query_discriminative.json"
     path.write_text(json.dumps([{**q, "query": HOSTILE} for q in json.loads(path.read_text())]))
     turns = iter(["Yes " + HOSTILE, "No " + HOSTILE] * 500)
-    monkeypatch.setattr(Asker, "ask", lambda self, questions, *rest, **more: [next(turns) for _ in questions])
+    monkeypatch.setattr(
+        Asker, "ask", lambda self, questions, *rest, **more: [next(turns) for _ in questions]
+    )
     out = tmp_path / "out"
-    run(vlmdpo, "--data", small, "--adapter", adapter, "--output-dir", out, "--verify", "0", "--task", "discriminative")
+    run(
+        vlmdpo,
+        "--data",
+        small,
+        "--adapter",
+        adapter,
+        "--output-dir",
+        out,
+        "--verify",
+        "0",
+        "--task",
+        "discriminative",
+    )
     return out
 
 
@@ -284,14 +416,23 @@ def test_every_text_is_escaped_and_nothing_is_loaded(hostile_report):
     assert "<img" not in markdown
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
 def test_a_browser_shows_the_page(width, hostile_report, tmp_path):
     picture = tmp_path / "page.png"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1600"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--window-size={width},1600",
+    ]
     page = (hostile_report / "report.html").as_uri()
     options = {"capture_output": True, "text": True, "timeout": 300, "check": True}
     dom = subprocess.run([*command, "--dump-dom", page], **options).stdout
@@ -305,7 +446,9 @@ def test_a_browser_shows_the_page(width, hostile_report, tmp_path):
 
 def test_the_real_amber_stands_beside_the_article_in_the_report(amber_data, tmp_path, vlmdpo):
     golden = amber_data / "golden" / "rand1_acc86.json"
-    report, _ = run(vlmdpo, "--data", amber_data, "--answers", golden, "--output-dir", tmp_path / "out")
+    report, _ = run(
+        vlmdpo, "--data", amber_data, "--answers", golden, "--output-dir", tmp_path / "out"
+    )
     low, high = report["intervals"]["base"]["Discriminative"]["accuracy"]
     assert low < 86.1 < high
     assert 0.5 < high - low < 2.5
@@ -313,15 +456,28 @@ def test_the_real_amber_stands_beside_the_article_in_the_report(amber_data, tmp_
     for name in ("GPT-4o", "Idefics2+DPO", "Less-is-more", "VCD"):
         assert f"<td>{name}</td>" in page
     assert "no picture at hand" in page
-    again, _ = run(vlmdpo, "--data", amber_data, "--answers", golden, "--output-dir", tmp_path / "out")
+    again, _ = run(
+        vlmdpo, "--data", amber_data, "--answers", golden, "--output-dir", tmp_path / "out"
+    )
     assert again["scores"] == report["scores"]
 
 
 def test_an_adapter_of_another_model_is_refused(small, adapter, tmp_path, vlmdpo):
     config = json.loads((adapter / "adapter_config.json").read_text())
     shutil.copytree(adapter, tmp_path / "other")
-    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nowhere"]}))
-    _, said = run(vlmdpo, "--data", small, "--adapter", tmp_path / "other", "--output-dir", tmp_path / "out", code=4)
+    (tmp_path / "other" / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": ["nowhere"]})
+    )
+    _, said = run(
+        vlmdpo,
+        "--data",
+        small,
+        "--adapter",
+        tmp_path / "other",
+        "--output-dir",
+        tmp_path / "out",
+        code=4,
+    )
     assert "does not fit the model" in said
 
 

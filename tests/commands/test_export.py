@@ -1,4 +1,6 @@
-"""Export: what is merged answers as base and adapter, cards tell what was done, and uploads happen only when asked."""
+"""Export: what is merged answers as base and adapter, cards tell what was done, and uploads happen
+only when asked.
+"""
 
 import json
 import shutil
@@ -17,8 +19,20 @@ def trained(tmp_path_factory):
     """A short run's folder, made once."""
     folder = tmp_path_factory.mktemp("trained")
     data = prepare.run(PrepareConfig(limit=64, output_dir=folder / "data"))
-    settings = {"max_steps": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-    train.run(TrainConfig(dataset=data["path"], output_dir=folder / "run", gradient_checkpointing=False, **settings))
+    settings = {
+        "max_steps": 4,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+    }
+    train.run(
+        TrainConfig(
+            dataset=data["path"],
+            output_dir=folder / "run",
+            gradient_checkpointing=False,
+            **settings,
+        )
+    )
     return folder / "run"
 
 
@@ -49,12 +63,17 @@ def test_a_merged_model_answers_as_base_and_adapter(adapter, vlmdpo):
     answers = {}
     for name, who in (("both", ["--adapter", "run"]), ("merged", ["--model", "./run-merged"])):
         assert vlmdpo("infer", "--input", "q.jsonl", "--output", f"{name}.jsonl", *who)[0] == 0
-        answers[name] = [json.loads(line)["answer"] for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        answers[name] = [
+            json.loads(line)["answer"] for line in Path(f"{name}.jsonl").read_text().splitlines()
+        ]
     assert answers["both"] == answers["merged"]
     code, _, err = vlmdpo("export", "--adapter", adapter, "--merge")
     assert code == 3
     assert "'run-merged' holds a model; add --overwrite" in err
-    assert vlmdpo("export", "--adapter", adapter, "--merge", "--overwrite", "--dtype", "bfloat16")[0] == 0
+    assert (
+        vlmdpo("export", "--adapter", adapter, "--merge", "--overwrite", "--dtype", "bfloat16")[0]
+        == 0
+    )
 
 
 def test_a_merge_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, vlmdpo, monkeypatch):
@@ -83,13 +102,23 @@ def test_the_card_tells_data_settings_versions_and_amber(adapter, vlmdpo):
     assert "![Learning curves](learning_curves.png)" in card
     assert "| learning_rate | 0.003 |" in card
     assert "transformers 5." in card
-    assert vlmdpo("eval-amber", "--adapter", adapter, "--limit", "20", "--output-dir", "part")[0] == 0
-    assert "Not evaluated yet" in (adapter / "README.md").read_text(), "a part of the questions is no score"
-    code, _, err = vlmdpo("eval-amber", "--adapter", adapter, "--task", "discriminative", "--output-dir", "amber")
+    assert (
+        vlmdpo("eval-amber", "--adapter", adapter, "--limit", "20", "--output-dir", "part")[0] == 0
+    )
+    assert "Not evaluated yet" in (adapter / "README.md").read_text(), (
+        "a part of the questions is no score"
+    )
+    code, _, err = vlmdpo(
+        "eval-amber", "--adapter", adapter, "--task", "discriminative", "--output-dir", "amber"
+    )
     assert code == 0, err
     card = (adapter / "README.md").read_text()
     scores = json.loads(Path("amber/scores.json").read_text())["scores"]
-    row = " | ".join(f"{scores[who]['Discriminative'][figure]}" for who in ("base", "tuned") for figure in ("accuracy", "f1"))
+    row = " | ".join(
+        f"{scores[who]['Discriminative'][figure]}"
+        for who in ("base", "tuned")
+        for figure in ("accuracy", "f1")
+    )
     assert f"| Discriminative | {row} |" in card
     assert "Questions in AMBER's form (scenes), not AMBER's own" in card
     assert "points of accuracy, 95% interval" in card
@@ -111,8 +140,16 @@ def test_nothing_is_uploaded_unless_asked_and_then_no_checkpoint(adapter, vlmdpo
         def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns):
             from huggingface_hub.utils import filter_repo_objects
 
-            names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-            sent["files"] = set(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+            names = [
+                str(path.relative_to(folder_path))
+                for path in Path(folder_path).rglob("*")
+                if path.is_file()
+            ]
+            sent["files"] = set(
+                filter_repo_objects(
+                    names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+                )
+            )
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     (adapter / "checkpoint-4").mkdir(exist_ok=True)
@@ -121,8 +158,16 @@ def test_nothing_is_uploaded_unless_asked_and_then_no_checkpoint(adapter, vlmdpo
     assert code == 0, err
     assert "https://huggingface.co/me/tuned" in out
     assert sent["repo"] == ("me/tuned", True)
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"} <= sent["files"]
-    assert not any("checkpoint" in name or name.endswith((".bin", ".jsonl", "_report.json", ".yaml")) for name in sent["files"])
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "tokenizer.json",
+    } <= sent["files"]
+    assert not any(
+        "checkpoint" in name or name.endswith((".bin", ".jsonl", "_report.json", ".yaml"))
+        for name in sent["files"]
+    )
     assert str(Path.cwd()) not in (adapter / "README.md").read_text()
 
 
@@ -130,7 +175,9 @@ def test_hostile_names_stay_text_on_the_card(adapter):
     from vlmdpo.report import model_card
 
     report = json.loads((adapter / "train_report.json").read_text())
-    (adapter / "train_report.json").write_text(json.dumps({**report, "dataset": "<script>alert(1)</script>|`x`"}))
+    (adapter / "train_report.json").write_text(
+        json.dumps({**report, "dataset": "<script>alert(1)</script>|`x`"})
+    )
     recipe = yaml.safe_load((adapter / "recipe.yaml").read_text())
     (adapter / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": "<script>|"}))
     card = model_card.text(adapter, merged=False)
@@ -143,7 +190,11 @@ def test_hostile_names_stay_text_on_the_card(adapter):
         (["--merge"], 2, "--adapter FOLDER is needed"),
         (["--adapter", "nowhere"], 2, "nothing to do: give --merge"),
         (["--adapter", "nowhere", "--merge"], 4, "'nowhere' holds no adapter_config.json"),
-        (["--adapter", "nowhere", "--push-to-hub", "a/b", "--output-dir", "x"], 2, "--output-dir is for --merge"),
+        (
+            ["--adapter", "nowhere", "--push-to-hub", "a/b", "--output-dir", "x"],
+            2,
+            "--output-dir is for --merge",
+        ),
     ],
 )
 def test_refusals(arguments, code, says, vlmdpo):
@@ -154,7 +205,10 @@ def test_refusals(arguments, code, says, vlmdpo):
 
 def test_an_adapter_of_another_base_is_refused(adapter, vlmdpo):
     weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({f"{name}.other": tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {f"{name}.other": tensor for name, tensor in weights.items()},
+        adapter / "adapter_model.safetensors",
+    )
     code, _, err = vlmdpo("export", "--adapter", adapter, "--merge")
     assert code == 4
     assert "was trained on another model" in err

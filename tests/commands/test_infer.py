@@ -1,4 +1,6 @@
-"""infer: one answer, files of questions, batches that do not matter, and resuming without asking twice."""
+"""infer: one answer, files of questions, batches that do not matter, and resuming without asking
+twice.
+"""
 
 import json
 
@@ -21,7 +23,9 @@ def question_file(tmp_path):
             {
                 "id": f"q{number}",
                 "image": name,
-                "question": "Is there a star in this image?" if number % 2 else "Describe this image.",
+                "question": "Is there a star in this image?"
+                if number % 2
+                else "Describe this image.",
             }
         )
     path = folder / "questions.jsonl"
@@ -38,7 +42,14 @@ def test_bare_describes_an_embedded_scene(vlmdpo):
 
 def test_one_picture_one_question(tmp_path, vlmdpo):
     evaluation.picture("SCENE_3.png").save(tmp_path / "my picture.png")
-    code, out, _ = vlmdpo("infer", "--image", "my picture.png", "--question", "Is there a moon in this image?", "--json")
+    code, out, _ = vlmdpo(
+        "infer",
+        "--image",
+        "my picture.png",
+        "--question",
+        "Is there a moon in this image?",
+        "--json",
+    )
     assert code == 0
     assert json.loads(out)["answer"] in ("Yes", "No")
 
@@ -46,15 +57,30 @@ def test_one_picture_one_question(tmp_path, vlmdpo):
 def test_batches_give_the_answers_of_single_questions(tiny_model_parts):
     model, processor = tiny_model_parts
     pictures = [evaluation.picture(f"SCENE_{number}.png") for number in range(1, 7)]
-    questions = ["Describe this image.", "Is there a ring in this image?", "Is the star red in this image?"] * 2
+    questions = [
+        "Describe this image.",
+        "Is there a ring in this image?",
+        "Is the star red in this image?",
+    ] * 2
     together = answer(model, processor, pictures, questions, 40)
-    alone = [answer(model, processor, [p], [q], 40)[0] for p, q in zip(pictures, questions, strict=True)]
+    alone = [
+        answer(model, processor, [p], [q], 40)[0] for p, q in zip(pictures, questions, strict=True)
+    ]
     assert together == alone
     assert together[1] in ("Yes", "No")
 
 
 def test_file_of_questions_is_answered_in_order_and_resumed(question_file, tmp_path, vlmdpo):
-    arguments = ["infer", "--input", question_file, "--output", tmp_path / "a.jsonl", "--batch-size", "2", "--json"]
+    arguments = [
+        "infer",
+        "--input",
+        question_file,
+        "--output",
+        tmp_path / "a.jsonl",
+        "--batch-size",
+        "2",
+        "--json",
+    ]
     code, out, err = vlmdpo(*arguments)
     assert code == 0, err
     assert json.loads(out)["answered_now"] == 5
@@ -73,7 +99,14 @@ def test_file_of_questions_is_answered_in_order_and_resumed(question_file, tmp_p
 
 
 def test_answers_of_another_model_are_not_mixed(question_file, tmp_path, vlmdpo):
-    other = {"id": "q1", "image": "a", "question": "b", "answer": "c", "model": "idefics2-8b", "adapter": None}
+    other = {
+        "id": "q1",
+        "image": "a",
+        "question": "b",
+        "answer": "c",
+        "model": "idefics2-8b",
+        "adapter": None,
+    }
     (tmp_path / "a.jsonl").write_text(json.dumps(other) + "\n")
     code, _, err = vlmdpo("infer", "--input", question_file, "--output", tmp_path / "a.jsonl")
     assert code == 3
@@ -101,7 +134,11 @@ def test_bad_pictures_and_adapters(tmp_path, vlmdpo):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (300, 300)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
-    for name, says in (("absent.png", "cannot read"), ("text.png", "cannot identify"), ("cut.png", "cut.png")):
+    for name, says in (
+        ("absent.png", "cannot read"),
+        ("text.png", "cannot identify"),
+        ("cut.png", "cut.png"),
+    ):
         code, _, err = vlmdpo("infer", "--image", name)
         assert code == 3
         assert says in err

@@ -1,4 +1,6 @@
-"""prepare, from the command line: the embedded pairs, files of all kinds, reuse, splits, lengths, and what it refuses."""
+"""prepare, from the command line: the embedded pairs, files of all kinds, reuse, splits, lengths,
+and what it refuses.
+"""
 
 import json
 import re
@@ -31,7 +33,11 @@ def test_bare_prepares_the_scenes_and_reuses_them(vlmdpo):
     assert code == 0
     first = json.loads(out)
     assert (first["rows_in"], first["rows_out"], first["dropped"]) == (2400, 2399, {"duplicate": 1})
-    assert (first["reused"], first["max_image_side"], first["splits"]) == (False, 72, {"train": 2399})
+    assert (first["reused"], first["max_image_side"], first["splits"]) == (
+        False,
+        72,
+        {"train": 2399},
+    )
     assert "full size: vlmdpo prepare --model idefics2-8b --dataset rlaif-v" in err
     assert "format RLAIF-V (image, question, chosen, rejected)" in err
     dataset = load_from_disk(first["path"])
@@ -46,10 +52,24 @@ def test_bare_prepares_the_scenes_and_reuses_them(vlmdpo):
 
 
 def test_bad_rows_are_dropped_counted_and_named(tmp_path, vlmdpo):
-    rows = [{}, {"chosen": ""}, {"rejected": "a"}, {"image": "absent.png"}, {"image": "../x.png"}, {"question": "kept?"}, {}]
-    rows += [{"chosen": "b", "rejected": "a"}, {"question": "holds <fake_token_around_image>"}, {"question": "<image><image>?"}]
+    rows = [
+        {},
+        {"chosen": ""},
+        {"rejected": "a"},
+        {"image": "absent.png"},
+        {"image": "../x.png"},
+        {"question": "kept?"},
+        {},
+    ]
+    rows += [
+        {"chosen": "b", "rejected": "a"},
+        {"question": "holds <fake_token_around_image>"},
+        {"question": "<image><image>?"},
+    ]
     rows += [{"image": None, "question": "no picture?"}]
-    code, out, err = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out", "--json")
+    code, out, err = vlmdpo(
+        "prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out", "--json"
+    )
     assert code == 0
     report = json.loads(out)
     assert (report["rows_in"], report["rows_out"]) == (11, 3)
@@ -62,7 +82,9 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path, vlmdpo):
     assert report["changed"] == {"no_image": 1, "resized": 2}
     assert [len(images) for images in load_from_disk("out")["images"]] == [1, 1, 0]
     assert load_from_disk("out")[1]["images"][0].size == (72, 48)
-    code, out, err = vlmdpo("prepare", "--dataset", tmp_path / "d" / "rows.jsonl", "--output-dir", "out")
+    code, out, err = vlmdpo(
+        "prepare", "--dataset", tmp_path / "d" / "rows.jsonl", "--output-dir", "out"
+    )
     assert re.search(r"identical_answers +1 +row 2: chosen and rejected are both 'a'", out)
     assert "73% of the rows were dropped, most for placeholder_miscount" in err
 
@@ -85,26 +107,50 @@ def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "x.png").write_bytes(encoded((30, 20)))
-    answers = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
+    answers = {
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    }
     (folder / "rows.json").write_text(json.dumps([{**row, **answers} for row in rows]))
-    code, _, err = vlmdpo("prepare", "--dataset", folder / "rows.json", "--output-dir", "out", "--json")
+    code, _, err = vlmdpo(
+        "prepare", "--dataset", folder / "rows.json", "--output-dir", "out", "--json"
+    )
     assert code == 0
     assert "format LLaMA-Factory sharegpt ranking (images, conversations, chosen, rejected)" in err
     processor = load_processor("tiny")
     prepared = store.load(tmp_path / "out")
     batch = PairCollator(processor)([dict(row) for row in prepared])
     stock = StockCollator(processor=processor)([dict(row) for row in prepared])
-    lengths = [[row[name] for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")] for row in prepared]
+    lengths = [
+        [row[name] for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")]
+        for row in prepared
+    ]
     assert lengths == batch["pairs"]
-    assert stock["attention_mask"].sum(1).tolist() == [p + a for i in (1, 2) for p, a in ((row[0], row[i]) for row in lengths)]
+    assert stock["attention_mask"].sum(1).tolist() == [
+        p + a for i in (1, 2) for p, a in ((row[0], row[i]) for row in lengths)
+    ]
     text = processor.tokenizer.decode(batch["pair_ids"][0])
-    assert "One?<end_of_utterance>\nAssistant: Yes<end_of_utterance>\nUser: Two?<fake_token_around_image>" in text
+    assert (
+        "One?<end_of_utterance>\nAssistant: Yes<end_of_utterance>\nUser: "
+        "Two?<fake_token_around_image>" in text
+    )
     assert batch["pixel_values"].shape[:2] == (2, 2)
 
 
 def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):
-    for rows, says in (([{}, {"rejected": "a"}], "row 1: identical_answers"), ([{}, {}], "row 1: duplicate: as row 0")):
-        code, _, err = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--on-bad", "fail", "--output-dir", "out")
+    for rows, says in (
+        ([{}, {"rejected": "a"}], "row 1: identical_answers"),
+        ([{}, {}], "row 1: duplicate: as row 0"),
+    ):
+        code, _, err = vlmdpo(
+            "prepare",
+            "--dataset",
+            _rows(tmp_path / "d", rows),
+            "--on-bad",
+            "fail",
+            "--output-dir",
+            "out",
+        )
         assert code == 3
         assert says in err
         assert not (tmp_path / "out").exists()
@@ -113,7 +159,14 @@ def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):
 def test_options_that_change_the_result_change_the_folder(tmp_path, vlmdpo):
     path = _rows(tmp_path / "d", [{"question": f"q{i}"} for i in range(8)])
     paths = set()
-    changes = ["", "--limit 3", "--split train[:50%]", "--max-image-side 10", "--max-length 999", "--shuffle"]
+    changes = [
+        "",
+        "--limit 3",
+        "--split train[:50%]",
+        "--max-image-side 10",
+        "--max-length 999",
+        "--shuffle",
+    ]
     for more in [*changes, "--shuffle --seed 1", "--map chosen=rejected,rejected=chosen"]:
         code, out, _ = vlmdpo("prepare", "--dataset", path, "--json", *more.split())
         assert code == 0
@@ -127,8 +180,16 @@ def test_another_format_is_mapped(tmp_path, vlmdpo):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     code, _, err = vlmdpo("prepare", "--dataset", "rows.jsonl")
     assert code == 3
-    assert "no known preference format in columns photo, prompt, answers; say which is which, as in --map" in err
-    mapping = ["--map", "image=photo,question=prompt", "--map", "chosen=answers.0,rejected=answers.1"]
+    assert (
+        "no known preference format in columns photo, prompt, answers; say which is which, as in "
+        "--map" in err
+    )
+    mapping = [
+        "--map",
+        "image=photo,question=prompt",
+        "--map",
+        "chosen=answers.0,rejected=answers.1",
+    ]
     code, out, err = vlmdpo("prepare", "--dataset", "rows.jsonl", *mapping, "--json")
     assert code == 0
     assert json.loads(out)["schema"] == "mapped (photo, prompt, answers.0, answers.1)"
@@ -141,10 +202,24 @@ def test_a_test_split_shares_no_picture(tmp_path, vlmdpo):
     for i in range(12):
         (folder / f"{i}.png").write_bytes(encoded((10 + i, 8)))
     rows = [
-        {"images": [f"{i % 12}.png"] + ([f"{(i + 1) % 12}.png"] if i in (0, 5) else []), "question": f"q{i}"} for i in range(60)
+        {
+            "images": [f"{i % 12}.png"] + ([f"{(i + 1) % 12}.png"] if i in (0, 5) else []),
+            "question": f"q{i}",
+        }
+        for i in range(60)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({**row, "chosen": "a", "rejected": "b"}) + "\n" for row in rows))
-    base = ["prepare", "--dataset", folder / "rows.jsonl", "--test-size", "0.2", "--json", "--output-dir"]
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({**row, "chosen": "a", "rejected": "b"}) + "\n" for row in rows)
+    )
+    base = [
+        "prepare",
+        "--dataset",
+        folder / "rows.jsonl",
+        "--test-size",
+        "0.2",
+        "--json",
+        "--output-dir",
+    ]
     code, out, _ = vlmdpo(*base, "one")
     assert code == 0
     splits = json.loads(out)["splits"]
@@ -153,7 +228,9 @@ def test_a_test_split_shares_no_picture(tmp_path, vlmdpo):
     shown = {}
     for split in ("train", "test"):
         assert len(store.load(tmp_path / "one", split)) == splits[split]
-        shown[split] = {picture.size for row in store.load(tmp_path / "one", split) for picture in row["images"]}
+        shown[split] = {
+            picture.size for row in store.load(tmp_path / "one", split) for picture in row["images"]
+        }
     assert not shown["train"] & shown["test"]
     assert len(load_from_disk("one")["train"]) == splits["train"]
     vlmdpo(*base, "two", "--seed", "7")
@@ -170,20 +247,37 @@ def test_shuffling_keeps_every_row_and_repeats_itself(tmp_path, vlmdpo, monkeypa
         assert vlmdpo("prepare", "--dataset", path, "--shuffle", "--output-dir", name)[0] == 0
     assert _questions("a") == _questions("b") != [f"q{i}" for i in range(40)]
     assert sorted(_questions("a")) == sorted(f"q{i}" for i in range(40))
-    assert [row["source_row"] for row in load_from_disk("a")] == [int(question[1:]) for question in _questions("a")]
+    assert [row["source_row"] for row in load_from_disk("a")] == [
+        int(question[1:]) for question in _questions("a")
+    ]
 
 
 def test_long_rows_are_dropped_or_trimmed_and_pictures_never(tmp_path, vlmdpo):
     long = "A red circle is on the left. " * 3 + "Beside it there is a very blue square. " * 4
     rows = [{}, {"question": "long?", "chosen": long}, {"question": "What is it? " * 30}]
-    base = ["prepare", "--dataset", _rows(tmp_path / "d", rows), "--max-length", "80", "--json", "--output-dir"]
+    base = [
+        "prepare",
+        "--dataset",
+        _rows(tmp_path / "d", rows),
+        "--max-length",
+        "80",
+        "--json",
+        "--output-dir",
+    ]
     code, out, _ = vlmdpo(*base, "dropped")
     report = json.loads(out)
     assert (code, report["rows_out"], report["dropped"]) == (0, 1, {"over_length": 2})
-    assert re.fullmatch(r"row 1: \d+ tokens, 18 of them images, over 80", report["dropped_examples"]["over_length"][0])
+    assert re.fullmatch(
+        r"row 1: \d+ tokens, 18 of them images, over 80",
+        report["dropped_examples"]["over_length"][0],
+    )
     code, out, _ = vlmdpo(*base, "trimmed", "--over-length", "trim")
     report = json.loads(out)
-    assert (report["rows_out"], report["changed"]["answers_trimmed"], report["dropped"]) == (2, 1, {"over_length": 1})
+    assert (report["rows_out"], report["changed"]["answers_trimmed"], report["dropped"]) == (
+        2,
+        1,
+        {"over_length": 1},
+    )
     row = load_from_disk("trimmed")[1]
     said = row["chosen"][0]["content"][0]["text"]
     assert long.startswith(said)
@@ -194,18 +288,26 @@ def test_long_rows_are_dropped_or_trimmed_and_pictures_never(tmp_path, vlmdpo):
 
 def test_lengths_are_kept_shown_and_used(tmp_path, vlmdpo, monkeypatch):
     rows = [{"question": "Why? " * i, "chosen": "yes " * i, "rejected": "no"} for i in range(1, 9)]
-    _, out, _ = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out", "--json")
+    _, out, _ = vlmdpo(
+        "prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out", "--json"
+    )
     report = json.loads(out)
     dataset = load_from_disk("out")
     assert report["lengths"]["prompt_tokens"]["max"] == max(dataset["prompt_tokens"])
-    assert report["lengths"]["longest_tokens"]["max"] == dataset[7]["prompt_tokens"] + dataset[7]["chosen_tokens"]
+    assert (
+        report["lengths"]["longest_tokens"]["max"]
+        == dataset[7]["prompt_tokens"] + dataset[7]["chosen_tokens"]
+    )
     assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     from vlmdpo.engine import lengths
     from vlmdpo.models.load import load_processor
 
     counted = lengths.row_lengths(load_processor("tiny"), dataset)
     monkeypatch.setattr(lengths, "Counter", lambda processor: pytest.fail("counted again"))
-    assert lengths.row_lengths(load_processor("tiny"), dataset, store.read_manifest(tmp_path / "out")) == counted
+    assert (
+        lengths.row_lengths(load_processor("tiny"), dataset, store.read_manifest(tmp_path / "out"))
+        == counted
+    )
 
 
 def test_a_template_that_refuses_a_row_is_named(tmp_path, vlmdpo):
@@ -213,7 +315,8 @@ def test_a_template_that_refuses_a_row_is_named(tmp_path, vlmdpo):
 
     processor = load_processor("tiny")
     processor.chat_template = (
-        "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + processor.chat_template
+        "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}"
+        + processor.chat_template
     )
     processor.save_pretrained("model")
     from vlmdpo.models.load import source_of
@@ -225,13 +328,21 @@ def test_a_template_that_refuses_a_row_is_named(tmp_path, vlmdpo):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     code, out, _ = vlmdpo("prepare", "--dataset", "rows.json", "--model", "./model", "--json")
     assert code == 0
-    assert json.loads(out)["dropped_examples"] == {"chat_template_refuses": ["row 0: one turn only"]}
+    assert json.loads(out)["dropped_examples"] == {
+        "chat_template_refuses": ["row 0: one turn only"]
+    }
 
 
 def test_the_report_page_escapes_what_data_says(tmp_path, vlmdpo):
     hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    rows = [{"question": hostile}, {"question": hostile + "?", "chosen": "a" + hostile}, {"image": hostile}]
-    assert vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out")[0] == 0
+    rows = [
+        {"question": hostile},
+        {"question": hostile + "?", "chosen": "a" + hostile},
+        {"image": hostile},
+    ]
+    assert (
+        vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", rows), "--output-dir", "out")[0] == 0
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -248,7 +359,9 @@ def test_the_picture_is_drawn_where_a_terminal_can(tmp_path, vlmdpo, monkeypatch
     (tmp_path / "d" / "x.png").write_bytes(noise((60, 40), kind="PNG"))
     _, out, _ = vlmdpo("prepare", "--dataset", path)
     assert "▀" not in out
-    monkeypatch.setattr(ui, "_out", lambda: Console(force_terminal=True, color_system="truecolor", width=120))
+    monkeypatch.setattr(
+        ui, "_out", lambda: Console(force_terminal=True, color_system="truecolor", width=120)
+    )
     _, out, _ = vlmdpo("prepare", "--dataset", path)
     assert out.count("▀") == 48 * 16
     assert len(set(re.findall(r"38;2;\d+;\d+;\d+", out))) > 50
@@ -259,7 +372,11 @@ def test_nothing_is_uploaded_unless_asked_and_then_with_a_card(tmp_path, vlmdpo,
     import huggingface_hub
 
     sent = []
-    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, repo, **more: sent.append((repo, len(self), more)))
+    monkeypatch.setattr(
+        datasets.Dataset,
+        "push_to_hub",
+        lambda self, repo, **more: sent.append((repo, len(self), more)),
+    )
 
     class Card:
         text = ""
@@ -275,14 +392,19 @@ def test_nothing_is_uploaded_unless_asked_and_then_with_a_card(tmp_path, vlmdpo,
     path = _rows(tmp_path / "d", [{"question": f"q{i}"} for i in range(4)] + [{"chosen": ""}])
     assert vlmdpo("prepare", "--dataset", path, "--output-dir", "out")[0] == 0
     assert sent == []
-    assert vlmdpo("prepare", "--dataset", path, "--output-dir", "out", "--push-to-hub", "me/pairs")[0] == 0
+    assert (
+        vlmdpo("prepare", "--dataset", path, "--output-dir", "out", "--push-to-hub", "me/pairs")[0]
+        == 0
+    )
     assert sent[0] == ("me/pairs", 4, {"split": "train", "private": True})
     assert "# pairs" in sent[1][1]
     assert "| empty_chosen | 1 |" in sent[1][1]
     assert str(tmp_path) not in sent[1][1]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    code, _, err = vlmdpo("prepare", "--dataset", path, "--output-dir", "out", "--push-to-hub", "me/pairs")
+    code, _, err = vlmdpo(
+        "prepare", "--dataset", path, "--output-dir", "out", "--push-to-hub", "me/pairs"
+    )
     assert code == 3  # tests are offline
     assert "the result stands in 'out'" in err.splitlines()[-1]
 
@@ -318,18 +440,27 @@ def test_refusals(arguments, code, says, tmp_path, vlmdpo):
 
 
 def test_no_usable_row_is_an_error(tmp_path, vlmdpo):
-    code, _, err = vlmdpo("prepare", "--dataset", _rows(tmp_path / "d", [{"chosen": ""}, {"image": "gone.png"}]))
+    code, _, err = vlmdpo(
+        "prepare", "--dataset", _rows(tmp_path / "d", [{"chosen": ""}, {"image": "gone.png"}])
+    )
     assert code == 3
-    assert "no usable row is left of 2: empty_chosen 1 (row 0: chosen is empty), missing_image 1" in err
+    assert (
+        "no usable row is left of 2: empty_chosen 1 (row 0: chosen is empty), missing_image 1"
+        in err
+    )
 
 
 def test_the_report_can_be_left_out_and_had_later(vlmdpo):
     assert vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "a")[0] == 0
-    code, out, _ = vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--no-report")
+    code, out, _ = vlmdpo(
+        "prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--no-report"
+    )
     assert code == 0
     assert "report" not in out
     assert not Path("b/report.html").exists()
-    code, out, _ = vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--report")
+    code, out, _ = vlmdpo(
+        "prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--report"
+    )
     assert code == 0
     assert "report: b/report.html" in out
     assert Path("b/report.html").read_bytes() == Path("a/report.html").read_bytes()

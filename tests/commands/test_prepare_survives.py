@@ -1,4 +1,6 @@
-"""prepare when things go wrong: killed, interrupted, out of space, a dead worker, two at once. All with real processes."""
+"""prepare when things go wrong: killed, interrupted, out of space, a dead worker, two at once. All
+with real processes.
+"""
 
 import contextlib
 import json
@@ -29,7 +31,10 @@ def _data(folder, rows, size=(200, 150)):
     folder.mkdir()
     for i in range(4):
         (folder / f"{i}.jpg").write_bytes(noise(size, seed=i))
-    lines = [{"image": f"{i % 4}.jpg", "question": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(rows)]
+    lines = [
+        {"image": f"{i % 4}.jpg", "question": f"q{i}", "chosen": "a", "rejected": "b"}
+        for i in range(rows)
+    ]
     lines[3]["chosen"] = ""  # a row to drop
     lines[9]["question"] = "q1"  # and a copy of one in another unit
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -42,9 +47,27 @@ def _command(*arguments):
 
 def test_killed_at_any_of_twenty_points_the_next_call_finishes_with_the_same_bytes(tmp_path):
     rounds = "20"
-    arguments = [rounds, "--dataset", _data(tmp_path / "d", 60), "--num-proc", "1", "--test-size", "0.3"]
+    arguments = [
+        rounds,
+        "--dataset",
+        _data(tmp_path / "d", 60),
+        "--num-proc",
+        "1",
+        "--test-size",
+        "0.3",
+    ]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.killing", "prepare", "KILL", "1", *arguments],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.support.killing",
+            "prepare",
+            "KILL",
+            "1",
+            *arguments,
+        ],
         **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -59,18 +82,26 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path, vlmdpo, monkeypa
     monkeypatch.setattr("vlmdpo.data.sources.UNIT_ROWS", 8)
     data = _data(tmp_path / "d", 60)
     for name, number in (("one", 1), ("two", 2), ("many", 9)):
-        assert vlmdpo("prepare", "--dataset", data, "--num-proc", number, "--output-dir", name)[0] == 0
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])  # as on Windows
+        assert (
+            vlmdpo("prepare", "--dataset", data, "--num-proc", number, "--output-dir", name)[0] == 0
+        )
+    monkeypatch.setattr(
+        multiprocessing, "get_all_start_methods", lambda: ["spawn"]
+    )  # as on Windows
     assert vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "spawned")[0] == 0
     assert contents("one") == contents("two") == contents("many") == contents("spawned")
     assert store.read_manifest(Path("one"))["dropped"] == {"duplicate": 1, "empty_chosen": 1}
-    code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "failed", "--on-bad", "fail")
+    code, _, err = vlmdpo(
+        "prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "failed", "--on-bad", "fail"
+    )
     assert code == 3
     assert "row 3: empty_chosen" in err.splitlines()[-1]
 
 
 def _at_work(running, others):
-    """The processes that write units, once the first does (`others` False) or another does beside it."""
+    """The processes that write units, once the first does (`others` False) or another does beside
+    it.
+    """
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end and running.poll() is None:
         writing = {int(path.suffix[1:]) for path in Path(".").glob(".out.partial/units/*.arrow.*")}
@@ -85,7 +116,10 @@ def _busy(place, others=True):
     """A call with two processes at work for some seconds, and those beside the first."""
     data = _data(place / "d", 900, size=(3000, 2000))
     running = subprocess.Popen(
-        _command("--dataset", data, "--num-proc", 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        _command("--dataset", data, "--num-proc", 2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield data, running, _at_work(running, others)
@@ -112,7 +146,10 @@ def test_a_dead_process_is_an_error_and_no_hang(tmp_path):
         workers[0].kill()
         _, err = running.communicate(timeout=_PATIENCE_S)
     assert running.returncode == 3
-    assert "a process of --num-proc 2 died, as one does that runs out of memory; what is done stays" in unfolded(err)
+    assert (
+        "a process of --num-proc 2 died, as one does that runs out of memory; what is done stays"
+        in unfolded(err)
+    )
     assert not Path("out").exists()
 
 
@@ -138,10 +175,15 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdp
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     command = _command("--dataset", data, "--num-proc", 1)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, preexec_fn=little_room)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=_PATIENCE_S, preexec_fn=little_room
+    )
     assert done.returncode == 3, done.stderr
     said = unfolded(done.stderr).strip().splitlines()[-1]
-    assert re.search(r"error: cannot write .*File too large \(.* free\); .* the same command goes on from there", said)
+    assert re.search(
+        r"error: cannot write .*File too large \(.* free\); .* the same command goes on from there",
+        said,
+    )
     assert not Path("out").exists()
     code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 1, "--output-dir", "out")
     assert code == 0, err
@@ -151,7 +193,9 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdp
 def test_of_two_at_once_one_waits_and_finds_it_prepared(tmp_path):
     data = _data(tmp_path / "d", 20)
     with store.locked(Path("out")):
-        running = subprocess.Popen(_command("--dataset", data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            _command("--dataset", data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         said = ""
         while "waiting: another vlmdpo is preparing 'out'" not in said:
             line = running.stderr.readline()

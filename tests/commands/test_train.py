@@ -34,22 +34,42 @@ def trained(few_pairs, tmp_path_factory):
     from vlmdpo.models.registry import recipe
 
     folder = tmp_path_factory.mktemp("run") / "out"
-    layer = {"dataset": str(few_pairs), "output_dir": folder, "max_steps": 6, "logging_steps": 1, "set": ["max_grad_norm=0.7"]}
+    layer = {
+        "dataset": str(few_pairs),
+        "output_dir": folder,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "set": ["max_grad_norm=0.7"],
+    }
     return folder, train.run(recipes.build(config.TrainConfig, recipe("tiny", "train"), layer))
 
 
 def test_a_run_leaves_everything_behind(trained):
     folder, report = trained
-    assert set(report) >= {"output_dir", "steps", "loss", "rewards/accuracies", "rewards/margins", "pairs_per_s"}
+    assert set(report) >= {
+        "output_dir",
+        "steps",
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "pairs_per_s",
+    }
     assert set(report) >= {"engine", "fallback_reason", "peak_bytes"}
     assert (report["steps"], report["engine"], report["fallback_reason"]) == (6, "shared", None)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference agree before the first step
-    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} <= set(lines[0])
+    assert lines[0]["loss"] == pytest.approx(
+        0.6931, abs=1e-3
+    )  # ln 2: policy and reference agree before the first step
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} <= set(
+        lines[0]
+    )
     weights = load_file(folder / "adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert (
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "tiny"
+    )
     assert (folder / "processor_config.json").exists()
     assert not list(folder.glob("*.bin"))  # no pickle beside the adapter
     picture = Image.open(folder / "learning_curves.png")
@@ -59,10 +79,22 @@ def test_a_run_leaves_everything_behind(trained):
 
 def test_the_adapter_answers_through_infer_and_eval(trained, vlmdpo):
     folder, _ = trained
-    code, out, _ = vlmdpo("infer", "--adapter", folder, "--compare", "--question", "Is there a star in this image?", "--json")
+    code, out, _ = vlmdpo(
+        "infer",
+        "--adapter",
+        folder,
+        "--compare",
+        "--question",
+        "Is there a star in this image?",
+        "--json",
+    )
     assert code == 0
-    assert {"id", "image", "question", "answer", "base_answer", "model", "adapter"} <= set(json.loads(out))
-    code, out, _ = vlmdpo("eval-amber", "--adapter", folder, "--limit", "40", "--task", "discriminative", "--json")
+    assert {"id", "image", "question", "answer", "base_answer", "model", "adapter"} <= set(
+        json.loads(out)
+    )
+    code, out, _ = vlmdpo(
+        "eval-amber", "--adapter", folder, "--limit", "40", "--task", "discriminative", "--json"
+    )
     assert code == 0
     report = json.loads(out)
     assert set(report["scores"]) == {"base", "tuned"}
@@ -73,21 +105,42 @@ def test_the_adapter_answers_through_infer_and_eval(trained, vlmdpo):
 
 
 def test_full_fine_tuning_moves_every_part(few_pairs, tmp_path, vlmdpo):
-    arguments = ["--dataset", few_pairs, "--no-lora", "--max-steps", "2", "--output-dir", tmp_path / "full", "--json"]
+    arguments = [
+        "--dataset",
+        few_pairs,
+        "--no-lora",
+        "--max-steps",
+        "2",
+        "--output-dir",
+        tmp_path / "full",
+        "--json",
+    ]
     code, out, err = vlmdpo("train", *arguments)
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
-    before = load_file(Path(__import__("vlmdpo").__file__).parent / "tiny" / "assets" / "model" / "model.safetensors")
+    before = load_file(
+        Path(__import__("vlmdpo").__file__).parent
+        / "tiny"
+        / "assets"
+        / "model"
+        / "model.safetensors"
+    )
     after = load_file(tmp_path / "full" / "model.safetensors")
     assert before.keys() == after.keys()
     for part in ("vision_model", "connector", "text_model"):
-        assert any((before[n].float() - after[n].float()).abs().max() > 0 for n in before if part in n), part
+        assert any(
+            (before[n].float() - after[n].float()).abs().max() > 0 for n in before if part in n
+        ), part
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--set", "max_grad_nrom=1"], 2, "DPOConfig has no field 'max_grad_nrom'. Did you mean 'max_grad_norm'?"),
+        (
+            ["--set", "max_grad_nrom=1"],
+            2,
+            "DPOConfig has no field 'max_grad_nrom'. Did you mean 'max_grad_norm'?",
+        ),
         (["--set", "max_grad_norm"], 2, "must be key=value"),
         (["--set", "learning_rate=1"], 2, "use --learning-rate"),
         (["--lora-target-modules", "nonsense_proj"], 2, "--lora-target-modules"),
@@ -109,7 +162,9 @@ def test_refusals(arguments, code, says, few_pairs, tmp_path, vlmdpo):
 
 def test_an_earlier_run_is_not_overwritten_unasked(trained, few_pairs, vlmdpo):
     folder, _ = trained
-    code, _, err = vlmdpo("train", "--dataset", few_pairs, "--output-dir", folder, "--max-steps", "1")
+    code, _, err = vlmdpo(
+        "train", "--dataset", few_pairs, "--output-dir", folder, "--max-steps", "1"
+    )
     assert code == 3
     assert "add --resume, --overwrite, or give another folder" in err
 
@@ -125,9 +180,30 @@ def test_a_text_model_is_no_vlm(tmp_path, vlmdpo):
 
 def test_ctrl_c_keeps_a_checkpoint_and_shows_the_next_command(few_pairs, tmp_path):
     out = tmp_path / "stopped"
-    steps = ["--num-train-epochs", "500", "--logging-steps", "1", "--per-device-train-batch-size", "4", "--lora-r", "2"]
-    command = [sys.executable, "-m", "vlmdpo", "train", "--dataset", str(few_pairs), "--output-dir", str(out), *steps]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    steps = [
+        "--num-train-epochs",
+        "500",
+        "--logging-steps",
+        "1",
+        "--per-device-train-batch-size",
+        "4",
+        "--lora-r",
+        "2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "vlmdpo",
+        "train",
+        "--dataset",
+        str(few_pairs),
+        "--output-dir",
+        str(out),
+        *steps,
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -141,42 +217,79 @@ def test_ctrl_c_keeps_a_checkpoint_and_shows_the_next_command(few_pairs, tmp_pat
     saved = sorted(out.glob("checkpoint-*"))
     assert saved
     stopped_at = int(saved[-1].name.split("-")[1])
-    more = ["--config", str(out / "recipe.yaml"), "--resume", "--max-steps", str(stopped_at + 2), "--json"]
-    done = subprocess.run([sys.executable, "-m", "vlmdpo", "train", *more], capture_output=True, text=True, timeout=180)
+    more = [
+        "--config",
+        str(out / "recipe.yaml"),
+        "--resume",
+        "--max-steps",
+        str(stopped_at + 2),
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmdpo", "train", *more],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == stopped_at + 2
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, stopped_at + 3))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(
+        range(1, stopped_at + 3)
+    )
 
 
 def test_stock_and_shared_log_the_same(few_pairs, tmp_path, vlmdpo):
     lines = {}
     for engine in ("stock", "shared"):
         out = tmp_path / engine
-        more = ["--max-steps", "3", "--logging-steps", "1", "--lora-dropout", "0", "--engine", engine, "--json"]
+        more = [
+            "--max-steps",
+            "3",
+            "--logging-steps",
+            "1",
+            "--lora-dropout",
+            "0",
+            "--engine",
+            engine,
+            "--json",
+        ]
         code, stdout, err = vlmdpo("train", "--dataset", few_pairs, "--output-dir", out, *more)
         assert code == 0, err
         assert json.loads(stdout)["engine"] == engine
-        lines[engine] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines[engine] = [
+            json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
     for stock, shared in zip(lines["stock"], lines["shared"], strict=True):
         assert stock.keys() == shared.keys()
         for name, value in stock.items():
             assert shared[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize(("scope", "parts"), [("language", {"text_model"}), ("connector", {"text_model", "connector"})])
+@pytest.mark.parametrize(
+    ("scope", "parts"), [("language", {"text_model"}), ("connector", {"text_model", "connector"})]
+)
 def test_lora_scope_is_where_the_adapter_is(scope, parts, few_pairs, tmp_path, vlmdpo):
     out = tmp_path / "out"
     more = ["--max-steps", "1", "--lora-scope", scope, "--output-dir", out, "--json"]
     code, _, err = vlmdpo("train", "--dataset", few_pairs, *more)
     assert code == 0, err
     names = load_file(out / "adapter_model.safetensors")
-    assert {part for name in names for part in ("vision_model", "connector", "text_model") if f".{part}." in name} == parts
+    assert {
+        part
+        for name in names
+        for part in ("vision_model", "connector", "text_model")
+        if f".{part}." in name
+    } == parts
     said = " ".join(err.split())
     assert "trainable parameters (" in said
-    assert ("connector " in said.split("trainable parameters (")[1].split(")")[0]) == (scope == "connector")
+    assert ("connector " in said.split("trainable parameters (")[1].split(")")[0]) == (
+        scope == "connector"
+    )
 
 
-@pytest.mark.parametrize(("over_length", "done"), [("drop", {"dropped": 3}), ("trim", {"trimmed": 2, "dropped": 1})])
+@pytest.mark.parametrize(
+    ("over_length", "done"), [("drop", {"dropped": 3}), ("trim", {"trimmed": 2, "dropped": 1})]
+)
 def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done, tmp_path, vlmdpo):
     from PIL import Image as Picture
 
@@ -188,15 +301,30 @@ def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done
         answers = {"chosen": "a red star " * (30 if i in (1, 3) else 2), "rejected": "a moon"}
         rows.append({"image": f"images/{i}.png", "question": question, **answers})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--max-length", "60", "--over-length", over_length, "--max-steps", "1", "--output-dir", "out", "--json"]
+    more = [
+        "--max-length",
+        "60",
+        "--over-length",
+        over_length,
+        "--max-steps",
+        "1",
+        "--output-dir",
+        "out",
+        "--json",
+    ]
     code, out, err = vlmdpo("train", "--dataset", "pairs.jsonl", *more)
     assert code == 0, err
     assert json.loads(out)["over_length"] == done
-    listed = [json.loads(line) for line in (tmp_path / "out" / "over_length.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "over_length.jsonl").read_text().splitlines()
+    ]
     assert {line["row"] for line in listed} == {1, 3, 5}
     assert all(line["prompt"] + max(line["chosen"], line["rejected"]) > 60 for line in listed)
     assert "3 of 6 rows are over --max-length 60" in " ".join(err.split())
-    code, _, err = vlmdpo("train", "--dataset", "pairs.jsonl", "--max-length", "10", "--output-dir", "none")
+    code, _, err = vlmdpo(
+        "train", "--dataset", "pairs.jsonl", "--max-length", "10", "--output-dir", "none"
+    )
     assert code == 3
     assert "no row is that short" in err
     assert not (tmp_path / "none").exists()
@@ -233,7 +361,9 @@ def test_checkpointing_auto_stays_below_stock(few_pairs, tmp_path, vlmdpo):
     ],
 )
 def test_engine_options_that_cannot_be(arguments, says, few_pairs, tmp_path, vlmdpo):
-    code, _, err = vlmdpo("train", "--dataset", few_pairs, "--output-dir", tmp_path / "new", *arguments)
+    code, _, err = vlmdpo(
+        "train", "--dataset", few_pairs, "--output-dir", tmp_path / "new", *arguments
+    )
     assert code == 2, err
     assert says in " ".join(err.split())
     assert not (tmp_path / "new").exists()

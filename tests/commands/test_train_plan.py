@@ -1,4 +1,6 @@
-"""--dry-run: every recipe of examples/ resolves offline, with steps and a verdict on memory; nothing is written."""
+"""--dry-run: every recipe of examples/ resolves offline, with steps and a verdict on memory;
+nothing is written.
+"""
 
 import json
 from pathlib import Path
@@ -19,7 +21,9 @@ def _plan(vlmdpo, *arguments):
 
 
 def test_there_are_recipes():
-    assert {"idefics2-8b-rlaif-v", "llava-1.5-7b-rlaif-v", "paligemma-3b-rlaif-v", *GPUS} <= {path.stem for path in RECIPES}
+    assert {"idefics2-8b-rlaif-v", "llava-1.5-7b-rlaif-v", "paligemma-3b-rlaif-v", *GPUS} <= {
+        path.stem for path in RECIPES
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -37,7 +41,9 @@ def test_every_recipe_resolves_offline(recipe, vlmdpo, tmp_path):
 
 
 def test_the_screen_shows_the_plan(vlmdpo):
-    code, out, _ = vlmdpo("train", "--config", RECIPES[0], "--dry-run", "--split", "train[:1%]", "--loss", "mpo")
+    code, out, _ = vlmdpo(
+        "train", "--config", RECIPES[0], "--dry-run", "--split", "train[:1%]", "--loss", "mpo"
+    )
     assert code == 0
     assert "idefics2-8b (HuggingFaceM4/idefics2-8b), 8,402,768,112 parameters" in out
     assert "831 rows (published, before checks)" in out
@@ -77,7 +83,16 @@ def test_a_gpu_is_named_for_a_dry_run_only(vlmdpo):
 
 
 def test_processes_count_as_gpus_and_keep_their_strategy(vlmdpo):
-    settings = ["--model", "idefics2-8b", "--dataset", "rlaif-v", "--num-processes", "16", "--strategy", "fsdp2"]
+    settings = [
+        "--model",
+        "idefics2-8b",
+        "--dataset",
+        "rlaif-v",
+        "--num-processes",
+        "16",
+        "--strategy",
+        "fsdp2",
+    ]
     code, out, err = vlmdpo("train", "--dry-run", *settings, "--json")
     assert code == 0, err
     plan = json.loads(out)

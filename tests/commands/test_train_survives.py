@@ -1,4 +1,6 @@
-"""train when things go wrong: killed, told to stop, out of space, losses that are no numbers, a dead worker. Each is caused."""
+"""train when things go wrong: killed, told to stop, out of space, losses that are no numbers, a
+dead worker. Each is caused.
+"""
 
 import io
 import json
@@ -21,7 +23,16 @@ from vlmdpo.training.monitor import Watch
 
 ROOT = Path(package.__file__).parent.parent
 _PATIENCE_S = 600  # machines can be slow
-_FEW = ["--dataset", "data", "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--logging-steps", "1"]
+_FEW = [
+    "--dataset",
+    "data",
+    "--per-device-train-batch-size",
+    "2",
+    "--gradient-accumulation-steps",
+    "2",
+    "--logging-steps",
+    "1",
+]
 _FEW += ["--device", "cpu"]
 
 
@@ -32,9 +43,23 @@ def data(vlmdpo):
 
 
 def rounds(kind, number, *settings):
-    """Runs disturbed at random points by a signal, each resumed: how each ended, and whether the resumed one was the same."""
+    """Runs disturbed at random points by a signal, each resumed: how each ended, and whether the
+    resumed one was the same.
+    """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.killing", "train", kind, "1", str(number), *_FEW, *settings],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.support.killing",
+            "train",
+            kind,
+            "1",
+            str(number),
+            *_FEW,
+            *settings,
+        ],
         **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -46,26 +71,53 @@ def rounds(kind, number, *settings):
 
 
 def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter(data):
-    ends = rounds("KILL", 20, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "3", "--sample-every", "3", "--resume")
+    ends = rounds(
+        "KILL",
+        20,
+        "--max-steps",
+        "6",
+        "--save-steps",
+        "2",
+        "--eval-steps",
+        "3",
+        "--sample-every",
+        "3",
+        "--resume",
+    )
     assert ends.count("killed") >= 10
 
 
 def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):
-    """Most signals arrive while gradients accumulate: random numbers of that part must be drawn again."""
-    settings = ["--gradient-accumulation-steps", "8", "--lora-dropout", "0.3", "--max-steps", "4", "--save-steps", "100"]
+    """Most signals arrive while gradients accumulate: random numbers of that part must be drawn
+    again.
+    """
+    settings = [
+        "--gradient-accumulation-steps",
+        "8",
+        "--lora-dropout",
+        "0.3",
+        "--max-steps",
+        "4",
+        "--save-steps",
+        "100",
+    ]
     ends = rounds("TERM", 5, *settings, "--resume")
     assert set(ends) <= {"75", "finished"}
     assert ends.count("75") >= 3
 
 
-def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_error(data, vlmdpo, monkeypatch):
+def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_error(
+    data, vlmdpo, monkeypatch
+):
     def told(*_):
         try:
             Path("out").mkdir()
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
         except BaseException as problem:
-            raise RuntimeError("Failed to import a module because of the following error") from problem
+            raise RuntimeError(
+                "Failed to import a module because of the following error"
+            ) from problem
 
     monkeypatch.setattr("vlmdpo.training.setup.set_up", told)
     handler = signal.getsignal(signal.SIGTERM)
@@ -106,7 +158,9 @@ def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch,
             return len(text)
 
     lines = []
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
+    monkeypatch.setattr(
+        sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True)
+    )
     watch = Watch(Path("metrics.jsonl"))
     with watch.catching_signals():
         ui.say("step 1/150: loss 0.6931")
@@ -116,12 +170,27 @@ def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch,
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
-    assert vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "1", "--save-steps", "2")[0] == 0
+    assert (
+        vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "1", "--save-steps", "2")[0]
+        == 0
+    )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, before[1]))  # room for the adapter, not for the optimizer
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2_500_000, before[1])
+    )  # room for the adapter, not for the optimizer
     try:
-        code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--save-steps", "2", "--resume")
+        code, _, err = vlmdpo(
+            "train",
+            *_FEW,
+            "--output-dir",
+            "out",
+            "--max-steps",
+            "3",
+            "--save-steps",
+            "2",
+            "--resume",
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -130,7 +199,9 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
     assert "checkpoint-1 stays whole, and --resume goes on from it" in err.splitlines()[-1]
     assert [path.name for path in Path("out").glob("*checkpoint*")] == ["checkpoint-1"]
     assert not list(Path("out").glob(".*"))
-    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--save-steps", "2", "--resume")
+    code, _, err = vlmdpo(
+        "train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--save-steps", "2", "--resume"
+    )
     assert code == 0, err
     assert "going on from checkpoint-1" in err
     assert not list(Path("out").rglob("training_args.bin"))
@@ -138,7 +209,9 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
 
 def test_a_row_that_makes_the_loss_no_number_is_named(data, vlmdpo, monkeypatch):
     plain = PairCollator.__call__
-    bad = max(range(16), key=lambda row: (-len(_answers(row)), row))  # the checks before training take the first long ones
+    bad = max(
+        range(16), key=lambda row: (-len(_answers(row)), row)
+    )  # the checks before training take the first long ones
 
     def poisoned(self, examples):
         batch = plain(self, examples)
@@ -148,11 +221,15 @@ def test_a_row_that_makes_the_loss_no_number_is_named(data, vlmdpo, monkeypatch)
         return batch
 
     monkeypatch.setattr(PairCollator, "__call__", poisoned)
-    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--num-train-epochs", "1", "--no-reference-cache")
+    code, _, err = vlmdpo(
+        "train", *_FEW, "--output-dir", "out", "--num-train-epochs", "1", "--no-reference-cache"
+    )
     assert code == 4, err
     said = err.splitlines()[-1]
     assert f"is no number, because of row {bad} (look at it: vlmdpo prepare --show {bad})" in said
-    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--overwrite")  # the reference's own log-probs
+    code, _, err = vlmdpo(
+        "train", *_FEW, "--output-dir", "out", "--overwrite"
+    )  # the reference's own log-probs
     assert code == 4
     assert f"because of row {bad} " in err.splitlines()[-1]
 
@@ -165,12 +242,23 @@ def _answers(row):
 
 
 def test_a_learning_rate_that_breaks_the_weights_is_said(data, vlmdpo):
-    settings = ["--learning-rate", "1e20", "--set", "max_grad_norm=0", "--save-steps", "1", "--num-train-epochs", "1"]
+    settings = [
+        "--learning-rate",
+        "1e20",
+        "--set",
+        "max_grad_norm=0",
+        "--save-steps",
+        "1",
+        "--num-train-epochs",
+        "1",
+    ]
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings)
     assert code == 4, err
     said = "after step 1 the loss on the test split is no number, in 2 of the 2 rows of a batch, its row 0 first"
     assert said in err.splitlines()[-1]
-    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings, "--eval-steps", "0", "--overwrite")
+    code, _, err = vlmdpo(
+        "train", *_FEW, "--output-dir", "out", *settings, "--eval-steps", "0", "--overwrite"
+    )
     assert code == 4, err
     assert "is no number, for every row of its batch" in err.splitlines()[-1]
     assert "lower --learning-rate and go on from checkpoint-1 with --resume" in err.splitlines()[-1]
@@ -197,14 +285,21 @@ def test_resume_with_other_settings_is_warned_of_and_an_ended_run_takes_no_step(
     assert code == 0, err
     assert "no checkpoint in 'out' yet: starting from the beginning" in err
     adapter = Path("out/adapter_model.safetensors").read_bytes()
-    code, out, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "2", "--resume", "--json")
+    code, out, err = vlmdpo(
+        "train", *_FEW, "--output-dir", "out", "--max-steps", "2", "--resume", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert Path("out/adapter_model.safetensors").read_bytes() == adapter
     assert "other settings" not in err
-    code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--beta", "0.2", "--resume")
+    code, _, err = vlmdpo(
+        "train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--beta", "0.2", "--resume"
+    )
     assert code == 0, err
-    assert "--resume with other settings than the run was begun with: max_steps 2 → 3, beta 0.1 → 0.2" in err
+    assert (
+        "--resume with other settings than the run was begun with: max_steps 2 → 3, beta 0.1 → 0.2"
+        in err
+    )
 
 
 def test_nothing_is_sent_unless_asked_and_trackers_get_the_metrics(data, vlmdpo, monkeypatch):

@@ -11,7 +11,10 @@ from tests.support.pictures import encoded, noise, opened
 from vlmdpo.data import images
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("PNG", "RGB"), ("PNG", "L"), ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")],
+)
 def test_fitting_pictures_pass_untouched_and_undecoded(kind, mode, monkeypatch):
     data = encoded(kind=kind, mode=mode)
     monkeypatch.setattr(images, "_load", lambda picture: pytest.fail("decoded"))
@@ -22,10 +25,19 @@ def test_fitting_pictures_pass_untouched_and_undecoded(kind, mode, monkeypatch):
 
 
 def test_large_pictures_are_bounded_and_keep_their_shape():
-    for size, side, wanted in (((200, 100), 50, (50, 25)), ((101, 3), 10, (10, 1)), ((3, 1000), 100, (1, 100))):
+    for size, side, wanted in (
+        ((200, 100), 50, (50, 25)),
+        ((101, 3), 10, (10, 1)),
+        ((3, 1000), 100, (1, 100)),
+    ):
         made = images.bound(encoded(size, kind="JPEG"), side)
         picture = opened(made.data)
-        assert (picture.size, made.size, picture.format, picture.mode) == (wanted, wanted, "JPEG", "RGB")
+        assert (picture.size, made.size, picture.format, picture.mode) == (
+            wanted,
+            wanted,
+            "JPEG",
+            "RGB",
+        )
         assert made.changes == ("resized",)
 
 
@@ -35,7 +47,9 @@ def test_reduced_pictures_look_as_pillow_reduces_them():
         made = opened(images.bound(data, 490).data)
         plain = opened(data)
         plain.thumbnail((490, 490))
-        difference = np.abs(np.asarray(made, dtype=int) - np.asarray(plain.resize(made.size), dtype=int))
+        difference = np.abs(
+            np.asarray(made, dtype=int) - np.asarray(plain.resize(made.size), dtype=int)
+        )
         assert difference.mean() < 2, size
 
 
@@ -59,7 +73,9 @@ def test_other_kinds_become_plain_ones_by_name(mode, kind, changes):
         made = images.bound(encoded(mode=mode, kind=kind), side)
         picture = opened(made.data)
         assert (picture.mode, picture.format) == ("RGB", "JPEG" if kind == "JPEG" else "PNG")
-        assert made.changes == ((*changes, *more) if changes[0].endswith(("rgb", "white")) or not side else more)
+        assert made.changes == (
+            (*changes, *more) if changes[0].endswith(("rgb", "white")) or not side else more
+        )
 
 
 def test_transparent_parts_become_white_and_sixteen_bits_are_scaled():
@@ -88,9 +104,15 @@ def test_exif_rotation_is_applied_once(kind):
 
 def test_of_several_frames_the_first_is_taken_and_said():
     red = Image.new("RGB", (9, 9), "red")
-    for kind, name in (("GIF", "animated_first_frame"), ("PNG", "animated_first_frame"), ("MPO", "first_of_several_pictures")):
+    for kind, name in (
+        ("GIF", "animated_first_frame"),
+        ("PNG", "animated_first_frame"),
+        ("MPO", "first_of_several_pictures"),
+    ):
         buffer = io.BytesIO()
-        red.save(buffer, format=kind, save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")])
+        red.save(
+            buffer, format=kind, save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")]
+        )
         made = images.bound(buffer.getvalue(), None)
         assert name in made.changes
         assert opened(made.data).getpixel((4, 4))[0] > 200
@@ -153,7 +175,13 @@ def test_paths_stay_inside_their_root(tmp_path):
 def test_cells_of_every_kind_are_read(tmp_path):
     (tmp_path / "x.png").write_bytes(encoded())
     uri = "data:image/png;base64," + base64.b64encode(encoded()).decode()
-    cells = [encoded(), {"bytes": encoded(), "path": "gone.png"}, {"bytes": None, "path": "x.png"}, "x.png", uri]
+    cells = [
+        encoded(),
+        {"bytes": encoded(), "path": "gone.png"},
+        {"bytes": None, "path": "x.png"},
+        "x.png",
+        uri,
+    ]
     assert {images.read(cell, tmp_path) for cell in cells} == {encoded()}
     assert opened(images.read(Image.new("RGB", (3, 2)), tmp_path)).size == (3, 2)
     for cell, reason in (

@@ -1,4 +1,6 @@
-"""Formats of preference data: each recognised by its columns and turned into the same pair; bad rows by name."""
+"""Formats of preference data: each recognised by its columns and turned into the same pair; bad
+rows by name.
+"""
 
 import json
 
@@ -23,7 +25,14 @@ def _parts(text, images=1):
 
 
 ROWS = {
-    "RLAIF-V": {"image": PICTURE, "question": "What?", "chosen": "good", "rejected": "bad", "idx": 3, "image_path": "x"},
+    "RLAIF-V": {
+        "image": PICTURE,
+        "question": "What?",
+        "chosen": "good",
+        "rejected": "bad",
+        "idx": 3,
+        "image_path": "x",
+    },
     "RLHF-V": {
         "image": PICTURE,
         "text": json.dumps({"question": "What?", "chosen": "good", "rejected": "bad"}),
@@ -34,7 +43,10 @@ ROWS = {
         "prompt": "What?",
         "models": ["a", "b", "c"],
         "completions": {
-            "annotations": [{"Helpfulness": {"Rating": r}, "Visual Faithfulness": {"Rating": "4"}} for r in ("3", "1", "5")],
+            "annotations": [
+                {"Helpfulness": {"Rating": r}, "Visual Faithfulness": {"Rating": "4"}}
+                for r in ("3", "1", "5")
+            ],
             "model": ["a", "b", "c"],
             "response": ["middling", "bad", "good"],
         },
@@ -63,7 +75,11 @@ ROWS = {
         "rejected": "bad",
         "images": [PICTURE],
     },
-    "ms-swift": {"messages": [USER, _said("assistant", "good")], "rejected_response": "bad", "images": [{"bytes": PICTURE}]},
+    "ms-swift": {
+        "messages": [USER, _said("assistant", "good")],
+        "rejected_response": "bad",
+        "images": [{"bytes": PICTURE}],
+    },
     "LLaVA pairs": {
         "image": PICTURE,
         "conversations": [HUMAN],
@@ -87,7 +103,12 @@ def test_every_format_is_recognised_and_gives_the_same_pair(name, tmp_path):
     assert set(schema.columns) <= set(row)
     pair = check(sent(schema).draft(row), tmp_path)
     assert pair.images == (PICTURE,)
-    assert pair.prompt == ({"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},)
+    assert pair.prompt == (
+        {
+            "role": "user",
+            "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}],
+        },
+    )
     assert (text_of(pair.chosen), text_of(pair.rejected)) == ("good", "bad")
 
 
@@ -108,7 +129,9 @@ def test_ms_swift_rows_with_whole_rejected_conversations(tmp_path):
 def test_a_vlfeedback_list_of_completions_and_its_ties():
     row = ROWS["VLFeedback ranking"]
     columns = row["completions"]
-    as_list = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    as_list = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
     draft = schemas.detect(row, row, "here").draft
     assert draft({**row, "completions": as_list}) == draft(row)
     for rating, reason in (("3", "tied_ranking"), ("N/A", "unrated")):
@@ -119,7 +142,9 @@ def test_a_vlfeedback_list_of_completions_and_its_ties():
 
 
 def test_unknown_columns_are_named_with_the_way_out():
-    with pytest.raises(DataError, match=r"no known preference format in columns photo, ask; .*--map image=photo"):
+    with pytest.raises(
+        DataError, match=r"no known preference format in columns photo, ask; .*--map image=photo"
+    ):
         schemas.detect(["photo", "ask"], {"photo": 1, "ask": 2}, "here")
     plain_text = {"image": PICTURE, "text": "a caption, no JSON"}
     with pytest.raises(DataError, match="no known preference format"):
@@ -130,7 +155,10 @@ def test_videos_are_refused(tmp_path):
     row = {**ROWS["TRL"], "videos": ["x.mp4"]}
     with pytest.raises(DataError, match="videos; vlmdpo trains on pictures: sample frames"):
         schemas.detect(row, row, "here")
-    for prompt in ("<video>What?", [_said("user", [{"type": "video"}, {"type": "text", "text": "What?"}])]):
+    for prompt in (
+        "<video>What?",
+        [_said("user", [{"type": "video"}, {"type": "text", "text": "What?"}])],
+    ):
         with pytest.raises(BadRow) as caught:
             check(Draft(None, prompt, "good", "bad"), tmp_path)
         assert caught.value.reason == "video"
@@ -138,19 +166,32 @@ def test_videos_are_refused(tmp_path):
 
 def test_a_mapping_reaches_into_rows(tmp_path):
     row = {"photo": PICTURE, "ask": "What?", "answers": [{"text": "good"}, {"text": "bad"}]}
-    mapping = {"image": "photo", "question": "ask", "chosen": "answers.0.text", "rejected": "answers.-1.text"}
+    mapping = {
+        "image": "photo",
+        "question": "ask",
+        "chosen": "answers.0.text",
+        "rejected": "answers.-1.text",
+    }
     schema = sent(schemas.mapped(mapping, list(row), row, "here"))
     pair = check(schema.draft(row), tmp_path)
-    assert (pair.images, text_of(pair.chosen), text_of(pair.rejected)) == ((PICTURE,), "good", "bad")
+    assert (pair.images, text_of(pair.chosen), text_of(pair.rejected)) == (
+        (PICTURE,),
+        "good",
+        "bad",
+    )
     with pytest.raises(BadRow) as caught:
         check(schema.draft({**row, "answers": [{"text": "good"}]}), tmp_path)
     assert caught.value.reason == "identical_answers"  # one answer is the first and the last
-    with pytest.raises(DataError, match="--map wants column 'asked' as question; found photo, ask, answers"):
+    with pytest.raises(
+        DataError, match="--map wants column 'asked' as question; found photo, ask, answers"
+    ):
         schemas.mapped({**mapping, "question": "asked"}, list(row), row, "here")
 
 
 def _draft(**changes):
-    return Draft(**{"images": PICTURE, "prompt": "What?", "chosen": "good", "rejected": "bad", **changes})
+    return Draft(
+        **{"images": PICTURE, "prompt": "What?", "chosen": "good", "rejected": "bad", **changes}
+    )
 
 
 TWO_TURNS = [_said("user", "<image>One?"), _said("assistant", "Yes"), _said("user", "<image>Two?")]
@@ -174,7 +215,10 @@ TWO_TURNS = [_said("user", "<image>One?"), _said("assistant", "Yes"), _said("use
         ({"chosen": "good <image>"}, "placeholder_miscount"),
         ({"prompt": [_said("tool", "out")]}, "unknown_role"),
         ({"prompt": [_said("user", "What?"), _said("assistant", "Hm")]}, "prompt_without_question"),
-        ({"chosen": [_said("assistant", "a"), _said("user", "b"), _said("assistant", "c")]}, "answer_not_one_turn"),
+        (
+            {"chosen": [_said("assistant", "a"), _said("user", "b"), _said("assistant", "c")]},
+            "answer_not_one_turn",
+        ),
         ({"prompt": [_said("user", [{"type": "audio"}])]}, "unknown_message"),
         ({"prompt": 7}, "unknown_message"),
         ({"chosen": ["good"]}, "unknown_message"),
@@ -188,9 +232,16 @@ def test_bad_rows_have_a_reason(changes, reason, tmp_path):
 
 def test_several_turns_and_pictures_keep_their_places(tmp_path):
     second = encoded((5, 5))
-    pair = check(_draft(images=[PICTURE, {"bytes": second}], prompt=TWO_TURNS, system="Be brief."), tmp_path)
+    pair = check(
+        _draft(images=[PICTURE, {"bytes": second}], prompt=TWO_TURNS, system="Be brief."), tmp_path
+    )
     assert [turn["role"] for turn in pair.prompt] == ["system", "user", "assistant", "user"]
-    assert [text_of(turn) for turn in pair.prompt] == ["Be brief.", "<image>\nOne?", "Yes", "<image>\nTwo?"]
+    assert [text_of(turn) for turn in pair.prompt] == [
+        "Be brief.",
+        "<image>\nOne?",
+        "Yes",
+        "<image>\nTwo?",
+    ]
     assert pair.images == (PICTURE, second)
     front = check(_draft(images=[PICTURE, second]), tmp_path)
     assert text_of(front.prompt[0]) == "<image>\n<image>\nWhat?"

@@ -49,7 +49,9 @@ def _tar(path, mode="w"):
             row = _row(i, None)
             held = {
                 f"{i:04d}.jpg": picture,
-                f"{i:04d}.json": json.dumps({"chosen": row["chosen"], "rejected": row["rejected"]}).encode(),
+                f"{i:04d}.json": json.dumps(
+                    {"chosen": row["chosen"], "rejected": row["rejected"]}
+                ).encode(),
                 f"{i:04d}.question.txt": row["question"].encode(),
             }
             for name, data in held.items():
@@ -75,18 +77,23 @@ def _write(kind, tmp_path):
     elif kind == "saved":
         _saved(path).save_to_disk(str(path))
     elif kind == "dict":
-        DatasetDict({"train": _saved(path), "test": _saved(path).select([0])}).save_to_disk(str(path))
+        DatasetDict({"train": _saved(path), "test": _saved(path).select([0])}).save_to_disk(
+            str(path)
+        )
     elif kind == "folder":
         path = tmp_path / "p"
         (path / "metadata.csv").write_text(
-            "file_name,question,chosen,rejected\n" + "".join(f'{i}.png,"q{i}, ""said""\nso",a,b\n' for i in range(COUNT))
+            "file_name,question,chosen,rejected\n"
+            + "".join(f'{i}.png,"q{i}, ""said""\nso",a,b\n' for i in range(COUNT))
         )
     else:
         _tar(path, "w:gz" if kind == "tar.gz" else "w")
     return path
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv", "tsv", "saved", "dict", "tar", "tar.gz", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["parquet", "jsonl", "json", "csv", "tsv", "saved", "dict", "tar", "tar.gz", "folder"]
+)
 def test_every_kind_of_file_gives_the_same_pairs(kind, tmp_path):
     source = hub.open_source(str(_write(kind, tmp_path)), "train")
     assert source.count == COUNT
@@ -97,7 +104,9 @@ def test_every_kind_of_file_gives_the_same_pairs(kind, tmp_path):
         units = list(source.units(start, stop))
         away = sent(source)  # as another process has it
         found = [check(draft(row), source.root) for unit in units for row in away.rows(sent(unit))]
-        assert [text_of(pair.prompt[0]) for pair in found] == [f'<image>\nq{i}, "said"\nso' for i in range(start, stop)]
+        assert [text_of(pair.prompt[0]) for pair in found] == [
+            f'<image>\nq{i}, "said"\nso' for i in range(start, stop)
+        ]
         assert [pair.images[0] for pair in found] == PICTURES[start:stop]
 
 
@@ -109,11 +118,21 @@ def test_units_are_the_same_at_every_call_and_cut_by_rows_or_bytes(monkeypatch):
     monkeypatch.setattr(sources, "UNIT_ROWS", 4)
     monkeypatch.setattr(sources, "_UNIT_BYTES", 100)
     source = Streamed(
-        name="s", fingerprint="f", count=10, root=None, stream=lambda: ({"text": "x" * 9, "n": i} for i in range(10))
+        name="s",
+        fingerprint="f",
+        count=10,
+        root=None,
+        stream=lambda: ({"text": "x" * 9, "n": i} for i in range(10)),
     )
     assert _numbers(source.units(0, None)) == [(0, 0, 4), (1, 4, 8), (2, 8, 10)]
     assert _numbers(source.units(3, 9)) == [(0, 3, 7), (1, 7, 9)]
-    heavy = Streamed(name="s", fingerprint="f", count=3, root=None, stream=lambda: ({"b": b"x" * 90} for _ in range(3)))
+    heavy = Streamed(
+        name="s",
+        fingerprint="f",
+        count=3,
+        root=None,
+        stream=lambda: ({"b": b"x" * 90} for _ in range(3)),
+    )
     assert _numbers(heavy.units(0, None)) == [(0, 0, 2), (1, 2, 3)]
     with pytest.raises(DataError, match="holds no row"):
         Streamed(name="s", fingerprint="f", count=0, root=None, stream=lambda: iter(())).first_row()
@@ -180,18 +199,26 @@ def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):
 
 
 def test_saved_lists_of_pictures_are_read_as_stored_and_leave_nothing_behind(tmp_path):
-    features = Features({"images": List(ImageFeature()), "prompt": Value("string"), "n": Value("int32")})
-    rows = [{"images": [{"bytes": picture, "path": None}] * 2, "prompt": "q", "n": i} for i, picture in enumerate(PICTURES)]
+    features = Features(
+        {"images": List(ImageFeature()), "prompt": Value("string"), "n": Value("int32")}
+    )
+    rows = [
+        {"images": [{"bytes": picture, "path": None}] * 2, "prompt": "q", "n": i}
+        for i, picture in enumerate(PICTURES)
+    ]
     Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "s"))
     before = sorted(path.name for path in (tmp_path / "s").iterdir())
     source = hub.open_source(str(tmp_path / "s"), "train")
     found = [row for unit in source.units(0, None) for row in source.rows(unit)]
-    assert [[image["bytes"] for image in row["images"]] for row in found] == [[picture] * 2 for picture in PICTURES]
+    assert [[image["bytes"] for image in row["images"]] for row in found] == [
+        [picture] * 2 for picture in PICTURES
+    ]
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("split", "says"), [("train[:0]", "is empty"), ("train[", "cannot read"), ("train+test", "cannot read")]
+    ("split", "says"),
+    [("train[:0]", "is empty"), ("train[", "cannot read"), ("train+test", "cannot read")],
 )
 def test_bad_splits(split, says):
     source = Streamed(name="s", fingerprint="f", count=10, root=None, stream=lambda: iter(()))
@@ -200,7 +227,13 @@ def test_bad_splits(split, says):
 
 
 def test_a_stream_of_unknown_length_takes_a_limit_and_no_slice():
-    source = Streamed(name="s", fingerprint="f", count=None, root=None, stream=lambda: ({"n": i} for i in range(10)))
+    source = Streamed(
+        name="s",
+        fingerprint="f",
+        count=None,
+        root=None,
+        stream=lambda: ({"n": i} for i in range(10)),
+    )
     assert bounds(source, "train", None) == (0, None)
     assert bounds(source, "train", 3) == (0, 3)
     with pytest.raises(DataError, match="give --limit instead"):
@@ -221,9 +254,17 @@ def test_the_hub_is_streamed_with_stored_pictures(monkeypatch):
         return stream
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda repo, revision: type("Info", (), {"sha": "abc"}))
+    monkeypatch.setattr(
+        huggingface_hub, "dataset_info", lambda repo, revision: type("Info", (), {"sha": "abc"})
+    )
     source = hub.open_source("rlaif-v", "train", subset="part", revision="v1", streaming=True)
-    assert seen == {"repo": "openbmb/RLAIF-V-Dataset", "subset": "part", "split": "train", "revision": "v1", "streaming": True}
+    assert seen == {
+        "repo": "openbmb/RLAIF-V-Dataset",
+        "subset": "part",
+        "split": "train",
+        "revision": "v1",
+        "streaming": True,
+    }
     assert source.fingerprint == "openbmb/RLAIF-V-Dataset@abc/part/train"
     rows = [row for unit in source.units(2, 5) for row in source.rows(unit)]
     assert [row["image"]["bytes"] for row in rows] == PICTURES[2:5]

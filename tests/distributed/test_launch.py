@@ -1,4 +1,6 @@
-"""Several processes: the same results as one, whatever the arrangement, and no hang. All with real processes."""
+"""Several processes: the same results as one, whatever the arrangement, and no hang. All with real
+processes.
+"""
 
 import json
 import os
@@ -25,12 +27,33 @@ from vlmdpo.distributed import launch
 from vlmdpo.errors import ConfigError, MissingDependencyError
 
 ROOT = Path(package.__file__).parent.parent
-_ONE_CURVE = ["--logging-steps", "1", "--lora-dropout", "0", "--device", "cpu", "--save-steps", "100", "--sample-every", "0"]
+_ONE_CURVE = [
+    "--logging-steps",
+    "1",
+    "--lora-dropout",
+    "0",
+    "--device",
+    "cpu",
+    "--save-steps",
+    "100",
+    "--sample-every",
+    "0",
+]
 
 
 def spec(name, processes, batch, accumulation, *more, data="data", env=None, again=False):
-    """A training run of 8 pairs a step, on CPU; `again` without what came after its first checkpoint."""
-    arguments = ["train", "--dataset", data, "--output-dir", name, "--per-device-train-batch-size", str(batch)]
+    """A training run of 8 pairs a step, on CPU; `again` without what came after its first
+    checkpoint.
+    """
+    arguments = [
+        "train",
+        "--dataset",
+        data,
+        "--output-dir",
+        name,
+        "--per-device-train-batch-size",
+        str(batch),
+    ]
     arguments += ["--gradient-accumulation-steps", str(accumulation), *_ONE_CURVE, *more]
     lost = ["adapter_model.safetensors", "train_report.json", "checkpoint-6"] if again else []
     return {
@@ -62,12 +85,45 @@ def test_every_arrangement_of_processes_learns_the_same(data):
     run_groups(
         [
             spec("one", 1, 8, 1),
-            spec("two", 2, 4, 1, "--gradient-checkpointing", "--checkpointing", "2", "--sample-every", "3"),
+            spec(
+                "two",
+                2,
+                4,
+                1,
+                "--gradient-checkpointing",
+                "--checkpointing",
+                "2",
+                "--sample-every",
+                "3",
+            ),
             spec("four", 4, 2, 1),
             spec("accumulated", 1, 2, 4),
             spec("both", 2, 2, 2),
-            spec("sharded", 2, 4, 1, "--save-steps", "4", "--sample-every", "3", "--resume", env=FSDP2),
-            spec("sharded", 2, 4, 1, "--save-steps", "4", "--sample-every", "3", "--resume", env=FSDP2, again=True),
+            spec(
+                "sharded",
+                2,
+                4,
+                1,
+                "--save-steps",
+                "4",
+                "--sample-every",
+                "3",
+                "--resume",
+                env=FSDP2,
+            ),
+            spec(
+                "sharded",
+                2,
+                4,
+                1,
+                "--save-steps",
+                "4",
+                "--sample-every",
+                "3",
+                "--resume",
+                env=FSDP2,
+                again=True,
+            ),
             spec("grouped-one", 1, 8, 1, *grouped),
             spec("grouped-two", 2, 4, 1, *grouped),
             spec("full-one", 1, 8, 1, "--no-lora"),
@@ -84,9 +140,17 @@ def test_every_arrangement_of_processes_learns_the_same(data):
         assert here == pytest.approx(there, rel=2e-3, abs=2e-5)
     assert curve("grouped-one") != curve("one")
     assert report("two")["checkpointed_layers"] == 2
-    assert Path("two/samples.jsonl").read_text().count("\n") == 3 * 4, "one process asks, before, between and after"
-    assert Path("sharded/samples.jsonl").read_text() == Path("two/samples.jsonl").read_text(), "all ask, and one keeps"
-    assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == ["single", "ddp", "fsdp2"]
+    assert Path("two/samples.jsonl").read_text().count("\n") == 3 * 4, (
+        "one process asks, before, between and after"
+    )
+    assert Path("sharded/samples.jsonl").read_text() == Path("two/samples.jsonl").read_text(), (
+        "all ask, and one keeps"
+    )
+    assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == [
+        "single",
+        "ddp",
+        "fsdp2",
+    ]
     assert {report(name)["engine"] for name in ("one", "two", "four", "sharded")} == {"shared"}
     saved, whole = (load_file(f"{name}/adapter_model.safetensors") for name in ("sharded", "two"))
     assert saved.keys() == whole.keys()
@@ -101,13 +165,21 @@ def test_batches_without_pictures_do_not_hang_the_others(engine, vlmdpo):
     for i in range(4):
         Path(f"mixed/{i}.png").write_bytes(noise((64, 64), seed=i, kind="PNG"))
     rows = [
-        {"question": f"q{i}", "chosen": f"A red one {i}.", "rejected": f"Blue {i}.", "images": [f"{i % 4}.png"] * (i % 3 == 0)}
+        {
+            "question": f"q{i}",
+            "chosen": f"A red one {i}.",
+            "rejected": f"Blue {i}.",
+            "images": [f"{i % 4}.png"] * (i % 3 == 0),
+        }
         for i in range(16)
     ]
     Path("mixed/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert vlmdpo("prepare", "--dataset", "mixed/rows.jsonl", "--output-dir", "prepared")[0] == 0
     own = {"data": "prepared"}
-    specs = [spec("one", 1, 2, 1, "--engine", engine, **own), spec("ddp", 2, 1, 1, "--engine", engine, **own)]
+    specs = [
+        spec("one", 1, 2, 1, "--engine", engine, **own),
+        spec("ddp", 2, 1, 1, "--engine", engine, **own),
+    ]
     if engine == "shared":
         specs.append(spec("sharded", 2, 1, 1, env=FSDP2, **own))
     run_groups(specs)
@@ -121,7 +193,10 @@ def test_sharded_settings_that_cannot_be_are_refused(data, monkeypatch, vlmdpo):
         monkeypatch.setenv(name, value)
     for arguments, says in (
         (["--auto-batch-size"], "--auto-batch-size needs whole weights"),
-        (["--gradient-checkpointing", "--checkpointing", "auto"], "--checkpointing auto measures the model"),
+        (
+            ["--gradient-checkpointing", "--checkpointing", "auto"],
+            "--checkpointing auto measures the model",
+        ),
         (["--loss-type", "mdpo"], "not tried with sharded weights"),
     ):
         code, _, err = vlmdpo("train", "--dataset", "data", "--output-dir", "no", *arguments)
@@ -136,11 +211,15 @@ def test_sharded_settings_that_cannot_be_are_refused(data, monkeypatch, vlmdpo):
 
 def _launched(*arguments, **more):
     command = [sys.executable, "-m", "vlmdpo", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
 
 
 def test_a_first_machine_that_is_gone_before_the_others_is_no_matter():
-    """The store of torch's launcher goes with it; real agent, real store, in a process of their own."""
+    """The store of torch's launcher goes with it; real agent, real store, in a process of their
+    own.
+    """
     gone = """
         from datetime import timedelta
         from types import SimpleNamespace
@@ -158,16 +237,47 @@ def test_a_first_machine_that_is_gone_before_the_others_is_no_matter():
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(gone)], capture_output=True, text=True, env=env, timeout=PATIENCE_S
+        [sys.executable, "-c", textwrap.dedent(gone)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=PATIENCE_S,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 
 
 def test_the_launcher_on_two_machines_gives_one_report(data):
-    many = ["--num-processes", 2, "--num-machines", 2, "--main-process-ip", "127.0.0.1", "--main-process-port"]
-    many += [launch._free_port(), "--strategy", "fsdp2", "--per-device-train-batch-size", 4, "--max-steps", 2]
-    many += ["--gradient-accumulation-steps", 1, "--dataset", "data", "--output-dir", "out", *_ONE_CURVE]
-    machines = [_launched("train", *many, "--gradient-checkpointing", "--machine-rank", rank) for rank in range(2)]
+    many = [
+        "--num-processes",
+        2,
+        "--num-machines",
+        2,
+        "--main-process-ip",
+        "127.0.0.1",
+        "--main-process-port",
+    ]
+    many += [
+        launch._free_port(),
+        "--strategy",
+        "fsdp2",
+        "--per-device-train-batch-size",
+        4,
+        "--max-steps",
+        2,
+    ]
+    many += [
+        "--gradient-accumulation-steps",
+        1,
+        "--dataset",
+        "data",
+        "--output-dir",
+        "out",
+        *_ONE_CURVE,
+    ]
+    machines = [
+        _launched("train", *many, "--gradient-checkpointing", "--machine-rank", rank)
+        for rank in range(2)
+    ]
     said = [machine.communicate(timeout=PATIENCE_S) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "Trained tiny on data" in said[0][0]
@@ -192,15 +302,36 @@ def _training(name, process):
 
 
 def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
-    settings = ["--dataset", "data", "--output-dir", "out", "--num-processes", 2, "--per-device-train-batch-size", 2]
-    settings += ["--gradient-accumulation-steps", 2, "--num-train-epochs", 500, "--device", "cpu", "--logging-steps", 1]
+    settings = [
+        "--dataset",
+        "data",
+        "--output-dir",
+        "out",
+        "--num-processes",
+        2,
+        "--per-device-train-batch-size",
+        2,
+    ]
+    settings += [
+        "--gradient-accumulation-steps",
+        2,
+        "--num-train-epochs",
+        500,
+        "--device",
+        "cpu",
+        "--logging-steps",
+        1,
+    ]
     run = _launched("train", *settings)
     victims = _training("out", run)
     assert len(victims) == 2
     victims[1].kill()
     _, err = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 7
-    assert "was killed (SIGKILL, as one is that runs out of memory); the others were stopped" in unfolded(err).splitlines()[-1]
+    assert (
+        "was killed (SIGKILL, as one is that runs out of memory); the others were stopped"
+        in unfolded(err).splitlines()[-1]
+    )
     assert not psutil.wait_procs(victims, timeout=PATIENCE_S)[1]
 
     shutil.rmtree("out")
@@ -209,11 +340,16 @@ def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 75, err
-    assert "go on with: vlmdpo train --config out/recipe.yaml --resume" in unfolded(err).splitlines()[-1]
+    assert (
+        "go on with: vlmdpo train --config out/recipe.yaml --resume"
+        in unfolded(err).splitlines()[-1]
+    )
     assert "Traceback" not in err
     assert not psutil.wait_procs(victims, timeout=PATIENCE_S)[1]
     [saved] = Path("out").glob("checkpoint-*")
-    steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()
+    ]
     assert saved.name == f"checkpoint-{steps[-1]}"
 
 
@@ -221,11 +357,25 @@ def test_infer_writes_the_file_of_one_process():
     Path("pictures").mkdir()
     for i in range(6):
         Path(f"pictures/{i}.png").write_bytes(noise((64, 64), seed=i, kind="PNG"))
-    lines = [{"id": i, "image": f"{i}.png", "question": f"What is in picture {i}?"} for i in range(6)]
+    lines = [
+        {"id": i, "image": f"{i}.png", "question": f"What is in picture {i}?"} for i in range(6)
+    ]
     Path("pictures/questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ask = ["infer", "--input", "pictures/questions.jsonl", "--batch-size", "2", "--max-new-tokens", "6", "--device", "cpu"]
+    ask = [
+        "infer",
+        "--input",
+        "pictures/questions.jsonl",
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+    ]
     Path("two.jsonl").write_text("")
-    Path(".two.jsonl.part-1").write_text('{"id": 4, "image": "4.png", "question": "?", "answer": "kept", ')  # cut by a kill
+    Path(".two.jsonl.part-1").write_text(
+        '{"id": 4, "image": "4.png", "question": "?", "answer": "kept", '
+    )  # cut by a kill
     run_groups(
         [
             {"name": "one", "processes": 1, "arguments": [*ask, "--output", "one.jsonl"]},
@@ -266,7 +416,10 @@ def test_the_shipped_configurations_are_what_the_launcher_makes(strategy):
         del made[name]
     if strategy.startswith("zero"):
         assert shipped["deepspeed_config"].pop("gradient_accumulation_steps") == "auto"
-        assert made["deepspeed_config"].pop("gradient_accumulation_steps") == TrainConfig().gradient_accumulation_steps
+        assert (
+            made["deepspeed_config"].pop("gradient_accumulation_steps")
+            == TrainConfig().gradient_accumulation_steps
+        )
     assert shipped == made
 
 
@@ -274,7 +427,9 @@ def test_the_shipped_configurations_are_what_the_launcher_makes(strategy):
 def test_deepspeed_learns_the_same(strategy, data):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     run_groups([spec("one", 1, 8, 1, "--max-steps", "3")])
-    shared = spec(strategy, 2, 4, 1, "--max-steps", "3", "--num-processes", "2", "--strategy", strategy)["arguments"]
+    shared = spec(
+        strategy, 2, 4, 1, "--max-steps", "3", "--num-processes", "2", "--strategy", strategy
+    )["arguments"]
     done = subprocess.run(
         [sys.executable, "-m", "vlmdpo", *shared],
         **{"capture_output": True, "text": True, "timeout": PATIENCE_S},

@@ -1,4 +1,6 @@
-"""Shared asking: on every family the answers of one-by-one greedy `generate`, whatever the picture, adapter or batch."""
+"""Shared asking: on every family the answers of one-by-one greedy `generate`, whatever the picture,
+adapter or batch.
+"""
 
 import numpy as np
 import pytest
@@ -12,18 +14,31 @@ from vlmdpo.engine.generate import answer
 from vlmdpo.models.families import own_chat_template
 from vlmdpo.tiny import random_models
 
-QUESTIONS = ["Is there a cat?", "Is the cat black in this image?", "Is there direct contact between the cat and the mat?", "a"]
-UNSHARED = {"paligemma": "read in both directions", "paligemma2": "read in both directions", "qwen3_5": "linear_attention"}
+QUESTIONS = [
+    "Is there a cat?",
+    "Is the cat black in this image?",
+    "Is there direct contact between the cat and the mat?",
+    "a",
+]
+UNSHARED = {
+    "paligemma": "read in both directions",
+    "paligemma2": "read in both directions",
+    "qwen3_5": "linear_attention",
+}
 
 
 def picture(seed, size=(40, 28)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def made(family, lora=None):
     model, processor = random_models.make(family, seed=3)
     processor.chat_template = processor.chat_template or own_chat_template(processor)
-    if family.startswith("paligemma"):  # tied to random embeddings, its head would say the last token again and again
+    if family.startswith(
+        "paligemma"
+    ):  # tied to random embeddings, its head would say the last token again and again
         head = model.get_output_embeddings()
         torch.manual_seed(4)
         head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
@@ -44,7 +59,9 @@ def one_by_one(model, processor, image, questions, tokens=6):
 def test_answers_are_those_of_one_by_one_generate(family):
     model, processor = made(family)
     expected = {seed: one_by_one(model, processor, picture(seed), QUESTIONS) for seed in (0, 1)}
-    assert len({text for texts in expected.values() for text in texts}) > 2, "answers must differ for this to mean anything"
+    assert len({text for texts in expected.values() for text in texts}) > 2, (
+        "answers must differ for this to mean anything"
+    )
     asker = Asker(model, processor, keep_features=True)
     assert (UNSHARED[family] in asker.why_not) if family in UNSHARED else not asker.why_not
     for seed in (0, 1):
@@ -53,13 +70,19 @@ def test_answers_are_those_of_one_by_one_generate(family):
             assert asker.ask(QUESTIONS[:2], 6) == expected[seed][:2], "a picture's second call"
             assert asker.ask(QUESTIONS, 6, at_once=2) == expected[seed], "in smaller batches"
     asker.close()
-    assert one_by_one(model, processor, picture(1), QUESTIONS[:1]) == expected[1][:1], "the model is itself again"
+    assert one_by_one(model, processor, picture(1), QUESTIONS[:1]) == expected[1][:1], (
+        "the model is itself again"
+    )
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "paligemma"])
 def test_a_picture_is_encoded_once_for_all_its_questions(family):
     model, processor = made(family)
-    towers = [module for name, module in model.named_modules() if name.endswith(("vision_tower", "visual"))]
+    towers = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(("vision_tower", "visual"))
+    ]
     runs = []
     towers[0].register_forward_hook(lambda *inputs: runs.append(1))
     asker = Asker(model, processor, keep_features=True)
@@ -75,7 +98,11 @@ def test_a_picture_is_encoded_once_for_all_its_questions(family):
 @pytest.mark.parametrize("where", ["language", "everywhere"])
 @pytest.mark.parametrize("family", ["idefics2", "qwen2_vl", "gemma3"])
 def test_base_and_adapter_never_serve_each_other(family, where):
-    target = r".*(language_model|text_model).*(q_proj|v_proj|down_proj)" if where == "language" else "all-linear"
+    target = (
+        r".*(language_model|text_model).*(q_proj|v_proj|down_proj)"
+        if where == "language"
+        else "all-linear"
+    )
     model, processor = made(family, lora=target)
     assert touches_vision(model) == (where == "everywhere")
     with model.disable_adapter():

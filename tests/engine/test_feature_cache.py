@@ -1,4 +1,6 @@
-"""Frozen vision parts: once a batch, without gradient, and from disk where asked; the loss stays the same."""
+"""Frozen vision parts: once a batch, without gradient, and from disk where asked; the loss stays
+the same.
+"""
 
 import json
 
@@ -76,10 +78,20 @@ def test_no_gradient_goes_back_to_the_pixels(tmp_path):
     names = r".*(merger.mlp.0|language_model.*q_proj)"
     asked = {}
     for engine in ("stock", "shared"):
-        made = trainer("qwen2_5_vl", engine, rows, tmp_path, gradient_checkpointing=True, lora=names, max_steps=2)
+        made = trainer(
+            "qwen2_5_vl",
+            engine,
+            rows,
+            tmp_path,
+            gradient_checkpointing=True,
+            lora=names,
+            max_steps=2,
+        )
         blocks = made.model.get_base_model().model.visual.blocks
         seen = asked[engine] = []
-        blocks[-1].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.requires_grad))
+        blocks[-1].register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.append(output.requires_grad)
+        )
         made.train()
     assert any(asked["stock"]), "the hooks that stock has are what this is about"
     assert asked["shared"]
@@ -91,9 +103,21 @@ def test_the_command_states_the_size_and_reuses_the_features(tmp_path, vlmdpo):
     from vlmdpo.config import PrepareConfig
 
     prepare.run(PrepareConfig(limit=16, output_dir=tmp_path / "few"))
-    settings = ["--dataset", "few", "--lora-scope", "language", "--feature-cache", "--num-train-epochs", "1", "--json"]
+    settings = [
+        "--dataset",
+        "few",
+        "--lora-scope",
+        "language",
+        "--feature-cache",
+        "--num-train-epochs",
+        "1",
+        "--json",
+    ]
     losses = []
-    for run, said in (("a", "0 of 16 rows found; the others will take about"), ("b", "16 of 16 rows found")):
+    for run, said in (
+        ("a", "0 of 16 rows found; the others will take about"),
+        ("b", "16 of 16 rows found"),
+    ):
         code, out, err = vlmdpo("train", *settings, "--output-dir", run)
         assert code == 0, err
         assert said in " ".join(err.split())
@@ -113,6 +137,15 @@ def test_a_full_disk_is_said_before_training(tmp_path, vlmdpo, monkeypatch):
     prepare.run(PrepareConfig(limit=8, output_dir=tmp_path / "few"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    code, _, err = vlmdpo("train", "--dataset", "few", "--lora-scope", "language", "--feature-cache", "--output-dir", "c")
+    code, _, err = vlmdpo(
+        "train",
+        "--dataset",
+        "few",
+        "--lora-scope",
+        "language",
+        "--feature-cache",
+        "--output-dir",
+        "c",
+    )
     assert code == 3
     assert "free at 'few'" in " ".join(err.split())

@@ -1,4 +1,6 @@
-"""The pair engine: the same loss, metrics and gradients as stock TRL on every family, and each mistake noticed."""
+"""The pair engine: the same loss, metrics and gradients as stock TRL on every family, and each
+mistake noticed.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ ALL = sorted(set(random_models.FAMILIES) - set(random_models.RECURRENT))
 
 
 def stock_step(family, rows, folder, **more):
-    """One step of stock TRL; for PaliGemma, where TRL's collator fails, of the repaired two-row batch."""
+    """One step of stock TRL; for PaliGemma, where TRL's collator fails, of the repaired two-row
+    batch.
+    """
     made = trainer(family, "stock", rows, folder, **more)
     if not family.startswith("paligemma"):
         return step(made)
@@ -30,7 +34,10 @@ def stock_step(family, rows, folder, **more):
 def test_shared_is_stock(family, checkpointing, tmp_path):
     rows = pairs(1 if family.startswith("paligemma") else 3)
     expected = stock_step(family, rows, tmp_path, gradient_checkpointing=checkpointing)
-    assert_same(expected, step(trainer(family, "shared", rows, tmp_path, gradient_checkpointing=checkpointing)))
+    assert_same(
+        expected,
+        step(trainer(family, "shared", rows, tmp_path, gradient_checkpointing=checkpointing)),
+    )
 
 
 @pytest.mark.parametrize("family", [*ALL, *random_models.RECURRENT])
@@ -43,7 +50,10 @@ def test_rows_with_images_once_are_stock(family, tmp_path):
 @pytest.mark.parametrize("images", [(2, 1), (1, 0, 2), (0,)], ids=["two", "some-none", "none"])
 def test_any_number_of_images(family, images, tmp_path):
     rows = pairs(3, images=images, seed=2)
-    assert_same(step(trainer(family, "stock", rows, tmp_path)), step(trainer(family, "shared", rows, tmp_path)))
+    assert_same(
+        step(trainer(family, "stock", rows, tmp_path)),
+        step(trainer(family, "shared", rows, tmp_path)),
+    )
 
 
 @pytest.mark.parametrize("family", random_models.RECURRENT)
@@ -67,8 +77,12 @@ def test_sliding_windows_shorter_than_the_row(tmp_path):
     for family in ("gemma3", "idefics2"):
         expected = step(trainer(family, "stock", rows, tmp_path, build=build))
         assert_same(expected, step(trainer(family, "shared", rows, tmp_path, build=build)))
-        wide = step(trainer(family, "shared", rows, tmp_path, build={"text": {"sliding_window": 4096}}))
-        assert abs(wide[0] - expected[0]) > 1e-4, "the window must matter for this test to mean anything"
+        wide = step(
+            trainer(family, "shared", rows, tmp_path, build={"text": {"sliding_window": 4096}})
+        )
+        assert abs(wide[0] - expected[0]) > 1e-4, (
+            "the window must matter for this test to mean anything"
+        )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -86,7 +100,8 @@ def test_every_loss_of_trl(loss, tmp_path):
     rows = pairs(3, seed=6)
     more = {"loss_type": [loss], "label_smoothing": 0.1}
     assert_same(
-        step(trainer("llava", "stock", rows, tmp_path, **more)), step(trainer("llava", "shared", rows, tmp_path, **more))
+        step(trainer("llava", "stock", rows, tmp_path, **more)),
+        step(trainer("llava", "shared", rows, tmp_path, **more)),
     )
 
 
@@ -94,7 +109,8 @@ def test_every_loss_of_trl(loss, tmp_path):
 def test_trl_options_that_look_at_tokens(more, tmp_path):
     rows = pairs(3, seed=7)
     assert_same(
-        step(trainer("llava", "stock", rows, tmp_path, **more)), step(trainer("llava", "shared", rows, tmp_path, **more))
+        step(trainer("llava", "stock", rows, tmp_path, **more)),
+        step(trainer("llava", "shared", rows, tmp_path, **more)),
     )
 
 
@@ -107,7 +123,9 @@ def test_one_batch_of_eight_is_eight_of_one(tmp_path):
         for name, gradient in step(made, rows=[i])[2].items():
             summed[name] = summed.get(name, 0) + gradient / 8
     for name, gradient in whole[2].items():
-        assert (summed[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 0.05 * max(g.norm() for g in whole[2].values()))
+        assert (summed[name] - gradient).norm() <= 1e-5 * max(
+            gradient.norm(), 0.05 * max(g.norm() for g in whole[2].values())
+        )
 
 
 def test_a_frozen_vision_tower_runs_once_a_batch_and_without_gradient(tmp_path):
@@ -117,7 +135,9 @@ def test_a_frozen_vision_tower_runs_once_a_batch_and_without_gradient(tmp_path):
     made = trainer("llava", "shared", rows, tmp_path, lora=language)
     runs = []
     tower = made.model.get_base_model().model.vision_tower
-    tower.register_forward_hook(lambda module, inputs, output: runs.append(output.last_hidden_state))
+    tower.register_forward_hook(
+        lambda module, inputs, output: runs.append(output.last_hidden_state)
+    )
     assert_same(expected, step(made))
     assert len(runs) == 1
     assert not runs[0].requires_grad
@@ -162,13 +182,19 @@ def planted(name):
 
 @pytest.mark.parametrize("mistake", ["leaking mask", "shifted positions", "swapped image"])
 @pytest.mark.parametrize("family", ["idefics2", "llava", "qwen2_5_vl", "gemma3"])
-def test_the_self_check_catches_planted_mistakes_in_bfloat16(family, mistake, tmp_path, monkeypatch):
+def test_the_self_check_catches_planted_mistakes_in_bfloat16(
+    family, mistake, tmp_path, monkeypatch
+):
     rows = pairs(1, seed=11, answer=30)
     made = trainer(family, "shared", rows, tmp_path, bf16=True)
     assert doctor.self_check(made, rows[0]).passed, "no false alarm"
     if mistake == "swapped image":
         collate = doctor.PairCollator.__call__
-        monkeypatch.setattr(doctor.PairCollator, "__call__", lambda self, rows: doctor.other_image(collate(self, rows)))
+        monkeypatch.setattr(
+            doctor.PairCollator,
+            "__call__",
+            lambda self, rows: doctor.other_image(collate(self, rows)),
+        )
     else:
         monkeypatch.setattr(doctor, "PairLayout", planted(mistake))
         made._shared[0].layout_class = planted(mistake)

@@ -1,4 +1,6 @@
-"""Token counts: for every family what the collator makes, though pictures are seldom processed for it."""
+"""Token counts: for every family what the collator makes, though pictures are seldom processed for
+it.
+"""
 
 import dataclasses
 import io
@@ -28,12 +30,18 @@ def _pair(*sizes, question="What is it?"):
     pictures = [Picture(encoded(size), size) for size in sizes]
     data = tuple(picture.data for picture in pictures)
     return PreferencePair(
-        data, (message("user", question, len(sizes)),), message("assistant", "good"), message("assistant", "b")
+        data,
+        (message("user", question, len(sizes)),),
+        message("assistant", "good"),
+        message("assistant", "b"),
     ), pictures
 
 
 def _made(processor, pair):
-    row = {"images": [Image.open(io.BytesIO(data)) for data in pair.images], "prompt": list(pair.prompt)}
+    row = {
+        "images": [Image.open(io.BytesIO(data)) for data in pair.images],
+        "prompt": list(pair.prompt),
+    }
     batch = PairCollator(processor)([{**row, "chosen": [pair.chosen], "rejected": [pair.rejected]}])
     return tuple(batch["pairs"][0])
 
@@ -44,7 +52,9 @@ def test_counts_are_what_the_collator_makes(family):
     for sizes in [(size,) for size in SIZES]:
         pair, pictures = _pair(*sizes)
         counted = counter.count(pair, pictures)
-        assert (counted.prompt, counted.chosen, counted.rejected) == _made(counter.processor, pair), sizes
+        assert (counted.prompt, counted.chosen, counted.rejected) == _made(
+            counter.processor, pair
+        ), sizes
         assert counted.images > 0
     counter.collator.prompts = lambda *_: pytest.fail("a picture was processed")
     for side in range(20, 120, 7):
@@ -52,9 +62,13 @@ def test_counts_are_what_the_collator_makes(family):
         assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0]
 
 
-@pytest.mark.parametrize("family", ["idefics2", "idefics3", "llava", "llava_next", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "family", ["idefics2", "idefics3", "llava", "llava_next", "gemma3", "qwen2_5_vl"]
+)
 def test_places_of_pictures_are_told_apart(family):
-    """Neighbours share a mark in Idefics2, and a word behind a picture gets a space: the same sizes, other counts."""
+    """Neighbours share a mark in Idefics2, and a word behind a picture gets a space: the same
+    sizes, other counts.
+    """
     counter = lengths.Counter(_processor(family))
     place = message("user", "", 1)["content"][0]
     texts = [{"type": "text", "text": text} for text in ("One?", " two?", "\n")]
@@ -88,7 +102,9 @@ def test_a_row_without_pictures_and_one_that_the_processor_refuses():
     with pytest.raises(BadRow) as caught:
         counter.count(pair, pictures)
     assert caught.value.reason == "processor_refuses"
-    pair, pictures = _pair((30, 30), question=f"holds {known.reserved_tokens(counter.processor)[0]}")
+    pair, pictures = _pair(
+        (30, 30), question=f"holds {known.reserved_tokens(counter.processor)[0]}"
+    )
     with pytest.raises(BadRow) as caught:
         counter.count(pair, pictures)
     assert caught.value.reason == "placeholder_miscount"

@@ -1,4 +1,6 @@
-"""Reference log-probs on disk: found again by whoever may use them, never used where anything differs."""
+"""Reference log-probs on disk: found again by whoever may use them, never used where anything
+differs.
+"""
 
 import json
 
@@ -107,7 +109,9 @@ def few(tmp_path):
 
 
 def train(vlmdpo, data, out, *more):
-    code, stdout, err = vlmdpo("train", "--dataset", data, "--output-dir", out, "--logging-steps", "1", "--json", *more)
+    code, stdout, err = vlmdpo(
+        "train", "--dataset", data, "--output-dir", out, "--logging-steps", "1", "--json", *more
+    )
     assert code == 0, err
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return json.loads(stdout), " ".join(err.split()), lines
@@ -119,7 +123,9 @@ def test_runs_share_the_cache_and_learn_the_same(kind, few, tmp_path, vlmdpo, mo
 
     calls = []
     compute = PairTrainer.compute_ref_log_probs
-    monkeypatch.setattr(PairTrainer, "compute_ref_log_probs", lambda *a: calls.append(a) or compute(*a))
+    monkeypatch.setattr(
+        PairTrainer, "compute_ref_log_probs", lambda *a: calls.append(a) or compute(*a)
+    )
     more = [kind, "--num-train-epochs", "2", "--lora-dropout", "0"]
     cached, _, first = train(vlmdpo, few, tmp_path / "a", *more)
     once = len(calls)
@@ -129,7 +135,9 @@ def test_runs_share_the_cache_and_learn_the_same(kind, few, tmp_path, vlmdpo, mo
     assert len(calls) == once, "nothing is computed a second time"
     plain, _, third = train(vlmdpo, few, tmp_path / "c", *more, "--no-reference-cache")
     for lines in (second, third):
-        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in first], rel=1e-3)
+        assert [line["loss"] for line in lines] == pytest.approx(
+            [line["loss"] for line in first], rel=1e-3
+        )
     assert cached["steps"] == plain["steps"]
 
 
@@ -155,4 +163,6 @@ def test_a_damaged_cache_is_made_anew_by_the_next_run(few, tmp_path, vlmdpo):
     assert "is not used and will be made anew" in said
     after = pa.ipc.open_file(path).read_all()
     assert after.num_rows == 24
-    assert after["ref_chosen_logps"].to_pylist() == pytest.approx(before["ref_chosen_logps"].to_pylist(), rel=1e-5)
+    assert after["ref_chosen_logps"].to_pylist() == pytest.approx(
+        before["ref_chosen_logps"].to_pylist(), rel=1e-5
+    )

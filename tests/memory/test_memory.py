@@ -32,14 +32,20 @@ def test_every_number_of_the_registry_is_the_architectures(entry):
     assert sum(p.numel() for p in model.parameters()) == entry.parameters
     assert arch.adapter_size(model, 8, "all") == 8 * entry.lora_per_rank
     stand_in = arch.architecture(entry.alias)
-    assert arch.counts(arch.on_meta(stand_in.config)) == dict(entry.by_part), "the stand-in is as large"
+    assert arch.counts(arch.on_meta(stand_in.config)) == dict(entry.by_part), (
+        "the stand-in is as large"
+    )
 
 
 def test_an_adapter_is_as_large_as_peft_makes_it():
     config = arch.public_config("smolvlm-256m")
     wrapped = arch.on_meta(config, lora_r=16)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    assert trained == arch.adapter_size(arch.on_meta(config), 16, "all") == 16 * registry.entry("smolvlm-256m").lora_per_rank
+    assert (
+        trained
+        == arch.adapter_size(arch.on_meta(config), 16, "all")
+        == 16 * registry.entry("smolvlm-256m").lora_per_rank
+    )
 
 
 def test_the_embedded_model_is_counted_from_its_files():
@@ -48,7 +54,12 @@ def test_the_embedded_model_is_counted_from_its_files():
 
 
 def test_a_simulated_step_is_a_measured_one():
-    settings = ["llava, shared, LoRA, batch 2 × 1", "gemma3", "smolvlm, shared, full", "bf16 autocast"]
+    settings = [
+        "llava, shared, LoRA, batch 2 × 1",
+        "gemma3",
+        "smolvlm, shared, full",
+        "bf16 autocast",
+    ]
     command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -92,17 +103,50 @@ def test_a_ledger_counts_what_lives_and_forgets_what_is_gone():
 
 
 def test_what_is_allocated_by_hand():
-    lines = {c.name: c.bytes for c in allocated(1000, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch")}
-    assert lines == {"Model to train": 2000, "Adapter": 40, "Reference model": 0, "Gradients": 40, "Optimizer states": 80}
-    lines = {c.name: c.bytes for c in allocated(1000, 0, "float32", lora=False, cached=False, optim="adamw_torch")}
-    assert lines == {"Model to train": 4000, "Reference model": 4000, "Gradients": 4000, "Optimizer states": 8000}
-    eight = allocated(1000, 0, "bfloat16", lora=False, cached=True, optim="adamw_8bit", shards=Shards.of("fsdp2", 4))
+    lines = {
+        c.name: c.bytes
+        for c in allocated(1000, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch")
+    }
+    assert lines == {
+        "Model to train": 2000,
+        "Adapter": 40,
+        "Reference model": 0,
+        "Gradients": 40,
+        "Optimizer states": 80,
+    }
+    lines = {
+        c.name: c.bytes
+        for c in allocated(1000, 0, "float32", lora=False, cached=False, optim="adamw_torch")
+    }
+    assert lines == {
+        "Model to train": 4000,
+        "Reference model": 4000,
+        "Gradients": 4000,
+        "Optimizer states": 8000,
+    }
+    eight = allocated(
+        1000,
+        0,
+        "bfloat16",
+        lora=False,
+        cached=True,
+        optim="adamw_8bit",
+        shards=Shards.of("fsdp2", 4),
+    )
     assert {c.name: c.bytes for c in eight} == {
         **{"Model to train": 500, "Reference model": 0, "Gradients": 500, "Optimizer states": 500}
     }
     assert not any(c.validated for c in eight)
     assert Shards.of("zero2", 8) == Shards(1, 8, 8)
-    four = allocated(64 * 1024, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch", nf4_weights=64 * 1024)
+    four = allocated(
+        64 * 1024,
+        10,
+        "bfloat16",
+        lora=True,
+        cached=True,
+        optim="adamw_torch",
+        nf4_weights=64 * 1024,
+    )
     assert four[0].name == "Model to train, in nf4"
     assert four[0].bytes == 64 * 1024 // 2 + 1024 + 1024 * 4 // 256
 
@@ -119,7 +163,13 @@ def test_verdicts_and_the_largest_batch():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "expected"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("rtx-4090", 24 * 2**30), ("A100_80GB", 80 * 2**30)]
+    ("gpu", "expected"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24 GB", 24 * 10**9),
+        ("rtx-4090", 24 * 2**30),
+        ("A100_80GB", 80 * 2**30),
+    ],
 )
 def test_gpus_and_amounts(gpu, expected):
     assert capacity_bytes(gpu) == expected
@@ -136,29 +186,59 @@ def estimate(vlmdpo, *arguments, code=0):
     return json.loads(out) if code == 0 else " ".join(err.split())
 
 
-SMALL = ["--model", "smolvlm-256m", "--dtype", "bfloat16", "--lora", "--answer-tokens", "40", "--image-size", "256x192"]
+SMALL = [
+    "--model",
+    "smolvlm-256m",
+    "--dtype",
+    "bfloat16",
+    "--lora",
+    "--answer-tokens",
+    "40",
+    "--image-size",
+    "256x192",
+]
 
 
 def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
-    report = estimate(vlmdpo, *SMALL, "--gpu", "4GiB", "--plot", tmp_path / "bars.png", "--gradient-accumulation-steps", "4")
+    report = estimate(
+        vlmdpo,
+        *SMALL,
+        "--gpu",
+        "4GiB",
+        "--plot",
+        tmp_path / "bars.png",
+        "--gradient-accumulation-steps",
+        "4",
+    )
     assert report["verdict"] == "fits"
-    assert report["peak_bytes"] == max(report["phases"].values()) > report["allocated"]["total_bytes"]
+    assert (
+        report["peak_bytes"] == max(report["phases"].values()) > report["allocated"]["total_bytes"]
+    )
     plan = report["plan"]
     assert plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"] == 8
     assert plan["peak_bytes"] < 4 * 2**30
     assert "CUDA context and workspaces" in report["unvalidated"]
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.width > 800
-    larger = estimate(vlmdpo, *SMALL, "--per-device-train-batch-size", str(plan["per_device_train_batch_size"]))
-    assert larger["peak_bytes"] == pytest.approx(plan["peak_bytes"], rel=1e-6), "the plan's peak is that batch's own"
+    larger = estimate(
+        vlmdpo, *SMALL, "--per-device-train-batch-size", str(plan["per_device_train_batch_size"])
+    )
+    assert larger["peak_bytes"] == pytest.approx(plan["peak_bytes"], rel=1e-6), (
+        "the plan's peak is that batch's own"
+    )
 
 
 def test_screen_shows_the_command_to_run(vlmdpo):
-    code, out, err = vlmdpo("estimate-memory", "--lora", "--gpu", "rtx-4090", "--gradient-accumulation-steps", "2")
+    code, out, err = vlmdpo(
+        "estimate-memory", "--lora", "--gpu", "rtx-4090", "--gradient-accumulation-steps", "2"
+    )
     assert code == 0, err
     out = " ".join(out.split())
     assert "rtx-4090: fits; needs" in out
-    assert "vlmdpo train --model tiny --dtype float32 --per-device-train-batch-size 4 --gradient-accumulation-steps 1" in out
+    assert (
+        "vlmdpo train --model tiny --dtype float32 --per-device-train-batch-size 4 "
+        "--gradient-accumulation-steps 1" in out
+    )
     assert "* not validated: CUDA context and workspaces, fragmentation" in out
 
 
@@ -171,14 +251,20 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
     assert report["image"] == [72, 72]
     assert 1e7 < report["peak_bytes"] < 1e9
     longest = prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))["lengths"]
-    fast = estimate(vlmdpo, "--model", "smolvlm-256m", "--lora", "--fast", "--dataset", tmp_path / "few")["settings"]
+    fast = estimate(
+        vlmdpo, "--model", "smolvlm-256m", "--lora", "--fast", "--dataset", tmp_path / "few"
+    )["settings"]
     assert fast["prompt_tokens"] == longest["prompt_tokens"]["max"] - 18
-    assert fast["answer_tokens"] == max(longest[f"{side}_tokens"]["max"] for side in ("chosen", "rejected"))
+    assert fast["answer_tokens"] == max(
+        longest[f"{side}_tokens"]["max"] for side in ("chosen", "rejected")
+    )
 
 
 def test_sharding_and_four_bits_are_marked(vlmdpo):
     plain = estimate(vlmdpo, "--lora")
-    sharded = estimate(vlmdpo, "--lora", "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4")
+    sharded = estimate(
+        vlmdpo, "--lora", "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4"
+    )
     assert sharded["peak_bytes"] < plain["peak_bytes"]
     assert {"nf4 weights", "sharding over GPUs"} <= set(sharded["unvalidated"])
     assert not any(c["validated"] for c in sharded["allocated"]["components"] if c["bytes"])
@@ -193,7 +279,9 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
     side = default_image_side(shape.processor)
     assert fast.default_side(alias) == side
     image = Image.new("RGB", (side, side * 3 // 4))
-    inputs = shape.processor(text=[prompt_of(shape.processor, "a")], images=[[image]], add_special_tokens=False)
+    inputs = shape.processor(
+        text=[prompt_of(shape.processor, "a")], images=[[image]], add_special_tokens=False
+    )
     count = sum(token == shape.config.image_token_id for token in inputs["input_ids"][0])
     assert fast.image_tokens(alias, image.size)[0] == pytest.approx(count, abs=0.02 * count)
 
@@ -229,10 +317,21 @@ def test_a_folder_with_a_configuration_is_enough_to_count(tmp_path, vlmdpo):
 
 
 def test_what_to_switch_on_first_is_a_command(vlmdpo):
-    small = ["--model", "smolvlm-256m", "--image-size", "64", "--answer-tokens", "8", "--gpu", "2GiB"]
+    small = [
+        "--model",
+        "smolvlm-256m",
+        "--image-size",
+        "64",
+        "--answer-tokens",
+        "8",
+        "--gpu",
+        "2GiB",
+    ]
     code, out, err = vlmdpo("estimate-memory", *small)
     assert code == 0, err
     out = " ".join(out.split())
     assert "2GiB: does not fit" in out
-    assert "Switch on first: --dtype bfloat16 --lora, as in: vlmdpo train --model smolvlm-256m" in out
+    assert (
+        "Switch on first: --dtype bfloat16 --lora, as in: vlmdpo train --model smolvlm-256m" in out
+    )
     assert "--per-device-train-batch-size 1 --gradient-accumulation-steps 64" in out

@@ -1,4 +1,6 @@
-"""Shared by the engine's tests: small random pairs and one step of each engine on them, on tiny models."""
+"""Shared by the engine's tests: small random pairs and one step of each engine on them, on tiny
+models.
+"""
 
 import numpy as np
 import pytest
@@ -16,11 +18,16 @@ from vlmdpo.training.trainer import PairTrainer
 
 
 def pairs(count, *, images=(1,), seed=0, answer=14):
-    """`count` rows of random pixels and letters; row i has images[i % len(images)] pictures. Lengths differ."""
+    """`count` rows of random pixels and letters; row i has images[i % len(images)] pictures.
+    Lengths differ.
+    """
     rng = np.random.default_rng(seed)
 
     def text(longest):
-        return "".join(rng.choice(list("abcdefgh "), size=int(rng.integers(3, longest)))).strip() or "a"
+        return (
+            "".join(rng.choice(list("abcdefgh "), size=int(rng.integers(3, longest)))).strip()
+            or "a"
+        )
 
     def picture():
         size = tuple(int(side) for side in rng.integers(20, 50, 2))
@@ -39,15 +46,39 @@ def pairs(count, *, images=(1,), seed=0, answer=14):
 
 
 def trainer(
-    family, engine, rows, folder, *, lora="all-linear", bf16=False, references=None, build=None, conditional=0, **settings
+    family,
+    engine,
+    rows,
+    folder,
+    *,
+    lora="all-linear",
+    bf16=False,
+    references=None,
+    build=None,
+    conditional=0,
+    **settings,
 ):
-    """A PairTrainer on a tiny model of `family`, its adapter moved off zero so that policy and reference differ."""
+    """A PairTrainer on a tiny model of `family`, its adapter moved off zero so that policy and
+    reference differ.
+    """
     model, processor = random_models.make(family, **(build or {}))
     processor.chat_template = processor.chat_template or own_chat_template(processor)
     if bf16:
         model.to(torch.bfloat16)
-    settings = {"per_device_train_batch_size": len(rows), "gradient_checkpointing": False, "beta": 0.5, **settings}
-    args = DPOConfig(output_dir=str(folder), max_length=None, report_to="none", use_cpu=True, bf16=False, **settings)
+    settings = {
+        "per_device_train_batch_size": len(rows),
+        "gradient_checkpointing": False,
+        "beta": 0.5,
+        **settings,
+    }
+    args = DPOConfig(
+        output_dir=str(folder),
+        max_length=None,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        **settings,
+    )
     config = LoraConfig(r=4, target_modules=lora) if lora else None
     made = PairTrainer(
         engine=engine,
@@ -69,9 +100,14 @@ def trainer(
 
 def step(made, rows=None, batch=None):
     """(loss, TRL's metrics, gradients by name) of one batch."""
-    examples = [made.train_dataset[i] for i in (rows if rows is not None else range(len(made.train_dataset)))]
+    examples = [
+        made.train_dataset[i]
+        for i in (rows if rows is not None else range(len(made.train_dataset)))
+    ]
     made.model.zero_grad()
-    loss = made.compute_loss(made.model, batch if batch is not None else made.data_collator(examples))
+    loss = made.compute_loss(
+        made.model, batch if batch is not None else made.data_collator(examples)
+    )
     loss.backward()
     metrics = {name: values[-1] for name, values in made._metrics["train"].items()}
     gradients = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
@@ -81,8 +117,8 @@ def step(made, rows=None, batch=None):
 def assert_same(expected, found, tolerance=1e-5):
     """Loss, every metric and every gradient agree to `tolerance`, relative to what each is made of.
 
-    Metrics that are small differences of log-probs are held against the log-probs' size, gradients against the
-    largest one of their kind: what float32 can resolve.
+    Metrics that are small differences of log-probs are held against the log-probs' size, gradients
+    against the largest one of their kind: what float32 can resolve.
     """
     loss, metrics, gradients = expected
     assert found[0] == pytest.approx(loss, rel=tolerance)

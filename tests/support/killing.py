@@ -1,10 +1,11 @@
-"""Run a command again and again from one process that has its libraries imported, killing some of the runs.
+"""Run a command again and again from one process that has its libraries imported, killing some of
+the runs.
 
     python -m tests.support.killing prepare|train KILL|TERM SEED ROUNDS ARGUMENTS...
 
-Prints the seconds that an undisturbed run takes, then for each round a line: how the run ended that was sent the signal at a
-random point ("killed", "finished", or an exit code), and whether the run after it, which is left alone, made the same bytes
-as the undisturbed one.
+Prints the seconds that an undisturbed run takes, then for each round a line: how the run ended that
+was sent the signal at a random point ("killed", "finished", or an exit code), and whether the run
+after it, which is left alone, made the same bytes as the undisturbed one.
 """
 
 import gc
@@ -32,18 +33,29 @@ UNIT_ROWS = 8  # of prepare, so that a small set has several units
 def contents(folder):
     """Every file below a folder with a hash of its bytes."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return [
+        (str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in files
+    ]
 
 
 def trained(folder):
-    """What a training run must leave the same: adapter, losses, samples, steps, and the last checkpoint's optimizer."""
+    """What a training run must leave the same: adapter, losses, samples, steps, and the last
+    checkpoint's optimizer.
+    """
     adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
     samples = (Path(folder) / "samples.jsonl").read_text()
     report = json.loads((Path(folder) / "train_report.json").read_text())
     last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    return hashlib.sha256(adapter).hexdigest(), losses, samples, report["steps"], (last / "optimizer.pt").read_bytes()
+    return (
+        hashlib.sha256(adapter).hexdigest(),
+        losses,
+        samples,
+        report["steps"],
+        (last / "optimizer.pt").read_bytes(),
+    )
 
 
 def start(command, arguments):
@@ -60,7 +72,9 @@ def finish(child):
 
 
 def main(command, kind, seed, rounds, *arguments):
-    assert all((matplotlib.pyplot, lengths, preview, doctor, reference_cache, trainer))  # the forked ones need not
+    assert all(
+        (matplotlib.pyplot, lengths, preview, doctor, reference_cache, trainer)
+    )  # the forked ones need not
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     lengths.counter_of("tiny", None, False)
     sources.UNIT_ROWS = UNIT_ROWS
@@ -80,7 +94,11 @@ def main(command, kind, seed, rounds, *arguments):
         code = finish(child)
         how = {0: "finished", -signal.SIGKILL: "killed"}.get(code, str(code))
         whole = command == "prepare" and os.path.exists("out")
-        same = (not whole or look("out") == wanted) and finish(start(command, arguments)) == 0 and look("out") == wanted
+        same = (
+            (not whole or look("out") == wanted)
+            and finish(start(command, arguments)) == 0
+            and look("out") == wanted
+        )
         left = [name for name in os.listdir(".") if name.startswith(".out") and name != ".out.lock"]
         left += [path.name for path in Path("out").glob(".*")]
         print(how, "same" if same and not left else f"DIFFERENT {left}", flush=True)

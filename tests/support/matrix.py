@@ -1,4 +1,5 @@
-"""Every family through every command, on a small model of random weights with a real processor: the table in docs/models.md.
+"""Every family through every command, on a small model of random weights with a real processor: the
+table in docs/models.md.
 
     python -m tests.support.matrix --write    # after a change that changes the table
 
@@ -19,7 +20,14 @@ from PIL import Image
 
 import vlmdpo
 from vlmdpo.commands import estimate_memory, eval_amber, export, infer, prepare, train
-from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
+from vlmdpo.config import (
+    EstimateMemoryConfig,
+    EvalAmberConfig,
+    ExportConfig,
+    InferConfig,
+    PrepareConfig,
+    TrainConfig,
+)
 from vlmdpo.data.images import open_file
 from vlmdpo.engine.generate import answer
 from vlmdpo.engine.side_by_side import SideBySide
@@ -27,7 +35,10 @@ from vlmdpo.models.load import load_model, load_processor
 from vlmdpo.tiny import random_models
 
 DOCS = Path(vlmdpo.__file__).parent.parent / "docs" / "models.md"
-BEGIN, END = "<!-- matrix: made by python -m tests.support.matrix --write -->", "<!-- end of matrix -->"
+BEGIN, END = (
+    "<!-- matrix: made by python -m tests.support.matrix --write -->",
+    "<!-- end of matrix -->",
+)
 COLUMNS = (
     "prepare",
     "estimate-memory",
@@ -44,7 +55,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table: the name people know, a checkpoint, and the small family that stands for it."""
+    """A row of the table: the name people know, a checkpoint, and the small family that stands for
+    it.
+    """
 
     name: str
     checkpoint: str
@@ -75,28 +88,58 @@ def examine(family: Family) -> dict[str, str]:
     processor.save_pretrained("model")
     _rows(Path("rows.jsonl"))
     base = {"model": "./model"}
-    short = {"dataset": "data", "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    short = {
+        "dataset": "data",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
     found = {}
     prepared = prepare.run(PrepareConfig(dataset="rows.jsonl", output_dir=Path("data"), **base))
-    found["prepare"] = _yes(prepared["rows_out"] == 6 and prepared["lengths"]["image_tokens"]["max"] > 0)
-    foreseen = estimate_memory.run(EstimateMemoryConfig(dataset="data", lora=True, per_device_train_batch_size=2, **base))
+    found["prepare"] = _yes(
+        prepared["rows_out"] == 6 and prepared["lengths"]["image_tokens"]["max"] > 0
+    )
+    foreseen = estimate_memory.run(
+        EstimateMemoryConfig(dataset="data", lora=True, per_device_train_batch_size=2, **base)
+    )
     found["estimate-memory"] = _yes(foreseen["peak_bytes"] > foreseen["allocated"]["total_bytes"])
-    settings = {**short, **base, "learning_rate": 1e-2, "gradient_checkpointing": False, "logging_steps": 1}
+    settings = {
+        **short,
+        **base,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+    }
     tuned = train.run(TrainConfig(output_dir=Path("lora"), **settings))
     found["LoRA"] = _yes(tuned["steps"] == 2 and _learnt("lora"))
     whole = train.run(TrainConfig(output_dir=Path("full"), lora=False, sample_every=0, **settings))
     found["full"] = _yes(whole["steps"] == 2 and _learnt("full"))
     found["one row a pair"] = _yes(tuned["engine"] == "shared", tuned["fallback_reason"])
     Image.new("RGB", (40, 30), "red").save("x.png")
-    said = infer.run(InferConfig(adapter=Path("lora"), image=Path("x.png"), question="What?", max_new_tokens=4, **base))
+    said = infer.run(
+        InferConfig(
+            adapter=Path("lora"), image=Path("x.png"), question="What?", max_new_tokens=4, **base
+        )
+    )
     found["infer"] = _yes(isinstance(said["answer"], str))
-    few = {"limit": 6, "verify": 6, "batch_size": 4, "max_new_tokens": 3, "max_description_tokens": 3}
-    asked = eval_amber.run(EvalAmberConfig(adapter=Path("lora"), output_dir=Path("amber"), **few, **base))
-    found["eval-amber, shared"] = _yes(asked["engine"] == "shared" and not asked["fallback_reason"], asked["fallback_reason"])
+    few = {
+        "limit": 6,
+        "verify": 6,
+        "batch_size": 4,
+        "max_new_tokens": 3,
+        "max_description_tokens": 3,
+    }
+    asked = eval_amber.run(
+        EvalAmberConfig(adapter=Path("lora"), output_dir=Path("amber"), **few, **base)
+    )
+    found["eval-amber, shared"] = _yes(
+        asked["engine"] == "shared" and not asked["fallback_reason"], asked["fallback_reason"]
+    )
     found["compare, at once"] = _side_by_side("x.png", said["answer"])
     # `train` has compared what it saved with the live model, and raises where they differ.
     found["reload"] = _yes(
-        isinstance(load_processor("./full").chat_template, str) and Path("lora/adapter_model.safetensors").is_file()
+        isinstance(load_processor("./full").chat_template, str)
+        and Path("lora/adapter_model.safetensors").is_file()
     )
     merged = export.run(ExportConfig(adapter=Path("lora"), merge=True, **base))["agreement"]
     found["merge"] = _yes(merged["same_answers"] == merged["of"])
@@ -104,7 +147,9 @@ def examine(family: Family) -> dict[str, str]:
 
 
 def _side_by_side(picture: str, tuned_says: str) -> str:
-    """Whether base and tuned model can answer in one batch; either way their answers are those of `infer`."""
+    """Whether base and tuned model can answer in one batch; either way their answers are those of
+    `infer`.
+    """
     model = load_model("./model", adapter=Path("lora"))
     models = SideBySide(model, load_processor("./model"), 0.1)
     opened = open_file(Path(picture))
@@ -113,8 +158,12 @@ def _side_by_side(picture: str, tuned_says: str) -> str:
         base_says = answer(model, models.processor, [opened], ["What?"], 4)[0]
     assert (said[0].text, said[1].text) == (base_says, tuned_says)
     judged = models.judge(opened, "What?", said)
-    assert all(np.isfinite([one.base_logp, one.tuned_logp]).all() and one.tuned_logp < 0 for one in judged)
-    return _yes(models.at_once, "PEFT cannot mix the batch, so the answers come one after the other")
+    assert all(
+        np.isfinite([one.base_logp, one.tuned_logp]).all() and one.tuned_logp < 0 for one in judged
+    )
+    return _yes(
+        models.at_once, "PEFT cannot mix the batch, so the answers come one after the other"
+    )
 
 
 def _rows(path: Path) -> None:
@@ -123,13 +172,23 @@ def _rows(path: Path) -> None:
     for i in range(6):
         size = (int(rng.integers(24, 60)), int(rng.integers(24, 60)))
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(f"{i}.png")
-        lines.append({"image": f"{i}.png", "question": f"What is {i}?", "chosen": "good " * (i + 1), "rejected": "bad"})
+        lines.append(
+            {
+                "image": f"{i}.png",
+                "question": f"What is {i}?",
+                "chosen": "good " * (i + 1),
+                "rejected": "bad",
+            }
+        )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _learnt(folder: str) -> bool:
     """Whether the loss of a run starts at ln 2 and then moves."""
-    losses = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    ]
     return abs(losses[0] - 0.6931) < 1e-3 and abs(losses[1] - losses[0]) > 1e-5
 
 
@@ -140,7 +199,10 @@ def _yes(holds: bool, reason: str | None = None) -> str:
 def row(family: Family, found: dict[str, str]) -> str:
     """A family's line of the table; what does not work has its reason below it."""
     marks = [
-        found[column] if found[column] == "yes" else f"no ({reasons(found).index(found[column]) + 1})" for column in COLUMNS
+        found[column]
+        if found[column] == "yes"
+        else f"no ({reasons(found).index(found[column]) + 1})"
+        for column in COLUMNS
     ]
     return f"| {family.name} | `{family.checkpoint}` | {' | '.join(marks)} | {'; '.join(_numbered(found)) or '-'} |"
 
@@ -151,7 +213,10 @@ def reasons(found: dict[str, str]) -> list[str]:
 
 
 def _numbered(found: dict[str, str]) -> list[str]:
-    return [f"({number}) {said.removeprefix('no: ')}" for number, said in enumerate(reasons(found), start=1)]
+    return [
+        f"({number}) {said.removeprefix('no: ')}"
+        for number, said in enumerate(reasons(found), start=1)
+    ]
 
 
 def table() -> str:
@@ -177,7 +242,9 @@ def main() -> None:
     made = table()
     if given.write:
         before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        DOCS.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        DOCS.write_text(
+            f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

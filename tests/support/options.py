@@ -13,7 +13,10 @@ import vlmdpo
 from vlmdpo import cli
 
 DOCS = Path(vlmdpo.__file__).parent.parent / "docs" / "commands"
-BEGIN, END = "<!-- options: made by python -m tests.support.options --write -->", "<!-- end of options -->"
+BEGIN, END = (
+    "<!-- options: made by python -m tests.support.options --write -->",
+    "<!-- end of options -->",
+)
 
 
 def table(command: str) -> str:
@@ -23,8 +26,13 @@ def table(command: str) -> str:
         names = [*parameter.opts, *parameter.secondary_opts]
         if "--help" in names:
             continue
-        text, default = re.fullmatch(r"(.*)\. \[default: (.*)\]", parameter.help, re.DOTALL).groups()
-        spelled = ", ".join(f"`{name}`" for name in sorted(names, key=lambda name: (name.startswith("--no-"), -len(name))))
+        text, default = re.fullmatch(
+            r"(.*)\. \[default: (.*)\]", parameter.help, re.DOTALL
+        ).groups()
+        spelled = ", ".join(
+            f"`{name}`"
+            for name in sorted(names, key=lambda name: (name.startswith("--no-"), -len(name)))
+        )
         lines.append(f"| {spelled} | {_cell(default)} | {_cell(text)} |")
     return "\n".join(lines)
 

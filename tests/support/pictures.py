@@ -1,4 +1,6 @@
-"""What tests of data make: pictures as encoded bytes, photo-like noise, and what another process would receive."""
+"""What tests of data make: pictures as encoded bytes, photo-like noise, and what another process
+would receive.
+"""
 
 import functools
 import io
@@ -10,7 +12,9 @@ from PIL import Image
 
 def encoded(size=(40, 30), mode="RGB", kind="PNG", color=None, **more):
     buffer = io.BytesIO()
-    Image.new(mode, size, color if color is not None else (1 if mode == "P" else None)).save(buffer, format=kind, **more)
+    Image.new(mode, size, color if color is not None else (1 if mode == "P" else None)).save(
+        buffer, format=kind, **more
+    )
     return buffer.getvalue()
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.support.ranks SPEC.json
 
-The file holds a list of {"name", "processes", "arguments", "env", "lost", "full_above"}. Prints, for each, the exit codes as
-JSON. Where "full_above" is given, the second process runs out of memory for more pairs at once.
+The file holds a list of {"name", "processes", "arguments", "env", "lost", "full_above"}. Prints,
+for each, the exit codes as JSON. Where "full_above" is given, the second process runs out of memory
+for more pairs at once.
 """
 
 import gc
@@ -35,7 +36,9 @@ PATIENCE_S = 300  # machines can be slow
 
 
 def run_groups(specs):
-    """Run groups of processes one after another; all must end well. Called by a test, in its folder."""
+    """Run groups of processes one after another; all must end well. Called by a test, in its
+    folder.
+    """
     Path("specs.json").write_text(json.dumps(specs))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.ranks", "specs.json"],
@@ -71,9 +74,16 @@ def start(rank, spec, port):
     child = os.fork()
     if child == 0:
         count = str(spec["processes"])
-        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        group = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+        }
         if spec["processes"] > 1:
-            os.environ.update({**group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
+            os.environ.update(
+                {**group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            )
         os.environ.update(spec.get("env", {}))
         if "full_above" in spec and rank == 1:
             trainer.PairTrainer._compute_loss = full_above(spec["full_above"])
@@ -91,11 +101,16 @@ def main(path):
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     gc.freeze()  # the forked ones need not look through the libraries again and again
     for spec in json.loads(Path(path).read_text()):
-        for path in map(Path, spec.get("lost", [])):  # as if the run had been killed before it wrote these
+        for path in map(
+            Path, spec.get("lost", [])
+        ):  # as if the run had been killed before it wrote these
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         port = _free_port()
         children = [start(rank, spec, port) for rank in range(spec["processes"])]
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+        print(
+            json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The lesson that packs many questions behind one image must teach what one question alone would see."""
+"""The lesson that packs many questions behind one image must teach what one question alone would
+see.
+"""
 
 import random
 
@@ -29,8 +31,12 @@ def test_packed_questions_give_the_logits_they_would_have_alone():
             one = one[one != processor.tokenizer.pad_token_id]
             alone = torch.cat([ids[:prefix], one])[None]
             with torch.no_grad():
-                expected = model(input_ids=alone, pixel_values=batch["pixel_values"][row : row + 1]).logits
-            torch.testing.assert_close(packed[row, start : start + len(one)], expected[0, prefix:], atol=2e-5, rtol=1e-4)
+                expected = model(
+                    input_ids=alone, pixel_values=batch["pixel_values"][row : row + 1]
+                ).logits
+            torch.testing.assert_close(
+                packed[row, start : start + len(one)], expected[0, prefix:], atol=2e-5, rtol=1e-4
+            )
             checked += 1
     assert checked == 8  # two images, three questions and one description each
 
@@ -41,9 +47,12 @@ def test_lessons_use_the_tokens_of_the_chat_template():
     question, answer = "Is there a star in this image?", "No"
     asked, answered = teacher._turn(question, answer)
     picture = sc.draw(sc.sample_scene(random.Random(0), "making"))
-    prompt = processor(text=prompt_of(processor, question), images=[picture], add_special_tokens=False)["input_ids"][0]
+    prompt = processor(
+        text=prompt_of(processor, question), images=[picture], add_special_tokens=False
+    )["input_ids"][0]
     assert teacher.prefix + asked == prompt
     whole = processor.apply_chat_template(
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenize=False
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        tokenize=False,
     )
     assert whole.endswith(processor.tokenizer.decode(asked[-5:] + answered))

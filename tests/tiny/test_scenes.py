@@ -49,7 +49,14 @@ def test_descriptions_are_judged_by_the_scene():
         missing = next(kind for kind in sc.KINDS if kind not in scene.kinds())
         invented = [*claims, sc.Claim(missing, "one", "red", "")]
         assert sc.description_errors(scene, sc.describe(invented)) == 3
-        wrong = [sc.Claim(claims[0].kind, claims[0].number, "red" if claims[0].colour != "red" else "blue", claims[0].action)]
+        wrong = [
+            sc.Claim(
+                claims[0].kind,
+                claims[0].number,
+                "red" if claims[0].colour != "red" else "blue",
+                claims[0].action,
+            )
+        ]
         assert sc.description_errors(scene, sc.describe(wrong)) == 1 + len(claims) - 1
 
 
@@ -66,18 +73,24 @@ def test_evaluation_set_is_ambers_layout_and_proportions():
     }
     scale = len(benchmark.questions) / 14216
     for dimension, (questions, yes) in amber.items():
-        assert abs(counts[dimension, "yes"] + counts[dimension, "no"] - scale * questions) <= 3, dimension
+        assert abs(counts[dimension, "yes"] + counts[dimension, "no"] - scale * questions) <= 3, (
+            dimension
+        )
         assert abs(counts[dimension, "yes"] - scale * yes) <= 3, dimension
     assert len(benchmark.descriptions) == 100
     generative = json.loads((evaluation.FOLDER / "query" / "query_generative.json").read_text())
     assert {entry["query"] for entry in generative} == {"Describe this image."}
-    assert len({(question.image, question.text) for question in benchmark.questions}) == len(benchmark.questions)
+    assert len({(question.image, question.text) for question in benchmark.questions}) == len(
+        benchmark.questions
+    )
 
 
 def test_shipped_evaluation_set_is_what_the_code_makes():
     for name, data in evaluation.make().items():
         shipped = (evaluation.FOLDER / name).read_text()
-        assert (shipped if isinstance(data, str) else json.loads(shipped)) == json.loads(json.dumps(data)), name
+        assert (shipped if isinstance(data, str) else json.loads(shipped)) == json.loads(
+            json.dumps(data)
+        ), name
 
 
 def test_training_pairs_are_many_sampled_and_apart_from_the_evaluation():
@@ -97,9 +110,12 @@ def test_training_pairs_prefer_what_is_true():
     for row in pairs.load():
         scene = sc.Scene.from_spec(row["scene"])
         if row["question"] == sc.DESCRIBE:
-            assert sc.description_errors(scene, row["chosen"]) < sc.description_errors(scene, row["rejected"])
+            assert sc.description_errors(scene, row["chosen"]) < sc.description_errors(
+                scene, row["rejected"]
+            )
         else:
-            # Wrong properties are drawn at random, so look the question up in enough draws to meet it.
+            # Wrong properties are drawn at random, so look the question up in enough draws to meet
+            # it.
             truths = {
                 question.truth.capitalize()
                 for seed in range(40)

@@ -1,4 +1,6 @@
-"""Ways to train: several losses, MPO and mDPO, kinds of LoRA, frozen parts, rates, attention, four bits."""
+"""Ways to train: several losses, MPO and mDPO, kinds of LoRA, frozen parts, rates, attention, four
+bits.
+"""
 
 import json
 import shutil
@@ -11,12 +13,26 @@ from tests.support.engines import pairs, step, trainer
 from vlmdpo.commands import prepare
 from vlmdpo.config import PrepareConfig
 
-SHORT = ["train", "--dataset", "data", "--max-steps", "2", "--per-device-train-batch-size", "4", "--output-dir", "out"]
+SHORT = [
+    "train",
+    "--dataset",
+    "data",
+    "--max-steps",
+    "2",
+    "--per-device-train-batch-size",
+    "4",
+    "--output-dir",
+    "out",
+]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return Path(prepare.run(PrepareConfig(limit=24, output_dir=tmp_path_factory.mktemp("prepared") / "data"))["path"])
+    return Path(
+        prepare.run(
+            PrepareConfig(limit=24, output_dir=tmp_path_factory.mktemp("prepared") / "data")
+        )["path"]
+    )
 
 
 @pytest.fixture
@@ -34,8 +50,12 @@ def test_several_losses_are_their_weighted_sum(tmp_path):
     single = {}
     for name in ("sigmoid", "bco_pair", "sft"):
         single[name] = step(trainer("idefics2", "shared", rows, tmp_path, loss_type=[name]))[0]
-    mixed = trainer("idefics2", "shared", rows, tmp_path, loss_type=list(single), loss_weights=[0.8, 0.2, 1.0])
-    assert step(mixed)[0] == pytest.approx(0.8 * single["sigmoid"] + 0.2 * single["bco_pair"] + single["sft"], rel=1e-5)
+    mixed = trainer(
+        "idefics2", "shared", rows, tmp_path, loss_type=list(single), loss_weights=[0.8, 0.2, 1.0]
+    )
+    assert step(mixed)[0] == pytest.approx(
+        0.8 * single["sigmoid"] + 0.2 * single["bco_pair"] + single["sft"], rel=1e-5
+    )
 
 
 def test_mpo_and_mdpo_train_and_tell_their_metrics(data, vlmdpo):
@@ -45,7 +65,11 @@ def test_mpo_and_mdpo_train_and_tell_their_metrics(data, vlmdpo):
     assert code == 0, err
     assert json.loads(out)["engine"] == "shared"
     line = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])
-    assert {"rewards/conditional_accuracies", "rewards/conditional_margins", "rewards/anchored"} <= set(line)
+    assert {
+        "rewards/conditional_accuracies",
+        "rewards/conditional_margins",
+        "rewards/anchored",
+    } <= set(line)
     assert line["loss"] == pytest.approx(3 * 0.6931, abs=0.02)
     found = [path.name for path in Path("data/reference-logprobs").iterdir()]
     assert len(found) == 2, "mDPO's reference log-probs are others"
@@ -68,14 +92,18 @@ def test_frozen_parts_stay_as_they_were_and_others_move(data, vlmdpo):
     from vlmdpo.models.load import load_model
 
     before = {name: (part, p.clone()) for part, name, p in parts(load_model("tiny", device="cpu"))}
-    code, _, err = vlmdpo(*SHORT, "--no-lora", "--freeze", "vision,connector", "--learning-rate", "1e-3")
+    code, _, err = vlmdpo(
+        *SHORT, "--no-lora", "--freeze", "vision,connector", "--learning-rate", "1e-3"
+    )
     assert code == 0, err
     moved = {part: 0 for part, _ in before.values()}
     for part, name, parameter in parts(load_model("./out", device="cpu")):
         moved[part] += int(not parameter.equal(before[name][1]))
     assert moved["vision"] == moved["connector"] == 0
     assert moved["language"] > 0
-    code, _, err = vlmdpo(*SHORT, "--overwrite", "--no-lora", "--freeze", "vision,connector,language,head")
+    code, _, err = vlmdpo(
+        *SHORT, "--overwrite", "--no-lora", "--freeze", "vision,connector,language,head"
+    )
     assert code == 2
     assert "leaves nothing to train" in err
 
@@ -91,7 +119,10 @@ def test_rates_suit_the_way_of_training(data, vlmdpo):
     here = ["--model", source_of("tiny")]
     code, _, err = vlmdpo(*SHORT, *here, "--learning-rate", "2e-2")
     assert code == 0
-    assert "--learning-rate 0.02: an adapter usually learns between 1e-06 and 0.0005; 5e-05 is the default" in err
+    assert (
+        "--learning-rate 0.02: an adapter usually learns between 1e-06 and 0.0005; 5e-05 is the "
+        "default" in err
+    )
     _, _, err = vlmdpo(*SHORT, *here, "--overwrite")
     assert "usually learns" not in err
 

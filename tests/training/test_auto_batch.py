@@ -1,4 +1,6 @@
-"""Running out of memory, made to happen: the batch is halved, and the run learns what it would have learnt."""
+"""Running out of memory, made to happen: the batch is halved, and the run learns what it would have
+learnt.
+"""
 
 import json
 
@@ -14,7 +16,9 @@ from vlmdpo.training.trainer import PairTrainer
 
 def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **settings):
     rows = pairs(16, seed=3)
-    made = trainer("llava", "shared", rows, tmp_path / name, logging_steps=1, learning_rate=1e-2, **settings)
+    made = trainer(
+        "llava", "shared", rows, tmp_path / name, logging_steps=1, learning_rate=1e-2, **settings
+    )
     if limit is not None:
         made.halve_when_full()
         limited, calls = full_above(limit), []
@@ -29,28 +33,42 @@ def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **setting
         monkeypatch.setattr(PairTrainer, "_compute_loss", later)
     made.train()
     monkeypatch.undo()
-    weights = {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+    weights = {
+        name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad
+    }
     losses = [line["loss"] for line in made.state.log_history if "loss" in line]
     return made, losses, weights
 
 
 @pytest.mark.parametrize("after", [0, 3], ids=["at once", "in the middle of a step"])
 def test_a_halved_batch_learns_the_same(after, tmp_path, monkeypatch, capfd):
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+    }
     _, expected, plain = run(tmp_path, "plain", monkeypatch, **settings)
     log = []
-    made, losses, weights = run(tmp_path, "halved", monkeypatch, limit=2, log=log, after=after, **settings)
+    made, losses, weights = run(
+        tmp_path, "halved", monkeypatch, limit=2, log=log, after=after, **settings
+    )
     assert losses == pytest.approx(expected, rel=1e-4)
     for name, weight in weights.items():
         assert torch.allclose(weight, plain[name], rtol=1e-3, atol=1e-5), name
     assert (made.auto_batch.parts, made.auto_batch.per_device_train_batch_size) == (2, 2)
     assert log[0] == 4
     assert max(log[1:]) == 2, "once halved, it stays so"
-    assert "going on with batch 2 and 4 accumulation steps" in " ".join(capfd.readouterr().err.split())
+    assert "going on with batch 2 and 4 accumulation steps" in " ".join(
+        capfd.readouterr().err.split()
+    )
 
 
 def test_metrics_count_every_pair_once(tmp_path, monkeypatch):
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+    }
     plain, _, _ = run(tmp_path, "plain", monkeypatch, **settings)
     halved, _, _ = run(tmp_path, "halved", monkeypatch, limit=1, after=1, **settings)
     assert halved.auto_batch.parts == 4
@@ -58,13 +76,21 @@ def test_metrics_count_every_pair_once(tmp_path, monkeypatch):
         if "loss" not in one:
             continue
         assert one.keys() == other.keys()
-        for name in ("num_tokens", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
+        for name in (
+            "num_tokens",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+            "grad_norm",
+        ):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
 def test_a_pair_that_does_not_fit_is_said_so(tmp_path, monkeypatch):
     with pytest.raises(MemoryBudgetError, match="a single pair does not fit into memory"):
-        run(tmp_path, "out", monkeypatch, limit=0, per_device_train_batch_size=4, num_train_epochs=1)
+        run(
+            tmp_path, "out", monkeypatch, limit=0, per_device_train_batch_size=4, num_train_epochs=1
+        )
 
 
 def test_the_command_goes_on_and_reports_its_batch(tmp_path, vlmdpo, monkeypatch):
@@ -73,7 +99,14 @@ def test_the_command_goes_on_and_reports_its_batch(tmp_path, vlmdpo, monkeypatch
 
     prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
     monkeypatch.setattr(PairTrainer, "_compute_loss", full_above(3))
-    more = ["--auto-batch-size", "--per-device-train-batch-size", "12", "--output-dir", tmp_path / "out", "--json"]
+    more = [
+        "--auto-batch-size",
+        "--per-device-train-batch-size",
+        "12",
+        "--output-dir",
+        tmp_path / "out",
+        "--json",
+    ]
     code, out, err = vlmdpo("train", "--dataset", tmp_path / "few", *more)
     assert code == 0, err
     report = json.loads(out)
@@ -90,14 +123,32 @@ def test_all_processes_agree_when_one_runs_out(tmp_path):
     from vlmdpo.config import PrepareConfig
 
     prepare.run(PrepareConfig(limit=32, output_dir=tmp_path / "few"))
-    settings = ["train", "--dataset", "few", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
+    settings = [
+        "train",
+        "--dataset",
+        "few",
+        "--per-device-train-batch-size",
+        "4",
+        "--gradient-accumulation-steps",
+        "2",
+    ]
     settings += ["--lora-dropout", "0", "--logging-steps", "1", "--device", "cpu"]
     plain = {"name": "plain", "processes": 2, "arguments": [*settings, "--output-dir", "plain"]}
-    halved = {"name": "halved", "processes": 2, "arguments": [*settings, "--output-dir", "halved", "--auto-batch-size"]}
+    halved = {
+        "name": "halved",
+        "processes": 2,
+        "arguments": [*settings, "--output-dir", "halved", "--auto-batch-size"],
+    }
     run_groups([plain, {**halved, "full_above": 2}])
-    reports = {name: json.loads((tmp_path / name / "train_report.json").read_text()) for name in ("plain", "halved")}
+    reports = {
+        name: json.loads((tmp_path / name / "train_report.json").read_text())
+        for name in ("plain", "halved")
+    }
     lines = {
-        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        name: [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("plain", "halved")
     }
     assert reports["halved"]["per_device_train_batch_size"] == 2
@@ -108,7 +159,10 @@ def test_all_processes_agree_when_one_runs_out(tmp_path):
 
 
 def test_foreseen_beside_measured_in_words():
-    assert monitor.compared(21 * 2**30, 20 * 2**30) == "peak memory: 21.00 GiB foreseen, 20.00 GiB measured (+5.0%)"
+    assert (
+        monitor.compared(21 * 2**30, 20 * 2**30)
+        == "peak memory: 21.00 GiB foreseen, 20.00 GiB measured (+5.0%)"
+    )
 
 
 def test_the_batch_is_planned_on_the_runs_own_data(tmp_path):
@@ -125,6 +179,8 @@ def test_the_batch_is_planned_on_the_runs_own_data(tmp_path):
     found = memory_forecast.plan(config, tmp_path / "few", 2 * 2**30, "bfloat16")
     assert found["plan"]["per_device_train_batch_size"] == 8
     assert found["image"] == [72, 72]
-    assert dict(PartialState._shared_state) == before, "the simulation leaves this process as it was"
+    assert dict(PartialState._shared_state) == before, (
+        "the simulation leaves this process as it was"
+    )
     with pytest.raises(ModelError, match="no batch can be foreseen"):
         memory_forecast.plan(config, tmp_path / "absent", 2**30, "bfloat16")

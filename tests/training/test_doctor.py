@@ -1,4 +1,6 @@
-"""Doctor: every check holds on a sound setup, and fails with its cause on the one mistake that it is for."""
+"""Doctor: every check holds on a sound setup, and fails with its cause on the one mistake that it
+is for.
+"""
 
 import json
 import re
@@ -32,7 +34,9 @@ def test_a_sound_setup_passes_everything(sound):
     found = findings(sound)
     assert len(found) == 6
     assert all(check.passed for check in found.values()), found
-    assert re.search(r"vision [\d,]+, connector [\d,]+, language [\d,]+", found["trainable parameters"].seen)
+    assert re.search(
+        r"vision [\d,]+, connector [\d,]+, language [\d,]+", found["trainable parameters"].seen
+    )
 
 
 def test_an_adapter_that_does_not_start_at_zero(sound):
@@ -57,7 +61,9 @@ def test_pixels_that_go_nowhere(sound):
 
 def test_answers_without_an_end(sound):
     processor = sound.processing_class
-    processor.chat_template = processor.chat_template.replace("{{ eos_token + '\\n' }}", "{{ ' . . . . . .' }}")
+    processor.chat_template = processor.chat_template.replace(
+        "{{ eos_token + '\\n' }}", "{{ ' . . . . . .' }}"
+    )
     check = findings(sound)["answers end in an end token"]
     assert check.passed is False
     assert "will not learn to stop" in check.cause
@@ -130,8 +136,12 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
     assert "All 8 checks hold" in out
 
 
-def test_a_wrong_shared_forward_is_noticed_and_the_run_goes_on_without_it(few, tmp_path, vlmdpo, monkeypatch):
-    monkeypatch.setattr(PairLayout, "seen_by_rejected", lambda self, span, device: torch.tensor(True, device=device))
+def test_a_wrong_shared_forward_is_noticed_and_the_run_goes_on_without_it(
+    few, tmp_path, vlmdpo, monkeypatch
+):
+    monkeypatch.setattr(
+        PairLayout, "seen_by_rejected", lambda self, span, device: torch.tensor(True, device=device)
+    )
     more = ["--max-steps", "1", "--output-dir", tmp_path / "out", "--json"]
     code, out, err = vlmdpo("train", "--dataset", few, *more)
     assert code == 0, err
@@ -149,6 +159,8 @@ def test_a_recurrent_model_takes_the_middle_way(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(load, "load_processor", lambda *a, **k: random_models.make("qwen3_5")[1])
     monkeypatch.setattr(load, "load_model", lambda *a, **k: random_models.make("qwen3_5")[0])
-    report = train.run(TrainConfig(dataset=str(few), output_dir=tmp_path / "out", max_steps=1, device="cpu"))
+    report = train.run(
+        TrainConfig(dataset=str(few), output_dir=tmp_path / "out", max_steps=1, device="cpu")
+    )
     assert (report["engine"], report["images_once"]) == ("stock", True)
     assert "linear_attention" in report["fallback_reason"]

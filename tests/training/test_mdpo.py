@@ -1,4 +1,6 @@
-"""mDPO against the paper's equations, written out anew on plain rows; what its batches share, and what is kept."""
+"""mDPO against the paper's equations, written out anew on plain rows; what its batches share, and
+what is kept.
+"""
 
 import math
 
@@ -20,9 +22,17 @@ def _logps(made, example, image, answer):
     row = {**example, "images": [image], "chosen": example[answer], "rejected": example[answer]}
     batch = PairCollator(made.processing_class, share=False)([row])
     ids, mask = batch["input_ids"][:1], batch["completion_mask"][:1]
-    pixels = {name: batch[name] for name in ("pixel_values", "pixel_attention_mask", "image_grid_thw") if name in batch}
-    types = {name: batch[name][:1] for name in ("token_type_ids", "mm_token_type_ids") if name in batch}
-    logits = made.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pixels, **types).logits
+    pixels = {
+        name: batch[name]
+        for name in ("pixel_values", "pixel_attention_mask", "image_grid_thw")
+        if name in batch
+    }
+    types = {
+        name: batch[name][:1] for name in ("token_type_ids", "mm_token_type_ids") if name in batch
+    }
+    logits = made.model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pixels, **types
+    ).logits
     logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return (logps * mask[:, 1:]).sum()
 
@@ -38,17 +48,34 @@ def _by_the_paper(made, rows):
         policy = [_logps(made, example, *one) for one in asked]
         with torch.no_grad(), made.model.disable_adapter():
             reference = [_logps(made, example, *one) for one in asked]
-        chosen, rejected, conditional = (BETA * (p - r) for p, r in zip(policy, reference, strict=True))
-        terms.append(-logsigmoid(chosen - rejected) - logsigmoid(chosen - conditional) - logsigmoid(chosen - 0.0))
+        chosen, rejected, conditional = (
+            BETA * (p - r) for p, r in zip(policy, reference, strict=True)
+        )
+        terms.append(
+            -logsigmoid(chosen - rejected)
+            - logsigmoid(chosen - conditional)
+            - logsigmoid(chosen - 0.0)
+        )
     loss = torch.stack(terms).mean()
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("family", ["idefics2", "llava", "qwen2_5_vl", "gemma3"])
 def test_loss_and_gradients_are_the_papers(family, tmp_path):
     rows = pairs(COUNT, seed=3)
-    made = trainer(family, "shared", rows, tmp_path, conditional=COUNT, loss_type=["sigmoid"], loss_weights=[3.0], beta=BETA)
+    made = trainer(
+        family,
+        "shared",
+        rows,
+        tmp_path,
+        conditional=COUNT,
+        loss_type=["sigmoid"],
+        loss_weights=[3.0],
+        beta=BETA,
+    )
     loss, metrics, gradients = step(made)
     made._shared[0].remove()  # plain rows from here on
     expected, wanted = _by_the_paper(made, [rows[i] for i in range(COUNT)])
@@ -59,13 +86,17 @@ def test_loss_and_gradients_are_the_papers(family, tmp_path):
         apart = (gradients.get(name, torch.zeros_like(gradient)) - gradient).norm()
         assert apart <= 2e-5 * max(gradient.norm(), 0.05 * largest), name
     assert 0 <= metrics["rewards/conditional_accuracies"] <= 1
-    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-5)
+    assert metrics["rewards/margins"] == pytest.approx(
+        metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-5
+    )
 
 
 def test_metrics_are_of_the_rows_own_answers(tmp_path):
     rows = pairs(COUNT, seed=4)
     plain = step(trainer("idefics2", "shared", rows, tmp_path, beta=BETA))[1]
-    made = trainer("idefics2", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0], beta=BETA)
+    made = trainer(
+        "idefics2", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0], beta=BETA
+    )
     conditional = step(made)[1]
     for name in (
         "rewards/chosen",
@@ -114,7 +145,9 @@ def test_at_the_start_every_term_is_ln_2(tmp_path):
 
 
 def test_a_corrupted_picture_is_a_small_part_of_the_same_size_and_repeats_itself():
-    ramp = Image.linear_gradient("L").convert("RGB").resize((200, 120))  # every level tells where it came from
+    ramp = (
+        Image.linear_gradient("L").convert("RGB").resize((200, 120))
+    )  # every level tells where it came from
     levels = set()
     for seed in map(str, range(50)):
         part = corrupted(ramp, seed)

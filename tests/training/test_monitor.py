@@ -1,4 +1,6 @@
-"""What people see of a training: the dashboard, the page, samples, evaluation, and a diagnosis for runs made to show each."""
+"""What people see of a training: the dashboard, the page, samples, evaluation, and a diagnosis for
+runs made to show each.
+"""
 
 import io
 import json
@@ -21,7 +23,14 @@ from vlmdpo.report.diagnosis import diagnose
 from vlmdpo.training import memory_forecast, results
 from vlmdpo.training.monitor import Watch
 
-_ONE_BY_ONE = ("--logging-steps", "1", "--per-device-train-batch-size", "8", "--gradient-accumulation-steps", "1")
+_ONE_BY_ONE = (
+    "--logging-steps",
+    "1",
+    "--per-device-train-batch-size",
+    "8",
+    "--gradient-accumulation-steps",
+    "1",
+)
 _STEADY = ("--lr-scheduler-type", "constant")
 
 
@@ -31,24 +40,45 @@ def scenes(tmp_path_factory):
     from vlmdpo import cli
 
     folder = tmp_path_factory.mktemp("scenes") / "data"
-    assert cli.run(["prepare", "--limit", "200", "--test-size", "0.1", "--output-dir", str(folder), "--quiet"]) == 0
+    assert (
+        cli.run(
+            [
+                "prepare",
+                "--limit",
+                "200",
+                "--test-size",
+                "0.1",
+                "--output-dir",
+                str(folder),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def made_to_show(tmp_path_factory, scenes):
-    """Data that shows one thing each: coins tossed, answers alike but for two words, chosen ones that were likely."""
+    """Data that shows one thing each: coins tossed, answers alike but for two words, chosen ones
+    that were likely.
+    """
     folder, dice = tmp_path_factory.mktemp("shows"), random.Random(1)
     rows = [store.load(scenes)[number] for number in range(128)]
     for number, row in enumerate(rows):
         row["images"][0].save(folder / f"{number}.png")
-    crosses, rings = ("There are three blue crosses and two green rings.", "There are two blue crosses and three green rings.")
+    crosses, rings = (
+        "There are three blue crosses and two green rings.",
+        "There are two blue crosses and three green rings.",
+    )
 
     def answers(kind, row):
         if kind == "alike":
             return (rings, crosses) if dice.random() < 0.25 else (crosses, rings)
         if kind == "likely":
-            return row["chosen"][0]["content"][0]["text"], "and three blue stars and then some more of these."
+            return row["chosen"][0]["content"][0][
+                "text"
+            ], "and three blue stars and then some more of these."
         return ("Yes", "No") if dice.random() < 0.5 else ("No", "Yes")
 
     for kind in ("coins", "alike", "likely", "few"):
@@ -57,13 +87,22 @@ def made_to_show(tmp_path_factory, scenes):
             asked = [part["text"] for part in row["prompt"][0]["content"] if part["text"]][-1]
             question = "Describe this image." if kind == "alike" else asked
             chosen, rejected = answers(kind, row)
-            lines.append({"image": f"{number}.png", "question": question, "chosen": chosen, "rejected": rejected})
+            lines.append(
+                {
+                    "image": f"{number}.png",
+                    "question": question,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                }
+            )
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def _train(vlmdpo, data, *more):
-    code, out, err = vlmdpo("train", "--dataset", data, "--output-dir", "out", *_ONE_BY_ONE, *more, "--json")
+    code, out, err = vlmdpo(
+        "train", "--dataset", data, "--output-dir", "out", *_ONE_BY_ONE, *more, "--json"
+    )
     assert code == 0, err
     return json.loads(out), err
 
@@ -86,13 +125,30 @@ def _lines(name):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_run_made_to_show_it_is_diagnosed(vlmdpo, scenes, made_to_show, kind, steps, settings, names):
+def test_a_run_made_to_show_it_is_diagnosed(
+    vlmdpo, scenes, made_to_show, kind, steps, settings, names
+):
     data = scenes if kind == "scenes" else made_to_show / kind
     if kind == "few":
         data = "held"
-        code, _, err = vlmdpo("prepare", "--dataset", made_to_show / "few.jsonl", "--test-size", "0.5", "--output-dir", data)
+        code, _, err = vlmdpo(
+            "prepare",
+            "--dataset",
+            made_to_show / "few.jsonl",
+            "--test-size",
+            "0.5",
+            "--output-dir",
+            data,
+        )
         assert code == 0, err
-    report, _ = _train(vlmdpo, data, "--max-steps", steps, *settings, *(() if kind == "few" else ("--eval-steps", "0")))
+    report, _ = _train(
+        vlmdpo,
+        data,
+        "--max-steps",
+        steps,
+        *settings,
+        *(() if kind == "few" else ("--eval-steps", "0")),
+    )
     found = {finding["name"]: finding for finding in report["diagnosis"]}
     assert set(names) <= set(found), found
     assert ("learning" in found) == (names == ["learning"])
@@ -105,31 +161,60 @@ def test_a_run_made_to_show_it_is_diagnosed(vlmdpo, scenes, made_to_show, kind, 
 def test_other_losses_are_judged_by_where_they_began():
     lines = [{"step": step, "loss": 25.0, "rewards/accuracies": 0.5} for step in range(1, 9)]
     assert [finding.name for finding in diagnose(lines, learning_rate=1e-6)] == ["not_moving"]
-    risen = [{**line, "loss": 25.0 + step, "rewards/chosen": -1.0} for step, line in enumerate(lines)]
+    risen = [
+        {**line, "loss": 25.0 + step, "rewards/chosen": -1.0} for step, line in enumerate(lines)
+    ]
     assert [finding.name for finding in diagnose(risen, learning_rate=1e-6)] == ["diverged"]
 
 
 def test_a_small_beta_makes_small_rewards_and_is_no_sign_of_standing_still():
     lines = [
-        {"step": n, "loss": 0.69, "rewards/accuracies": 0.9, "rewards/margins": 0.001 * n, "rewards/chosen": 0.0005 * n}
+        {
+            "step": n,
+            "loss": 0.69,
+            "rewards/accuracies": 0.9,
+            "rewards/margins": 0.001 * n,
+            "rewards/chosen": 0.0005 * n,
+        }
         for n in range(1, 13)
     ]
-    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.1)] == ["not_moving"]
-    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.01)] == ["learning"]
+    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.1)] == [
+        "not_moving"
+    ]
+    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.01)] == [
+        "learning"
+    ]
 
 
-def test_the_test_split_is_evaluated_and_samples_are_kept_and_a_resumed_run_ends_alike(vlmdpo, scenes):
-    settings = ("--max-steps", "8", "--eval-steps", "2", "--sample-every", "3", "--save-steps", "4", "--lora-dropout", "0.1")
+def test_the_test_split_is_evaluated_and_samples_are_kept_and_a_resumed_run_ends_alike(
+    vlmdpo, scenes
+):
+    settings = (
+        "--max-steps",
+        "8",
+        "--eval-steps",
+        "2",
+        "--sample-every",
+        "3",
+        "--save-steps",
+        "4",
+        "--lora-dropout",
+        "0.1",
+    )
     report, err = _train(vlmdpo, scenes, *settings)
     assert "step 2/8: eval loss" in err
     assert "step 3/8: loss" in err
     assert "pairs/s" in err
     lines = _lines("metrics")
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 8]
-    assert report["eval"]["loss"] == pytest.approx([line["eval_loss"] for line in lines if "eval_loss" in line][-1])
+    assert report["eval"]["loss"] == pytest.approx(
+        [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    )
     samples = _lines("samples")
     assert sorted({sample["step"] for sample in samples}) == [0, 3, 6, 8]
-    assert min(sample["row"] for sample in samples) >= len(store.load(scenes)), "asked about rows that do not train"
+    assert min(sample["row"] for sample in samples) >= len(store.load(scenes)), (
+        "asked about rows that do not train"
+    )
     adapter = Path("out/adapter_model.safetensors").read_bytes()
     shutil.rmtree("out/checkpoint-8")
     _train(vlmdpo, scenes, *settings, "--resume")
@@ -143,10 +228,33 @@ def test_the_test_split_is_evaluated_and_samples_are_kept_and_a_resumed_run_ends
 
 def test_each_row_of_the_test_split_counts_alike_whatever_the_batch(vlmdpo, scenes):
     found, answers = [], []
-    for batch, steps in (("2", "12"), ("8", "3"), ("24", "1")):  # for 21 rows: a short last batch, and a single one
-        settings = ("--per-device-train-batch-size", batch, "--gradient-accumulation-steps", steps, "--logging-steps", "1")
-        rate = ("--max-steps", "1", "--learning-rate", "1e-3", "--lora-dropout", "0", "--eval-steps", "1", "--overwrite")
-        code, _, err = vlmdpo("train", "--dataset", scenes, "--output-dir", "out", *settings, *rate, "--json")
+    for batch, steps in (
+        ("2", "12"),
+        ("8", "3"),
+        ("24", "1"),
+    ):  # for 21 rows: a short last batch, and a single one
+        settings = (
+            "--per-device-train-batch-size",
+            batch,
+            "--gradient-accumulation-steps",
+            steps,
+            "--logging-steps",
+            "1",
+        )
+        rate = (
+            "--max-steps",
+            "1",
+            "--learning-rate",
+            "1e-3",
+            "--lora-dropout",
+            "0",
+            "--eval-steps",
+            "1",
+            "--overwrite",
+        )
+        code, _, err = vlmdpo(
+            "train", "--dataset", scenes, "--output-dir", "out", *settings, *rate, "--json"
+        )
         assert code == 0, err
         found.append(_lines("metrics")[-1])
         answers.append(_lines("samples"))
@@ -166,7 +274,9 @@ def test_evaluation_and_samples_change_nothing_that_is_learnt(vlmdpo, scenes):
     assert Path("out/adapter_model.safetensors").read_bytes() == adapter
 
 
-@pytest.mark.parametrize("way", [("--no-lora",), ("--loss", "mdpo"), ("--engine", "stock")], ids=" ".join)
+@pytest.mark.parametrize(
+    "way", [("--no-lora",), ("--loss", "mdpo"), ("--engine", "stock")], ids=" ".join
+)
 def test_every_way_of_training_evaluates(vlmdpo, scenes, way):
     report, _ = _train(vlmdpo, scenes, "--max-steps", "2", "--eval-steps", "1", *way)
     lines = _lines("metrics")
@@ -178,20 +288,40 @@ def test_every_way_of_training_evaluates(vlmdpo, scenes, way):
 def test_samples_of_a_model_in_parts_are_for_those_who_ask_and_not_under_zero3():
     def shown(deepspeed, every):
         asked = []
-        trainer = SimpleNamespace(is_deepspeed_enabled=deepspeed, args=SimpleNamespace(process_index=1, train_batch_size=2))
-        trainer.datasets, trainer.processing_class, trainer.add_callback = [[{"row": 0}]], None, asked.append
+        trainer = SimpleNamespace(
+            is_deepspeed_enabled=deepspeed,
+            args=SimpleNamespace(process_index=1, train_batch_size=2),
+        )
+        trainer.datasets, trainer.processing_class, trainer.add_callback = (
+            [[{"row": 0}]],
+            None,
+            asked.append,
+        )
         setup = SimpleNamespace(trainer=trainer, watch=None, is_sharded=True)
         results.show_as_it_goes(setup, Path("out"), TrainConfig(sample_every=every))
         return asked
 
-    assert shown(deepspeed=False, every=None) == shown(deepspeed=True, every=None) == shown(deepspeed=False, every=0) == []
+    assert (
+        shown(deepspeed=False, every=None)
+        == shown(deepspeed=True, every=None)
+        == shown(deepspeed=False, every=0)
+        == []
+    )
     assert len(shown(deepspeed=False, every=5)) == 1
     with pytest.raises(ConfigError, match="ZeRO-3"):
         shown(deepspeed=True, every=5)
 
 
 def test_eval_steps_without_a_test_split_says_how_to_get_one(vlmdpo, made_to_show):
-    code, _, err = vlmdpo("train", "--dataset", made_to_show / "coins.jsonl", "--eval-steps", "5", "--output-dir", "out")
+    code, _, err = vlmdpo(
+        "train",
+        "--dataset",
+        made_to_show / "coins.jsonl",
+        "--eval-steps",
+        "5",
+        "--output-dir",
+        "out",
+    )
     assert code == 2
     assert "prepare --test-size" in err
     assert not Path("out").exists()
@@ -213,14 +343,23 @@ def test_a_peak_that_cannot_be_foreseen_costs_a_warning_and_no_run(capfd, scenes
     try:
         made.settle()
         assert made.peak_bytes is None
-        assert re.search(r"no peak memory foreseen: .*nowhere' is damaged", unfolded(capfd.readouterr().err))
+        assert re.search(
+            r"no peak memory foreseen: .*nowhere' is damaged", unfolded(capfd.readouterr().err)
+        )
     finally:
         made.close()
 
 
 def test_the_page_escapes_what_models_and_data_say_and_runs_its_own_script_only():
     evil = "<script>alert(1)</script></script>"
-    sample = {"step": 0, "row": 3, "question": evil, "answer": evil, "chosen": evil, "rejected": evil}
+    sample = {
+        "step": 0,
+        "row": 3,
+        "question": evil,
+        "answer": evil,
+        "chosen": evil,
+        "rejected": evil,
+    }
     lines = [{"step": 1, "loss": 0.7, "rewards/margins": float("nan"), "grad_norm": 1.0}]
     text = run_page.page(
         title=evil,
@@ -247,7 +386,12 @@ def test_the_dashboard_stays_in_its_place_on_a_terminal(monkeypatch):
     monkeypatch.setattr(ui, "_err", lambda **_: held)
     with ui.dashboard("train", 20) as board:
         board.step(5, 21.5, 61.0)
-        board.figures([ui.Figure("loss", "0.5", [0.7, 0.6, 0.5]), ui.Figure("eval", "loss 0.6", [0.6], "eval {}")])
+        board.figures(
+            [
+                ui.Figure("loss", "0.5", [0.7, 0.6, 0.5]),
+                ui.Figure("eval", "loss 0.6", [0.6], "eval {}"),
+            ]
+        )
     screen = held.file.getvalue()
     assert "5/20" in screen
     assert "21.5 pairs/s, 0:01:01 left" in screen
@@ -262,14 +406,29 @@ def test_the_page_draws_its_curves_in_a_browser_and_smooths_them():
     if chromium is None:
         pytest.skip("no Chromium")
     lines = [
-        {"step": n, "loss": 0.7 / n, "rewards/chosen": 0.1 * n, "rewards/rejected": -0.1 * n, "rewards/margins": 0.2 * n % 0.3}
+        {
+            "step": n,
+            "loss": 0.7 / n,
+            "rewards/chosen": 0.1 * n,
+            "rewards/rejected": -0.1 * n,
+            "rewards/margins": 0.2 * n % 0.3,
+        }
         for n in range(1, 9)
     ]
-    shown = {"samples": [], "pictures": {}, "settings": {}, "findings": diagnose(lines, learning_rate=1e-5)}
-    text = run_page.page(title="a run", steps=(8, 8), lines=lines, evaluations=[{"step": 4, "loss": 0.5}], **shown)
+    shown = {
+        "samples": [],
+        "pictures": {},
+        "settings": {},
+        "findings": diagnose(lines, learning_rate=1e-5),
+    }
+    text = run_page.page(
+        title="a run", steps=(8, 8), lines=lines, evaluations=[{"step": 4, "loss": 0.5}], **shown
+    )
     Path("run.html").write_text(text)
     with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = driver.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
         view = browser.new_page(viewport={"width": 390, "height": 800})
         said = []
         view.on("console", lambda message: said.append(message.text))

@@ -1,7 +1,9 @@
-"""Answers on disk as they come, so that a stopped run loses nothing and never mixes with another. No models, no scores.
+"""Answers on disk as they come, so that a stopped run loses nothing and never mixes with another.
+No models, no scores.
 
-While a run goes on, each process appends to a file of its own below `partial/`; the last to end joins them into one
-`answers_<who>.json` each, in AMBER's own form. `run.json` says whose answers these are.
+While a run goes on, each process appends to a file of its own below `partial/`; the last to end
+joins them into one `answers_<who>.json` each, in AMBER's own form. `run.json` says whose answers
+these are.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Answers:
         identity: all that the answers depend on; another run's folder is refused.
         process: this process's number; it writes its own file.
 
-    Raises DataError where the folder holds another run's answers or something else, or cannot be written.
+    Raises DataError where the folder holds another run's answers or something else, or cannot be
+    written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], process: int = 0) -> None:
@@ -78,14 +81,19 @@ class Answers:
         self._file.close()
 
     def join(self, order: Sequence[int], responses: Mapping[str, Mapping[int, str]]) -> None:
-        """Write one file for each model, in this order of ids, and remove the partial ones; for one process, at the end.
+        """Write one file for each model, in this order of ids, and remove the partial ones; for one
+        process, at the end.
 
         Args:
             order: ids; those without answer are left out.
             responses: by model and id, the response as AMBER's scorer takes it.
         """
         for who, by_id in responses.items():
-            entries = [{"id": n, "response": by_id[n], "said": self.said[who][n]} for n in order if n in by_id]
+            entries = [
+                {"id": n, "response": by_id[n], "said": self.said[who][n]}
+                for n in order
+                if n in by_id
+            ]
             write_json(self.folder / final_name(who), entries)
         try:
             shutil.rmtree(self.folder / PARTIAL)
@@ -96,7 +104,9 @@ class Answers:
         """A line cut short by a kill is cut off: it is asked again."""
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.decode("utf-8").split("\n")[:-1]:  # not splitlines: answers may hold other line breaks
+        for line in whole.decode("utf-8").split("\n")[
+            :-1
+        ]:  # not splitlines: answers may hold other line breaks
             for entry in _entries(path, f"[{line}]", ("who", "said")):
                 self.of(entry["who"])[entry["id"]] = entry["said"]
         if whole != content:
@@ -105,22 +115,29 @@ class Answers:
 
 
 def check(folder: Path, identity: Mapping[str, Any] | None = None) -> None:
-    """Raise DataError where a folder holds something else than answers, or those of a run with another `identity`."""
+    """Raise DataError where a folder holds something else than answers, or those of a run with
+    another `identity`.
+    """
     if folder.is_file():
         raise DataError(f"--output-dir: '{folder}' is a file")
-    if not folder.is_dir() or all(path.name == _part_of(folder / RUN).name for path in folder.iterdir()):
+    if not folder.is_dir() or all(
+        path.name == _part_of(folder / RUN).name for path in folder.iterdir()
+    ):
         return
     try:
         found = dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as problem:
-        raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder") from problem
+        raise DataError(
+            f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+        ) from problem
     if identity is None:
         return
     for name in sorted(identity):
         there, here = found.get(name), identity.get(name)
         if there != here:
             raise DataError(
-                f"--output-dir: '{folder}' holds answers of another run ({name.replace('_', ' ')}: {there} there, {here} "
+                f"--output-dir: '{folder}' holds answers of another run "
+                f"({name.replace('_', ' ')}: {there} there, {here} "
                 "here); give another folder, or --overwrite"
             )
 
@@ -166,9 +183,14 @@ def _part_of(path: Path) -> Path:
 def _entries(path: Path, text: str, texts: Sequence[str] = ("said",)) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = json.loads(text)
-        good = all(isinstance(entry["id"], int) and all(isinstance(entry[t], str) for t in texts) for entry in entries)
+        good = all(
+            isinstance(entry["id"], int) and all(isinstance(entry[t], str) for t in texts)
+            for entry in entries
+        )
     except (ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"'{path}' is damaged; remove it, or give --overwrite to ask anew") from problem
+        raise DataError(
+            f"'{path}' is damaged; remove it, or give --overwrite to ask anew"
+        ) from problem
     if not good:
         raise DataError(f"'{path}' is damaged; remove it, or give --overwrite to ask anew")
     return entries

@@ -1,4 +1,6 @@
-"""How sure a figure is: bootstrap over pictures, since questions about one picture are not independent, and McNemar."""
+"""How sure a figure is: bootstrap over pictures, since questions about one picture are not
+independent, and McNemar.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tuned against base. `delta_accuracy` and `ci95` are in percentage points; flips are counted in questions."""
+    """Tuned against base. `delta_accuracy` and `ci95` are in percentage points; flips are counted
+    in questions.
+    """
 
     delta_accuracy: float
     ci95: Interval
@@ -22,7 +26,8 @@ class Comparison:
 
 
 class Bootstrap:
-    """Draws of pictures, each with all that was asked of it; 95% intervals are percentiles over the draws.
+    """Draws of pictures, each with all that was asked of it; 95% intervals are percentiles over the
+    draws.
 
     Args:
         image_of: the picture of each entry that figures are made of.
@@ -36,16 +41,22 @@ class Bootstrap:
         _, self._group = np.unique(np.asarray(image_of), return_inverse=True)
         self._images = int(self._group.max()) + 1
         share = np.full(self._images, 1 / self._images)
-        self._times = np.random.default_rng(seed).multinomial(self._images, share, size=draws).astype(float)
+        self._times = (
+            np.random.default_rng(seed).multinomial(self._images, share, size=draws).astype(float)
+        )
 
     def drawn(self, values: Sequence[float]) -> Any:
         """(draws,) the sum of one value per entry over each draw's pictures."""
         import numpy as np
 
-        return self._times @ np.bincount(self._group, weights=np.asarray(values, dtype=float), minlength=self._images)
+        return self._times @ np.bincount(
+            self._group, weights=np.asarray(values, dtype=float), minlength=self._images
+        )
 
     def per_cent(self, part: Sequence[float], whole: Sequence[float]) -> Any:
-        """(draws,) 100 × the sum of `part` over the sum of `whole`; not a number where a draw holds nothing."""
+        """(draws,) 100 × the sum of `part` over the sum of `whole`; not a number where a draw holds
+        nothing.
+        """
         import numpy as np
 
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -64,11 +75,18 @@ class Bootstrap:
 
 
 def compare(
-    base_right: Sequence[bool], tuned_right: Sequence[bool], image_of: Sequence[str], *, draws: int = DRAWS, seed: int = 0
+    base_right: Sequence[bool],
+    tuned_right: Sequence[bool],
+    image_of: Sequence[str],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Comparison:
-    """Difference in accuracy with a 95% paired bootstrap interval over images, and the exact McNemar p-value.
+    """Difference in accuracy with a 95% paired bootstrap interval over images, and the exact
+    McNemar p-value.
 
-    McNemar's exact test (McNemar 1947; two-sided binomial on the flips) treats questions as independent.
+    McNemar's exact test (McNemar 1947; two-sided binomial on the flips) treats questions as
+    independent.
 
     Args:
         base_right, tuned_right, image_of: aligned, one entry a question.

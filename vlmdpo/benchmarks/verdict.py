@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# The answer must begin with the word, whatever stands before it in the way of spaces, quotes or asterisks, and the
-# word must end there: "No." and "no, there is" are read, "Nothing", "Not sure" and "I think so" are not.
+# The answer must begin with the word, whatever stands before it in the way of spaces, quotes or
+# asterisks, and the word must end there: "No." and "no, there is" are read, "Nothing", "Not sure"
+# and "I think so" are not.
 _START = re.compile(r"^[\s\"'*_(\[]*(yes|no)\b(?!-)", re.IGNORECASE)
 
 
@@ -19,5 +20,7 @@ def verdict(answer: str) -> str | None:
 
 
 def settled(answer: str) -> bool:
-    """Whether nothing that may yet follow changes the verdict: the first word is read, and something ended it."""
+    """Whether nothing that may yet follow changes the verdict: the first word is read, and
+    something ended it.
+    """
     return _ENDED.match(answer) is not None

@@ -1,4 +1,6 @@
-"""`vlmdpo compare`: base and tuned side by side on a page of this machine; votes become preference data."""
+"""`vlmdpo compare`: base and tuned side by side on a page of this machine; votes become preference
+data.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def run(config: CompareConfig) -> dict[str, Any]:
     """
     if importlib.util.find_spec("gradio") is None:
         raise MissingDependencyError("vlmdpo compare needs gradio: pip install 'vlmdpo[web]'")
-    if config.share and not ui.confirm("Make the page public: anyone with the link can ask this model?", otherwise=True):
+    if config.share and not ui.confirm(
+        "Make the page public: anyone with the link can ask this model?", otherwise=True
+    ):
         raise ConfigError("not shared; leave out --share to serve on this machine alone")
     _warn_of_others(config.host)
     _check_votes(config.votes)
@@ -51,13 +55,23 @@ def _page(config: CompareConfig, folder: Path) -> Any:
 
     adapter = config.adapter or SHIPPED
     examples = _examples(config, adapter, folder)  # before anything is loaded: they may be wrong
-    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation}
+    origin: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    how: dict[str, Any] = {
+        "dtype": config.dtype,
+        "device": config.device,
+        "attention": config.attn_implementation,
+    }
     model = load.load_model(config.model, adapter=adapter, **how, **origin)
     processor = load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
     from vlmdpo.web.app import Page
 
-    names = (config.model, "the adapter shipped with it" if adapter == SHIPPED else str(config.adapter))
+    names = (
+        config.model,
+        "the adapter shipped with it" if adapter == SHIPPED else str(config.adapter),
+    )
     models = SideBySide(model, processor, config.beta or _beta(adapter))
     return Page(models, names, examples, config.votes, config.max_new_tokens)
 
@@ -81,7 +95,9 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
 def _evaluated(adapter: Path) -> Path | None:
     """Where eval-amber, left to itself, wrote of this adapter; the latest of several."""
     found = Path("outputs", "amber").glob(f"*-{glob.escape(adapter.resolve().name)}/scores.json")
-    return max((path.parent for path in found), key=lambda folder: folder.stat().st_mtime, default=None)
+    return max(
+        (path.parent for path in found), key=lambda folder: folder.stat().st_mtime, default=None
+    )
 
 
 def _beta(adapter: Path) -> float:
@@ -98,7 +114,10 @@ def _warn_of_others(host: str) -> None:
     except ValueError:
         alone = host == "localhost"
     if not alone:
-        ui.warn(f"--host {host}: everyone who can reach this machine can use the page; 127.0.0.1 is for you alone")
+        ui.warn(
+            f"--host {host}: everyone who can reach this machine can use the page; 127.0.0.1 is "
+            "for you alone"
+        )
 
 
 def _check_votes(file: Path) -> None:
@@ -134,12 +153,16 @@ def _serve(config: CompareConfig, page: Any) -> str:
         )
     except (OSError, RuntimeError) as problem:
         raise ConfigError(
-            f"cannot serve on {config.host}, port {config.port or 'any'}: {' '.join(str(problem).split())}"
+            f"cannot serve on {config.host}, port {config.port or 'any'}: "
+            f"{' '.join(str(problem).split())}"
         ) from problem
     url = str(shared or local)
     # No Event: its lock may be held by the very lines that the signal interrupts.
     over: list[int] = []
-    before = {number: signal.signal(number, lambda which, _: over.append(which)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda which, _: over.append(which))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         (ui.say if config.json else ui.result)(f"Base and tuned side by side: {url}")
         ui.say(f"votes go to {config.votes}; Ctrl-C ends it")
@@ -156,6 +179,8 @@ def show(report: dict[str, Any]) -> None:
     """Print how many votes there were, and what can be done with them."""
     if report["votes"]:
         ui.result(f"{report['votes']} votes written to {report['file']}")
-        ui.result(f"Train on them: {shlex.join(['vlmdpo', 'prepare', '--dataset', report['file']])}")
+        ui.result(
+            f"Train on them: {shlex.join(['vlmdpo', 'prepare', '--dataset', report['file']])}"
+        )
     else:
         ui.result("No votes.")

@@ -1,4 +1,6 @@
-"""`vlmdpo demo`: prepare, estimate, train, infer and evaluate in one run, offline, on the embedded model."""
+"""`vlmdpo demo`: prepare, estimate, train, infer and evaluate in one run, offline, on the embedded
+model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _QUESTION = "Is there a moon in this image?"  # there is none: the picture shows
 
 
 def run(config: cf.DemoConfig) -> dict[str, Any]:
-    """All five steps; each prints its own result as it comes. Returns the reports by step. Raises DataError."""
+    """All five steps; each prints its own result as it comes. Returns the reports by step. Raises
+    DataError.
+    """
     folder = config.output_dir
     _clear(folder)
     ui.step("1/5 prepare: preference pairs, checked and stored")
@@ -28,10 +32,15 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     ui.step("2/5 estimate-memory: what DPO would need, here and at full size")
     estimates = [
         estimate_memory.run(cf.EstimateMemoryConfig()),
-        estimate_memory.run(cf.EstimateMemoryConfig(model="idefics2-8b", dtype="bfloat16", lora=True)),
+        estimate_memory.run(
+            cf.EstimateMemoryConfig(model="idefics2-8b", dtype="bfloat16", lora=True)
+        ),
     ]
     for estimate in estimates:
-        ui.result(f"{estimate['model']}: {ui.human_bytes(estimate['total_bytes'])} before activations ({estimate['dtype']})")
+        ui.result(
+            f"{estimate['model']}: {ui.human_bytes(estimate['total_bytes'])} before activations "
+            f"({estimate['dtype']})"
+        )
     ui.step("3/5 train: DPO with LoRA")
     layer = {"dataset": str(folder / "data"), "output_dir": folder / "adapter", "seed": config.seed}
     trained = train.run(recipes.build(cf.TrainConfig, recipe("tiny", "train"), layer))
@@ -42,7 +51,9 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     infer.show(answered)
     ui.step("5/5 eval-amber: held-out questions, before and after")
     layer = {"adapter": adapter, "output_dir": folder / "amber"}
-    evaluated = eval_amber.run(recipes.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
+    evaluated = eval_amber.run(
+        recipes.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer)
+    )
     return {
         "output_dir": str(folder),
         "prepare": prepared,
@@ -58,11 +69,15 @@ def _clear(folder: Path) -> None:
     if folder.is_file():
         raise DataError(f"--output-dir: '{folder}' is a file")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file():
-        raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
+        raise DataError(
+            f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+        )
     try:
         shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
         folder.mkdir(parents=True)
-        (folder / _MARK).write_text('{"what": "a vlmdpo demo; the next one replaces this folder"}\n', encoding="utf-8")
+        (folder / _MARK).write_text(
+            '{"what": "a vlmdpo demo; the next one replaces this folder"}\n', encoding="utf-8"
+        )
     except OSError as problem:
         raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror}") from problem
 

@@ -1,4 +1,6 @@
-"""`vlmdpo env`: what a bug report needs, and nothing secret: versions, GPUs, memory, the settings that change what happens."""
+"""`vlmdpo env`: what a bug report needs, and nothing secret: versions, GPUs, memory, the settings
+that change what happens.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,35 @@ from typing import Any
 from vlmdpo import ui
 from vlmdpo.config import EnvConfig
 
-_NEEDED = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "pillow", "numpy", "huggingface_hub")
-_OPTIONAL = ("bitsandbytes", "deepspeed", "flash-attn", "gradio", "nltk", "spacy", "torchvision", "vllm")
-_SETTINGS = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "NO_COLOR", "PYTORCH_CUDA_ALLOC_CONF")
+_NEEDED = (
+    "vlmdpo",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "pillow",
+    "numpy",
+    "huggingface_hub",
+)
+_OPTIONAL = (
+    "bitsandbytes",
+    "deepspeed",
+    "flash-attn",
+    "gradio",
+    "nltk",
+    "spacy",
+    "torchvision",
+    "vllm",
+)
+_SETTINGS = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "NO_COLOR",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 def run(config: EnvConfig) -> dict[str, Any]:
@@ -28,7 +56,8 @@ def run(config: EnvConfig) -> dict[str, Any]:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB, {psutil.virtual_memory().available / 2**30:.1f} GiB free",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB, "
+        f"{psutil.virtual_memory().available / 2**30:.1f} GiB free",
         "disk": f"{ui.human_bytes(shutil.disk_usage(Path.cwd()).free)} free in the working folder",
         "cuda": torch.version.cuda,
         "gpus": [_gpu(torch, number) for number in range(torch.cuda.device_count())],
@@ -58,4 +87,7 @@ def show(report: dict[str, Any]) -> None:
         ui.result(f"- {name}: {report[name]}")
     ui.result(f"- CUDA of PyTorch: {report['cuda'] or 'none (a CPU build)'}")
     ui.result(f"- GPUs: {'; '.join(report['gpus']) or 'none'}")
-    ui.result(f"- environment: {', '.join(f'{name}={value}' for name, value in report['settings'].items()) or 'nothing set'}")
+    ui.result(
+        "- environment: "
+        f"{', '.join(f'{name}={value}' for name, value in report['settings'].items()) or 'nothing set'}"
+    )

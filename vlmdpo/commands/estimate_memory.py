@@ -1,7 +1,8 @@
-"""`vlmdpo estimate-memory`: what a training step will take, foreseen before anything is downloaded or paid for.
+"""`vlmdpo estimate-memory`: what a training step will take, foreseen before anything is downloaded
+or paid for.
 
-Exact counts, the article's table, what vlmdpo allocates, the peak of a simulated step, and whether it fits. `--fast` uses a
-closed formula instead of the simulation and needs no torch.
+Exact counts, the article's table, what vlmdpo allocates, the peak of a simulated step, and whether
+it fits. `--fast` uses a closed formula instead of the simulation and needs no torch.
 """
 
 from __future__ import annotations
@@ -18,13 +19,35 @@ from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.memory import fast
 from vlmdpo.memory.fit import BAND, Line, largest_batch, verdict
 from vlmdpo.memory.gpus import capacity_bytes
-from vlmdpo.memory.terms import CONTEXT_BYTES, Component, Shards, allocated, as_in_article, components
+from vlmdpo.memory.terms import (
+    CONTEXT_BYTES,
+    Component,
+    Shards,
+    allocated,
+    as_in_article,
+    components,
+)
 from vlmdpo.models import registry
 
 _GIB = 2**30
 _SHARED = (
-    *("model", "revision", "trust_remote_code", "lora", "lora_r", "lora_scope", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "gradient_checkpointing", "engine", "reference_cache", "optim", "image_splitting"),
+    *(
+        "model",
+        "revision",
+        "trust_remote_code",
+        "lora",
+        "lora_r",
+        "lora_scope",
+        "per_device_train_batch_size",
+    ),
+    *(
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "engine",
+        "reference_cache",
+        "optim",
+        "image_splitting",
+    ),
 )
 
 
@@ -64,15 +87,23 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
             "components": [{"name": name, "gb": gb, "formula": text} for name, gb, text in article],
             "total_gb": round(sum(gb for _, gb, _ in article), 1),
         },
-        "settings": {name: getattr(config, name) for name in (*_SHARED, "images", "prompt_tokens", "answer_tokens", "dataset")},
+        "settings": {
+            name: getattr(config, name)
+            for name in (*_SHARED, "images", "prompt_tokens", "answer_tokens", "dataset")
+        },
     }
     if config.fast:
         report |= _fast(config, counts, ours)
     else:
         report |= _simulated(config, counts, capacity)
-    report["allocated"] = {"components": [dataclasses.asdict(c) for c in ours], "total_bytes": sum(c.bytes for c in ours)}
+    report["allocated"] = {
+        "components": [dataclasses.asdict(c) for c in ours],
+        "total_bytes": sum(c.bytes for c in ours),
+    }
     report["unvalidated"] = _unvalidated(config)
-    report["loading"] = {"host_bytes": lines[0].bytes}  # weights are read into the host's memory, then moved
+    report["loading"] = {
+        "host_bytes": lines[0].bytes
+    }  # weights are read into the host's memory, then moved
     if capacity is not None:
         report |= _judged(config, report, capacity)
     if config.plot is not None:
@@ -84,39 +115,53 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
 
 
 def _as_long_as_prepared(config: EstimateMemoryConfig) -> EstimateMemoryConfig:
-    """Question and answers as long as the longest of a prepared dataset, by its manifest. Raises DataError."""
+    """Question and answers as long as the longest of a prepared dataset, by its manifest. Raises
+    DataError.
+    """
     manifest = store.read_manifest(Path(str(config.dataset)))
     if manifest is None or "lengths" not in manifest:
         raise DataError(f"--dataset: '{config.dataset}' is no folder that vlmdpo prepare wrote")
     longest = {name: int(figures["max"]) for name, figures in manifest["lengths"].items()}
     answers = max(longest["chosen_tokens"], longest["rejected_tokens"])
     return dataclasses.replace(
-        config, prompt_tokens=longest["prompt_tokens"] - longest["image_tokens"], answer_tokens=max(1, answers)
+        config,
+        prompt_tokens=longest["prompt_tokens"] - longest["image_tokens"],
+        answer_tokens=max(1, answers),
     )
 
 
 def _counts(config: EstimateMemoryConfig) -> _Counts:
-    """From the registry where it knows the model and nothing else is asked; else from the architecture itself."""
+    """From the registry where it knows the model and nothing else is asked; else from the
+    architecture itself.
+    """
     known = registry.known(config.model)
     simple = config.lora_scope == "all" and config.quantization == "none"
     if known is not None and (simple or config.fast):
         if config.lora_scope != "all":
             raise ConfigError("--fast counts adapters on all layers; leave out --fast")
         adapter = known.lora_per_rank * config.lora_r if config.lora else 0
-        # All but embeddings and head, which stay as they are: norms and the like are too small to count apart.
+        # All but embeddings and head, which stay as they are: norms and the like are too small to
+        # count apart.
         nf4 = known.parameters - known.by_part["embed/head"] if config.quantization == "nf4" else 0
-        return _Counts(known.alias, known.hub_id, known.parameters, dict(known.by_part), adapter, nf4)
+        return _Counts(
+            known.alias, known.hub_id, known.parameters, dict(known.by_part), adapter, nf4
+        )
     if config.fast:
         registry.entry(config.model)  # says which models are known
     from vlmdpo.memory import architecture as arch
 
-    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    origin: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
     model = arch.on_meta(arch.config_of(config.model, **origin))
     by_part = arch.counts(model)
     adapter = arch.adapter_size(model, config.lora_r, config.lora_scope) if config.lora else 0
     nf4 = arch.linear_weights(model) if config.quantization == "nf4" else 0
     name = registry.short_name(config.model)
-    return _Counts(name, registry.hub_id(config.model), sum(by_part.values()), by_part, adapter, nf4)
+    return _Counts(
+        name, registry.hub_id(config.model), sum(by_part.values()), by_part, adapter, nf4
+    )
 
 
 def _allocated(config: EstimateMemoryConfig, counts: _Counts) -> list[Component]:
@@ -166,23 +211,39 @@ def _fast(config: EstimateMemoryConfig, counts: _Counts, ours: list[Component]) 
         lora=config.lora,
     )
     peak = sum(c.bytes for c in ours) + made
-    return {"peak_bytes": peak, "verdict": None, "phases": None, "error_per_cent": fast.ERROR_PER_CENT, "image": image}
+    return {
+        "peak_bytes": peak,
+        "verdict": None,
+        "phases": None,
+        "error_per_cent": fast.ERROR_PER_CENT,
+        "image": image,
+    }
 
 
-def _simulated(config: EstimateMemoryConfig, counts: _Counts, capacity: int | None) -> dict[str, Any]:
+def _simulated(
+    config: EstimateMemoryConfig, counts: _Counts, capacity: int | None
+) -> dict[str, Any]:
     foreseen = _Foreseer(config)
     batch = config.per_device_train_batch_size
     whole = foreseen.at(batch)
     shift = _shift(config, counts)
-    found: dict[str, Any] = {"peak_bytes": round(whole.peak + shift), "verdict": None, "image": list(foreseen.image)}
+    found: dict[str, Any] = {
+        "peak_bytes": round(whole.peak + shift),
+        "verdict": None,
+        "image": list(foreseen.image),
+    }
     found["phases"] = {name: round(size + shift) for name, size in whole.phases.items()}
     if capacity is not None:
         found["plan"] = _plan(config, foreseen, whole, shift, capacity)
     return found
 
 
-def _plan(config: EstimateMemoryConfig, foreseen: _Foreseer, whole: Any, shift: int, capacity: int) -> dict[str, Any]:
-    """The largest batch that fits: guessed on a line through two simulated ones, then simulated itself."""
+def _plan(
+    config: EstimateMemoryConfig, foreseen: _Foreseer, whole: Any, shift: int, capacity: int
+) -> dict[str, Any]:
+    """The largest batch that fits: guessed on a line through two simulated ones, then simulated
+    itself.
+    """
     batch = config.per_device_train_batch_size
     other = 1 if batch > 1 else 2
     known = {batch: whole, other: foreseen.at(other)}
@@ -216,12 +277,17 @@ class _Foreseer:
         from vlmdpo.training import simulate
 
         self.config, self.dtype = config, getattr(torch, config.dtype)
-        origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        origin: dict[str, Any] = {
+            "revision": config.revision,
+            "trust_remote_code": config.trust_remote_code,
+        }
         if config.dataset is None:
             self.shape = arch.architecture(config.model, **origin)
             self.image = _image(config, default_image_side(self.shape.processor))
             answer = config.answer_tokens
-            work = simulate.Workload(self.image, config.images, config.prompt_tokens, answer, answer)
+            work = simulate.Workload(
+                self.image, config.images, config.prompt_tokens, answer, answer
+            )
             self._rows = lambda count: simulate.rows_of(self.shape.processor, work, count)
         else:
             self.shape = arch.from_files(config.model, **origin)
@@ -237,11 +303,14 @@ class _Foreseer:
 
         settings = {name: getattr(self.config, name) for name in _SHARED}
         settings |= {"per_device_train_batch_size": batch, "bf16": True, **changes}
-        # An 8-bit optimizer needs its package even to be simulated: AdamW, whose states are then counted smaller.
+        # An 8-bit optimizer needs its package even to be simulated: AdamW, whose states are then
+        # counted smaller.
         optim = settings["optim"]
         settings["optim"] = "adamw_torch" if "8bit" in optim else optim
         with simulate.as_on_a_gpu():
-            return simulate.foresee(self.shape, TrainConfig(**settings), self._rows(batch), dtype=self.dtype)
+            return simulate.foresee(
+                self.shape, TrainConfig(**settings), self._rows(batch), dtype=self.dtype
+            )
 
 
 def _first_to_switch_on(config: EstimateMemoryConfig, capacity: int) -> dict[str, Any] | None:
@@ -262,9 +331,16 @@ def _first_to_switch_on(config: EstimateMemoryConfig, capacity: int) -> dict[str
 
 
 def _shift(config: EstimateMemoryConfig, counts: _Counts) -> int:
-    """What sharding, quantization and 8-bit moments take off a step simulated without: they change what stands still."""
+    """What sharding, quantization and 8-bit moments take off a step simulated without: they change
+    what stands still.
+    """
     plain = allocated(
-        counts.total, counts.adapter, config.dtype, lora=config.lora, cached=config.reference_cache, optim="adamw_torch"
+        counts.total,
+        counts.adapter,
+        config.dtype,
+        lora=config.lora,
+        cached=config.reference_cache,
+        optim="adamw_torch",
     )
     return sum(c.bytes for c in _allocated(config, counts)) - sum(c.bytes for c in plain)
 
@@ -284,9 +360,14 @@ def show(report: dict[str, Any]) -> None:
     ui.result("  " + ", ".join(f"{part} {count:,}" for part, count in counts["by_part"].items()))
     if report["lora_r"]:
         share = 100 * counts["trainable"] / counts["with_adapter"]
-        where = {"all": "all linear layers", "language": "the language model", "connector": "connector and language model"}
+        where = {
+            "all": "all linear layers",
+            "language": "the language model",
+            "connector": "connector and language model",
+        }
         ui.result(
-            f"  LoRA r={report['lora_r']} on {where[report['settings']['lora_scope']]} trains {counts['trainable']:,} of "
+            f"  LoRA r={report['lora_r']} on {where[report['settings']['lora_scope']]} trains "
+            f"{counts['trainable']:,} of "
             f"{counts['with_adapter']:,} ({share:.2f}%)"
         )
     _show_article(report)
@@ -316,20 +397,32 @@ def _show_article(report: dict[str, Any]) -> None:
 
 def _show_allocated(report: dict[str, Any]) -> None:
     lines = report["allocated"]["components"]
-    rows = [[line["name"], line["formula"], *_in_both(line["bytes"]), line["why"] + _star(line)] for line in lines]
+    rows = [
+        [line["name"], line["formula"], *_in_both(line["bytes"]), line["why"] + _star(line)]
+        for line in lines
+    ]
     rows.append(["Sum", "", *_in_both(report["allocated"]["total_bytes"]), ""])
     strong = [len(rows) - 1]
     peak = report["peak_bytes"]
-    how = f"a formula, up to {report['error_per_cent']}% off" if "error_per_cent" in report else "a simulated step"
+    how = (
+        f"a formula, up to {report['error_per_cent']}% off"
+        if "error_per_cent" in report
+        else "a simulated step"
+    )
     if peak is not None:
         rest = peak - report["allocated"]["total_bytes"]
-        rows.append(["Activations and more", _step_of(report), *_in_both(rest), "at the highest point"])
+        rows.append(
+            ["Activations and more", _step_of(report), *_in_both(rest), "at the highest point"]
+        )
         rows.append(["Peak", "", *_in_both(peak), how])
         strong.append(len(rows) - 1)
         rows.append(["CUDA context and workspaces", "about", *_in_both(CONTEXT_BYTES), "*"])
     host = ui.human_bytes(report["loading"]["host_bytes"])
     if peak is None:
-        ui.say(f"--fast has no formula for the activations of {report['model']}; leave it out to simulate a step")
+        ui.say(
+            f"--fast has no formula for the activations of {report['model']}; leave it out to "
+            "simulate a step"
+        )
     note = f"* not validated: {', '.join(report['unvalidated'])}. Loading takes {host} of the host's memory first."
     heads = ["Component", "Calculation", "GB", "GiB", "Why"]
     ui.table("What vlmdpo allocates", heads, rows, strong=strong, note=note, text=(0, 1, 4))
@@ -354,21 +447,39 @@ def _show_verdict(report: dict[str, Any]) -> None:
     needed, capacity = found["needed_bytes"] / _GIB, found["capacity_bytes"] / _GIB
     room = found["free_bytes"] / _GIB
     rest = f"{room:.1f} GiB to spare" if room >= 0 else f"{-room:.1f} GiB short"
-    band = f" (within the {100 * BAND:.0f}% that the peak may be off)" if report["verdict"] == "tight" else ""
-    ui.result(f"{found['name']}: {report['verdict']}{band}; needs {needed:.1f} of {capacity:.1f} GiB, {rest}")
+    band = (
+        f" (within the {100 * BAND:.0f}% that the peak may be off)"
+        if report["verdict"] == "tight"
+        else ""
+    )
+    ui.result(
+        f"{found['name']}: {report['verdict']}{band}; needs {needed:.1f} of {capacity:.1f} GiB, "
+        f"{rest}"
+    )
     if plan and plan["per_device_train_batch_size"]:
         ui.result(
             f"Largest batch that fits: {_command(report, plan)}  "
-            f"(effective batch {plan['effective_batch_size']}, peak {plan['peak_bytes'] / _GIB:.1f} GiB)"
+            f"(effective batch {plan['effective_batch_size']}, peak "
+            f"{plan['peak_bytes'] / _GIB:.1f} GiB)"
         )
     elif plan and plan["first"]:
-        changed = {**report, **plan["first"]["change"], "settings": {**report["settings"], **plan["first"]["change"]}}
-        one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": plan["effective_batch_size"]}
+        changed = {
+            **report,
+            **plan["first"]["change"],
+            "settings": {**report["settings"], **plan["first"]["change"]},
+        }
+        one = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": plan["effective_batch_size"],
+        }
         flags = " ".join(_flag(name, value) for name, value in plan["first"]["change"].items())
         ui.result(f"Switch on first: {flags}, as in: {_command(changed, one)}")
         ui.result(f"  (then a batch of 1 needs {plan['first']['needed_bytes'] / _GIB:.1f} GiB)")
     elif plan:
-        ui.result("No setting here makes it fit: take a smaller model, smaller images, or more GPUs (--num-gpus, --strategy)")
+        ui.result(
+            "No setting here makes it fit: take a smaller model, smaller images, or more GPUs "
+            "(--num-gpus, --strategy)"
+        )
 
 
 def _flag(name: str, value: Any) -> str:
@@ -381,8 +492,18 @@ def _command(report: dict[str, Any], plan: dict[str, Any]) -> str:
     """The training command with this plan; what is its default is left out."""
     settings, default = report["settings"], TrainConfig()
     words = ["vlmdpo", "train", "--model", str(settings["model"])]
-    words += ["--dtype", report["dtype"]] if report["dtype"] != "bfloat16" else []  # which a GPU gets by itself
-    for name in ("lora", "lora_r", "lora_scope", "gradient_checkpointing", "engine", "reference_cache", "optim"):
+    words += (
+        ["--dtype", report["dtype"]] if report["dtype"] != "bfloat16" else []
+    )  # which a GPU gets by itself
+    for name in (
+        "lora",
+        "lora_r",
+        "lora_scope",
+        "gradient_checkpointing",
+        "engine",
+        "reference_cache",
+        "optim",
+    ):
         if settings[name] != getattr(default, name):
             words += _flag(name, settings[name]).split(" ", 1)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

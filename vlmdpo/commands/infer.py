@@ -1,4 +1,6 @@
-"""`vlmdpo infer`: ask a model, or the base and the tuned model side by side, or a whole file of questions."""
+"""`vlmdpo infer`: ask a model, or the base and the tuned model side by side, or a whole file of
+questions.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +39,33 @@ def run(config: InferConfig) -> dict[str, Any]:
 def _load(config: InferConfig) -> tuple[Any, Any]:
     from vlmdpo.models import load
 
-    origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "attention": config.attn_implementation}
+    origin: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    how: dict[str, Any] = {
+        "dtype": config.dtype,
+        "device": config.device,
+        "attention": config.attn_implementation,
+    }
     model = load.load_model(config.model, adapter=config.adapter, **how, **origin)
-    return model, load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    return model, load.load_processor(
+        config.model, image_splitting=config.image_splitting, **origin
+    )
 
 
-def _record(config: InferConfig, number: str | int, image: str, question: str, answer: str) -> dict[str, Any]:
+def _record(
+    config: InferConfig, number: str | int, image: str, question: str, answer: str
+) -> dict[str, Any]:
     adapter = str(config.adapter) if config.adapter else None
-    return {"id": number, "image": image, "question": question, "answer": answer, "model": config.model, "adapter": adapter}
+    return {
+        "id": number,
+        "image": image,
+        "question": question,
+        "answer": answer,
+        "model": config.model,
+        "adapter": adapter,
+    }
 
 
 def _one(config: InferConfig) -> dict[str, Any]:
@@ -58,7 +78,9 @@ def _one(config: InferConfig) -> dict[str, Any]:
     report = _record(config, 0, name, question, tuned)
     if config.compare:
         with model.disable_adapter():
-            report["base_answer"] = answer(model, processor, [picture], [question], config.max_new_tokens)[0]
+            report["base_answer"] = answer(
+                model, processor, [picture], [question], config.max_new_tokens
+            )[0]
     return report
 
 
@@ -78,7 +100,9 @@ def _picture(config: InferConfig) -> tuple[str, Image.Image]:
 
 
 def _many(config: InferConfig) -> dict[str, Any]:
-    """Each process answers every so many-th batch, the same batches that one process would make, into a file of its own."""
+    """Each process answers every so many-th batch, the same batches that one process would make,
+    into a file of its own.
+    """
     from vlmdpo.distributed.processes import join_run
 
     assert config.input is not None
@@ -95,7 +119,9 @@ def _many(config: InferConfig) -> dict[str, Any]:
     processes.wait()
     done = _finished(config)
     left = [task for task in tasks if task.id not in done]
-    batches = [left[start : start + config.batch_size] for start in range(0, len(left), config.batch_size)]
+    batches = [
+        left[start : start + config.batch_size] for start in range(0, len(left), config.batch_size)
+    ]
     mine = batches[processes.index :: processes.count]
     processes.wait()  # no process writes before all have read
     if mine:
@@ -124,7 +150,9 @@ def _part(output: Path, process: int) -> Path:
 
 
 def _collect(output: Path) -> None:
-    """Put what several processes have answered, whole lines only, behind what the file holds, and remove their own files."""
+    """Put what several processes have answered, whole lines only, behind what the file holds, and
+    remove their own files.
+    """
     parts = sorted(output.parent.glob(f".{output.name}.part-*"))
     try:
         for part in parts:
@@ -140,7 +168,9 @@ def _in_order(output: Path, tasks: list[_Task]) -> None:
     """The answers in the order of the questions, each once, as one process writes them."""
     if not output.exists():
         return
-    by_id = {json.loads(line)["id"]: line for line in output.read_text(encoding="utf-8").split("\n")[:-1]}
+    by_id = {
+        json.loads(line)["id"]: line for line in output.read_text(encoding="utf-8").split("\n")[:-1]
+    }
     wanted = [by_id.pop(task.id) for task in tasks if task.id in by_id]
     text = "".join(line + "\n" for line in [*by_id.values(), *wanted])
     if text != output.read_text(encoding="utf-8"):
@@ -149,7 +179,9 @@ def _in_order(output: Path, tasks: list[_Task]) -> None:
         part.replace(output)
 
 
-def _answer_all(config: InferConfig, model: Any, processor: Any, batches: list[list[_Task]], path: Path) -> None:
+def _answer_all(
+    config: InferConfig, model: Any, processor: Any, batches: list[list[_Task]], path: Path
+) -> None:
     from vlmdpo.engine.generate import answer
 
     with contextlib.ExitStack() as stack:
@@ -157,13 +189,23 @@ def _answer_all(config: InferConfig, model: Any, processor: Any, batches: list[l
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(path.open("a", encoding="utf-8"))
         except OSError as problem:
-            raise DataError(f"--output: cannot write '{config.output}': {problem.strerror}") from problem
+            raise DataError(
+                f"--output: cannot write '{config.output}': {problem.strerror}"
+            ) from problem
         bar = stack.enter_context(ui.progress("answer", sum(map(len, batches))))
         for batch in batches:
             pictures = [_open_task(task) for task in batch]
-            texts = answer(model, processor, pictures, [task.question for task in batch], config.max_new_tokens)
+            texts = answer(
+                model, processor, pictures, [task.question for task in batch], config.max_new_tokens
+            )
             for task, text in zip(batch, texts, strict=True):
-                file.write(json.dumps(_record(config, task.id, task.image, task.question, text), ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(
+                        _record(config, task.id, task.image, task.question, text),
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
             file.flush()  # a stop loses at most the batch in hand
             bar.advance(len(batch))
 
@@ -187,7 +229,9 @@ def _read_tasks(path: Path, root: Path) -> list[_Task]:
         except ValueError as problem:
             raise DataError(f"{where} is no valid JSON: {problem}") from problem
         wanted = ("id", "image", "question")
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), (str, int)) for key in wanted):
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(key), (str, int)) for key in wanted
+        ):
             found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise DataError(f"{where} must hold id, image and question; found {found}")
         try:
@@ -198,7 +242,10 @@ def _read_tasks(path: Path, root: Path) -> list[_Task]:
             missing.append(str(entry["image"]))
         tasks.append(_Task(entry["id"], str(entry["image"]), str(entry["question"]), file))
     if missing:
-        raise DataError(f"'{root}': {len(missing)} pictures are missing: {', '.join(missing[:5])}; see --image-root")
+        raise DataError(
+            f"'{root}': {len(missing)} pictures are missing: {', '.join(missing[:5])}; see "
+            "--image-root"
+        )
     if len({task.id for task in tasks}) < len(tasks):
         raise DataError(f"--input: '{path}' uses an id twice; ids tell which answers are done")
     if not tasks:
@@ -210,11 +257,15 @@ def _read_text(path: Path, flag: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{flag}: cannot read '{path}': {getattr(problem, 'strerror', None) or problem}") from problem
+        raise DataError(
+            f"{flag}: cannot read '{path}': {getattr(problem, 'strerror', None) or problem}"
+        ) from problem
 
 
 def _finished(config: InferConfig) -> set[str | int]:
-    """Ids answered by an earlier run into the same file; a line cut short by a kill is removed and asked again."""
+    """Ids answered by an earlier run into the same file; a line cut short by a kill is removed and
+    asked again.
+    """
     assert config.output is not None
     if not config.output.exists():
         return set()
@@ -228,10 +279,13 @@ def _finished(config: InferConfig) -> set[str | int]:
             ids.add(entry["id"])
             same = (entry["model"], entry["adapter"]) == (config.model, adapter)
         except (ValueError, KeyError, TypeError) as problem:
-            raise DataError(f"--output: '{config.output}' line {number} is no answer of ours; give another file") from problem
+            raise DataError(
+                f"--output: '{config.output}' line {number} is no answer of ours; give another file"
+            ) from problem
         if not same:
             raise DataError(
-                f"--output: '{config.output}' holds answers of {entry['model']} with adapter {entry['adapter']}; "
+                f"--output: '{config.output}' holds answers of {entry['model']} with adapter "
+                f"{entry['adapter']}; "
                 "give another file"
             )
     if whole != text:
@@ -247,7 +301,9 @@ def show(report: dict[str, Any]) -> None:
     elif "base_answer" in report:
         title = f"{report['image']}: {report['question']}"
         ui.columns(
-            title, (f"base: {report['model']}", report["base_answer"]), (f"tuned: {report['adapter']}", report["answer"])
+            title,
+            (f"base: {report['model']}", report["base_answer"]),
+            (f"tuned: {report['adapter']}", report["answer"]),
         )
     else:
         ui.result(report["answer"])

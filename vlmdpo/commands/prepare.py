@@ -1,4 +1,6 @@
-"""`vlmdpo prepare`: preference pairs from any source, every row checked, images bounded, tokens counted, stored once."""
+"""`vlmdpo prepare`: preference pairs from any source, every row checked, images bounded, tokens
+counted, stored once.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,12 @@ REPORT, LENGTHS = "report.html", "lengths.png"
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
-    """Prepare the data, or find it prepared. Returns the manifest with `path`, `reused` and an `example` row.
+    """Prepare the data, or find it prepared. Returns the manifest with `path`, `reused` and an
+    `example` row.
 
     Raises:
-        DataError: unreadable source, unknown format, no usable row, a full disk, an output folder that holds something else,
-            an upload that fails.
+        DataError: unreadable source, unknown format, no usable row, a full disk, an output folder
+            that holds something else, an upload that fails.
         ModelError: the model whose processor bounds the images and counts tokens cannot be found.
     """
     if config.output_dir is not None and config.output_dir.is_file():
@@ -51,14 +54,23 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
     counter = counter_of(config.model, config.revision, config.trust_remote_code)
     side = config.max_image_side or default_image_side(counter.processor)
-    facts = _facts(config, source, schema, first, last, side) | {"processor": processor_digest(counter.processor)}
-    folder = config.output_dir or Path("outputs") / "data" / f"{short_name(source.name)}-{store.key_of(facts)[:8]}"
+    facts = _facts(config, source, schema, first, last, side) | {
+        "processor": processor_digest(counter.processor)
+    }
+    folder = (
+        config.output_dir
+        or Path("outputs") / "data" / f"{short_name(source.name)}-{store.key_of(facts)[:8]}"
+    )
     with store.locked(folder):
         manifest = store.read_manifest(folder)
-        reused = manifest is not None and manifest["key"] == store.key_of(facts) and not config.overwrite
+        reused = (
+            manifest is not None and manifest["key"] == store.key_of(facts) and not config.overwrite
+        )
         if not reused:
             store.usable_output(folder, config.overwrite)
-            manifest = _prepare(source, schema, (first, last), facts, counter, num_proc, folder, config)
+            manifest = _prepare(
+                source, schema, (first, last), facts, counter, num_proc, folder, config
+            )
         assert manifest is not None
         if config.report and not (folder / REPORT).is_file():  # prepared with --no-report
             _write_report(folder, manifest, _sides(folder, manifest))
@@ -66,7 +78,12 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         from vlmdpo import hub
 
         hub.dataset(folder, manifest, config.push_to_hub, private=config.private)
-    return {**manifest, "path": str(folder), "reused": reused, "example": _example(counter, folder, config.show)}
+    return {
+        **manifest,
+        "path": str(folder),
+        "reused": reused,
+        "example": _example(counter, folder, config.show),
+    }
 
 
 def _open(config: PrepareConfig) -> Source:
@@ -88,20 +105,34 @@ def _schema(config: PrepareConfig, source: Source) -> Schema:
     """The source's schema: as --map says, else recognised; said before the work starts."""
     row, where = source.first_row(), f"'{source.name}'"
     mapping = config.mapping()
-    schema = schemas.mapped(mapping, source.columns, row, where) if mapping else schemas.detect(source.columns, row, where)
+    schema = (
+        schemas.mapped(mapping, source.columns, row, where)
+        if mapping
+        else schemas.detect(source.columns, row, where)
+    )
     count = f"{source.count:,} rows" if source.count is not None else "rows not counted"
-    ui.say(f"{source.name}: {count}, format {schema.line}" + ("" if mapping else "; --map tells it otherwise"))
+    ui.say(
+        f"{source.name}: {count}, format {schema.line}"
+        + ("" if mapping else "; --map tells it otherwise")
+    )
     return schema
 
 
 def _processes(first: int, last: int | None) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     wanted = cores if last is None else (last - first) // _ROWS_A_PROCESS
     return max(1, min(cores, wanted, _MOST_PROCESSES))
 
 
 def _facts(
-    config: PrepareConfig, source: Source, schema: Schema, first: int, last: int | None, side: int | None
+    config: PrepareConfig,
+    source: Source,
+    schema: Schema,
+    first: int,
+    last: int | None,
+    side: int | None,
 ) -> dict[str, Any]:
     """All that changes the result: what names it, and what the manifest tells."""
     own = ("on_bad", "max_length", "over_length", "test_size", "shuffle", "seed")
@@ -139,7 +170,9 @@ def _prepare(
         over_length=config.over_length,
         on_bad=config.on_bad,
         folder=place / "units",
-        make_measure=functools.partial(counter_of, config.model, config.revision, config.trust_remote_code),
+        make_measure=functools.partial(
+            counter_of, config.model, config.revision, config.trust_remote_code
+        ),
     )
     total = None if rows[1] is None else rows[1] - rows[0]
     with ui.progress("prepare", total, unit="rows") as bar:
@@ -148,7 +181,13 @@ def _prepare(
     plan = assemble.plan(job.folder, units, order, config.on_bad)
     made = place / "result"
     size = assemble.write(job.folder, plan, made, key)
-    manifest = {**facts, "key": key, "split": config.split, "model": config.model, **_outcome(plan, made, size)}
+    manifest = {
+        **facts,
+        "key": key,
+        "split": config.split,
+        "model": config.model,
+        **_outcome(plan, made, size),
+    }
     try:
         if config.report:
             _write_report(made, manifest, plan.sides)
@@ -161,7 +200,9 @@ def _prepare(
 
 
 def _workplace(place: Path, key: str) -> None:
-    """The hidden folder that units are done in: with what an interrupted call of the same kind left, or empty."""
+    """The hidden folder that units are done in: with what an interrupted call of the same kind
+    left, or empty.
+    """
     mark = place / "key"
     try:
         if place.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
@@ -193,8 +234,13 @@ def _length_summary(made: Path, splits: list[str]) -> dict[str, dict[str, float]
     """Smallest, median, 95th percentile and largest number of tokens, by kind."""
     import numpy
 
-    counted = {name: numpy.concatenate([_column(made, split, name) for split in splits]) for name in store.COUNTS}
-    longest = counted["prompt_tokens"] + numpy.maximum(counted["chosen_tokens"], counted["rejected_tokens"])
+    counted = {
+        name: numpy.concatenate([_column(made, split, name) for split in splits])
+        for name in store.COUNTS
+    }
+    longest = counted["prompt_tokens"] + numpy.maximum(
+        counted["chosen_tokens"], counted["rejected_tokens"]
+    )
     return {
         name: {
             "min": int(tokens.min()),
@@ -214,13 +260,21 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("datasets", "pillow", "pyarrow", "transformers")
-    return {"vlmdpo": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    return {
+        "vlmdpo": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
 
 
 def _sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, int]:
     """How many pictures of a finished folder have which longer side, in pixels."""
     rows = (row for split in manifest["splits"] for row in as_stored(store.load(folder, split)))
-    return Counter(max(Image.open(io.BytesIO(stored["bytes"])).size) for row in rows for stored in row["images"])
+    return Counter(
+        max(Image.open(io.BytesIO(stored["bytes"])).size)
+        for row in rows
+        for stored in row["images"]
+    )
 
 
 def _write_report(made: Path, manifest: dict[str, Any], sides: Mapping[int, int]) -> None:
@@ -240,21 +294,44 @@ def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
 
     dataset = store.load(folder)
     if number >= len(dataset):
-        raise DataError(f"--show: row {number} is not among the {len(dataset)} prepared rows, counted from 0")
-    return {"row": number, "source_row": dataset[number]["source_row"], **preview(counter.collator, dataset[number])}
+        raise DataError(
+            f"--show: row {number} is not among the {len(dataset)} prepared rows, counted from 0"
+        )
+    return {
+        "row": number,
+        "source_row": dataset[number]["source_row"],
+        **preview(counter.collator, dataset[number]),
+    }
 
 
 def show(report: dict[str, Any]) -> None:
     """Print what came out, what was dropped or changed and why, how long rows are, and one example."""
     done = "Found prepared" if report["reused"] else "Prepared"
-    ui.result(f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in {report['path']}")
+    ui.result(
+        f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in "
+        f"{report['path']}"
+    )
     if len(report["splits"]) > 1:
-        ui.result("  " + ", ".join(f"{split} {rows:,}" for split, rows in report["splits"].items()) + "; no image is in both")
-    side = f"at most {report['max_image_side']} px a side" if report["max_image_side"] else "not bounded"
+        ui.result(
+            "  "
+            + ", ".join(f"{split} {rows:,}" for split, rows in report["splits"].items())
+            + "; no image is in both"
+        )
+    side = (
+        f"at most {report['max_image_side']} px a side"
+        if report["max_image_side"]
+        else "not bounded"
+    )
     page = Path(report["path"]) / REPORT
-    ui.result(f"  images {side}, {ui.human_bytes(report['bytes'])} on disk" + (f"; report: {page}" if page.is_file() else ""))
+    ui.result(
+        f"  images {side}, {ui.human_bytes(report['bytes'])} on disk"
+        + (f"; report: {page}" if page.is_file() else "")
+    )
     if report["dropped"]:
-        rows = [[reason, f"{count:,}", report["dropped_examples"][reason][0]] for reason, count in report["dropped"].items()]
+        rows = [
+            [reason, f"{count:,}", report["dropped_examples"][reason][0]]
+            for reason, count in report["dropped"].items()
+        ]
         ui.table("Dropped", ["Reason", "Rows", "First of them"], rows, text=(0, 2))
     if report["changed"]:
         changed = ", ".join(f"{name} {count:,}" for name, count in report["changed"].items())
@@ -264,29 +341,55 @@ def show(report: dict[str, Any]) -> None:
     if dropped > _LOUD * report["rows_in"]:
         worst = max(report["dropped"], key=lambda reason: report["dropped"][reason])
         ui.warn(
-            f"{100 * dropped / report['rows_in']:.0f}% of the rows were dropped, most for {worst}; look at why before you train"
+            f"{100 * dropped / report['rows_in']:.0f}% of the rows were dropped, most for "
+            f"{worst}; look at why before you train"
         )
     _show_example(report)
 
 
 def _show_lengths(report: dict[str, Any]) -> None:
-    names = {name: name.removesuffix("_tokens").replace("image", "of it images") for name in store.COUNTS}
+    names = {
+        name: name.removesuffix("_tokens").replace("image", "of it images") for name in store.COUNTS
+    }
     order = ("prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens")
     shown = {**{name: names[name] for name in order}, "longest_tokens": "longer sequence"}
     rows = [
-        [label, *(f"{report['lengths'][name][figure]:,.0f}" for figure in ("min", "median", "p95", "max"))]
+        [
+            label,
+            *(
+                f"{report['lengths'][name][figure]:,.0f}"
+                for figure in ("min", "median", "p95", "max")
+            ),
+        ]
         for name, label in shown.items()
     ]
-    ui.table(f"Tokens of a row, as {report['model']} reads it", ["", "Least", "Median", "95%", "Most"], rows)
+    ui.table(
+        f"Tokens of a row, as {report['model']} reads it",
+        ["", "Least", "Median", "95%", "Most"],
+        rows,
+    )
 
 
 def _show_example(report: dict[str, Any]) -> None:
     example = report["example"]
     sizes = ", ".join(example["images"]) or "none"
-    ui.result(f"\nRow {example['row']} (source row {example['source_row']}) as {report['model']} reads it, image {sizes}:")
+    ui.result(
+        f"\nRow {example['row']} (source row {example['source_row']}) as {report['model']} reads "
+        f"it, image {sizes}:"
+    )
     if ui.draws_pictures():
         for picture in store.load(Path(report["path"]))[example["row"]]["images"]:
             ui.picture(picture)
-    ui.tokens("prompt", [example["prompt"]], f"{example['tokens']['prompt']} tokens, none in the loss", counted=False)
+    ui.tokens(
+        "prompt",
+        [example["prompt"]],
+        f"{example['tokens']['prompt']} tokens, none in the loss",
+        counted=False,
+    )
     for side in ("chosen", "rejected"):
-        ui.tokens(side, example["loss_tokens"][side], f"{example['tokens'][side]} tokens, all in the loss", counted=True)
+        ui.tokens(
+            side,
+            example["loss_tokens"][side],
+            f"{example['tokens'][side]} tokens, all in the loss",
+            counted=True,
+        )

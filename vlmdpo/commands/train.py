@@ -1,4 +1,6 @@
-"""`vlmdpo train`: DPO on a prepared dataset, prepared first where need be, with everything a run leaves behind."""
+"""`vlmdpo train`: DPO on a prepared dataset, prepared first where need be, with everything a run
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,13 @@ from vlmdpo.training import memory_forecast, results
 from vlmdpo.training import setup as engine_room
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
-_OF_ONE_CALL = {  # a recipe is for doing it again: what belongs to one call, or one machine, stays out of it
+# a recipe is for doing it again: what belongs to one call, or one machine, stays out of it
+_OF_ONE_CALL = {
     *("resume", "overwrite", "doctor", "dry_run", "gpu", *OF_ONE_CALL),
     *("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
 }
-OVER_LENGTH = "over_length.jsonl"  # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
+# rows beyond --max-length: their tokens, and whether they were dropped or trimmed
+OVER_LENGTH = "over_length.jsonl"
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -52,13 +56,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 class _Told(BaseException):
-    """SIGTERM, raised wherever the program happens to be. No Exception: libraries catch those, and go on or say another."""
+    """SIGTERM, raised wherever the program happens to be. No Exception: libraries catch those, and
+    go on or say another.
+    """
 
 
 @contextlib.contextmanager
 def _preempted_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the program at once: there is nothing to save yet, or nothing left to do. Only what trains has
-    a handler of its own."""
+    """Inside, SIGTERM ends the program at once: there is nothing to save yet, or nothing left to
+    do. Only what trains has a handler of its own.
+    """
     told = False
 
     def stop(number: int, frame: Any) -> None:
@@ -75,7 +82,8 @@ def _preempted_by_sigterm() -> Iterator[None]:
     except BaseException as problem:
         if not told:
             raise
-        # Whatever it is by now: where it was raised, as in the middle of an import, it may have been made another error.
+        # Whatever it is by now: where it was raised, as in the middle of an import, it may have
+        # been made another error.
         message = "SIGTERM outside training; what checkpoints there are stay, and --resume goes on from them"
         raise Preempted(message) from problem
     finally:
@@ -87,7 +95,10 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.training.arguments import dpo_config
     from vlmdpo.training.monitor import METRICS, Watch
 
-    output_dir = config.output_dir or Path("outputs") / f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
+    output_dir = (
+        config.output_dir
+        or Path("outputs") / f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
+    )
     if config.doctor:
         return _examined(config)
     config = dataclasses.replace(config, output_dir=output_dir)
@@ -103,7 +114,9 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         _plan_batch(config, args, data)
     with _foreseeing(config, args, data) as peak:
         with _gone_if_empty(output_dir):
-            setup = engine_room.set_up(config, args, data, Watch(output_dir / METRICS, foreseen=peak))
+            setup = engine_room.set_up(
+                config, args, data, Watch(output_dir / METRICS, foreseen=peak)
+            )
         return _run(setup, config, output_dir)
 
 
@@ -123,7 +136,10 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
     if setup.watch.stopped_by and trainer.state.global_step < trainer.state.max_steps:
         again = shlex.join(["vlmdpo", "train", "--config", str(output_dir / RECIPE), "--resume"])
         kind = Interrupted if setup.watch.stopped_by == signal.SIGINT else Preempted
-        raise kind(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with: {again}")
+        raise kind(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on "
+            f"with: {again}"
+        )
     return results.finish(setup, outcome.metrics, output_dir, config)
 
 
@@ -154,7 +170,8 @@ def _in_words(setup: Any, folder: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as problem:
         batch = trainer.args.per_device_train_batch_size
         raise MemoryBudgetError(
-            f"out of memory at step {trainer.state.global_step + 1} with batch {batch}; add --auto-batch-size, or see "
+            f"out of memory at step {trainer.state.global_step + 1} with batch {batch}; add "
+            "--auto-batch-size, or see "
             "vlmdpo estimate-memory"
         ) from problem
     except OSError as problem:
@@ -164,18 +181,24 @@ def _in_words(setup: Any, folder: Path) -> Iterator[None]:
             raise
         workers = trainer.args.dataloader_num_workers
         raise DataError(
-            f"one of --dataloader-num-workers {workers} died at step {trainer.state.global_step + 1}, as one does that runs "
+            f"one of --dataloader-num-workers {workers} died at step "
+            f"{trainer.state.global_step + 1}, as one does that runs "
             "out of memory; go on with --resume, and fewer"
         ) from problem
 
 
 def _check_rate(config: TrainConfig) -> None:
-    """Warn of a learning rate that suits another way of training; the embedded model is too small for such rules."""
+    """Warn of a learning rate that suits another way of training; the embedded model is too small
+    for such rules.
+    """
     way, rate = "LoRA" if config.lora else "full", config.peak_learning_rate
     low, high = SANE_RATES[way]
     if config.model != "tiny" and not low <= rate <= high:
         what = "an adapter" if config.lora else "a whole model"
-        ui.warn(f"--learning-rate {rate:g}: {what} usually learns between {low:g} and {high:g}; {RATES[way]:g} is the default")
+        ui.warn(
+            f"--learning-rate {rate:g}: {what} usually learns between {low:g} and {high:g}; "
+            f"{RATES[way]:g} is the default"
+        )
 
 
 def _dtype(config: TrainConfig, args: Any) -> str:
@@ -187,16 +210,26 @@ def _dtype(config: TrainConfig, args: Any) -> str:
 
 @contextlib.contextmanager
 def _foreseeing(config: TrainConfig, args: Any, data: Path) -> Iterator[Any]:
-    """Inside, the peak memory is being foreseen, or None: it is not wanted, or the batch was planned by it already."""
+    """Inside, the peak memory is being foreseen, or None: it is not wanted, or the batch was
+    planned by it already.
+    """
     wanted = args.device.type == "cuda" if config.foresee_memory is None else config.foresee_memory
-    if not wanted or args.process_index or config.losses()[2]:  # mDPO's step is not one that can be foreseen
+    if (
+        not wanted or args.process_index or config.losses()[2]
+    ):  # mDPO's step is not one that can be foreseen
         yield None
         return
-    # As the run is, whoever launched it: --auto-batch-size and accelerate's own launcher may have changed what was asked for.
-    told = {name: getattr(args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    # As the run is, whoever launched it: --auto-batch-size and accelerate's own launcher may have
+    # changed what was asked for.
+    told = {
+        name: getattr(args, name)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    }
     told |= {"num_processes": args.world_size, "num_machines": 1, "machine_rank": 0}
     told["strategy"] = (sharding() if args.world_size > 1 else "") or "ddp"
-    found = memory_forecast.Foreseeing(dataclasses.replace(config, auto_batch_size=False, **told), data, _dtype(config, args))
+    found = memory_forecast.Foreseeing(
+        dataclasses.replace(config, auto_batch_size=False, **told), data, _dtype(config, args)
+    )
     try:
         yield found
     finally:
@@ -218,16 +251,21 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
     best = found["plan"]["per_device_train_batch_size"]
     if best is None:
         raise MemoryBudgetError(
-            f"one pair needs {found['gpu']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f}; "
+            f"one pair needs {found['gpu']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has "
+            f"{total / 2**30:.1f}; "
             f"see vlmdpo estimate-memory --model {config.model} --gpu {total // 2**20}MiB"
         )
     args.per_device_train_batch_size = best
     args.gradient_accumulation_steps = found["plan"]["gradient_accumulation_steps"]
-    ui.say(f"batch {best} × {args.gradient_accumulation_steps} accumulation steps is foreseen to fit")
+    ui.say(
+        f"batch {best} × {args.gradient_accumulation_steps} accumulation steps is foreseen to fit"
+    )
 
 
 def _examined(config: TrainConfig) -> dict[str, Any]:
-    """`--doctor`: everything up to the first step, in a folder that is gone afterwards; returns the findings."""
+    """`--doctor`: everything up to the first step, in a folder that is gone afterwards; returns the
+    findings.
+    """
     from vlmdpo.models.load import pick_device
     from vlmdpo.training.arguments import dpo_config
     from vlmdpo.training.monitor import METRICS, Watch
@@ -241,7 +279,9 @@ def _examined(config: TrainConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _gone_if_empty(folder: Path) -> Iterator[None]:
-    """The trainer makes its folder at once; where setting up fails, an empty one does not stay behind."""
+    """The trainer makes its folder at once; where setting up fails, an empty one does not stay
+    behind.
+    """
     try:
         yield
     except BaseException:
@@ -251,8 +291,9 @@ def _gone_if_empty(folder: Path) -> Iterator[None]:
 
 
 def _check_output(folder: Path, config: TrainConfig) -> TrainConfig:
-    """Refuse a folder that cannot be, holds something else, or an earlier run that nobody said what to do with; returns
-    the settings, with --overwrite where a person agreed to it."""
+    """Refuse a folder that cannot be, holds something else, or an earlier run that nobody said what
+    to do with; returns the settings, with --overwrite where a person agreed to it.
+    """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise DataError(f"--output-dir: cannot write '{folder}': '{nearest}' is a file")
@@ -260,10 +301,15 @@ def _check_output(folder: Path, config: TrainConfig) -> TrainConfig:
         raise DataError(f"--output-dir: cannot write '{folder}': no permission in '{nearest}'")
     held = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if held and not (folder / RECIPE).is_file():
-        raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
+        raise DataError(
+            f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+        )
     if held and not (config.resume or config.overwrite):
         if not ui.confirm(f"'{folder}' holds an earlier run. Replace it?"):
-            raise DataError(f"--output-dir: '{folder}' holds an earlier run; add --resume, --overwrite, or give another folder")
+            raise DataError(
+                f"--output-dir: '{folder}' holds an earlier run; add --resume, --overwrite, or "
+                "give another folder"
+            )
         return dataclasses.replace(config, overwrite=True)
     if held and config.resume:
         _warn_of_changes(folder, config)
@@ -271,9 +317,18 @@ def _check_output(folder: Path, config: TrainConfig) -> TrainConfig:
 
 
 def _warn_of_changes(folder: Path, config: TrainConfig) -> None:
-    """Say which settings are others than those the run was begun with: what follows is then no longer the same run."""
-    begun, now = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")), recipes.plain(config, without=_OF_ONE_CALL)
-    changed = [f"{name} {begun.get(name)} → {value}" for name, value in now.items() if begun.get(name) != value]
+    """Say which settings are others than those the run was begun with: what follows is then no
+    longer the same run.
+    """
+    begun, now = (
+        yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")),
+        recipes.plain(config, without=_OF_ONE_CALL),
+    )
+    changed = [
+        f"{name} {begun.get(name)} → {value}"
+        for name, value in now.items()
+        if begun.get(name) != value
+    ]
     if changed:
         ui.warn(f"--resume with other settings than the run was begun with: {', '.join(changed)}")
 
@@ -287,24 +342,39 @@ def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.tidy(folder)
         part = folder / f".{RECIPE}.partial"
-        part.write_text(yaml.safe_dump(recipes.plain(config, without=_OF_ONE_CALL), sort_keys=False), encoding="utf-8")
-        part.replace(folder / RECIPE)  # first of all: from now on the folder is known as a run of ours
+        part.write_text(
+            yaml.safe_dump(recipes.plain(config, without=_OF_ONE_CALL), sort_keys=False),
+            encoding="utf-8",
+        )
+        part.replace(
+            folder / RECIPE
+        )  # first of all: from now on the folder is known as a run of ours
         if over_length:
-            (folder / OVER_LENGTH).write_text("".join(json.dumps(row) + "\n" for row in over_length), encoding="utf-8")
+            (folder / OVER_LENGTH).write_text(
+                "".join(json.dumps(row) + "\n" for row in over_length), encoding="utf-8"
+            )
     except OSError as problem:
-        raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror or problem}") from problem
+        raise DataError(
+            f"--output-dir: cannot write '{folder}': {problem.strerror or problem}"
+        ) from problem
 
 
 def _prepared(config: TrainConfig) -> Path:
-    """The prepared folder behind --dataset: that folder itself, or what `prepare` makes of the source."""
+    """The prepared folder behind --dataset: that folder itself, or what `prepare` makes of the
+    source.
+    """
     folder = Path(config.dataset)
     if store.read_manifest(folder) is not None:
         return folder
     shared = {
-        name: getattr(config, name) for name in ("model", "revision", "trust_remote_code", "dataset", "split", "max_image_side")
+        name: getattr(config, name)
+        for name in ("model", "revision", "trust_remote_code", "dataset", "split", "max_image_side")
     }
     report = prepare.run(PrepareConfig(**shared))
-    ui.say(f"{'found prepared' if report['reused'] else 'prepared'}: {report['rows_out']:,} pairs in {report['path']}")
+    ui.say(
+        f"{'found prepared' if report['reused'] else 'prepared'}: {report['rows_out']:,} pairs in "
+        f"{report['path']}"
+    )
     return Path(report["path"])
 
 
@@ -315,9 +385,15 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     total = sum(map(size_of, trainer.model.parameters()))
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    way = {"shared": "shared prefix", "rows": "stock rows, images once", "stock": "stock TRL"}[trainer.engine]
+    way = {"shared": "shared prefix", "rows": "stock rows, images once", "stock": "stock TRL"}[
+        trainer.engine
+    ]
     attention = trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation
-    precision = "bfloat16 autocast" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
+    precision = (
+        "bfloat16 autocast"
+        if trainer.args.bf16
+        else str(trainer.model.dtype).removeprefix("torch.")
+    )
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
     ui.say(
         f"{pairs:,} pairs, {batch} a step; {what}: {trainable:,} of {total:,} parameters train; "

@@ -1,4 +1,6 @@
-"""`vlmdpo train --dry-run`: everything that can be known without a network, a GPU or the model, before anything is paid for."""
+"""`vlmdpo train --dry-run`: everything that can be known without a network, a GPU or the model,
+before anything is paid for.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus
     losses, weights, conditional = config.losses()
     known = _model(config.model)
-    whole = config.lora and config.lora_scope == "all" and config.lora_target_modules == "all-linear" and not config.use_dora
+    whole = (
+        config.lora
+        and config.lora_scope == "all"
+        and config.lora_target_modules == "all-linear"
+        and not config.use_dora
+    )
     return {
         "dry_run": True,
         "model": config.model,
@@ -94,7 +101,9 @@ def _rows(config: TrainConfig) -> tuple[int | None, str]:
     if folder.expanduser().exists():
         from vlmdpo.data.hub import open_source
 
-        return _cut(open_source(config.dataset, config.split).count, config), "counted, before checks"
+        return _cut(
+            open_source(config.dataset, config.split).count, config
+        ), "counted, before checks"
     repo = DATASETS.get(config.dataset, config.dataset)
     if repo in _PUBLISHED_ROWS:
         return _cut(_PUBLISHED_ROWS[repo], config), "published, before checks"
@@ -104,7 +113,9 @@ def _rows(config: TrainConfig) -> tuple[int | None, str]:
 def _cut(count: int | None, config: TrainConfig) -> int | None:
     if count is None:
         return None
-    source = Streamed(name=config.dataset, fingerprint="", count=count, root=Path("."), stream=lambda: iter(()))
+    source = Streamed(
+        name=config.dataset, fingerprint="", count=count, root=Path("."), stream=lambda: iter(())
+    )
     first, last = bounds(source, config.split, None)
     return (count if last is None else last) - first
 
@@ -128,18 +139,31 @@ def _how(config: TrainConfig) -> str:
 def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
     strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    shared = {name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *OF_ONE_CALL}}
+    shared = {
+        name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *OF_ONE_CALL}
+    }
     prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
-    return {**shared, "dtype": dtype, "dataset": prepared, "num_gpus": gpus, "strategy": strategy, "gpu": gpu}
+    return {
+        **shared,
+        "dtype": dtype,
+        "dataset": prepared,
+        "num_gpus": gpus,
+        "strategy": strategy,
+        "gpu": gpu,
+    }
 
 
 def _memory(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] | None:
-    """What the closed formula says of a GPU's memory; None where it does not know the model or the setting."""
+    """What the closed formula says of a GPU's memory; None where it does not know the model or the
+    setting.
+    """
     known = registry.known(config.model)
     if known is None or known.alias not in fast.architectures():
         return None
     try:
-        report = estimate_memory.run(EstimateMemoryConfig(**_estimate(config, gpus, gpu), fast=True))
+        report = estimate_memory.run(
+            EstimateMemoryConfig(**_estimate(config, gpus, gpu), fast=True)
+        )
     except ConfigError:  # a setting that the formula does not know, and the simulation does
         return None
     return {name: report.get(name) for name in ("peak_bytes", "verdict", "gpu", "error_per_cent")}
@@ -152,7 +176,11 @@ def _estimate_command(config: TrainConfig, gpus: int, gpu: str | None) -> str:
         if value == getattr(default, name):
             continue
         flag = f"--{name.replace('_', '-')}"
-        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+        words += (
+            [flag if value else f"--no-{flag[2:]}"]
+            if isinstance(value, bool)
+            else [flag, str(value)]
+        )
     return shlex.join(words)
 
 
@@ -165,7 +193,11 @@ def show(report: dict[str, Any]) -> None:
     trains = f": {report['trainable']:,} parameters train" if report["trainable"] else ""
     ui.result(f"Training  {report['how']}{trains}; learning rate {report['learning_rate']:g}")
     weighed = report["loss_weights"] and any(weight != 1 for weight in report["loss_weights"])
-    weights = f", weights {', '.join(f'{weight:g}' for weight in report['loss_weights'])}" if weighed else ""
+    weights = (
+        f", weights {', '.join(f'{weight:g}' for weight in report['loss_weights'])}"
+        if weighed
+        else ""
+    )
     ui.result(f"Loss      {', '.join(report['losses'])}{weights}")
     steps = f"{report['steps']:,}" if report["steps"] is not None else "as many as the data gives"
     on = f" over {report['gpus']} GPUs" if report["gpus"] > 1 else ""
@@ -178,7 +210,9 @@ def show(report: dict[str, Any]) -> None:
 def _memory_line(memory: dict[str, Any] | None) -> str:
     if memory is None or memory["peak_bytes"] is None:
         return "no formula for this model or setting"
-    line = (
-        f"about {memory['peak_bytes'] / 2**30:.1f} GiB a GPU at the peak, by formula, {memory['error_per_cent']}% off or less"
+    line = f"about {memory['peak_bytes'] / 2**30:.1f} GiB a GPU at the peak, by formula, {memory['error_per_cent']}% off or less"
+    return line + (
+        f"; {memory['gpu']['name']}: {memory['verdict']}"
+        if memory["verdict"]
+        else "; --gpu h100 gives a verdict"
     )
-    return line + (f"; {memory['gpu']['name']}: {memory['verdict']}" if memory["verdict"] else "; --gpu h100 gives a verdict")

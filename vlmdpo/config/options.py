@@ -14,14 +14,20 @@ ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3",
 
 
 def option(
-    default: Any, text: str, *, default_text: str | None = None, flag: str | None = None, also: str | None = None
+    default: Any,
+    text: str,
+    *,
+    default_text: str | None = None,
+    flag: str | None = None,
+    also: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     Args:
         default: the value where nobody says otherwise.
         text: the help line, with the unit where there is one.
-        default_text: how the help states the default where the value alone would not tell (`None`, say).
+        default_text: how the help states the default where the value alone would not tell (`None`,
+            say).
         flag: the option's spelling where it is not the field's own name.
         also: a second spelling.
     """
@@ -37,7 +43,10 @@ def need(condition: bool, name: str, value: object, wanted: str) -> None:
 def one_of(value: str, known: Iterable[str], name: str) -> None:
     known = tuple(known)
     if value not in known:
-        raise ConfigError(f"{flag_name(name)}: unknown value '{value}'.{nearest(value, known)} Known: {', '.join(known)}")
+        raise ConfigError(
+            f"{flag_name(name)}: unknown value '{value}'.{nearest(value, known)} Known: "
+            f"{', '.join(known)}"
+        )
 
 
 def flag_name(field: str) -> str:
@@ -49,12 +58,22 @@ def flag_name(field: str) -> str:
 class Base:
     """What every command that loads a model can be told."""
 
-    model: str = option("tiny", "Model: an alias (tiny, idefics2-8b, llava-1.5-7b ...), a Hub id or a local folder")
-    revision: str | None = option(None, "Branch, tag or commit of a Hub model", default_text="the main branch")
+    model: str = option(
+        "tiny", "Model: an alias (tiny, idefics2-8b, llava-1.5-7b ...), a Hub id or a local folder"
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a Hub model", default_text="the main branch"
+    )
     trust_remote_code: bool = option(False, "Run code that the model's repository ships")
     json: bool = option(False, "Print one JSON object to stdout and nothing else there")
-    quiet: bool = option(False, "No talk and no progress on stderr: only results, warnings and errors", also="-q")
-    yes: bool = option(False, "Answer yes where it would ask: to replace an earlier result, to upload, to share", also="-y")
+    quiet: bool = option(
+        False, "No talk and no progress on stderr: only results, warnings and errors", also="-q"
+    )
+    yes: bool = option(
+        False,
+        "Answer yes where it would ask: to replace an earlier result, to upload, to share",
+        also="-y",
+    )
 
 
 OF_ONE_CALL = ("json", "quiet", "yes")  # options that belong to a call and not to what it makes
@@ -66,10 +85,16 @@ STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 class Processes(Base):
     """What every command that several processes can share is told. Names are accelerate's."""
 
-    num_processes: int = option(1, "Processes in all, over all machines, one a GPU; more than 1 start through accelerate")
-    num_machines: int = option(1, "Machines of the run; the same command runs on each, with its own --machine-rank")
+    num_processes: int = option(
+        1, "Processes in all, over all machines, one a GPU; more than 1 start through accelerate"
+    )
+    num_machines: int = option(
+        1, "Machines of the run; the same command runs on each, with its own --machine-rank"
+    )
     machine_rank: int = option(0, "This machine's number, counted from 0")
-    main_process_ip: str | None = option(None, "Address of machine 0", default_text="needed for several machines")
+    main_process_ip: str | None = option(
+        None, "Address of machine 0", default_text="needed for several machines"
+    )
     main_process_port: int | None = option(
         None, "Port of machine 0", default_text="29500 for several machines, else one that is free"
     )
@@ -77,10 +102,16 @@ class Processes(Base):
     def __post_init__(self) -> None:
         need(self.num_processes >= 1, "num_processes", self.num_processes, "1 or more")
         need(self.num_machines >= 1, "num_machines", self.num_machines, "1 or more")
-        need(0 <= self.machine_rank < self.num_machines, "machine_rank", self.machine_rank, "a number below --num-machines")
+        need(
+            0 <= self.machine_rank < self.num_machines,
+            "machine_rank",
+            self.machine_rank,
+            "a number below --num-machines",
+        )
         if self.num_processes % self.num_machines:
             raise ConfigError(
-                f"--num-processes {self.num_processes} counts over all machines, and {self.num_machines} do not share them "
+                f"--num-processes {self.num_processes} counts over all machines, and "
+                f"{self.num_machines} do not share them "
                 "evenly"
             )
         if self.num_machines > 1 and self.main_process_ip is None:
@@ -91,12 +122,20 @@ class Processes(Base):
 class Weights(Base):
     """What every command that runs a model can be told."""
 
-    dtype: str = option("auto", f"Data type of the base weights: {', '.join(DTYPES)}; auto is bfloat16 on a GPU that has it")
+    dtype: str = option(
+        "auto",
+        f"Data type of the base weights: {', '.join(DTYPES)}; auto is bfloat16 on a GPU that has "
+        "it",
+    )
     attn_implementation: str = option(
-        "auto", f"Attention: {', '.join(ATTENTIONS)}; auto is flash_attention_2 where its package and a GPU are, else sdpa"
+        "auto",
+        f"Attention: {', '.join(ATTENTIONS)}; auto is flash_attention_2 where its package and a "
+        "GPU are, else sdpa",
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps")
-    image_splitting: bool = option(False, "Let Idefics-like processors cut each image into tiles (5 times the image tokens)")
+    image_splitting: bool = option(
+        False, "Let Idefics-like processors cut each image into tiles (5 times the image tokens)"
+    )
 
     def __post_init__(self) -> None:
         one_of(self.dtype, DTYPES, "dtype")

@@ -1,4 +1,6 @@
-"""From plain values to a command's settings: layers of defaults, recipe file and flags, each key checked and converted."""
+"""From plain values to a command's settings: layers of defaults, recipe file and flags, each key
+checked and converted.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
-    """A config from layers of plain values, later ones winning. Raises ConfigError on an unknown key or wrong type."""
+    """A config from layers of plain values, later ones winning. Raises ConfigError on an unknown
+    key or wrong type.
+    """
     types_of = field_types(cls)
     values: dict[str, Any] = {}
     for layer in layers:
@@ -34,9 +38,17 @@ def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
 
 def plain(config: Any, *, without: Collection[str] = ()) -> dict[str, Any]:
     """A config as the values that a recipe, a JSON file or a report holds; `build` reads them back."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in without}
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in without
+    }
     return {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        name: str(value)
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for name, value in values.items()
     }
 
@@ -55,13 +67,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(f"--config: '{path}' must hold 'option: value' lines, as in 'learning_rate: 5.0e-5'")
+        raise ConfigError(
+            f"--config: '{path}' must hold 'option: value' lines, as in 'learning_rate: 5.0e-5'"
+        )
     return {key.replace("-", "_"): value for key, value in loaded.items()}
 
 
 def _coerce(wanted: Any, value: Any, key: str) -> Any:
-    """`value` as the field's type, or a ConfigError that names the key. YAML reads 5e-5 as text; we read it as a number."""
-    options = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    """`value` as the field's type, or a ConfigError that names the key. YAML reads 5e-5 as text; we
+    read it as a number.
+    """
+    options = (
+        typing.get_args(wanted)
+        if typing.get_origin(wanted) in (types.UnionType, typing.Union)
+        else (wanted,)
+    )
     if value is None and type(None) in options:
         return None
     kind = next(t for t in options if t is not type(None))

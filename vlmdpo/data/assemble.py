@@ -1,6 +1,8 @@
-"""Checked units → the prepared dataset: copies of rows dropped across units, a test set split off by image, rows shuffled.
+"""Checked units → the prepared dataset: copies of rows dropped across units, a test set split off
+by image, rows shuffled.
 
-Where nothing has to move, a unit's shard becomes the dataset's shard as it is, by a link and not by a copy.
+Where nothing has to move, a unit's shard becomes the dataset's shard as it is, by a link and not by
+a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Order:
     """How rows are dealt out.
 
     Attributes:
-        test_size: below 1 a share of the rows, else a number of them; 0 keeps one set. No image is on both sides.
+        test_size: below 1 a share of the rows, else a number of them; 0 keeps one set. No image is
+            on both sides.
         shuffle: whether rows change their order.
         seed: of both.
     """
@@ -83,32 +86,43 @@ def plan(work: Path, units: int, order: Order, on_bad: str) -> Plan:
 
 
 def _listed(tally: Tally) -> str:
-    return ", ".join(f"{reason} {count} ({tally.examples[reason][0]})" for reason, count in tally.dropped.items())
+    return ", ".join(
+        f"{reason} {count} ({tally.examples[reason][0]})" for reason, count in tally.dropped.items()
+    )
 
 
 def _copy(seen: dict[int, int], key: str, swapped: str) -> str | None:
-    """Why a row is a copy of an earlier one: the same, or the same with the answers swapped, which takes it back."""
+    """Why a row is a copy of an earlier one: the same, or the same with the answers swapped, which
+    takes it back.
+    """
     if int(key, 16) in seen:
         return "duplicate"
     return "swapped_copy" if int(swapped, 16) in seen else None
 
 
-def _split(rows: list[tuple[int, int]], pictures: list[tuple[str, ...]], order: Order) -> dict[str, list[tuple[int, int]]]:
-    """Rows that share a picture, directly or by others, stay together; whole such groups make the test set."""
+def _split(
+    rows: list[tuple[int, int]], pictures: list[tuple[str, ...]], order: Order
+) -> dict[str, list[tuple[int, int]]]:
+    """Rows that share a picture, directly or by others, stay together; whole such groups make the
+    test set.
+    """
     if not order.test_size:
         return {"train": rows}
     wanted = order.test_size if order.test_size >= 1 else order.test_size * len(rows)
     groups = _groups(pictures)
     test: set[str] = set()
     held = 0
-    for group in sorted(groups, key=lambda name: hashlib.sha256(f"{order.seed}/{name}".encode()).digest()):
+    for group in sorted(
+        groups, key=lambda name: hashlib.sha256(f"{order.seed}/{name}".encode()).digest()
+    ):
         if held >= wanted:
             break
         test.add(group)
         held += groups[group]
     if not 0 < held < len(rows):
         raise DataError(
-            f"--test-size {order.test_size:g} would take {held} of {len(rows)} rows in {len(groups)} groups that share "
+            f"--test-size {order.test_size:g} would take {held} of {len(rows)} rows in "
+            f"{len(groups)} groups that share "
             "pictures, and leave nothing to train on; give a smaller one"
         )
     root = _roots(pictures)
@@ -145,7 +159,9 @@ def _groups(pictures: list[tuple[str, ...]]) -> dict[str, int]:
 
 
 def write(work: Path, made: Plan, folder: Path, key: str) -> int:
-    """Make `folder` the dataset that the plan says. Returns the bytes of its shards. Raises DataError for a full disk."""
+    """Make `folder` the dataset that the plan says. Returns the bytes of its shards. Raises
+    DataError for a full disk.
+    """
     try:
         shutil.rmtree(folder, ignore_errors=True)
         total = 0
@@ -156,15 +172,20 @@ def write(work: Path, made: Plan, folder: Path, key: str) -> int:
             store.finish_folder(own, files, f"{key}{split}")
             total += sum((own / name).stat().st_size for name in files)
         if len(made.splits) > 1:
-            (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(made.splits)}), encoding="utf-8")
+            (folder / "dataset_dict.json").write_text(
+                json.dumps({"splits": list(made.splits)}), encoding="utf-8"
+            )
     except OSError as problem:
         raise DataError(
-            f"cannot write '{folder}': {problem.strerror or problem}; free some space and run it again"
+            f"cannot write '{folder}': {problem.strerror or problem}; free some space and run it "
+            "again"
         ) from problem
     return total
 
 
-def _write_split(work: Path, unit_rows: list[int], rows: list[tuple[int, int]], folder: Path) -> list[str]:
+def _write_split(
+    work: Path, unit_rows: list[int], rows: list[tuple[int, int]], folder: Path
+) -> list[str]:
     files: list[str] = []
     for unit, picked in _shards(rows):
         path = folder / f"data-{len(files):05d}.arrow"
@@ -185,7 +206,9 @@ def _write_split(work: Path, unit_rows: list[int], rows: list[tuple[int, int]], 
 
 
 def _shards(rows: list[tuple[int, int]]) -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
-    """Rows shard by shard: those of one unit together where they are in order, else as many as a unit may have."""
+    """Rows shard by shard: those of one unit together where they are in order, else as many as a
+    unit may have.
+    """
     in_order = rows == sorted(rows)
     start = 0
     while start < len(rows):

@@ -1,4 +1,6 @@
-"""Sources on this machine: Parquet, JSONL, JSON, CSV, WebDataset tar, `save_to_disk`, or a folder of these."""
+"""Sources on this machine: Parquet, JSONL, JSON, CSV, WebDataset tar, `save_to_disk`, or a folder
+of these.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def local(path: Path, split: str, image_root: Path | None) -> Source:
-    """The source behind a file or folder. Raises DataError where it is none, or holds several kinds.
+    """The source behind a file or folder. Raises DataError where it is none, or holds several
+    kinds.
 
     Args:
-        split: picks the part of a saved `DatasetDict`, and files named after it (train-00000.parquet) in a folder.
+        split: picks the part of a saved `DatasetDict`, and files named after it
+            (train-00000.parquet) in a folder.
         image_root: where paths of pictures start; None is the data's own folder.
     """
     name = split.partition("[")[0]
@@ -40,20 +44,30 @@ def _kind(file: Path) -> str:
 
 
 def _found(folder: Path) -> list[Path]:
-    """The data files below a folder. JSON beside other data is taken for its description, not for rows."""
+    """The data files below a folder. JSON beside other data is taken for its description, not for
+    rows.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in _READERS)
     if any(_kind(file) != ".json" for file in files):
         files = [file for file in files if _kind(file) != ".json"]
     if not files:
-        raise DataError(f"'{folder}' holds no {', '.join(_READERS)} file and is no save_to_disk folder")
+        raise DataError(
+            f"'{folder}' holds no {', '.join(_READERS)} file and is no save_to_disk folder"
+        )
     return files
 
 
 def _of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
-    """The files named after a split, in themselves or by their folder; all of them where no file is."""
+    """The files named after a split, in themselves or by their folder; all of them where no file
+    is.
+    """
 
     def named(file: Path) -> bool:
-        return file.stem == split or file.stem.startswith((f"{split}-", f"{split}_")) or file.parent.name == split
+        return (
+            file.stem == split
+            or file.stem.startswith((f"{split}-", f"{split}_"))
+            or file.parent.name == split
+        )
 
     chosen = [file for file in files if named(file)]
     if not chosen and split != "train":
@@ -70,17 +84,35 @@ def _parquet(files: list[Path], name: str, root: Path) -> Source:
         try:
             meta = pq.ParquetFile(file)
         except (pyarrow.ArrowException, OSError) as problem:
-            raise DataError(f"'{file}' is no readable Parquet file: {str(problem).splitlines()[0]}") from problem
-        groups.append((file, tuple(meta.metadata.row_group(i).num_rows for i in range(meta.metadata.num_row_groups))))
+            raise DataError(
+                f"'{file}' is no readable Parquet file: {str(problem).splitlines()[0]}"
+            ) from problem
+        groups.append(
+            (
+                file,
+                tuple(
+                    meta.metadata.row_group(i).num_rows for i in range(meta.metadata.num_row_groups)
+                ),
+            )
+        )
         columns += [column for column in meta.schema_arrow.names if column not in columns]
     count = sum(sum(rows) for _, rows in groups)
     return ParquetRows(
-        name=name, fingerprint=fingerprint(files), count=count, root=root, columns=tuple(columns), files=tuple(groups)
+        name=name,
+        fingerprint=fingerprint(files),
+        count=count,
+        root=root,
+        columns=tuple(columns),
+        files=tuple(groups),
     )
 
 
 def _streamed(
-    files: list[Path], name: str, root: Path, rows: Callable[[Path], Iterator[Record]], count: Callable[[Path], int]
+    files: list[Path],
+    name: str,
+    root: Path,
+    rows: Callable[[Path], Iterator[Record]],
+    count: Callable[[Path], int],
 ) -> Source:
     return Streamed(
         name=name,
@@ -92,7 +124,13 @@ def _streamed(
 
 
 def _jsonl(files: list[Path], name: str, root: Path) -> Source:
-    return _streamed(files, name, root, _json_lines, lambda file: sum(bool(line.strip()) for line in _lines(file)))
+    return _streamed(
+        files,
+        name,
+        root,
+        _json_lines,
+        lambda file: sum(bool(line.strip()) for line in _lines(file)),
+    )
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -119,13 +157,18 @@ def _object(text: str, where: str) -> Record:
 
 def _as_object(record: Any, where: str) -> Record:
     if not isinstance(record, dict):
-        raise DataError(f"{where} must be a JSON object with the columns of a row, not {type(record).__name__}")
+        raise DataError(
+            f"{where} must be a JSON object with the columns of a row, not {type(record).__name__}"
+        )
     return record
 
 
 def _json(files: list[Path], name: str, root: Path) -> Source:
     """JSON files: one list of objects each, or JSON lines under that name."""
-    if all(next((line for line in _lines(file) if line.strip()), "").lstrip().startswith("{") for file in files):
+    if all(
+        next((line for line in _lines(file) if line.strip()), "").lstrip().startswith("{")
+        for file in files
+    ):
         return _jsonl(files, name, root)
     held = {file: _json_list(file) for file in files}
     return _streamed(files, name, root, lambda file: iter(held[file]), lambda file: len(held[file]))
@@ -137,7 +180,9 @@ def _json_list(file: Path) -> list[Record]:
     except ValueError as problem:
         raise DataError(f"'{file}' is no valid JSON: {problem}") from problem
     if not isinstance(held, list):
-        raise DataError(f"'{file}' must hold a list of objects, one a row, not {type(held).__name__}")
+        raise DataError(
+            f"'{file}' must hold a list of objects, one a row, not {type(held).__name__}"
+        )
     return [_as_object(record, f"'{file}' entry {number}") for number, record in enumerate(held)]
 
 
@@ -146,22 +191,31 @@ def _csv(files: list[Path], name: str, root: Path) -> Source:
 
 
 def _csv_rows(file: Path) -> Iterator[Record]:
-    reader = csv.DictReader(_lines(file), delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
+    reader = csv.DictReader(
+        _lines(file), delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True
+    )
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise DataError(f"'{file}' line {reader.line_num} has not as many cells as the header has columns")
+                raise DataError(
+                    f"'{file}' line {reader.line_num} has not as many cells as the header has "
+                    "columns"
+                )
             yield dict(row)
     except csv.Error as problem:
         raise DataError(f"'{file}' line {reader.line_num} is no valid CSV: {problem}") from problem
 
 
 def _tar(files: list[Path], name: str, root: Path) -> Source:
-    return _streamed(files, name, root, _tar_rows, lambda file: sum(1 for _ in _tar_groups(file, contents=False)))
+    return _streamed(
+        files, name, root, _tar_rows, lambda file: sum(1 for _ in _tar_groups(file, contents=False))
+    )
 
 
 def _tar_groups(file: Path, *, contents: bool) -> Iterator[dict[str, bytes]]:
-    """WebDataset samples: files in a row whose names agree up to the first dot, by the rest of their names."""
+    """WebDataset samples: files in a row whose names agree up to the first dot, by the rest of
+    their names.
+    """
     key: tuple[str, str] | None = None
     group: dict[str, bytes] = {}
     try:
@@ -184,7 +238,9 @@ def _tar_groups(file: Path, *, contents: bool) -> Iterator[dict[str, bytes]]:
 
 
 def _tar_rows(file: Path) -> Iterator[Record]:
-    """Rows of an archive: what its .json says, its pictures as `images`, every other text under its extension."""
+    """Rows of an archive: what its .json says, its pictures as `images`, every other text under its
+    extension.
+    """
     for group in _tar_groups(file, contents=True):
         row: Record = {}
         pictures = []
@@ -217,15 +273,24 @@ def _saved(path: Path, split: str, image_root: Path | None) -> Source:
         raise DataError(f"'{path}' cannot be read as a save_to_disk folder: {problem}") from problem
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise DataError(f"--split: '{path}' has no split '{split}'; it has {', '.join(dataset)}")
+            raise DataError(
+                f"--split: '{path}' has no split '{split}'; it has {', '.join(dataset)}"
+            )
         dataset, path = dataset[split], path / split
     return of_dataset(dataset, str(path), fingerprint(sorted(path.glob("*"))), image_root or path)
 
 
 def of_dataset(dataset: Any, name: str, mark: str, root: Path) -> Source:
-    """A `datasets.Dataset` as a source, its pictures left as they are stored: decoding is `images`' work."""
+    """A `datasets.Dataset` as a source, its pictures left as they are stored: decoding is `images`'
+    work.
+    """
     return ArrowRows(
-        name=name, fingerprint=mark, count=len(dataset), root=root, columns=tuple(dataset.column_names), dataset=dataset
+        name=name,
+        fingerprint=mark,
+        count=len(dataset),
+        root=root,
+        columns=tuple(dataset.column_names),
+        dataset=dataset,
     )
 
 

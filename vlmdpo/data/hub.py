@@ -1,4 +1,6 @@
-"""Sources on the Hugging Face Hub, downloaded or streamed, and the one door to every source by its name."""
+"""Sources on the Hugging Face Hub, downloaded or streamed, and the one door to every source by its
+name.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,24 @@ def open_source(
     if path.suffix in _FILES or dataset.startswith((".", "/", "~")):
         raise DataError(f"no file or folder '{dataset}'")
     with _explained(DATASETS.get(dataset, dataset), dataset):
-        return _hub(DATASETS.get(dataset, dataset), split.partition("[")[0], image_root, subset, revision, streaming)
+        return _hub(
+            DATASETS.get(dataset, dataset),
+            split.partition("[")[0],
+            image_root,
+            subset,
+            revision,
+            streaming,
+        )
 
 
-def _hub(repo: str, split: str, image_root: Path | None, subset: str | None, revision: str | None, streaming: bool) -> Source:
+def _hub(
+    repo: str,
+    split: str,
+    image_root: Path | None,
+    subset: str | None,
+    revision: str | None,
+    streaming: bool,
+) -> Source:
     from datasets import Image, List, config, load_dataset
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report every retry
@@ -92,11 +108,14 @@ def _explained(repo: str, asked: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, HFValidationError, FileNotFoundError) as problem:
         hint = nearest(asked, DATASETS)
-        raise DataError(f"no dataset '{repo}' here or on the Hub.{hint} Aliases: {', '.join(DATASETS)}") from problem
+        raise DataError(
+            f"no dataset '{repo}' here or on the Hub.{hint} Aliases: {', '.join(DATASETS)}"
+        ) from problem
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
         hint = "" if asked in DATASETS else nearest(asked, DATASETS)
         raise DataError(
-            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Give a local file, or go online"
+            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Give a "
+            "local file, or go online"
         ) from problem
     except ValueError as problem:
         raise DataError(f"dataset '{repo}': {str(problem).splitlines()[0]}") from problem

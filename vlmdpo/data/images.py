@@ -1,6 +1,7 @@
 """Open, check, bound and store one picture. Knows nothing of datasets or models.
 
-A picture that is fine as it is passes through as the bytes it came in: only its header and its end are read.
+A picture that is fine as it is passes through as the bytes it came in: only its header and its end
+are read.
 """
 
 from __future__ import annotations
@@ -17,10 +18,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 120_000_000  # a decompression bomb is refused before it is decoded
 _EXIF_ORIENTATION = 0x0112
-_PLAIN_MODES = ("RGB", "L")  # what every reader of the prepared data turns into RGB without a choice to make
-_MODE_CHANGES = {"CMYK": "cmyk_to_rgb", "P": "palette_to_rgb", "PA": "palette_to_rgb", "I": "16bit_to_rgb"}
+_PLAIN_MODES = (
+    "RGB",
+    "L",
+)  # what every reader of the prepared data turns into RGB without a choice to make
+_MODE_CHANGES = {
+    "CMYK": "cmyk_to_rgb",
+    "P": "palette_to_rgb",
+    "PA": "palette_to_rgb",
+    "I": "16bit_to_rgb",
+}
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_JPEG_BASELINE, _JPEG_SCAN = (0xC0, 0xC1, 0xC2), 0xDA  # frame markers that every decoder reads; start of the pixels
+_JPEG_BASELINE, _JPEG_SCAN = (
+    (0xC0, 0xC1, 0xC2),
+    0xDA,
+)  # frame markers that every decoder reads; start of the pixels
 
 
 class BadImage(Exception):
@@ -33,7 +45,9 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready to store: encoded bytes, (width, height) in pixels, and the names of what was changed."""
+    """A picture ready to store: encoded bytes, (width, height) in pixels, and the names of what was
+    changed.
+    """
 
     data: bytes
     size: tuple[int, int]
@@ -41,7 +55,9 @@ class Picture:
 
 
 def inside(root: Path, relative: str) -> Path:
-    """The file that a path from data names, which must lie in `root`; raises BadImage where it points elsewhere."""
+    """The file that a path from data names, which must lie in `root`; raises BadImage where it
+    points elsewhere.
+    """
     path = (root / relative).resolve()
     if not path.is_relative_to(root.resolve()):
         raise BadImage("image_outside_root", f"'{relative}' points outside '{root}'")
@@ -49,7 +65,9 @@ def inside(root: Path, relative: str) -> Path:
 
 
 def read(value: Any, root: Path) -> bytes:
-    """The encoded bytes behind an image cell: bytes, {"bytes", "path"}, a path below `root`, a data: URI, a PIL image."""
+    """The encoded bytes behind an image cell: bytes, {"bytes", "path"}, a path below `root`, a
+    data: URI, a PIL image.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None or value == "":
@@ -59,9 +77,15 @@ def read(value: Any, root: Path) -> bytes:
     if isinstance(value, Image.Image):
         return encode(value, "PNG")
     if not isinstance(value, str):
-        raise BadImage("unreadable_image", f"an image cell holds {type(value).__name__}, not bytes, a path or a picture")
+        raise BadImage(
+            "unreadable_image",
+            f"an image cell holds {type(value).__name__}, not bytes, a path or a picture",
+        )
     if "://" in value:
-        raise BadImage("image_is_url", f"'{value[:80]}' is not fetched; download pictures first and name their files")
+        raise BadImage(
+            "image_is_url",
+            f"'{value[:80]}' is not fetched; download pictures first and name their files",
+        )
     if value.startswith("data:image/"):
         return _from_uri(value)
     path = inside(root, value)
@@ -81,9 +105,10 @@ def _from_uri(value: str) -> bytes:
 def bound(data: bytes, max_side: int | None) -> Picture:
     """A whole, upright picture no longer than `max_side` pixels on any side.
 
-    Bytes that already are one pass through untouched. Others are decoded (JPEG at the smallest scale that holds enough
-    pixels), turned upright by their EXIF orientation, put into RGB, reduced with the bicubic filter, and written as
-    JPEG where they came as JPEG, else as PNG. `changes` names each of these.
+    Bytes that already are one pass through untouched. Others are decoded (JPEG at the smallest
+    scale that holds enough pixels), turned upright by their EXIF orientation, put into RGB, reduced
+    with the bicubic filter, and written as JPEG where they came as JPEG, else as PNG. `changes`
+    names each of these.
 
     Raises:
         BadImage: "unreadable_image", "truncated_image" or "oversized_image".
@@ -108,7 +133,9 @@ def bound(data: bytes, max_side: int | None) -> Picture:
 
 
 def open_whole(data: bytes) -> Image.Image:
-    """A decoded picture; raises BadImage where the bytes are no picture, stop short, or would fill memory."""
+    """A decoded picture; raises BadImage where the bytes are no picture, stop short, or would fill
+    memory.
+    """
     picture = _open(data)
     _load(picture)
     return picture
@@ -117,22 +144,34 @@ def open_whole(data: bytes) -> Image.Image:
 def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS below is the stricter bound
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # MAX_PIXELS below is the stricter bound
             picture = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, Image.DecompressionBombError) as problem:
         bomb = isinstance(problem, Image.DecompressionBombError)
         raise BadImage("oversized_image" if bomb else "unreadable_image", str(problem)) from problem
-    except (OSError, SyntaxError, ValueError) as problem:  # what PIL's readers raise on broken or short headers
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as problem:  # what PIL's readers raise on broken or short headers
         raise BadImage("truncated_image", str(problem)) from problem
     if picture.width * picture.height > MAX_PIXELS:
-        raise BadImage("oversized_image", f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS:,}")
+        raise BadImage(
+            "oversized_image", f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS:,}"
+        )
     return picture
 
 
 def _load(picture: Image.Image) -> None:
     try:
         picture.load()
-    except (OSError, SyntaxError, ValueError) as problem:  # what PIL's decoders raise on broken or short data
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as problem:  # what PIL's decoders raise on broken or short data
         raise BadImage("truncated_image", str(problem)) from problem
 
 
@@ -153,7 +192,11 @@ def _changes(picture: Image.Image, data: bytes, max_side: int | None) -> list[st
     if mode in _ALPHA or "transparency" in picture.info:
         found.append("alpha_on_white")
     # A PNG may hold its EXIF behind the pixels, where asking PIL for it would decode them all.
-    has_exif = "exif" in picture.info or (kind == "PNG" and b"eXIf" in data) or kind not in ("JPEG", "PNG", "WEBP", "MPO")
+    has_exif = (
+        "exif" in picture.info
+        or (kind == "PNG" and b"eXIf" in data)
+        or kind not in ("JPEG", "PNG", "WEBP", "MPO")
+    )
     if has_exif and picture.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
         found.append("exif_rotated")
     if max_side is not None and max(picture.size) > max_side:
@@ -162,7 +205,9 @@ def _changes(picture: Image.Image, data: bytes, max_side: int | None) -> list[st
 
 
 def _is_whole(data: bytes, kind: str) -> bool:
-    """Whether the bytes end as their format does (and, for PNG, every checksum holds); False where only decoding tells."""
+    """Whether the bytes end as their format does (and, for PNG, every checksum holds); False where
+    only decoding tells.
+    """
     if kind == "JPEG":
         return data.rstrip(b"\x00").endswith(b"\xff\xd9") and _common_jpeg(data)
     if kind == "WEBP":
@@ -175,7 +220,9 @@ def _is_whole(data: bytes, kind: str) -> bool:
 
 
 def _common_jpeg(data: bytes) -> bool:
-    """Whether the frame is baseline or progressive: PIL opens rarer kinds (lossless, arithmetic) and may fail later."""
+    """Whether the frame is baseline or progressive: PIL opens rarer kinds (lossless, arithmetic)
+    and may fail later.
+    """
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -183,7 +230,9 @@ def _common_jpeg(data: bytes) -> bool:
             return True
         if marker == _JPEG_SCAN:
             return False
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # FF may be repeated as filling
+        at += (
+            1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        )  # FF may be repeated as filling
     return False
 
 
@@ -195,7 +244,9 @@ def _bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Reduced with Pillow's bicubic filter; for RGB by PyTorch's kernel of it, equal to one level and 2.5 times as fast."""
+    """Reduced with Pillow's bicubic filter; for RGB by PyTorch's kernel of it, equal to one level
+    and 2.5 times as fast.
+    """
     if picture.size == size:
         return picture
     if picture.mode != "RGB":
@@ -204,14 +255,18 @@ def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     import torch
 
     pixels = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None]
-    reduced = torch.nn.functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic", antialias=True)
+    reduced = torch.nn.functional.interpolate(
+        pixels, size=(size[1], size[0]), mode="bicubic", antialias=True
+    )
     made = Image.fromarray(reduced[0].permute(1, 2, 0).numpy())
     made.info = picture.info
     return made
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB, with transparent parts laid on white and 16 bits scaled to 8 (a plain convert turns them black, or clips)."""
+    """RGB, with transparent parts laid on white and 16 bits scaled to 8 (a plain convert turns them
+    black, or clips).
+    """
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in _ALPHA or "transparency" in picture.info:
@@ -219,7 +274,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", layered.size, "white")
         made = Image.alpha_composite(paper, layered).convert("RGB")
     elif picture.mode == "I" or picture.mode.startswith("I;16"):
-        made = picture.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
+        made = (
+            picture.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
+        )
     else:
         made = picture.convert("RGB")
     for name in ("exif", "Raw profile type exif", "xmp"):

@@ -1,4 +1,6 @@
-"""One preference pair, and what makes a row a usable one. Knows nothing of files, columns or models."""
+"""One preference pair, and what makes a row a usable one. Knows nothing of files, columns or
+models.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One checked pair: encoded pictures in the order they are shown, the prompt's messages, one answer message each."""
+    """One checked pair: encoded pictures in the order they are shown, the prompt's messages, one
+    answer message each.
+    """
 
     images: tuple[bytes, ...]
     prompt: tuple[Message, ...]
@@ -55,19 +59,27 @@ class PreferencePair:
     notes: tuple[str, ...] = field(default=())
 
     def keys(self) -> tuple[str, str, tuple[str, ...]]:
-        """(key of the row, key of its copy with the answers swapped, key of each picture), 16 hex digits each.
+        """(key of the row, key of its copy with the answers swapped, key of each picture), 16 hex
+        digits each.
 
-        A row without pictures counts its prompt as one, so that a split never has the same prompt on both sides.
+        A row without pictures counts its prompt as one, so that a split never has the same prompt
+        on both sides.
         """
         pictures = tuple(hashlib.sha256(image).hexdigest()[:16] for image in self.images)
         asked = repr([(message["role"], text_of(message)) for message in self.prompt])
         first, second = text_of(self.chosen), text_of(self.rejected)
-        return _key(pictures, asked, first, second), _key(pictures, asked, second, first), pictures or (_key(asked),)
+        return (
+            _key(pictures, asked, first, second),
+            _key(pictures, asked, second, first),
+            pictures or (_key(asked),),
+        )
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of one row: its prompt with its pictures, both answers, and how many of the prompt's are the pictures'."""
+    """Tokens of one row: its prompt with its pictures, both answers, and how many of the prompt's
+    are the pictures'.
+    """
 
     prompt: int
     chosen: int
@@ -86,7 +98,9 @@ def _key(*parts: Any) -> str:
 
 def text_of(message: Message) -> str:
     """A message as one text, its pictures as placeholders."""
-    return "\n".join(PLACEHOLDER if part["type"] == "image" else str(part["text"]) for part in message["content"])
+    return "\n".join(
+        PLACEHOLDER if part["type"] == "image" else str(part["text"]) for part in message["content"]
+    )
 
 
 def message(role: str, text: str, pictures: int = 0) -> Message:
@@ -96,11 +110,16 @@ def message(role: str, text: str, pictures: int = 0) -> Message:
 
 
 def check(draft: Draft, root: Path) -> PreferencePair:
-    """The pair in a draft, its pictures read from below `root`. Raises BadRow with the reason it cannot be used."""
+    """The pair in a draft, its pictures read from below `root`. Raises BadRow with the reason it
+    cannot be used.
+    """
     prompt = _messages(draft.prompt, "user", "prompt")
     if draft.system and draft.system.strip():
         prompt = [message("system", draft.system.strip()), *prompt]
-    chosen, rejected = _messages(draft.chosen, "assistant", "chosen"), _messages(draft.rejected, "assistant", "rejected")
+    chosen, rejected = (
+        _messages(draft.chosen, "assistant", "chosen"),
+        _messages(draft.rejected, "assistant", "rejected"),
+    )
     if not prompt or len(chosen) > 1 or len(rejected) > 1:
         prompt, chosen, rejected = _common_prompt(prompt, chosen, rejected)
     _answerable(prompt)
@@ -117,7 +136,9 @@ def check(draft: Draft, root: Path) -> PreferencePair:
 
 
 def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Messages out of a text, one message or a list of them, in any spelling of roles and contents that is known."""
+    """Messages out of a text, one message or a list of them, in any spelling of roles and contents
+    that is known.
+    """
     if value is None:
         return []
     if isinstance(value, str):
@@ -125,12 +146,16 @@ def _messages(value: Any, role: str, where: str) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(turn, dict) for turn in value):
-        raise BadRow("unknown_message", f"{where} holds {type(value).__name__}, not a text or messages")
+        raise BadRow(
+            "unknown_message", f"{where} holds {type(value).__name__}, not a text or messages"
+        )
     found = []
     for turn in value:
         said = turn.get("role") or turn.get("from")
         if said not in _ROLES:
-            raise BadRow("unknown_role", f"{where} has a turn of {said!r}; known: {', '.join(_ROLES)}")
+            raise BadRow(
+                "unknown_role", f"{where} has a turn of {said!r}; known: {', '.join(_ROLES)}"
+            )
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         found.append({"role": _ROLES[said], "content": _parts(content, where)})
     return found
@@ -150,8 +175,13 @@ def _parts(content: Any, where: str) -> list[Part]:
         return pieces
     if isinstance(content, dict):
         content = [content]
-    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
-        raise BadRow("unknown_message", f"{where} has a content of {type(content).__name__}, not text or parts")
+    if not isinstance(content, (list, tuple)) or not all(
+        isinstance(part, dict) for part in content
+    ):
+        raise BadRow(
+            "unknown_message",
+            f"{where} has a content of {type(content).__name__}, not text or parts",
+        )
     found: list[Part] = []
     for part in content:
         kind = part.get("type")
@@ -161,7 +191,10 @@ def _parts(content: Any, where: str) -> list[Part]:
             found.append({"type": "image", "text": None})
         else:
             reason = "video" if kind in ("video", "video_url") else "unknown_message"
-            raise BadRow(reason, f"{where} has a part of type {kind!r}; only text and pictures are trained on")
+            raise BadRow(
+                reason,
+                f"{where} has a part of type {kind!r}; only text and pictures are trained on",
+            )
     return found
 
 
@@ -173,7 +206,9 @@ def _common_prompt(
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == min(len(chosen), len(rejected)) and shared:
-        shared -= 1  # the same to the end: the answers are identical, and the check for that names it
+        shared -= (
+            1  # the same to the end: the answers are identical, and the check for that names it
+        )
     said = chosen[:shared]
     if prompt and said and said[-len(prompt) :] != prompt:
         raise BadRow("two_prompts", "the answers repeat another prompt than the row's own")
@@ -181,19 +216,32 @@ def _common_prompt(
 
 
 def _answerable(prompt: list[Message]) -> None:
-    if not any(part["type"] == "text" for turn in prompt if turn["role"] == "user" for part in turn["content"]):
+    if not any(
+        part["type"] == "text"
+        for turn in prompt
+        if turn["role"] == "user"
+        for part in turn["content"]
+    ):
         raise BadRow("empty_prompt", "the row asks nothing")
     if prompt[-1]["role"] != "user":
-        raise BadRow("prompt_without_question", f"the prompt ends with a turn of {prompt[-1]['role']}, not of the user")
+        raise BadRow(
+            "prompt_without_question",
+            f"the prompt ends with a turn of {prompt[-1]['role']}, not of the user",
+        )
 
 
 def _answer(turns: list[Message], where: str) -> Message:
     """The one assistant message of an answer."""
     if len(turns) > 1 or (turns and turns[0]["role"] != "assistant"):
-        raise BadRow("answer_not_one_turn", f"{where} is {' + '.join(turn['role'] for turn in turns)}, not one assistant turn")
+        raise BadRow(
+            "answer_not_one_turn",
+            f"{where} is {' + '.join(turn['role'] for turn in turns)}, not one assistant turn",
+        )
     parts = turns[0]["content"] if turns else []
     if any(part["type"] == "image" for part in parts):
-        raise BadRow("placeholder_miscount", f"{where} holds {PLACEHOLDER}, and answers show no picture")
+        raise BadRow(
+            "placeholder_miscount", f"{where} holds {PLACEHOLDER}, and answers show no picture"
+        )
     if not parts:
         raise BadRow(f"empty_{where}", f"{where} is empty")
     return message("assistant", "\n".join(str(part["text"]) for part in parts))
@@ -201,7 +249,9 @@ def _answer(turns: list[Message], where: str) -> Message:
 
 def _cells(images: Any) -> list[Any]:
     """Image cells as a list: nothing, one cell or several."""
-    if images is None or (isinstance(images, dict) and images.get("bytes") is None and images.get("path") is None):
+    if images is None or (
+        isinstance(images, dict) and images.get("bytes") is None and images.get("path") is None
+    ):
         return []
     if isinstance(images, (list, tuple)):
         return [cell for one in images for cell in (_cells(one) or ([one] if one is None else []))]
@@ -209,12 +259,20 @@ def _cells(images: Any) -> list[Any]:
 
 
 def _placed(prompt: list[Message], pictures: int) -> list[Message]:
-    """The prompt with a place for every picture: where the texts say so, else all before the first question."""
+    """The prompt with a place for every picture: where the texts say so, else all before the first
+    question.
+    """
     places = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
     if places == pictures:
         return prompt
     if places:
-        raise BadRow("placeholder_miscount", f"{places} image placeholders in the prompt, {pictures} pictures in the row")
+        raise BadRow(
+            "placeholder_miscount",
+            f"{places} image placeholders in the prompt, {pictures} pictures in the row",
+        )
     first = next(number for number, turn in enumerate(prompt) if turn["role"] == "user")
     front = message("user", "", pictures)["content"][:-1]
-    return [{**turn, "content": [*front, *turn["content"]]} if number == first else turn for number, turn in enumerate(prompt)]
+    return [
+        {**turn, "content": [*front, *turn["content"]]} if number == first else turn
+        for number, turn in enumerate(prompt)
+    ]

@@ -1,7 +1,9 @@
-"""Where rows come from: files, saved datasets and the Hub, cut into units of work that any process can read alone.
+"""Where rows come from: files, saved datasets and the Hub, cut into units of work that any process
+can read alone.
 
-A source knows nothing of what its columns mean (see `schemas`). Where a format can be entered anywhere, a unit says
-only which rows; where it can only be streamed, the unit brings its rows along.
+A source knows nothing of what its columns mean (see `schemas`). Where a format can be entered
+anywhere, a unit says only which rows; where it can only be streamed, the unit brings its rows
+along.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from vlmdpo.errors import DataError
 Record = dict[str, Any]
 UNIT_ROWS = 256  # rows of a unit of work, which is also what a killed run has to do again
 _UNIT_BYTES = 32_000_000  # of a streamed unit: it travels to another process
-_ROW_GROUP_ROWS = 2_000  # a larger Parquet row group is streamed: entering it costs reading it from its start
+_ROW_GROUP_ROWS = (
+    2_000  # a larger Parquet row group is streamed: entering it costs reading it from its start
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,12 @@ class Streamed(Source):
         return {**self.__dict__, "stream": None}
 
 
-def cut(rows: Iterable[Record], first: int, last: int | None, number: int = 0, start: int = 0) -> Iterator[Unit]:
-    """Units of rows `first` to `last` of a stream whose first row is number `start`; unit numbers begin at `number`."""
+def cut(
+    rows: Iterable[Record], first: int, last: int | None, number: int = 0, start: int = 0
+) -> Iterator[Unit]:
+    """Units of rows `first` to `last` of a stream whose first row is number `start`; unit numbers
+    begin at `number`.
+    """
     held: list[Record] = []
     size, begin = 0, max(first, start)
     for at, row in enumerate(rows, start=start):
@@ -134,7 +142,9 @@ class ArrowRows(Source):
 
 
 def as_stored(dataset: Any) -> Iterator[Record]:
-    """Rows of a `datasets.Dataset` as they lie on disk: pictures as {"bytes", "path"}, nothing decoded or cast."""
+    """Rows of a `datasets.Dataset` as they lie on disk: pictures as {"bytes", "path"}, nothing
+    decoded or cast.
+    """
     for table in dataset.with_format("arrow").iter(batch_size=16):
         yield from table.to_pylist()
 
@@ -143,7 +153,9 @@ def as_stored(dataset: Any) -> Iterator[Record]:
 class ParquetRows(Source):
     """Parquet files. Units are whole row groups; groups too large for that are streamed."""
 
-    files: tuple[tuple[Path, tuple[int, ...]], ...] = field(repr=False)  # each file with the rows of its row groups
+    files: tuple[tuple[Path, tuple[int, ...]], ...] = field(
+        repr=False
+    )  # each file with the rows of its row groups
 
     def units(self, first: int, last: int | None) -> Iterator[Unit]:
         """Row groups together until there are enough rows; a huge group cut as a stream is."""
@@ -187,7 +199,9 @@ def _batches(file: Path, groups: list[int]) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as reader:  # else a whole group is in memory
+        with pq.ParquetFile(
+            file, pre_buffer=False, buffer_size=1 << 20
+        ) as reader:  # else a whole group is in memory
             for batch in reader.iter_batches(batch_size=16, row_groups=groups):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as problem:
@@ -201,22 +215,29 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def bounds(source: Source, split: str, limit: int | None) -> tuple[int, int | None]:
-    """First and last row (exclusive) of `split`, which may hold a slice, cut to `limit` rows; None is to the end.
+    """First and last row (exclusive) of `split`, which may hold a slice, cut to `limit` rows; None
+    is to the end.
 
     Raises:
-        DataError: a slice that cannot be read, selects nothing, or is in per cent of an unknown number of rows.
+        DataError: a slice that cannot be read, selects nothing, or is in per cent of an unknown
+            number of rows.
     """
     from datasets import ReadInstruction
 
     name, _, cut_at = split.partition("[")
     if source.count is None and cut_at:
-        raise DataError(f"--split: '{split}' needs the number of rows, which streaming does not tell; give --limit instead")
+        raise DataError(
+            f"--split: '{split}' needs the number of rows, which streaming does not tell; give "
+            "--limit instead"
+        )
     if source.count is None:
         return 0, limit
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: source.count})
     except (ValueError, AssertionError) as problem:
-        raise DataError(f"--split: cannot read '{split}'; write it as train, train[:1%] or train[100:200]") from problem
+        raise DataError(
+            f"--split: cannot read '{split}'; write it as train, train[:1%] or train[100:200]"
+        ) from problem
     if len(parts) != 1:
         raise DataError(f"--split: '{split}' names several splits; give one")
     first, last = parts[0].from_ or 0, source.count if parts[0].to is None else parts[0].to

@@ -1,8 +1,10 @@
-"""The prepared dataset on disk: Arrow shards that `datasets.load_from_disk` reads, and a manifest beside them.
+"""The prepared dataset on disk: Arrow shards that `datasets.load_from_disk` reads, and a manifest
+beside them.
 
-Rows hold what TRL takes, `images`, `prompt`, `chosen`, `rejected` (messages, nothing rendered), and beside it
-`source_row` and the tokens that the model's processor makes of them. While it is made it lies under a hidden name, unit
-by unit, so that a killed run goes on; it gets its own name only when it is whole.
+Rows hold what TRL takes, `images`, `prompt`, `chosen`, `rejected` (messages, nothing rendered), and
+beside it `source_row` and the tokens that the model's processor makes of them. While it is made it
+lies under a hidden name, unit by unit, so that a killed run goes on; it gets its own name only when
+it is whole.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ BATCH_ROWS = 16  # written at once: bounds memory
 
 def key_of(facts: dict[str, Any]) -> str:
     """What names one preparation: a hash of all that changes its result."""
-    return hashlib.sha256(json.dumps({**facts, "format": FORMAT}, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        json.dumps({**facts, "format": FORMAT}, sort_keys=True).encode()
+    ).hexdigest()[:12]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -49,14 +53,23 @@ def usable_output(folder: Path, overwrite: bool) -> None:
         raise DataError(f"--output-dir: '{folder}' is a file")
     if any(folder.iterdir()):
         if read_manifest(folder) is None:
-            raise DataError(f"--output-dir: '{folder}' holds something else; give an empty or new folder")
-        if not overwrite and not ui.confirm(f"'{folder}' holds data prepared otherwise. Replace it?"):
-            raise DataError(f"--output-dir: '{folder}' holds data prepared otherwise; add --overwrite or give another folder")
+            raise DataError(
+                f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+            )
+        if not overwrite and not ui.confirm(
+            f"'{folder}' holds data prepared otherwise. Replace it?"
+        ):
+            raise DataError(
+                f"--output-dir: '{folder}' holds data prepared otherwise; add --overwrite or give "
+                "another folder"
+            )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process prepares this folder. Waits for one that does, having said so; a killed one holds nothing."""
+    """Inside, no other process prepares this folder. Waits for one that does, having said so; a
+    killed one holds nothing.
+    """
     import filelock
 
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -81,17 +94,32 @@ def pair_features() -> Any:
 
     part = {"type": Value("string"), "text": Value("string")}
     messages = List({"role": Value("string"), "content": List(part)})
-    return Features({"images": List(Image(mode="RGB")), "prompt": messages, "chosen": messages, "rejected": messages})
+    return Features(
+        {
+            "images": List(Image(mode="RGB")),
+            "prompt": messages,
+            "chosen": messages,
+            "rejected": messages,
+        }
+    )
 
 
 def features() -> Any:
     """The columns of a prepared dataset: a pair, where it came from, and its tokens."""
     from datasets import Features, Value
 
-    return Features({**pair_features(), "source_row": Value("int64"), **{name: Value("int32") for name in COUNTS}})
+    return Features(
+        {
+            **pair_features(),
+            "source_row": Value("int64"),
+            **{name: Value("int32") for name in COUNTS},
+        }
+    )
 
 
-def row_of(pair: PreferencePair, pictures: Sequence[Picture], counts: TokenCounts, source_row: int) -> dict[str, Any]:
+def row_of(
+    pair: PreferencePair, pictures: Sequence[Picture], counts: TokenCounts, source_row: int
+) -> dict[str, Any]:
     """A pair as a row of the dataset."""
     return {
         "images": [{"bytes": picture.data, "path": None} for picture in pictures],
@@ -107,7 +135,9 @@ def row_of(pair: PreferencePair, pictures: Sequence[Picture], counts: TokenCount
 
 
 class ShardWriter:
-    """Writes rows to one Arrow file as they come; under its name only once it is closed without an error."""
+    """Writes rows to one Arrow file as they come; under its name only once it is closed without an
+    error.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}")
@@ -137,7 +167,9 @@ class ShardWriter:
         import pyarrow
 
         if self._held:
-            self._stream.write_batch(pyarrow.RecordBatch.from_pylist(self._held, schema=self._schema))
+            self._stream.write_batch(
+                pyarrow.RecordBatch.from_pylist(self._held, schema=self._schema)
+            )
         self._held = []
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -179,7 +211,9 @@ def finish_folder(folder: Path, files: Sequence[str], key: str) -> None:
 
 
 def part_folder(folder: Path, split: str = "train") -> Path:
-    """Where a split of a prepared folder is: the folder itself, or its own below it where a test set was split off."""
+    """Where a split of a prepared folder is: the folder itself, or its own below it where a test
+    set was split off.
+    """
     return folder / split if (folder / "dataset_dict.json").exists() else folder
 
 
@@ -189,13 +223,17 @@ def has_test_split(folder: Path) -> bool:
 
 
 def load(folder: Path, split: str = "train") -> Any:
-    """A split of a prepared folder as `datasets.Dataset`. Raises DataError where the folder is damaged."""
+    """A split of a prepared folder as `datasets.Dataset`. Raises DataError where the folder is
+    damaged.
+    """
     from datasets import load_from_disk
 
     try:
         return load_from_disk(str(part_folder(folder, split)))
     except (OSError, ValueError, KeyError) as problem:
-        raise DataError(f"'{folder}' is damaged ({problem}); run vlmdpo prepare again with --overwrite") from problem
+        raise DataError(
+            f"'{folder}' is damaged ({problem}); run vlmdpo prepare again with --overwrite"
+        ) from problem
 
 
 def replace(folder: Path, made: Path) -> None:

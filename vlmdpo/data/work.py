@@ -1,7 +1,8 @@
-"""Units of a source → checked shards on disk, in this process or in several, so that a killed run goes on.
+"""Units of a source → checked shards on disk, in this process or in several, so that a killed run
+goes on.
 
-Every unit ends as one shard and one record of what became of its rows; the record is written last, and a unit without
-one is done again. Which process does a unit changes nothing in it.
+Every unit ends as one shard and one record of what became of its rows; the record is written last,
+and a unit without one is done again. Which process does a unit changes nothing in it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
@@ -41,8 +48,12 @@ class Measure(Protocol):
     def count(self, pair: PreferencePair, pictures: list[Picture]) -> TokenCounts:
         """Raises BadRow where the chat template or processor refuses the row."""
 
-    def trim(self, pair: PreferencePair, pictures: list[Picture], limit: int) -> tuple[PreferencePair, TokenCounts]:
-        """The pair with its answers cut to `limit` tokens in all. Raises BadRow where its prompt leaves no room."""
+    def trim(
+        self, pair: PreferencePair, pictures: list[Picture], limit: int
+    ) -> tuple[PreferencePair, TokenCounts]:
+        """The pair with its answers cut to `limit` tokens in all. Raises BadRow where its prompt
+        leaves no room.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +75,15 @@ class Tally:
     """What became of a unit's rows.
 
     Attributes:
-        kept: for every row of the shard: source row, its key, the key of its swapped copy, its pictures' keys, the
-            names of what was put right in it, and its pictures' longer sides in pixels.
+        kept: for every row of the shard: source row, its key, the key of its swapped copy, its
+            pictures' keys, the names of what was put right in it, and its pictures' longer sides in
+            pixels.
     """
 
     rows_in: int = 0
-    kept: list[tuple[int, str, str, tuple[str, ...], list[str], list[int]]] = field(default_factory=list)
+    kept: list[tuple[int, str, str, tuple[str, ...], list[str], list[int]]] = field(
+        default_factory=list
+    )
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
@@ -107,7 +121,9 @@ def record_path(folder: Path, number: int) -> Path:
 
 
 def is_done(folder: Path, number: int) -> bool:
-    """Whether a unit's shard is whole: its record is there, and the shard has the size that the record tells."""
+    """Whether a unit's shard is whole: its record is there, and the shard has the size that the
+    record tells.
+    """
     try:
         record = json.loads(record_path(folder, number).read_text(encoding="utf-8"))
         return bool(shard_path(folder, number).stat().st_size == record["bytes"])
@@ -116,7 +132,9 @@ def is_done(folder: Path, number: int) -> bool:
 
 
 def do_unit(job: Job, unit: Unit, measure: Measure, tick: Callable[[], None]) -> None:
-    """Check, bound, count and write the rows of a unit. Raises DataError for a full disk, and with `on_bad` "fail"."""
+    """Check, bound, count and write the rows of a unit. Raises DataError for a full disk, and with
+    `on_bad` "fail".
+    """
     tally = Tally()
     path = shard_path(job.folder, unit.number)
     try:
@@ -127,36 +145,56 @@ def do_unit(job: Job, unit: Unit, measure: Measure, tick: Callable[[], None]) ->
                 except (BadRow, BadImage) as problem:
                     if job.on_bad == "fail":
                         name = job.source.name
-                        raise DataError(f"'{name}' row {number}: {problem.reason}: {problem}") from problem
+                        raise DataError(
+                            f"'{name}' row {number}: {problem.reason}: {problem}"
+                        ) from problem
                     tally.drop(problem.reason, number, str(problem))
                 tally.rows_in += 1
                 tick()
-        record = {**vars(tally), "first": unit.first, "last": unit.last, "bytes": path.stat().st_size}
+        record = {
+            **vars(tally),
+            "first": unit.first,
+            "last": unit.last,
+            "bytes": path.stat().st_size,
+        }
         partial = path.with_name(f"{path.stem}.json.{os.getpid()}")
         partial.write_text(json.dumps(record), encoding="utf-8")
         partial.replace(record_path(job.folder, unit.number))
     except OSError as problem:
-        free = ui.human_bytes(shutil.disk_usage(job.folder).free) if job.folder.exists() else "nothing"
+        free = (
+            ui.human_bytes(shutil.disk_usage(job.folder).free) if job.folder.exists() else "nothing"
+        )
         raise DataError(
-            f"cannot write below '{job.folder}': {problem.strerror or problem} ({free} free); {_GO_ON}"
+            f"cannot write below '{job.folder}': {problem.strerror or problem} ({free} free); "
+            f"{_GO_ON}"
         ) from problem
 
 
-def _row(job: Job, measure: Measure, number: int, row: dict[str, Any], tally: Tally) -> dict[str, Any]:
+def _row(
+    job: Job, measure: Measure, number: int, row: dict[str, Any], tally: Tally
+) -> dict[str, Any]:
     pair = check(job.schema.draft(row), job.source.root)
     pictures = [images.bound(data, job.max_image_side) for data in pair.images]
     counts = measure.count(pair, pictures)
-    changes = [*pair.notes, *dict.fromkeys(change for picture in pictures for change in picture.changes)]
+    changes = [
+        *pair.notes,
+        *dict.fromkeys(change for picture in pictures for change in picture.changes),
+    ]
     if job.max_length is not None and counts.longest > job.max_length:
         if job.over_length == "drop":
-            raise BadRow("over_length", f"{counts.longest} tokens, {counts.images} of them images, over {job.max_length}")
+            raise BadRow(
+                "over_length",
+                f"{counts.longest} tokens, {counts.images} of them images, over {job.max_length}",
+            )
         pair, counts = measure.trim(pair, pictures, job.max_length)
         changes.append("answers_trimmed")
     tally.kept.append((number, *pair.keys(), changes, [max(picture.size) for picture in pictures]))
     return store.row_of(pair, pictures, counts, number)
 
 
-def do_all(job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]) -> int:
+def do_all(
+    job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]
+) -> int:
     """Do every unit that is not done yet. Returns how many units there are.
 
     Args:
@@ -188,12 +226,15 @@ def do_all(job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, adv
 
 
 def context(num_proc: int, preload: list[str]) -> None:
-    """Start what several processes will be forked from, so that it imports `preload` while this one is busy."""
+    """Start what several processes will be forked from, so that it imports `preload` while this one
+    is busy.
+    """
     if num_proc > 1 and "forkserver" in multiprocessing.get_all_start_methods():
         from multiprocessing import forkserver, resource_tracker
 
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-        # Ctrl-C is this process's to handle; the server, which is told too, inherits that it is not.
+        # Ctrl-C is this process's to handle; the server, which is told too, inherits that it is
+        # not.
         resource_tracker.ensure_running()  # before: starting it would unblock the signal again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -202,8 +243,12 @@ def context(num_proc: int, preload: list[str]) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _in_processes(job: Job, units: Iterator[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]) -> None:
-    """This process works too, from the first moment: the others need seconds to load their libraries."""
+def _in_processes(
+    job: Job, units: Iterator[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]
+) -> None:
+    """This process works too, from the first moment: the others need seconds to load their
+    libraries.
+    """
     others = _Others(job, units, num_proc - 1, advance)
     try:
         for unit in units:
@@ -212,27 +257,39 @@ def _in_processes(job: Job, units: Iterator[Unit], num_proc: int, measure: Measu
             others.harvest(wait_s=0.3)
     except BrokenProcessPool as problem:
         raise DataError(
-            f"a process of --num-proc {num_proc} died, as one does that runs out of memory; {_GO_ON}, with fewer processes too"
+            f"a process of --num-proc {num_proc} died, as one does that runs out of memory; "
+            f"{_GO_ON}, with fewer processes too"
         ) from problem
     finally:
         others.stop()
 
 
 class _Others:
-    """Processes beside this one, one unit at a time each. A slot is a place in shared memory where one counts its rows."""
+    """Processes beside this one, one unit at a time each. A slot is a place in shared memory where
+    one counts its rows.
+    """
 
-    def __init__(self, job: Job, units: Iterator[Unit], processes: int, advance: Callable[[int], None]) -> None:
-        # A clean server process is forked, never this one: it may hold threads and locks, and copies of those hang.
+    def __init__(
+        self, job: Job, units: Iterator[Unit], processes: int, advance: Callable[[int], None]
+    ) -> None:
+        # A clean server process is forked, never this one: it may hold threads and locks, and
+        # copies of those hang.
         methods = multiprocessing.get_all_start_methods()
         start = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.running: dict[Future[None], int] = {}
         self._units, self._advance = units, advance
         self._slots = list(range(processes))
         self._seen = [0] * processes
-        self._progress = start.RawArray("q", [0] * (processes + 1))  # rows done in each slot; the last says stop
+        self._progress = start.RawArray(
+            "q", [0] * (processes + 1)
+        )  # rows done in each slot; the last says stop
         self._looked = time.monotonic()
-        self._pool = ProcessPoolExecutor(processes, mp_context=start, initializer=_begin, initargs=(job, self._progress))
-        self._aside = ThreadPoolExecutor(1)  # asking for the first process waits until its libraries are loaded
+        self._pool = ProcessPoolExecutor(
+            processes, mp_context=start, initializer=_begin, initargs=(job, self._progress)
+        )
+        self._aside = ThreadPoolExecutor(
+            1
+        )  # asking for the first process waits until its libraries are loaded
         self._ready = self._aside.submit(lambda: self._pool.submit(_nothing).result())
 
     def feed(self) -> None:
@@ -246,7 +303,9 @@ class _Others:
             self.running[self._pool.submit(_do_in_process, unit, slot)] = slot
 
     def harvest(self, wait_s: float) -> None:
-        """Take in what was done. Raises what a unit raised, and BrokenProcessPool where a process died."""
+        """Take in what was done. Raises what a unit raised, and BrokenProcessPool where a process
+        died.
+        """
         done, _ = wait(self.running, timeout=wait_s, return_when=FIRST_COMPLETED)
         for slot, rows in enumerate(self._progress[:-1]):
             if rows > self._seen[slot]:
@@ -285,7 +344,9 @@ def _begin(job: Job, progress: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    warnings.simplefilter("ignore")  # what libraries say when they are imported, the parent's own import has said
+    warnings.simplefilter(
+        "ignore"
+    )  # what libraries say when they are imported, the parent's own import has said
     measure = job.make_measure()
     import torch
 

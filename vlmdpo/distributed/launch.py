@@ -1,8 +1,9 @@
 """One command in several processes, started through accelerate, that ends as if it had been one.
 
-The command's own process becomes the parent: it writes the settings to a file, starts the processes, hands signals on, and
-waits. They leave their report or their error in the parent's folder, so that there is one result, one error line, and the
-exit code that one process would have had.
+The command's own process becomes the parent: it writes the settings to a file, starts the
+processes, hands signals on, and waits. They leave their report or their error in the parent's
+folder, so that there is one result, one error line, and the exit code that one process would have
+had.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ Config = TrainConfig | InferConfig | EvalAmberConfig
 
 
 def wanted(config: Config) -> bool:
-    """Whether this process should become the parent of others. Raises ConfigError where it is one of another number."""
+    """Whether this process should become the parent of others. Raises ConfigError where it is one
+    of another number.
+    """
     if isinstance(config, TrainConfig) and (config.dry_run or config.doctor):
         return False  # one process can tell
     launched = os.environ.get("WORLD_SIZE")
     if launched is None:
         return config.num_processes > 1
     if config.num_processes not in (1, int(launched)):
-        raise ConfigError(f"--num-processes {config.num_processes}: the launcher has started {launched}; leave it out")
+        raise ConfigError(
+            f"--num-processes {config.num_processes}: the launcher has started {launched}; leave "
+            "it out"
+        )
     return False
 
 
@@ -58,12 +64,24 @@ def run(command: str, config: Config) -> dict[str, Any]:
         settings = folder / "settings.yaml"
         settings.write_text(yaml.safe_dump(recipes.plain(config)), encoding="utf-8")
         chosen = folder / "accelerate.yaml"
-        chosen.write_text(yaml.safe_dump(accelerate_config(config), sort_keys=False), encoding="utf-8")
-        arguments = ["--config_file", str(chosen), "--module", "vlmdpo", command, "--config", str(settings)]
+        chosen.write_text(
+            yaml.safe_dump(accelerate_config(config), sort_keys=False), encoding="utf-8"
+        )
+        arguments = [
+            "--config_file",
+            str(chosen),
+            "--module",
+            "vlmdpo",
+            command,
+            "--config",
+            str(settings),
+        ]
         with _environment(config, folder), _signals_handed_on():
             died = _launched(arguments)
         report = folder / _REPORT
-        problem = _problem(folder, died, "--resume goes on" if command == "train" else "the same command goes on")
+        problem = _problem(
+            folder, died, "--resume goes on" if command == "train" else "the same command goes on"
+        )
         if problem is not None:
             raise problem
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
@@ -71,7 +89,9 @@ def run(command: str, config: Config) -> dict[str, Any]:
 
 
 def accelerate_config(config: Config) -> dict[str, Any]:
-    """accelerate's configuration file for a run, as `accelerate launch --config_file` takes it. Precision is train's to set."""
+    """accelerate's configuration file for a run, as `accelerate launch --config_file` takes it.
+    Precision is train's to set.
+    """
     several = config.num_machines > 1
     made: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -85,7 +105,9 @@ def accelerate_config(config: Config) -> dict[str, Any]:
         "rdzv_backend": "static",
         "same_network": True,
     }
-    return made | strategy_config(config.strategy if isinstance(config, TrainConfig) else "ddp", config)
+    return made | strategy_config(
+        config.strategy if isinstance(config, TrainConfig) else "ddp", config
+    )
 
 
 def strategy_config(strategy: str, config: Any = None) -> dict[str, Any]:
@@ -101,12 +123,19 @@ def strategy_config(strategy: str, config: Any = None) -> dict[str, Any]:
             },
         }
     if strategy in ("zero2", "zero3"):
-        stage = {"zero_stage": int(strategy[-1]), "gradient_clipping": 1.0, "zero3_init_flag": False}
+        stage = {
+            "zero_stage": int(strategy[-1]),
+            "gradient_clipping": 1.0,
+            "zero3_init_flag": False,
+        }
         if isinstance(config, TrainConfig):
             stage["gradient_accumulation_steps"] = config.gradient_accumulation_steps
         return {
             "distributed_type": "DEEPSPEED",
-            "deepspeed_config": {**stage, **({"zero3_save_16bit_model": True} if strategy == "zero3" else {})},
+            "deepspeed_config": {
+                **stage,
+                **({"zero3_save_16bit_model": True} if strategy == "zero3" else {}),
+            },
         }
     return {}
 
@@ -119,12 +148,16 @@ def _check(config: Config) -> None:
 
     here = config.num_processes // config.num_machines
     if pick_device(config.device).type == "cuda" and here > torch.cuda.device_count():
-        raise ConfigError(f"--num-processes: {here} on this machine, which has {torch.cuda.device_count()} GPUs")
+        raise ConfigError(
+            f"--num-processes: {here} on this machine, which has {torch.cuda.device_count()} GPUs"
+        )
     if isinstance(config, TrainConfig) and config.strategy.startswith("zero"):
         from importlib.util import find_spec
 
         if find_spec("deepspeed") is None:
-            raise MissingDependencyError(f"--strategy {config.strategy} needs DeepSpeed: pip install 'vlmdpo[deepspeed]'")
+            raise MissingDependencyError(
+                f"--strategy {config.strategy} needs DeepSpeed: pip install 'vlmdpo[deepspeed]'"
+            )
 
 
 def _free_port() -> int:
@@ -135,12 +168,16 @@ def _free_port() -> int:
 
 @contextmanager
 def _environment(config: Config, folder: Path) -> Iterator[None]:
-    """What the processes inherit: the parent's folder, and threads that do not get in each other's way."""
+    """What the processes inherit: the parent's folder, and threads that do not get in each other's
+    way.
+    """
     here = config.num_processes // config.num_machines
     threads = str(max(1, (os.cpu_count() or 1) // here))
     changes = {FOLDER: str(folder), "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update({name: value for name, value in changes.items() if name == FOLDER or before[name] is None})
+    os.environ.update(
+        {name: value for name, value in changes.items() if name == FOLDER or before[name] is None}
+    )
     try:
         yield
     finally:
@@ -154,8 +191,9 @@ def _environment(config: Config, folder: Path) -> Iterator[None]:
 def _launched(arguments: list[str]) -> dict[int, int]:
     """Start and await the processes; exit codes of those that failed, by rank.
 
-    accelerate runs in a thread: there torch's launcher leaves signals to this module, which gives processes all the time
-    that they need to save, where the launcher would kill them after 30 seconds.
+    accelerate runs in a thread: there torch's launcher leaves signals to this module, which gives
+    processes all the time that they need to save, where the launcher would kill them after 30
+    seconds.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -177,15 +215,19 @@ def _launched(arguments: list[str]) -> dict[int, int]:
     while thread.is_alive():
         thread.join(0.2)  # in short turns, so that signals are handled
     if raised:
-        raise ProcessError(f"the processes cannot be started: {str(raised[0]).strip().splitlines()[0]}") from raised[0]
+        raise ProcessError(
+            f"the processes cannot be started: {str(raised[0]).strip().splitlines()[0]}"
+        ) from raised[0]
     return failed
 
 
 def _hush(*families: str) -> None:
-    """Silence loggers, their descendants too: torch's launcher sets levels on its own, which outrank their family's.
+    """Silence loggers, their descendants too: torch's launcher sets levels on its own, which
+    outrank their family's.
 
-    Among what it says there: on several machines its agents await each other at the end through a store that the first one
-    keeps. Where that one is gone first, all work is done and the exit code is 0, but a traceback would be printed.
+    Among what it says there: on several machines its agents await each other at the end through a
+    store that the first one keeps. Where that one is gone first, all work is done and the exit code
+    is 0, but a traceback would be printed.
     """
     import torch.distributed.run  # noqa: F401 - makes the loggers, which are silenced only once they are there
 
@@ -196,7 +238,9 @@ def _hush(*families: str) -> None:
 
 @contextmanager
 def _signals_handed_on() -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the processes, which are not in the terminal's group; this one waits for how they end."""
+    """Ctrl-C and SIGTERM reach the processes, which are not in the terminal's group; this one waits
+    for how they end.
+    """
     import psutil
 
     def hand_on(number: int, frame: Any) -> None:
@@ -215,8 +259,13 @@ def _signals_handed_on() -> Iterator[None]:
 
 
 def _problem(folder: Path, died: dict[int, int], go_on: str) -> VlmDpoError | None:
-    """Why the run ended, where it did not end well: the first cause, not what it did to the other processes."""
-    told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")), key=lambda e: e["at"])
+    """Why the run ended, where it did not end well: the first cause, not what it did to the other
+    processes.
+    """
+    told = sorted(
+        (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")),
+        key=lambda e: e["at"],
+    )
     causes = [error for error in told if error["kind"] != PeerLost.__name__]
     # The launcher ends the others by SIGTERM.
     killed = {rank: -code for rank, code in died.items() if code < 0 and -code != signal.SIGTERM}
@@ -230,7 +279,9 @@ def _problem(folder: Path, died: dict[int, int], go_on: str) -> VlmDpoError | No
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name
         why = ", as one is that runs out of memory" if number == signal.SIGKILL else ""
-        return ProcessError(f"process {rank} was killed ({name}{why}); the others were stopped; {go_on}")
+        return ProcessError(
+            f"process {rank} was killed ({name}{why}); the others were stopped; {go_on}"
+        )
     if told:
         return _again(told[0])
     return ProcessError(f"the processes ended with exit codes {died}") if died else None
@@ -238,7 +289,9 @@ def _problem(folder: Path, died: dict[int, int], go_on: str) -> VlmDpoError | No
 
 def _again(error: dict[str, Any]) -> VlmDpoError:
     """The error that a process left behind, as itself again."""
-    kinds: dict[str, Callable[[str], VlmDpoError]] = {kind.__name__: kind for kind in _kinds(VlmDpoError)}
+    kinds: dict[str, Callable[[str], VlmDpoError]] = {
+        kind.__name__: kind for kind in _kinds(VlmDpoError)
+    }
     return kinds[error["kind"]](error["message"])
 
 
@@ -269,7 +322,9 @@ def tell(problem: VlmDpoError) -> None:
 
 
 def begin() -> None:
-    """Only the first process speaks; and a parent that dies is a SIGTERM to this process, which saves and ends."""
+    """Only the first process speaks; and a parent that dies is a SIGTERM to this process, which
+    saves and ends.
+    """
     if os.environ["RANK"] != "0":
         ui.mute()
     parent = os.getppid()

@@ -1,4 +1,6 @@
-"""Several processes of one run, as `accelerate launch` or `torchrun` start them. Knows nothing of what they do."""
+"""Several processes of one run, as `accelerate launch` or `torchrun` start them. Knows nothing of
+what they do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from vlmdpo.errors import ConfigError
 
 # What gloo and NCCL say when the other side is gone.
 _LOST = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "recvValue failed"),
+    *(
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Socket Timeout",
+        "recvValue failed",
+    ),
     *("NCCL communicator was aborted", "remote process exited", "Timed out waiting"),
 )
 
@@ -20,7 +28,9 @@ IN_PARTS = ("fsdp2", "zero3")  # strategies under which no process has all of th
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: its number, how many there are, and the device that it should use."""
+    """This process among those of the run: its number, how many there are, and the device that it
+    should use.
+    """
 
     index: int = 0
     count: int = 1
@@ -51,13 +61,18 @@ class Processes:
 
 
 def sharding() -> str:
-    """How the launcher says that processes share the model: "" (each has it whole), "fsdp2", "zero2" or "zero3".
+    """How the launcher says that processes share the model: "" (each has it whole), "fsdp2",
+    "zero2" or "zero3".
 
-    Raises ConfigError for FSDP's first version, which cannot shard an adapter beside frozen weights of another dtype.
+    Raises ConfigError for FSDP's first version, which cannot shard an adapter beside frozen weights
+    of another dtype.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError("the launcher asks for FSDP's version 1; set fsdp_version: 2 in accelerate's configuration")
+            raise ConfigError(
+                "the launcher asks for FSDP's version 1; set fsdp_version: 2 in accelerate's "
+                "configuration"
+            )
         return "fsdp2"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
@@ -71,7 +86,9 @@ def lost_peer(problem: BaseException) -> bool:
 
 
 def join_run(device: str) -> Processes:
-    """The processes of this run; one, where nothing launched more. `device` is what the settings say."""
+    """The processes of this run; one, where nothing launched more. `device` is what the settings
+    say.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(device=device)
     from accelerate import PartialState

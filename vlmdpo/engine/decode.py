@@ -1,9 +1,11 @@
-"""Many questions to one picture: it is encoded once, and what their prompts have in common crosses the model once.
+"""Many questions to one picture: it is encoded once, and what their prompts have in common crosses
+the model once.
 
-The common prefix is the longest common run of *token ids* of the processed prompts: processors put spaces and tokens of
-their own around pictures, so ids cannot be spliced. Behind it the rest of all prompts lie in one packed row, each seeing
-the prefix and itself; so do the answers, token by token. Families that cannot fork there (prefix language models,
-recurrent layers) still have the picture encoded once. Answers are those of greedy `generate`.
+The common prefix is the longest common run of *token ids* of the processed prompts: processors put
+spaces and tokens of their own around pictures, so ids cannot be spliced. Behind it the rest of all
+prompts lie in one packed row, each seeing the prefix and itself; so do the answers, token by token.
+Families that cannot fork there (prefix language models, recurrent layers) still have the picture
+encoded once. Answers are those of greedy `generate`.
 """
 
 from __future__ import annotations
@@ -17,14 +19,20 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.feature_extraction_utils import BatchFeature
 
 from vlmdpo.engine import packed_attention
 from vlmdpo.engine.generate import prompt_of
 from vlmdpo.models import families
 
-# Settings that change greedy answers beyond a repetition penalty, and their values that change nothing.
+# Settings that change greedy answers beyond a repetition penalty, and their values that change
+# nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "no_repeat_ngram_size": (None, 0),
@@ -55,7 +63,9 @@ class _Prompt:
 
 
 class BranchLayout:
-    """A shared prefix of `prefix` cached slots, and behind it the slots of branches that do not see each other."""
+    """A shared prefix of `prefix` cached slots, and behind it the slots of branches that do not see
+    each other.
+    """
 
     def __init__(self, prefix: int, device: torch.device) -> None:
         self.prefix = prefix
@@ -64,14 +74,19 @@ class BranchLayout:
         self.new = 0
 
     def extend(self, branch: Tensor, index: Tensor) -> None:
-        """New slots (T,): the branch each belongs to, and its index in the row that its branch would have alone."""
+        """New slots (T,): the branch each belongs to, and its index in the row that its branch
+        would have alone.
+        """
         self.branch, self.index = torch.cat([self.branch, branch]), torch.cat([self.index, index])
         self.new = len(branch)
 
     def mask(self, allowed: Callable[..., Tensor], device: torch.device) -> Tensor:
         """(1, 1, new, prefix + all slots) bool, of the model's own mask function."""
         first = torch.tensor(0, device=device)
-        queries, keys = self.index[-self.new :], torch.cat([torch.arange(self.prefix, device=device), self.index])
+        queries, keys = (
+            self.index[-self.new :],
+            torch.cat([torch.arange(self.prefix, device=device), self.index]),
+        )
         own = self.branch[-self.new :, None] == self.branch[None, :]
         own = torch.cat([own.new_ones(self.new, self.prefix), own], dim=1)
         return (allowed(first, first, queries[:, None], keys[None, :]) & own)[None, None]
@@ -88,13 +103,14 @@ class _Branch:
 
 
 class Asker:
-    """Asks a model questions about pictures, one picture open at a time. Wraps its backbone until `close`.
+    """Asks a model questions about pictures, one picture open at a time. Wraps its backbone until
+    `close`.
 
     Args:
         model: the model, or a PEFT model whose adapter may be switched off and on between calls.
         processor: its processor.
-        keep_features: whether image features of the open picture serve with and without the adapter; False where the
-            adapter touches what makes them.
+        keep_features: whether image features of the open picture serve with and without the
+            adapter; False where the adapter touches what makes them.
 
     Attributes:
         why_not: why prompts cannot share their prefix, or "". Pictures are encoded once either way.
@@ -108,10 +124,16 @@ class Asker:
         if not self.why_not:
             packed_attention.use_packed_attention(families.text_configs(self.backbone))
         config = self.base.generation_config
-        ends = config.eos_token_id if config.eos_token_id is not None else processor.tokenizer.eos_token_id
+        ends = (
+            config.eos_token_id
+            if config.eos_token_id is not None
+            else processor.tokenizer.eos_token_id
+        )
         self._ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
         penalty = config.repetition_penalty
-        self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
+        self._penalty = (
+            RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
+        )
         self._features = self.backbone.get_image_features
         self._kept: Any = None
         self._copies = 1
@@ -137,7 +159,12 @@ class Asker:
 
     @torch.inference_mode()
     def ask(
-        self, questions: Sequence[str], max_new_tokens: int, *, at_once: int = 32, decided: Decided | None = None
+        self,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        at_once: int = 32,
+        decided: Decided | None = None,
     ) -> list[str]:
         """Greedy answers about the open picture, stripped of special tokens.
 
@@ -180,12 +207,18 @@ class Asker:
             types = {name: made[name].to(device) for name in families.TYPE_KEYS if name in made}
             self._pictured[question] = _Prompt(ids[0].tolist(), positions.to(device), types)
             if not self._pixels:
-                rest = {k: v for k, v in made.items() if k not in ("input_ids", "attention_mask", *families.TYPE_KEYS)}
+                rest = {
+                    k: v
+                    for k, v in made.items()
+                    if k not in ("input_ids", "attention_mask", *families.TYPE_KEYS)
+                }
                 self._pixels = dict(BatchFeature(rest).to(device, self.model.dtype))
         return self._pictured[question]
 
     def _common(self, prompts: Sequence[_Prompt]) -> int:
-        """Tokens that all prompts begin with, leaving each at least one; 0 where the picture is not wholly among them."""
+        """Tokens that all prompts begin with, leaving each at least one; 0 where the picture is not
+        wholly among them.
+        """
         columns = zip(*(prompt.ids for prompt in prompts), strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
         same = min(same, min(len(prompt.ids) for prompt in prompts) - 1)
@@ -193,7 +226,9 @@ class Asker:
 
     def _prefix(self, prompt: _Prompt, length: int) -> DynamicCache:
         """The keys and values (1 row) of a prompt's first `length` tokens, its picture among them."""
-        cache = DynamicCache()  # without the configuration: a sliding window would throw the prefix away
+        cache = (
+            DynamicCache()
+        )  # without the configuration: a sliding window would throw the prefix away
         ids = torch.tensor([prompt.ids[:length]], device=self.model.device)
         self.backbone(
             input_ids=ids,
@@ -207,15 +242,25 @@ class Asker:
         return cache
 
     def _branches(
-        self, cache: DynamicCache, shared: int, prompts: Sequence[_Prompt], longest: int, decided: Decided | None
+        self,
+        cache: DynamicCache,
+        shared: int,
+        prompts: Sequence[_Prompt],
+        longest: int,
+        decided: Decided | None,
     ) -> list[str]:
         device = self.model.device
         layout = BranchLayout(shared, device)
         tails = [prompt.ids[shared:] for prompt in prompts]
-        branches = [_Branch(number, list(prompt.ids), prompt.positions[..., -1:]) for number, prompt in enumerate(prompts)]
+        branches = [
+            _Branch(number, list(prompt.ids), prompt.positions[..., -1:])
+            for number, prompt in enumerate(prompts)
+        ]
         lengths = torch.tensor([len(tail) for tail in tails], device=device)
         owner = torch.repeat_interleave(torch.arange(len(tails), device=device), lengths)
-        index = torch.cat([torch.arange(shared, shared + len(tail), device=device) for tail in tails])
+        index = torch.cat(
+            [torch.arange(shared, shared + len(tail), device=device) for tail in tails]
+        )
         ids = torch.tensor([list(itertools.chain(*tails))], device=device)
         positions = torch.cat([prompt.positions[..., shared:] for prompt in prompts], dim=-1)
         ends = lengths.cumsum(0) - 1
@@ -242,8 +287,12 @@ class Asker:
             ends = torch.arange(len(going), device=device)
         return texts
 
-    def _said(self, going: Sequence[_Branch], logits: Tensor, texts: list[str], decided: Decided | None) -> list[_Branch]:
-        """Take the next token (N,) of each branch from its logits (N, V); those that are not at their end go on."""
+    def _said(
+        self, going: Sequence[_Branch], logits: Tensor, texts: list[str], decided: Decided | None
+    ) -> list[_Branch]:
+        """Take the next token (N,) of each branch from its logits (N, V); those that are not at
+        their end go on.
+        """
         if self._penalty is not None:
             rows = [
                 self._penalty(torch.tensor([b.ids], device=logits.device), row[None])
@@ -265,25 +314,35 @@ class Asker:
         return text.strip()
 
     def _rows(self, prompts: Sequence[_Prompt], longest: int, decided: Decided | None) -> list[str]:
-        """Rows padded on the left through `generate`, with the picture encoded once for all of them."""
+        """Rows padded on the left through `generate`, with the picture encoded once for all of
+        them.
+        """
         width = max(len(prompt.ids) for prompt in prompts)
 
         def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-            return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], device=self.model.device)
+            return torch.tensor(
+                [[fill] * (width - len(row)) + list(row) for row in rows], device=self.model.device
+            )
 
         ids = [prompt.ids for prompt in prompts]
         inputs: dict[str, Any] = {
             "input_ids": padded(ids, self.processor.tokenizer.pad_token_id),
             "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            **{name: padded([p.types[name][0].tolist() for p in prompts], 0) for name in prompts[0].types},
             **{
-                k: torch.cat([v] * len(prompts)) if isinstance(v, Tensor) else v * len(prompts) for k, v in self._pixels.items()
+                name: padded([p.types[name][0].tolist() for p in prompts], 0)
+                for name in prompts[0].types
+            },
+            **{
+                k: torch.cat([v] * len(prompts)) if isinstance(v, Tensor) else v * len(prompts)
+                for k, v in self._pixels.items()
             },
         }
         stop = StoppingCriteriaList([_DecidedAll(decided, self._text, width)]) if decided else None
         self._copies = len(prompts)
         try:
-            made = self.model.generate(**inputs, max_new_tokens=longest, do_sample=False, stopping_criteria=stop)
+            made = self.model.generate(
+                **inputs, max_new_tokens=longest, do_sample=False, stopping_criteria=stop
+            )
         finally:
             self._copies = 1
         return [self._text(row[width:].tolist()) for row in made]
@@ -297,7 +356,9 @@ class Asker:
             def one(value: Any) -> Any:
                 return value[: len(value) // self._copies] if isinstance(value, Tensor) else value
 
-            self._kept = self._features(*map(one, args), **{name: one(value) for name, value in kwargs.items()})
+            self._kept = self._features(
+                *map(one, args), **{name: one(value) for name, value in kwargs.items()}
+            )
         return families.repeat_features(_copy(self._kept), self._copies)
 
 

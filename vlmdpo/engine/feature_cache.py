@@ -1,7 +1,9 @@
-"""Image features on disk, for vision towers that do not train: the tower then runs once per picture, ever.
+"""Image features on disk, for vision towers that do not train: the tower then runs once per
+picture, ever.
 
-It pays where the tower's work is large beside its tokens (Idefics2) and pictures are seen again: more epochs, more runs.
-One safetensors file a row, below the prepared data. This module knows nothing of models.
+It pays where the tower's work is large beside its tokens (Idefics2) and pictures are seen again:
+more epochs, more runs. One safetensors file a row, below the prepared data. This module knows
+nothing of models.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def tower_digest(parameters: Sequence[Tensor]) -> str:
 
 
 class FeatureCache:
-    """The image features of rows, by row number. A file that cannot be read is reported, not used, and made anew."""
+    """The image features of rows, by row number. A file that cannot be read is reported, not used,
+    and made anew.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.path = folder / FOLDER / key
@@ -47,7 +51,9 @@ class FeatureCache:
         return sum(1 for _ in self.path.rglob("*.safetensors"))
 
     def get(self, rows: Sequence[int], device: torch.device) -> Any | None:
-        """What `get_image_features` gave for the pictures of these rows, one after the other; None if any is missing."""
+        """What `get_image_features` gave for the pictures of these rows, one after the other; None
+        if any is missing.
+        """
         found = []
         for row in rows:
             file = self._file(row)
@@ -56,12 +62,16 @@ class FeatureCache:
             except FileNotFoundError:
                 return None
             except (SafetensorError, OSError) as problem:
-                ui.warn(f"'{file}' is not used and will be made anew: {str(problem).splitlines()[0]}")
+                ui.warn(
+                    f"'{file}' is not used and will be made anew: {str(problem).splitlines()[0]}"
+                )
                 return None
         return _join(found)
 
     def put(self, rows: Sequence[int], tokens: Sequence[int], features: Any) -> None:
-        """Keep the features of a batch. `tokens`: each row's image tokens. A full disk costs the reuse, not the run."""
+        """Keep the features of a batch. `tokens`: each row's image tokens. A full disk costs the
+        reuse, not the run.
+        """
         for row, part in zip(rows, split(features, tokens), strict=True):
             file = self._file(row)
             partial = file.with_suffix(f".{os.getpid()}.partial")
@@ -72,7 +82,9 @@ class FeatureCache:
             except (SafetensorError, OSError) as problem:
                 with contextlib.suppress(OSError):
                     partial.unlink()
-                ui.warn(f"image features of row {row} are not kept: cannot write '{file}': {problem}")
+                ui.warn(
+                    f"image features of row {row} are not kept: cannot write '{file}': {problem}"
+                )
                 return
 
     def _file(self, row: int) -> Path:
@@ -83,13 +95,15 @@ def split(features: Any, tokens: Sequence[int]) -> list[dict[str, Tensor]]:
     """Cut a batch's features into rows, as named tensors.
 
     Args:
-        features: with `pooler_output`, (pictures, tokens, H) or a sequence of one (tokens, H) per picture, and perhaps
-            `deepstack_features`, the same for each of some layers.
+        features: with `pooler_output`, (pictures, tokens, H) or a sequence of one (tokens, H) per
+            picture, and perhaps `deepstack_features`, the same for each of some layers.
         tokens: image tokens of each row, in order.
     """
     rows: list[dict[str, Tensor]] = [{} for _ in tokens]
     parts = {_POOLED: features.pooler_output}
-    parts |= {f"{_DEEP}.{n:03d}": layer for n, layer in enumerate(getattr(features, _DEEP, None) or [])}
+    parts |= {
+        f"{_DEEP}.{n:03d}": layer for n, layer in enumerate(getattr(features, _DEEP, None) or [])
+    }
     for name, pictures in parts.items():
         at = 0
         for row, wanted in zip(rows, tokens, strict=True):
@@ -100,7 +114,10 @@ def split(features: Any, tokens: Sequence[int]) -> list[dict[str, Tensor]]:
             if isinstance(pictures, Tensor):
                 row[name] = pictures[first:at].contiguous().clone()
             else:
-                row |= {f"{name}#{n:05d}": p.contiguous().clone() for n, p in enumerate(pictures[first:at])}
+                row |= {
+                    f"{name}#{n:05d}": p.contiguous().clone()
+                    for n, p in enumerate(pictures[first:at])
+                }
     return rows
 
 

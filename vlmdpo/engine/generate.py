@@ -10,15 +10,23 @@ from PIL import Image
 
 
 def prompt_of(processor: Any, question: str) -> str:
-    """One user turn with one picture, rendered through the model's chat template, ready for the answer."""
+    """One user turn with one picture, rendered through the model's chat template, ready for the
+    answer.
+    """
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    rendered: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    rendered: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
     return rendered
 
 
 @torch.inference_mode()
 def answer(
-    model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+    model: Any,
+    processor: Any,
+    pictures: Sequence[Image.Image],
+    questions: Sequence[str],
+    max_new_tokens: int,
 ) -> list[str]:
     """The model's greedy answers, stripped of special tokens, one for each picture and question.
 
@@ -26,12 +34,18 @@ def answer(
     """
     inputs = inputs_of(model, processor, pictures, questions)
     made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = processor.batch_decode(
+        made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return [text.strip() for text in answers]
 
 
-def inputs_of(model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-    """What the model is given for one question to each picture, padded on the left, on its device and in its type."""
+def inputs_of(
+    model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]
+) -> Any:
+    """What the model is given for one question to each picture, padded on the left, on its device
+    and in its type.
+    """
     return processor(
         text=[prompt_of(processor, question) for question in questions],
         images=[[picture] for picture in pictures],
@@ -43,8 +57,11 @@ def inputs_of(model: Any, processor: Any, pictures: Sequence[Image.Image], quest
 
 
 @torch.inference_mode()
-def is_near_tie(model: Any, processor: Any, picture: Image.Image, question: str, max_new_tokens: int) -> bool:
-    """Whether the model's two best next tokens lie, somewhere in its answer, within its data type's rounding.
+def is_near_tie(
+    model: Any, processor: Any, picture: Image.Image, question: str, max_new_tokens: int
+) -> bool:
+    """Whether the model's two best next tokens lie, somewhere in its answer, within its data type's
+    rounding.
 
     Then either is a right greedy answer: which one comes depends on the order of the arithmetic.
     """

@@ -1,12 +1,14 @@
-"""Packed preference pairs, and attention over them: image, prompt and chosen answer, then the rejected one against the prompt.
+"""Packed preference pairs, and attention over them: image, prompt and chosen answer, then the
+rejected one against the prompt.
 
 One batch is one row of slots, without padding. Each pair lies in it as
 
     [ prompt but its last token | last, chosen ... | last, rejected ... ]
 
-and every slot knows which index it would have in the row that stock TRL makes of prompt and answer. That map is all:
-positions are gathered by it, and the model's own mask function is evaluated at it, so sliding windows and
-bidirectional images keep their meaning. This module knows nothing of images, losses or trainers.
+and every slot knows which index it would have in the row that stock TRL makes of prompt and answer.
+That map is all: positions are gathered by it, and the model's own mask function is evaluated at it,
+so sliding windows and bidirectional images keep their meaning. This module knows nothing of images,
+losses or trainers.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from vlmdpo.engine.packed_attention import additive_mask
 
 @dataclass(frozen=True)
 class Span:
-    """Where one pair lies, in slots: `prefix` (prompt but its last token), then the two branches (last token, answer)."""
+    """Where one pair lies, in slots: `prefix` (prompt but its last token), then the two branches
+    (last token, answer).
+    """
 
     start: int
     prefix: int
@@ -42,16 +46,19 @@ class Span:
 
 
 class PairLayout:
-    """The index maps of one packed batch of B pairs with T slots; S is the longest row stock would have.
+    """The index maps of one packed batch of B pairs with T slots; S is the longest row stock would
+    have.
 
     Args:
         lengths: for each pair the tokens of prompt, chosen and rejected answer.
         device: where the maps are needed.
 
     Attributes:
-        slot_pair, slot_index: (T,) the pair of a slot, and its index in the stock row of prompt and answer.
-        row_slot, row_mask: (B, S) the slot of each index, following the longer answer, and whether there is one.
-        hidden_slot: (2B, 1 + C) the slot of each branch token, chosen rows first, as TRL's loss wants them.
+        slot_pair, slot_index: (T,) the pair of a slot, and its index in the stock row of prompt and
+        answer. row_slot, row_mask: (B, S) the slot of each index, following the longer answer, and
+        whether there is one.
+        hidden_slot: (2B, 1 + C) the slot of each branch token, chosen rows first, as TRL's loss
+            wants them.
     """
 
     def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -67,7 +74,9 @@ class PairLayout:
             rejected_slots.append(torch.arange(second, second + span.rejected))
             longer = max(chosen_slots[-1], rejected_slots[-1], key=len)
             rows.append(torch.cat([torch.arange(span.start, first), longer]))
-            branch = [torch.arange(span.prefix, span.prefix + n) for n in (span.chosen, span.rejected)]
+            branch = [
+                torch.arange(span.prefix, span.prefix + n) for n in (span.chosen, span.rejected)
+            ]
             indices.append(torch.cat([torch.arange(span.prefix), *branch]))
             pairs.append(torch.full((span.length,), number))
         self.slot_pair = torch.cat(pairs).to(device)
@@ -78,7 +87,9 @@ class PairLayout:
         self.row_mask = pad([torch.ones_like(row) for row in rows]).to(device)
 
     def to_rows(self, packed: Tensor) -> Tensor:
-        """(1, T) values of the slots → (B, S) as stock rows would hold them, zero where a row has ended."""
+        """(1, T) values of the slots → (B, S) as stock rows would hold them, zero where a row has
+        ended.
+        """
         return packed[0][self.row_slot] * self.row_mask
 
     def from_rows(self, rows: Tensor) -> Tensor:
@@ -86,7 +97,9 @@ class PairLayout:
         return rows[..., self.slot_pair, self.slot_index].unsqueeze(-2)
 
     def seen_by_rejected(self, span: Span, device: torch.device) -> Tensor:
-        """(pair slots,) bool: a rejected answer sees the prefix and itself. A chosen one ends before it begins."""
+        """(pair slots,) bool: a rejected answer sees the prefix and itself. A chosen one ends
+        before it begins.
+        """
         slots = torch.arange(span.length, device=device)
         return (slots < span.prefix) | (slots >= span.chosen_row)
 
@@ -97,34 +110,49 @@ class PairLayout:
 
 @dataclass(frozen=True)
 class _Block:
-    """The masks of one pair, bool (q, kv): prompt and chosen answer (None: plainly causal), rejected answer over all."""
+    """The masks of one pair, bool (q, kv): prompt and chosen answer (None: plainly causal),
+    rejected answer over all.
+    """
 
     chosen_row: Tensor | None
     rejected: Tensor
 
 
 class PairMask(Tensor):
-    """What stands in for the (1, 1, T, T) mask while pairs are packed: the blocks of it that are looked at.
+    """What stands in for the (1, 1, T, T) mask while pairs are packed: the blocks of it that are
+    looked at.
 
-    A tensor in name only, without storage: models hand a ready 4-D mask through to their attention untouched.
+    A tensor in name only, without storage: models hand a ready 4-D mask through to their attention
+    untouched.
     """
 
     @staticmethod
-    def __new__(cls, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device) -> PairMask:
+    def __new__(
+        cls, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device
+    ) -> PairMask:
         slots = len(layout.slot_pair)
-        made: PairMask = Tensor._make_wrapper_subclass(cls, (1, 1, slots, slots), dtype=torch.bool, device=device)
+        made: PairMask = Tensor._make_wrapper_subclass(
+            cls, (1, 1, slots, slots), dtype=torch.bool, device=device
+        )
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} needs the numbers of a mask, and a PairMask holds none")
 
-    def __init__(self, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(
+        self, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device
+    ) -> None:
         self.spans = layout.spans
-        self.blocks = [self._block(layout, number, mask_function, device) for number in range(len(layout.spans))]
+        self.blocks = [
+            self._block(layout, number, mask_function, device)
+            for number in range(len(layout.spans))
+        ]
 
     @staticmethod
-    def _block(layout: PairLayout, number: int, allowed: Callable[..., Tensor], device: torch.device) -> _Block:
+    def _block(
+        layout: PairLayout, number: int, allowed: Callable[..., Tensor], device: torch.device
+    ) -> _Block:
         span = layout.spans[number]
         index = layout.slot_index[span.start : span.start + span.length]
         at = partial(allowed, torch.tensor(number, device=device), torch.tensor(0, device=device))
@@ -135,13 +163,26 @@ class PairMask(Tensor):
         return _Block(None if plain else chosen_row, rejected)
 
     def attend(
-        self, plain: Callable[..., Any], additive: bool, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+        self,
+        plain: Callable[..., Any],
+        additive: bool,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """(1, heads, T, d) in, (1, T, heads, d) out, one pair after the other. `additive`: masks are added to scores."""
+        """(1, heads, T, d) in, (1, T, heads, d) out, one pair after the other. `additive`: masks
+        are added to scores.
+        """
         kwargs.pop("is_causal", None)
         # One split each, not many slices: its gradient is one concatenation.
-        queries = query.split([n for span in self.spans for n in (span.chosen_row, span.rejected)], dim=2)
-        keys, values = (whole.split([span.length for span in self.spans], dim=2) for whole in (key, value))
+        queries = query.split(
+            [n for span in self.spans for n in (span.chosen_row, span.rejected)], dim=2
+        )
+        keys, values = (
+            whole.split([span.length for span in self.spans], dim=2) for whole in (key, value)
+        )
         outputs = []
         for number, (span, block) in enumerate(zip(self.spans, self.blocks, strict=True)):
             k, v = keys[number], values[number]
@@ -149,7 +190,11 @@ class PairMask(Tensor):
             if additive and allowed is None:
                 allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
             part = _as_mask(allowed, k.dtype if additive else None)
-            outputs.append(plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[0])
+            outputs.append(
+                plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[
+                    0
+                ]
+            )
             part = _as_mask(block.rejected, k.dtype if additive else None)
             outputs.append(plain(module, queries[2 * number + 1], k, v, part, **kwargs)[0])
         return torch.cat(outputs, dim=1), None

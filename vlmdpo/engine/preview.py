@@ -1,4 +1,6 @@
-"""One row as the model reads it: the very ids of the batch as text, special tokens visible, and which are in the loss."""
+"""One row as the model reads it: the very ids of the batch as text, special tokens visible, and
+which are in the loss.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ def preview(collator: PairCollator, row: dict[str, Any]) -> dict[str, Any]:
     """What the collator makes of a row of a prepared dataset.
 
     Returns:
-        `images` (sizes as "640x480"), `prompt`, `chosen`, `rejected` as decoded text (a run of the same special token as
-        "<image>×64"), `tokens` {part: count}, `loss_tokens` {side: [text of each token in the loss]}.
+        `images` (sizes as "640x480"), `prompt`, `chosen`, `rejected` as decoded text (a run of the
+        same special token as "<image>×64"), `tokens` {part: count}, `loss_tokens` {side: [text of
+        each token in the loss]}.
     """
     batch = collator([row])
     lengths = dict(zip(("prompt", "chosen", "rejected"), batch["pairs"][0], strict=True))
     ids = batch["pair_ids"][0].tolist()
     prompt = lengths["prompt"]
-    chosen_at, rejected_at = prompt, prompt + lengths["chosen"] + 1  # each branch begins with the prompt's last token
+    chosen_at, rejected_at = (
+        prompt,
+        prompt + lengths["chosen"] + 1,
+    )  # each branch begins with the prompt's last token
     parts = {
         "prompt": ids[:prompt],
         "chosen": ids[chosen_at : chosen_at + lengths["chosen"]],
@@ -35,7 +41,9 @@ def preview(collator: PairCollator, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
-    """Ids as text; a token repeated more than twice, as the places of a picture are, is written once with its count."""
+    """Ids as text; a token repeated more than twice, as the places of a picture are, is written
+    once with its count.
+    """
     said, plain = "", []
     for token, run in groupby(ids):
         count = len(list(run))
@@ -48,7 +56,9 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token, so that together they are the text; tokens of one character's bytes stand together."""
+    """The text of each token, so that together they are the text; tokens of one character's bytes
+    stand together.
+    """
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])

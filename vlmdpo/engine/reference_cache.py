@@ -1,6 +1,8 @@
-"""Reference log-probs on disk: computed once per row, kept beside the prepared data, never used where anything differs.
+"""Reference log-probs on disk: computed once per row, kept beside the prepared data, never used
+where anything differs.
 
-One Arrow file per key: row, chosen and rejected log-prob sums. This module knows nothing of trainers.
+One Arrow file per key: row, chosen and rejected log-prob sums. This module knows nothing of
+trainers.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class ReferenceCache:
         key: see `key_of`. What is on disk under another key is never read.
         rows: how many rows the dataset has.
 
-    A file that is damaged or says anything else than it should is reported, not used, and written anew.
+    A file that is damaged or says anything else than it should is reported, not used, and written
+    anew.
     """
 
     def __init__(self, folder: Path, key: str, rows: int) -> None:
@@ -55,7 +58,9 @@ class ReferenceCache:
         return not bool(self._values[list(rows)].isnan().any())
 
     def get(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(chosen, rejected) log-probs of these rows, each (B,) float32 on the CPU; None where any is missing."""
+        """(chosen, rejected) log-probs of these rows, each (B,) float32 on the CPU; None where any
+        is missing.
+        """
         found = self._values[rows.cpu()]
         return None if found.isnan().any() else (found[:, 0], found[:, 1])
 
@@ -72,9 +77,11 @@ class ReferenceCache:
         return [(row, *self._values[row].tolist()) for row in sorted(self._fresh)]
 
     def save(self, others: Iterable[tuple[int, float, float]] = (), *, write: bool = True) -> None:
-        """Write everything known, under a temporary name first; `others` is what other processes found.
+        """Write everything known, under a temporary name first; `others` is what other processes
+        found.
 
-        Every process calls this and one writes. A folder that cannot be written costs the reuse, not the run.
+        Every process calls this and one writes. A folder that cannot be written costs the reuse,
+        not the run.
         """
         fresh = bool(self._fresh)
         for row, chosen, rejected in others:
@@ -86,17 +93,25 @@ class ReferenceCache:
         part = self.path.with_suffix(".partial")
         try:
             self.path.parent.mkdir(exist_ok=True)
-            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, self._table().schema) as writer:
+            with (
+                pa.OSFile(str(part), "wb") as file,
+                pa.ipc.new_file(file, self._table().schema) as writer,
+            ):
                 writer.write_table(self._table())
             part.replace(self.path)
         except OSError as problem:
-            ui.warn(f"reference log-probs are not kept: cannot write '{self.path}': {problem.strerror or problem}")
+            ui.warn(
+                f"reference log-probs are not kept: cannot write '{self.path}': "
+                f"{problem.strerror or problem}"
+            )
 
     def _table(self) -> pa.Table:
         rows = (~self._values.isnan()).all(dim=1).nonzero().flatten()
         columns = [rows.numpy(), self._values[rows, 0].numpy(), self._values[rows, 1].numpy()]
         table = pa.table(dict(zip(_COLUMNS, columns, strict=True)))
-        return table.replace_schema_metadata({"key": self.key, "rows": str(len(self._values)), "digest": _digest(table)})
+        return table.replace_schema_metadata(
+            {"key": self.key, "rows": str(len(self._values)), "digest": _digest(table)}
+        )
 
     def _load(self) -> None:
         if not self.path.is_file():
@@ -104,7 +119,10 @@ class ReferenceCache:
         try:
             with pa.OSFile(str(self.path), "rb") as file:
                 table = pa.ipc.open_file(file).read_all()
-            told = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+            told = {
+                name.decode(): value.decode()
+                for name, value in (table.schema.metadata or {}).items()
+            }
             if told.get("key") != self.key or told.get("rows") != str(len(self._values)):
                 raise ValueError("it belongs to other data or another reference")
             if told.get("digest") != _digest(table):
@@ -112,7 +130,9 @@ class ReferenceCache:
             rows = torch.from_numpy(table["row"].to_numpy().copy())
             values = [torch.from_numpy(table[name].to_numpy().copy()) for name in _COLUMNS[1:]]
         except (pa.ArrowException, OSError, ValueError, KeyError) as problem:
-            ui.warn(f"'{self.path}' is not used and will be made anew: {str(problem).splitlines()[0]}")
+            ui.warn(
+                f"'{self.path}' is not used and will be made anew: {str(problem).splitlines()[0]}"
+            )
             return
         self._values[rows] = torch.stack(values, dim=1)
 

@@ -1,6 +1,8 @@
-"""One question to a base model and the same model with its adapter: answers as they grow, and what each thinks of both.
+"""One question to a base model and the same model with its adapter: answers as they grow, and what
+each thinks of both.
 
-Where PEFT can, both answers are made in one batch, of which one row has no adapter; else one after the other.
+Where PEFT can, both answers are made in one batch, of which one row has no adapter; else one after
+the other.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer under both models: log-probs summed over its `tokens`, and `reward`, beta times tuned minus base."""
+    """An answer under both models: log-probs summed over its `tokens`, and `reward`, beta times
+    tuned minus base.
+    """
 
     tokens: int
     base_logp: float
@@ -94,16 +98,22 @@ class SideBySide:
         self.at_once = True  # until PEFT refuses
         self._one_at_a_time = threading.Lock()
 
-    def stream(self, picture: Image.Image, question: str, max_new_tokens: int) -> Iterator[tuple[Answer, Answer]]:
+    def stream(
+        self, picture: Image.Image, question: str, max_new_tokens: int
+    ) -> Iterator[tuple[Answer, Answer]]:
         """Both answers, greedy, again and again as they grow. The last pair is whole."""
         with self._one_at_a_time:
             if self.at_once:
                 try:
                     with _no_hooks_left(self.model):
-                        for said in self._steps(picture, question, max_new_tokens, count=2, adapter_names=_BOTH):
+                        for said in self._steps(
+                            picture, question, max_new_tokens, count=2, adapter_names=_BOTH
+                        ):
                             yield said[0], said[1]
                     return
-                except ValueError as problem:  # a tower that folds the batch, DoRA, layers PEFT cannot mix
+                except (
+                    ValueError
+                ) as problem:  # a tower that folds the batch, DoRA, layers PEFT cannot mix
                     if "adapter_names" not in str(problem):
                         raise
                     self.at_once = False
@@ -158,17 +168,22 @@ class SideBySide:
         return set(ends) if isinstance(ends, list) else {ends}
 
     def _answer(self, ids: list[int]) -> Answer:
-        return Answer(tuple(ids), self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return Answer(
+            tuple(ids), self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        )
 
     @torch.inference_mode()
-    def judge(self, picture: Image.Image, question: str, answers: tuple[Answer, Answer]) -> tuple[Judged, Judged]:
+    def judge(
+        self, picture: Image.Image, question: str, answers: tuple[Answer, Answer]
+    ) -> tuple[Judged, Judged]:
         """What both models think of each answer, its end token included where it has one."""
         with self._one_at_a_time:
             tuned = [self._logp(picture, question, answer.ids) for answer in answers]
             with self.model.disable_adapter():
                 base = [self._logp(picture, question, answer.ids) for answer in answers]
         first, second = (
-            Judged(len(answer.ids), b, t, self.beta * (t - b)) for answer, b, t in zip(answers, base, tuned, strict=True)
+            Judged(len(answer.ids), b, t, self.beta * (t - b))
+            for answer, b, t in zip(answers, base, tuned, strict=True)
         )
         return first, second
 
@@ -180,7 +195,9 @@ class SideBySide:
         inputs.pop("labels", None)
         answer = torch.tensor([ids], device=self.model.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+        inputs["attention_mask"] = torch.cat(
+            [inputs["attention_mask"], torch.ones_like(answer)], dim=1
+        )
         for name in TYPE_KEYS:
             if name in inputs:
                 kind = torch.full_like(answer, answer_token_type(self.processor, name))

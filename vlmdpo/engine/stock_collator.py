@@ -1,4 +1,6 @@
-"""TRL's own collator, for the stock engine and to compare with. Importing TRL's trainer takes a second, so `batch` does not."""
+"""TRL's own collator, for the stock engine and to compare with. Importing TRL's trainer takes a
+second, so `batch` does not.
+"""
 
 from __future__ import annotations
 

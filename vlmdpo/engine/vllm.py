@@ -1,4 +1,6 @@
-"""Greedy answers through vLLM, for GPU machines that have it: it batches and shares prefixes by itself."""
+"""Greedy answers through vLLM, for GPU machines that have it: it batches and shares prefixes by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,28 @@ class VllmAsker:
     """One model in vLLM, with or without its adapter. Raises MissingDependencyError, ModelError."""
 
     def __init__(
-        self, model: str, processor: Any, adapter: Path | None, *, revision: str | None, dtype: str, trust_remote_code: bool
+        self,
+        model: str,
+        processor: Any,
+        adapter: Path | None,
+        *,
+        revision: str | None,
+        dtype: str,
+        trust_remote_code: bool,
     ) -> None:
         try:
             import vllm
             from vllm.lora.request import LoRARequest
         except ImportError as problem:
             raise MissingDependencyError(
-                "--engine vllm needs vLLM and a GPU: pip install 'vlmdpo[vllm]'; or leave --engine out"
+                "--engine vllm needs vLLM and a GPU: pip install 'vlmdpo[vllm]'; or leave "
+                "--engine out"
             ) from problem
         self._vllm, self.processor = vllm, processor
         self._lora = LoRARequest("tuned", 1, str(adapter)) if adapter else None
-        more: dict[str, Any] = {"enable_lora": True, "max_lora_rank": _rank(adapter)} if adapter else {}
+        more: dict[str, Any] = (
+            {"enable_lora": True, "max_lora_rank": _rank(adapter)} if adapter else {}
+        )
         try:
             self._engine = vllm.LLM(
                 model=source_of(model),
@@ -41,16 +53,29 @@ class VllmAsker:
                 **more,
             )
         except (ValueError, RuntimeError, OSError) as problem:
-            raise ModelError(f"--engine vllm cannot run '{model}': {str(problem).splitlines()[0]}") from problem
+            raise ModelError(
+                f"--engine vllm cannot run '{model}': {str(problem).splitlines()[0]}"
+            ) from problem
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int, *, tuned: bool) -> list[str]:
-        """The greedy answers, stripped, one for each picture and question; `tuned`: with the adapter."""
+    def ask(
+        self,
+        pictures: Sequence[Image.Image],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        tuned: bool,
+    ) -> list[str]:
+        """The greedy answers, stripped, one for each picture and question; `tuned`: with the
+        adapter.
+        """
         prompts = [
             {"prompt": prompt_of(self.processor, question), "multi_modal_data": {"image": picture}}
             for picture, question in zip(pictures, questions, strict=True)
         ]
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        made = self._engine.generate(prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False)
+        made = self._engine.generate(
+            prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
+        )
         return [one.outputs[0].text.strip() for one in made]
 
 

@@ -1,4 +1,6 @@
-"""Does it fit, how much room is left, and which batch is the largest that does? Arithmetic on foreseen peaks."""
+"""Does it fit, how much room is left, and which batch is the largest that does? Arithmetic on
+foreseen peaks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ BAND = 0.05  # how far a foreseen peak may be off on a GPU
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word`: fits, tight (within the error band of the limit) or does not fit. Bytes: needed, and free (below 0: missing)."""
+    """`word`: fits, tight (within the error band of the limit) or does not fit. Bytes: needed, and
+    free (below 0: missing).
+    """
 
     word: str
     needed_bytes: int
@@ -40,11 +44,16 @@ class Line:
     def peak(self, batch: int) -> float:
         """Bytes at the highest phase of a step with so many pairs."""
         share = (batch - self.small) / (self.large - self.small)
-        return max(self.at_small[name] + share * (self.at_large[name] - self.at_small[name]) for name in self.at_small)
+        return max(
+            self.at_small[name] + share * (self.at_large[name] - self.at_small[name])
+            for name in self.at_small
+        )
 
 
 def largest_batch(line: Line, other_bytes: int, capacity_bytes: int, effective: int) -> int | None:
-    """The largest divisor of the effective batch that fits with the error band to spare; None where even 1 does not."""
+    """The largest divisor of the effective batch that fits with the error band to spare; None where
+    even 1 does not.
+    """
     for batch in sorted((b for b in range(1, effective + 1) if effective % b == 0), reverse=True):
         if verdict(line.peak(batch) + other_bytes, capacity_bytes).word == "fits":
             return batch

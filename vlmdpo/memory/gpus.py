@@ -7,7 +7,8 @@ import re
 from vlmdpo.errors import ConfigError, nearest
 
 _GIB = 2**30
-# What `nvidia-smi` calls the total, in GiB: a little below the name on the box where the driver keeps some for itself.
+# What `nvidia-smi` calls the total, in GiB: a little below the name on the box where the driver
+# keeps some for itself.
 GPUS: dict[str, float] = {
     "t4": 15.0,
     "v100-16gb": 16.0,
@@ -39,4 +40,7 @@ def capacity_bytes(gpu: str) -> int:
     if amount and float(amount.group(1)) > 0:
         return round(float(amount.group(1)) * _UNITS[amount.group(2).lower()])
     hint = nearest(name, GPUS)
-    raise ConfigError(f"--gpu: '{gpu}' is no GPU known here, and no amount such as 24GiB.{hint} Known: {', '.join(GPUS)}")
+    raise ConfigError(
+        f"--gpu: '{gpu}' is no GPU known here, and no amount such as 24GiB.{hint} Known: "
+        f"{', '.join(GPUS)}"
+    )

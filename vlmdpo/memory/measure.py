@@ -1,4 +1,5 @@
-"""The peak memory of a call, measured: by PyTorch's own counter on a CUDA device, by the tensors alive elsewhere.
+"""The peak memory of a call, measured: by PyTorch's own counter on a CUDA device, by the tensors
+alive elsewhere.
 
 Knows nothing of models: it runs what it is given and looks at storages.
 """
@@ -47,7 +48,9 @@ class Ledger:
 
 
 class _Living(TorchDispatchMode):
-    """Counts the storages made while it is open in a ledger; those of the given tensors are passed over."""
+    """Counts the storages made while it is open in a ledger; those of the given tensors are passed
+    over.
+    """
 
     def __init__(self, given: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -68,8 +71,10 @@ def peak_bytes(run: Callable[[], Any], given: Iterable[torch.Tensor], device: to
 
     Args:
         run: what to measure.
-        given: the tensors of before that the call uses, such as weights; a view of one would else count as new.
-        device: where the tensors are. On "cuda" PyTorch's counter is read, which rounds each tensor up to 512 bytes.
+        given: the tensors of before that the call uses, such as weights; a view of one would else
+            count as new.
+        device: where the tensors are. On "cuda" PyTorch's counter is read, which rounds each tensor
+            up to 512 bytes.
     """
     gc.collect()
     if device.type == "cuda":

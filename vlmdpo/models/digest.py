@@ -24,8 +24,17 @@ def processor_digest(processor: Any) -> str:
     """SHA-256 over all that turns a row into ids and pixels: settings, chat template, tokenizer."""
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    settings = [processor.to_dict(), processor.image_processor.to_dict(), processor.chat_template, vocabulary]
+    vocabulary = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(sorted(tokenizer.get_vocab().items()))
+    )
+    settings = [
+        processor.to_dict(),
+        processor.image_processor.to_dict(),
+        processor.chat_template,
+        vocabulary,
+    ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,4 +1,6 @@
-"""What differs between model families, and nothing else: image limits, chat templates, token types, positions, parts."""
+"""What differs between model families, and nothing else: image limits, chat templates, token types,
+positions, parts.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PARTS = ("vision", "connector", "language", "head")
-# PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos> and a line break.
+# PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos>
+# and a line break.
 _PALIGEMMA_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% "
+    "endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
 def own_chat_template(processor: Any) -> str | None:
-    """A chat template for processors that ship none though their models need none; None for all others."""
+    """A chat template for processors that ship none though their models need none; None for all
+    others.
+    """
     return _PALIGEMMA_TEMPLATE if _is_paligemma(processor) else None
 
 
@@ -30,15 +36,24 @@ def _is_paligemma(thing: Any) -> bool:
 
 
 def reads_prompts_both_ways(backbone: Any) -> bool:
-    """Whether a prompt's tokens see what follows them in the prompt, so that no two prompts share their beginning."""
-    return _is_paligemma(backbone) or bool(getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False))
+    """Whether a prompt's tokens see what follows them in the prompt, so that no two prompts share
+    their beginning.
+    """
+    return _is_paligemma(backbone) or bool(
+        getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False)
+    )
 
 
-TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")  # by which some processors tell text, prefix and pictures apart
+TYPE_KEYS = (
+    "token_type_ids",
+    "mm_token_type_ids",
+)  # by which some processors tell text, prefix and pictures apart
 
 
 def answer_token_type(processor: Any, name: str) -> int:
-    """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0 (text)."""
+    """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0
+    (text).
+    """
     return int(name == "token_type_ids" and _is_paligemma(processor))
 
 
@@ -48,13 +63,19 @@ def base_of(model: Any) -> Any:
 
 
 def text_configs(backbone: Any) -> list[Any]:
-    """Every configuration object that the language model reads, each once (modules may hold copies)."""
+    """Every configuration object that the language model reads, each once (modules may hold
+    copies).
+    """
     found = [backbone.config.get_text_config()]
-    found += [module.config for module in backbone.get_decoder().modules() if hasattr(module, "config")]
+    found += [
+        module.config for module in backbone.get_decoder().modules() if hasattr(module, "config")
+    ]
     return list({id(config): config for config in found}.values())
 
 
-def positions(backbone: Any, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1) -> Tensor:
+def positions(
+    backbone: Any, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1
+) -> Tensor:
     """The position ids that the model would give stock rows.
 
     Args:
@@ -82,7 +103,9 @@ def positions(backbone: Any, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any
 
 
 def parts(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(part, name, parameter) for each parameter: language model, head, the projection between, or the vision tower."""
+    """(part, name, parameter) for each parameter: language model, head, the projection between, or
+    the vision tower.
+    """
     base = base_of(model)
     language = {id(p) for p in base.base_model.get_decoder().parameters()}
     head = base.get_output_embeddings()
@@ -99,7 +122,10 @@ def parts(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 def part_of(name: str) -> str:
     """The part of a parameter or module outside the language model, by the names that families use."""
-    if any(word in name for word in ("connector", "projector", "merger", "perceiver", "resampler", "image_newline")):
+    if any(
+        word in name
+        for word in ("connector", "projector", "merger", "perceiver", "resampler", "image_newline")
+    ):
         return "connector"
     return "vision"
 
@@ -112,12 +138,18 @@ def vision_parameters(backbone: Any) -> list[nn.Parameter]:
 
 
 def frozen_towers(backbone: Any) -> list[Any]:
-    """The outermost models inside `backbone`, besides the language model, none of whose parameters train."""
+    """The outermost models inside `backbone`, besides the language model, none of whose parameters
+    train.
+    """
     language = set(map(id, backbone.get_decoder().modules()))
     found: list[Any] = []
     inside: set[int] = set()
     for module in backbone.modules():
-        if id(module) in language | inside or not isinstance(module, PreTrainedModel) or module is backbone:
+        if (
+            id(module) in language | inside
+            or not isinstance(module, PreTrainedModel)
+            or module is backbone
+        ):
             continue
         if not any(parameter.requires_grad for parameter in module.parameters()):
             found.append(module)
@@ -126,12 +158,14 @@ def frozen_towers(backbone: Any) -> list[Any]:
 
 
 def image_side_limit(processor: Any) -> tuple[int | None, bool]:
-    """The longest image side, in pixels, that a processor passes on, and whether smaller images stay smaller.
+    """The longest image side, in pixels, that a processor passes on, and whether smaller images
+    stay smaller.
 
-    The limit has another name in every family. Idefics2/3 and SmolVLM: `longest_edge`, and smaller images stay as
-    they are, so bounding them saves work. Qwen2-VL and its successors: `longest_edge` is an *area* in pixels, likewise
-    an upper bound. CLIP (LLaVA) and SigLIP (PaliGemma, Gemma 3): one fixed size that every image is scaled to.
-    (None, True) where the processor names no limit.
+    The limit has another name in every family. Idefics2/3 and SmolVLM: `longest_edge`, and smaller
+    images stay as they are, so bounding them saves work. Qwen2-VL and its successors:
+    `longest_edge` is an *area* in pixels, likewise an upper bound. CLIP (LLaVA) and SigLIP
+    (PaliGemma, Gemma 3): one fixed size that every image is scaled to. (None, True) where the
+    processor names no limit.
     """
     image_processor = processor.image_processor
     size = dict(getattr(image_processor, "size", None) or {})
@@ -148,9 +182,11 @@ def image_side_limit(processor: Any) -> tuple[int | None, bool]:
 
 
 def default_image_side(processor: Any) -> int | None:
-    """The bound that `prepare` puts on images: half the limit, as in the article, where smaller images stay smaller.
+    """The bound that `prepare` puts on images: half the limit, as in the article, where smaller
+    images stay smaller.
 
-    Where every image is scaled to one size anyway, halving it would only blur: there the bound is the size itself.
+    Where every image is scaled to one size anyway, halving it would only blur: there the bound is
+    the size itself.
     """
     limit, upper_bound = image_side_limit(processor)
     if limit is None:
@@ -159,12 +195,16 @@ def default_image_side(processor: Any) -> int | None:
 
 
 def size_of(parameter: Tensor) -> int:
-    """How many numbers a parameter holds, over all processes (DeepSpeed's parts keep the whole's size beside them)."""
+    """How many numbers a parameter holds, over all processes (DeepSpeed's parts keep the whole's
+    size beside them).
+    """
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
 def images_only(processor_class: Any) -> Any:
-    """A processor class without its video part, which exists only where torchvision does, under the same name."""
+    """A processor class without its video part, which exists only where torchvision does, under the
+    same name.
+    """
 
     @classmethod  # type: ignore[misc]
     def get_attributes(cls: Any) -> list[str]:
@@ -174,7 +214,8 @@ def images_only(processor_class: Any) -> Any:
 
 
 def image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None:
-    """Tokens that pictures of these sizes (width, height) take, without their pixels, up to a constant a picture.
+    """Tokens that pictures of these sizes (width, height) take, without their pixels, up to a
+    constant a picture.
 
     None where the processor cannot tell. Raises ValueError for a size that the processor refuses.
     """
@@ -182,18 +223,24 @@ def image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None
         return 0  # the resampler makes as many of any picture
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         return None
-    told = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+    told = processor._get_num_multimodal_tokens(
+        image_sizes=[(height, width) for width, height in sizes]
+    )
     return int(sum(told["num_image_tokens"]))
 
 
 def reserved_tokens(processor: Any) -> tuple[str, ...]:
-    """Texts that a processor or its tokenizer takes for a picture, so that none may stand in a question or answer."""
+    """Texts that a processor or its tokenizer takes for a picture, so that none may stand in a
+    question or answer.
+    """
     names = ("image_token", "boi_token", "fake_image_token", "video_token")
     return tuple({str(token) for name in names if (token := getattr(processor, name, None))})
 
 
 def linear_layers(model: Any, scope: str) -> list[str]:
-    """Names of all linear layers that LoRA may adapt within `scope`: "language", or "connector" (both of them)."""
+    """Names of all linear layers that LoRA may adapt within `scope`: "language", or "connector"
+    (both of them).
+    """
     base = base_of(model)
     language = {id(module) for module in base.base_model.get_decoder().modules()}
     head = base.get_output_embeddings()
@@ -208,7 +255,9 @@ def linear_layers(model: Any, scope: str) -> list[str]:
 
 
 def stand_in(method: Any, replacement: Any) -> Any:
-    """`replacement` with the name and signature of `method`, since transformers' `generate` looks at signatures."""
+    """`replacement` with the name and signature of `method`, since transformers' `generate` looks
+    at signatures.
+    """
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -218,7 +267,9 @@ def stand_in(method: Any, replacement: Any) -> Any:
 
 
 def repeat_features(value: Any, copies: int) -> Any:
-    """Image features as if every image stood `copies` times in the batch, the whole list after itself."""
+    """Image features as if every image stood `copies` times in the batch, the whole list after
+    itself.
+    """
     if copies == 1 or value is None:
         return value
     for name in ("pooler_output", "deepstack_features"):
@@ -229,6 +280,9 @@ def repeat_features(value: Any, copies: int) -> Any:
             value[name] = tuple(part) * copies
         elif part is not None:
             value[name] = [
-                tuple(layer) * copies if not isinstance(layer, Tensor) else torch.cat([layer] * copies) for layer in part
+                tuple(layer) * copies
+                if not isinstance(layer, Tensor)
+                else torch.cat([layer] * copies)
+                for layer in part
             ]
     return value

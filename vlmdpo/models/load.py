@@ -1,4 +1,6 @@
-"""The only place that loads processors, models and adapters, so that one set of rules holds for all commands."""
+"""The only place that loads processors, models and adapters, so that one set of rules holds for all
+commands.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import (
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+)
 
 from vlmdpo.errors import MissingDependencyError, ModelError, nearest
 from vlmdpo.models import registry
@@ -31,7 +37,9 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def source_of(model: str) -> str:
-    """What `from_pretrained` is given: the embedded folder for "tiny", else the Hub id or local path."""
+    """What `from_pretrained` is given: the embedded folder for "tiny", else the Hub id or local
+    path.
+    """
     if model == "tiny":
         return str(resources.files("vlmdpo").joinpath("tiny", "assets", "model"))
     return registry.hub_id(model)
@@ -43,24 +51,40 @@ def _not_found(model: str, problem: Exception) -> ModelError:
     if Path(model).exists():
         return ModelError(f"--model: '{model}' is no complete model folder: {text.splitlines()[0]}")
     if "gated repo" in text or "401" in text:
-        return ModelError(f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf auth login`")
+        return ModelError(
+            f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf "
+            "auth login`"
+        )
     if registry.known(model) is not None:
-        return ModelError(f"--model: '{registry.hub_id(model)}' is not in the cache, and the Hub cannot be reached")
+        return ModelError(
+            f"--model: '{registry.hub_id(model)}' is not in the cache, and the Hub cannot be "
+            "reached"
+        )
     return ModelError(
         f"--model: cannot find '{model}' as a folder, in the cache, or on the Hub.{hint} "
         f"Aliases: {', '.join(list(registry.ENTRIES)[:4])} ..."
     )
 
 
-def check_is_vlm(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's configuration. Raises ModelError where there is none, or where it is no vision-language model."""
+def check_is_vlm(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The model's configuration. Raises ModelError where there is none, or where it is no
+    vision-language model.
+    """
     try:
-        config = AutoConfig.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            source_of(model), revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as problem:
         if "trust_remote_code" in str(problem):
-            raise ModelError(f"--model: '{model}' runs code of its own; add --trust-remote-code if you trust it") from problem
+            raise ModelError(
+                f"--model: '{model}' runs code of its own; add --trust-remote-code if you trust it"
+            ) from problem
         raise _not_found(model, problem) from problem
-    remote = trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    remote = trust_remote_code and "AutoModelForImageTextToText" in (
+        getattr(config, "auto_map", None) or {}
+    )
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
         raise ModelError(
             f"--model: '{model}' is a {config.model_type} model, not a vision-language model; "
@@ -70,7 +94,11 @@ def check_is_vlm(model: str, *, revision: str | None = None, trust_remote_code: 
 
 
 def load_processor(
-    model: str, *, revision: str | None = None, trust_remote_code: bool = False, image_splitting: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    image_splitting: bool = False,
 ) -> ProcessorMixin:
     """The model's processor, checked to have a chat template. Raises ModelError."""
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -88,7 +116,10 @@ def load_processor(
     if processor.chat_template is None:
         processor.chat_template = own_chat_template(processor)
     if processor.chat_template is None:
-        raise ModelError(f"--model: '{model}' ships no chat template, which DPO data needs; use an instruction-tuned version")
+        raise ModelError(
+            f"--model: '{model}' ships no chat template, which DPO data needs; use an "
+            "instruction-tuned version"
+        )
     if hasattr(processor.image_processor, "do_image_splitting"):
         processor.image_processor.do_image_splitting = image_splitting
     if processor.tokenizer.pad_token is None:
@@ -97,7 +128,9 @@ def load_processor(
 
 
 def _with_or_without_video(source: str, origin: dict[str, Any]) -> Any:
-    """A processor; where its video part cannot be had (it needs torchvision), the same one for pictures alone."""
+    """A processor; where its video part cannot be had (it needs torchvision), the same one for
+    pictures alone.
+    """
     processor, reason = None, None
     try:
         processor = AutoProcessor.from_pretrained(source, **origin)
@@ -105,7 +138,9 @@ def _with_or_without_video(source: str, origin: dict[str, Any]) -> Any:
         reason = problem
     if isinstance(processor, ProcessorMixin):
         return processor
-    settings, _ = ProcessorMixin.get_processor_dict(source, **origin) if reason or processor else ({}, None)
+    settings, _ = (
+        ProcessorMixin.get_processor_dict(source, **origin) if reason or processor else ({}, None)
+    )
     named = getattr(transformers, str(settings.get("processor_class")), None)
     if named is not None and "video_processor" in named.get_attributes():
         return images_only(named).from_pretrained(source, **origin)
@@ -122,47 +157,70 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as problem:
-        raise ModelError(f"--device: '{device}' is not to be had here: {str(problem).splitlines()[0]}") from problem
+        raise ModelError(
+            f"--device: '{device}' is not to be had here: {str(problem).splitlines()[0]}"
+        ) from problem
     return picked
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The data type behind `--dtype`; "auto" is bfloat16 on a GPU that computes in it, else float32."""
+    """The data type behind `--dtype`; "auto" is bfloat16 on a GPU that computes in it, else
+    float32.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported()
+            else torch.float32
+        )
     picked = getattr(torch, dtype)
     assert isinstance(picked, torch.dtype)
     return picked
 
 
 def pick_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention behind `--attn-implementation`; "auto" is flash_attention_2 where it can run, else None: the model's own.
+    """The attention behind `--attn-implementation`; "auto" is flash_attention_2 where it can run,
+    else None: the model's own.
 
     Raises MissingDependencyError where what was asked for is not there.
     """
-    flash = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    flash = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
     if attention == "auto":
         runs = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
         return "flash_attention_2" if runs else None
     if attention in flash and not flash[attention]():
         raise MissingDependencyError(
-            f"--attn-implementation {attention} needs the flash-attn package and a GPU that it supports; use sdpa, or install "
+            f"--attn-implementation {attention} needs the flash-attn package and a GPU that it "
+            "supports; use sdpa, or install "
             "it: pip install flash-attn --no-build-isolation"
         )
     return attention
 
 
 def _four_bits(quantization: str, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told to load weights in 4 bits. Raises ModelError, MissingDependencyError."""
+    """What `from_pretrained` is told to load weights in 4 bits. Raises ModelError,
+    MissingDependencyError.
+    """
     if quantization == "none":
         return {}
     if device.type != "cuda":
-        raise ModelError(f"--quantization {quantization} needs an NVIDIA GPU, and this run is on {device.type}; leave it out")
+        raise ModelError(
+            f"--quantization {quantization} needs an NVIDIA GPU, and this run is on "
+            f"{device.type}; leave it out"
+        )
     if not is_bitsandbytes_available():
-        raise MissingDependencyError(f"--quantization {quantization} needs bitsandbytes: pip install 'vlmdpo[qlora]'")
+        raise MissingDependencyError(
+            f"--quantization {quantization} needs bitsandbytes: pip install 'vlmdpo[qlora]'"
+        )
     compute = pick_dtype("auto", device)
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
 
@@ -178,13 +236,16 @@ def load_model(
     quantization: str = "none",
     adapter: Path | None = None,
 ) -> Any:
-    """The model on its device, in evaluation mode, with its adapter where one is given. Safetensors only.
+    """The model on its device, in evaluation mode, with its adapter where one is given. Safetensors
+    only.
 
     Args:
         dtype, device, attention: see `pick_dtype`, `pick_device`, `pick_attention`.
-        quantization: "nf4" loads weights in 4 bits with double quantization, as QLoRA does, or "none".
+        quantization: "nf4" loads weights in 4 bits with double quantization, as QLoRA does, or
+            "none".
 
-    Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError, MissingDependencyError.
+    Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError,
+    MissingDependencyError.
     """
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
@@ -212,11 +273,15 @@ def check_adapter(adapter: Path) -> None:
     """Raise ModelError where a folder holds no PEFT adapter in safetensors."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
-            raise ModelError(f"--adapter: '{adapter}' holds no {name}; give the output folder of vlmdpo train")
+            raise ModelError(
+                f"--adapter: '{adapter}' holds no {name}; give the output folder of vlmdpo train"
+            )
 
 
 def with_adapter(model: Any, adapter: Path) -> Any:
-    """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit together."""
+    """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit
+    together.
+    """
     from peft import PeftModel
 
     check_adapter(adapter)
@@ -226,9 +291,14 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
         except (RuntimeError, ValueError, KeyError) as problem:
             reason = str(problem).splitlines()[0]
-            raise ModelError(f"--adapter: '{adapter}' does not fit the model: {reason}") from problem
+            raise ModelError(
+                f"--adapter: '{adapter}' does not fit the model: {reason}"
+            ) from problem
     missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
     if missing:
-        raise ModelError(f"--adapter: '{adapter}' was trained on another model: some of its weights are missing here")
+        raise ModelError(
+            f"--adapter: '{adapter}' was trained on another model: some of its weights are "
+            "missing here"
+        )
     wrapped.eval()
     return wrapped

@@ -1,7 +1,8 @@
-"""Aliases of public models, and what is known of them without downloading anything. Standard library only.
+"""Aliases of public models, and what is known of them without downloading anything. Standard
+library only.
 
-Parameter counts were taken on the meta device (weights tied to each other counted once) from each model's own
-configuration; totals agree with the sizes published on the Hub.
+Parameter counts were taken on the meta device (weights tied to each other counted once) from each
+model's own configuration; totals agree with the sizes published on the Hub.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ PARTS = ("vision", "connector", "embed/head", "text")
 class Entry:
     """One known model.
 
-    `parameters`: total, each weight once. `by_part`: the same by PARTS. `lora_per_rank`: what one rank of LoRA on
-    all linear layers trains, so that rank r trains r times as much. `recipe`: option values a command starts from.
+    `parameters`: total, each weight once. `by_part`: the same by PARTS. `lora_per_rank`: what one
+    rank of LoRA on all linear layers trains, so that rank r trains r times as much. `recipe`:
+    option values a command starts from.
     """
 
     alias: str
@@ -32,7 +34,9 @@ class Entry:
     recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def _entry(alias: str, hub_id: str, parts: tuple[int, int, int, int], lora_r16: int, **more: Any) -> Entry:
+def _entry(
+    alias: str, hub_id: str, parts: tuple[int, int, int, int], lora_r16: int, **more: Any
+) -> Entry:
     by_part = dict(zip(PARTS, parts, strict=True))
     return Entry(alias, hub_id, sum(parts), by_part, lora_r16 // 16, **more)
 
@@ -50,25 +54,105 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
 
 _ENTRIES = (
     _entry("tiny", "tiny", (887680, 641920, 105472, 787584), 401408, recipe=TINY_RECIPE),
-    _entry("idefics2-8b", "HuggingFaceM4/idefics2-8b", (417792240, 743219200, 262168576, 6979588096), 55348736),
-    _entry("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", (303507456, 20979712, 262668288, 6476271616), 47267840),
-    _entry("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", (303507456, 31467520, 328335360, 12688184320), 69926912),
     _entry(
-        "llava-v1.6-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", (303507456, 20983808, 262668288, 6979588096), 49233920
+        "idefics2-8b",
+        "HuggingFaceM4/idefics2-8b",
+        (417792240, 743219200, 262168576, 6979588096),
+        55348736,
     ),
-    _entry("paligemma-3b-224", "google/paligemma-3b-pt-224", (412442352, 2361344, 526778368, 1981884416), 28358144),
-    _entry("paligemma2-3b", "google/paligemma2-3b-pt-224", (412442352, 2656512, 592625664, 2024517888), 29517312),
-    _entry("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct", (631183360, 34087936, 233373696, 1310340608), 29220864),
-    _entry("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct", (631183360, 44575744, 1089994752, 6525621760), 51159040),
-    _entry("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", (631975680, 36708608, 311164928, 2774773760), 41363456),
-    _entry("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", (631975680, 44574464, 1089994752, 6525621760), 51824640),
-    _entry("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", (306242560, 100714496, 311164928, 1409410048), 24641536),
-    _entry("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", (306242560, 109105152, 388956160, 3633511936), 40271872),
-    _entry("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", (415891440, 160496896, 1244659712, 6946075648), 52493824),
-    _entry("smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", (86433024, 7077888, 56770560, 106203456), 7744512),
-    _entry("smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", (86433024, 11796480, 94617600, 314635200), 11549696),
-    _entry("smolvlm-2.2b", "HuggingFaceTB/SmolVLM-Instruct", (412987248, 21233664, 201338880, 1610713088), 26981888),
-    _entry("gemma-3-4b", "google/gemma-3-4b-it", (416866032, 2950272, 671252480, 3209010688), 38497792),
+    _entry(
+        "llava-1.5-7b",
+        "llava-hf/llava-1.5-7b-hf",
+        (303507456, 20979712, 262668288, 6476271616),
+        47267840,
+    ),
+    _entry(
+        "llava-1.5-13b",
+        "llava-hf/llava-1.5-13b-hf",
+        (303507456, 31467520, 328335360, 12688184320),
+        69926912,
+    ),
+    _entry(
+        "llava-v1.6-mistral-7b",
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+        (303507456, 20983808, 262668288, 6979588096),
+        49233920,
+    ),
+    _entry(
+        "paligemma-3b-224",
+        "google/paligemma-3b-pt-224",
+        (412442352, 2361344, 526778368, 1981884416),
+        28358144,
+    ),
+    _entry(
+        "paligemma2-3b",
+        "google/paligemma2-3b-pt-224",
+        (412442352, 2656512, 592625664, 2024517888),
+        29517312,
+    ),
+    _entry(
+        "qwen2-vl-2b",
+        "Qwen/Qwen2-VL-2B-Instruct",
+        (631183360, 34087936, 233373696, 1310340608),
+        29220864,
+    ),
+    _entry(
+        "qwen2-vl-7b",
+        "Qwen/Qwen2-VL-7B-Instruct",
+        (631183360, 44575744, 1089994752, 6525621760),
+        51159040,
+    ),
+    _entry(
+        "qwen2.5-vl-3b",
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        (631975680, 36708608, 311164928, 2774773760),
+        41363456,
+    ),
+    _entry(
+        "qwen2.5-vl-7b",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        (631975680, 44574464, 1089994752, 6525621760),
+        51824640,
+    ),
+    _entry(
+        "qwen3-vl-2b",
+        "Qwen/Qwen3-VL-2B-Instruct",
+        (306242560, 100714496, 311164928, 1409410048),
+        24641536,
+    ),
+    _entry(
+        "qwen3-vl-4b",
+        "Qwen/Qwen3-VL-4B-Instruct",
+        (306242560, 109105152, 388956160, 3633511936),
+        40271872,
+    ),
+    _entry(
+        "qwen3-vl-8b",
+        "Qwen/Qwen3-VL-8B-Instruct",
+        (415891440, 160496896, 1244659712, 6946075648),
+        52493824,
+    ),
+    _entry(
+        "smolvlm-256m",
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        (86433024, 7077888, 56770560, 106203456),
+        7744512,
+    ),
+    _entry(
+        "smolvlm-500m",
+        "HuggingFaceTB/SmolVLM-500M-Instruct",
+        (86433024, 11796480, 94617600, 314635200),
+        11549696,
+    ),
+    _entry(
+        "smolvlm-2.2b",
+        "HuggingFaceTB/SmolVLM-Instruct",
+        (412987248, 21233664, 201338880, 1610713088),
+        26981888,
+    ),
+    _entry(
+        "gemma-3-4b", "google/gemma-3-4b-it", (416866032, 2950272, 671252480, 3209010688), 38497792
+    ),
 )
 ENTRIES: dict[str, Entry] = {entry.alias: entry for entry in _ENTRIES}
 
@@ -90,7 +174,9 @@ def entry(model: str) -> Entry:
 
 
 def hub_id(model: str) -> str:
-    """What to load for `--model`: the Hub id behind an alias; anything else as it is (`~` expanded in local paths)."""
+    """What to load for `--model`: the Hub id behind an alias; anything else as it is (`~` expanded
+    in local paths).
+    """
     found = known(model)
     if found is not None:
         return found.hub_id
@@ -98,7 +184,9 @@ def hub_id(model: str) -> str:
 
 
 def recipe(model: str, command: str) -> Mapping[str, Any]:
-    """The option values that `command` starts from for this model; empty for all but the embedded one."""
+    """The option values that `command` starts from for this model; empty for all but the embedded
+    one.
+    """
     found = known(model)
     return found.recipe.get(command, {}) if found else {}
 

@@ -1,4 +1,6 @@
-"""What people look at after eval-amber: `report.html`, one file without network, and `report.md`. Every text is escaped."""
+"""What people look at after eval-amber: `report.html`, one file without network, and `report.md`.
+Every text is escaped.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from vlmdpo.errors import DataError
 from vlmdpo.report import html as pages
 
 GALLERY = 24  # answers that are shown with their pictures; scores.json has all
-_FIGURES = (("chair", "CHAIR", False), ("cover", "Cover", True), ("hal", "Hal", False), ("cog", "Cog", False))
+_FIGURES = (
+    ("chair", "CHAIR", False),
+    ("cover", "Cover", True),
+    ("hal", "Hal", False),
+    ("cog", "Cog", False),
+)
 _CLEAR = ("improvement", "decline")
 _HEADLINE = {
     "improvement": "The tuned model answers better, and the interval is clear of zero.",
@@ -29,7 +36,9 @@ def span(interval: Sequence[float] | None, *, sign: bool = False) -> str:
     return " to ".join(f"{end:+.1f}" if sign else f"{end:.1f}" for end in interval)
 
 
-def page(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]) -> str:
+def page(
+    report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]
+) -> str:
     """The page as one HTML text; pictures are embedded, reduced.
 
     Args:
@@ -43,8 +52,13 @@ def page(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Map
         .get_template("amber.html")
         .render(
             **_told(report),
-            gallery=[{**flip, "picture": thumbnail(flip["image"])} for flip in _gallery(report, benchmark, said)],
-            descriptions=[{**one, "picture": thumbnail(one["image"])} for one in _changed_descriptions(report)],
+            gallery=[
+                {**flip, "picture": thumbnail(flip["image"])}
+                for flip in _gallery(report, benchmark, said)
+            ],
+            descriptions=[
+                {**one, "picture": thumbnail(one["image"])} for one in _changed_descriptions(report)
+            ],
         )
     )
 
@@ -82,7 +96,9 @@ def _told(report: Mapping[str, Any]) -> dict[str, Any]:
         "extractor": scores[described[0]]["Generative"]["extractor"] if described else "",
         "compared": compared.get("figures", {}),
         "article": beside_article(report) if report["is_amber"] and answered else [],
-        "settings": {name: value for name, value in report["settings"].items() if value not in (None, [], ())},
+        "settings": {
+            name: value for name, value in report["settings"].items() if value not in (None, [], ())
+        },
     }
 
 
@@ -90,12 +106,20 @@ def _of_descriptions(figures: Mapping[str, Any]) -> str:
     """What is shown of the descriptions, in a sentence; "" where they were not compared."""
     if not figures:
         return ""
-    shown = [f"{label}: {figures[key]['verdict']}" for key, label, _ in _FIGURES if figures[key]["verdict"] in _CLEAR]
+    shown = [
+        f"{label}: {figures[key]['verdict']}"
+        for key, label, _ in _FIGURES
+        if figures[key]["verdict"] in _CLEAR
+    ]
     return f"Descriptions: {'; '.join(shown) or 'no difference shown in any figure'}."
 
 
-def _gallery(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]) -> list[dict[str, Any]]:
-    """Answers that changed, for better and worse in the proportion they stand in; of a single model, wrong answers."""
+def _gallery(
+    report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]
+) -> list[dict[str, Any]]:
+    """Answers that changed, for better and worse in the proportion they stand in; of a single
+    model, wrong answers.
+    """
     if report["comparison"]:
         return pages.evenly(report["comparison"]["flips"], GALLERY)
     if len(report["scores"]) > 1:
@@ -103,7 +127,14 @@ def _gallery(report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str,
     [who] = report["scores"]
     words = said[who]
     wrong = [
-        {"id": q.id, "image": q.image, "dimension": q.dimension, "question": q.text, "truth": q.truth, who: words[q.id]}
+        {
+            "id": q.id,
+            "image": q.image,
+            "dimension": q.dimension,
+            "question": q.text,
+            "truth": q.truth,
+            who: words[q.id],
+        }
         for q in benchmark.questions
         if q.id in words and (verdict(words[q.id]) or "").lower() != q.truth
     ]
@@ -115,7 +146,9 @@ def _changed_descriptions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:
-    """What makes a picture's data URI, reduced; None for one that cannot be read, which the page then says."""
+    """What makes a picture's data URI, reduced; None for one that cannot be read, which the page
+    then says.
+    """
     made: dict[str, str | None] = {}
 
     def thumbnail(name: str) -> str | None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
-def draw(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def draw(
+    lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str, path: Path
+) -> None:
     """Loss, reward accuracy, rewards of both answers, and margin over steps, written as PNG.
 
-    `lines` are the logged metrics, each with "step", "loss" and TRL's "rewards/..." keys; `evaluations` are those of rows
-    that do not train, where there are any.
+    `lines` are the logged metrics, each with "step", "loss" and TRL's "rewards/..." keys;
+    `evaluations` are those of rows that do not train, where there are any.
     """
     import matplotlib
 
@@ -20,19 +22,34 @@ def draw(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]],
     from matplotlib.ticker import MaxNLocator
 
     steps = [line["step"] for line in lines]
-    figure, ((loss, accuracy), (rewards, margin)) = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
+    figure, ((loss, accuracy), (rewards, margin)) = pyplot.subplots(
+        2, 2, figsize=(11, 7), sharex=True
+    )
     # By hand: a layout engine would draw all of it once more, to measure it.
     figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.075, wspace=0.17, hspace=0.14)
     panels = (
         (loss, "Loss", [("loss", "loss", "tab:blue")], (0.6931, "ln 2: no preference yet")),
-        (accuracy, "Reward accuracy", [("rewards/accuracies", "accuracy", "tab:green")], (0.5, "chance")),
+        (
+            accuracy,
+            "Reward accuracy",
+            [("rewards/accuracies", "accuracy", "tab:green")],
+            (0.5, "chance"),
+        ),
         (
             rewards,
             "Rewards",
-            [("rewards/chosen", "chosen", "tab:green"), ("rewards/rejected", "rejected", "tab:red")],
+            [
+                ("rewards/chosen", "chosen", "tab:green"),
+                ("rewards/rejected", "rejected", "tab:red"),
+            ],
             (0.0, "reference"),
         ),
-        (margin, "Reward margin (chosen − rejected)", [("rewards/margins", "margin", "tab:purple")], (0.0, "reference")),
+        (
+            margin,
+            "Reward margin (chosen − rejected)",
+            [("rewards/margins", "margin", "tab:purple")],
+            (0.0, "reference"),
+        ),
     )
     held_out = [line["step"] for line in evaluations]
     for axes, name, series, (level, level_name) in panels:
@@ -40,10 +57,25 @@ def draw(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]],
         for key, label, colour in series:
             values = [line[key] for line in lines]
             axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-            axes.plot(steps, _smooth(values), color=colour, linewidth=2, label=label, marker="o" if len(steps) == 1 else None)
+            axes.plot(
+                steps,
+                _smooth(values),
+                color=colour,
+                linewidth=2,
+                label=label,
+                marker="o" if len(steps) == 1 else None,
+            )
             if held_out:
                 values = [line[key] for line in evaluations]
-                axes.plot(held_out, values, color=colour, linestyle=":", marker="o", markersize=4, label=f"{label}, test split")
+                axes.plot(
+                    held_out,
+                    values,
+                    color=colour,
+                    linestyle=":",
+                    marker="o",
+                    markersize=4,
+                    label=f"{label}, test split",
+                )
         axes.set_title(name, loc="left", fontweight="bold")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
@@ -51,7 +83,9 @@ def draw(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]],
     for axes in (rewards, margin):
         axes.set_xlabel("optimizer step")
     accuracy.set_ylim(-0.02, 1.02)
-    figure.suptitle(f"{title}   (faint: as logged, strong: smoothed)", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(
+        f"{title}   (faint: as logged, strong: smoothed)", fontsize=11, x=0.01, ha="left"
+    )
     part = path.with_name(f".{path.name}.partial")
     figure.savefig(part, dpi=130, format="png")
     pyplot.close(figure)

@@ -1,7 +1,9 @@
-"""What a run's curves say, in words: what was seen, what it means, and what to try. Arithmetic on logged metrics, no more.
+"""What a run's curves say, in words: what was seen, what it means, and what to try. Arithmetic on
+logged metrics, no more.
 
-Each rule looks at where the run began and at the mean of its last quarter. Rewards are TRL's: beta times how much more likely
-an answer is under the policy than under the reference, in nats, so 0 is "as before", whatever the loss.
+Each rule looks at where the run began and at the mean of its last quarter. Rewards are TRL's: beta
+times how much more likely an answer is under the policy than under the reference, in nats, so 0 is
+"as before", whatever the loss.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 _LEAST_LINES = 4  # logged lines below which curves say nothing
-_STILL = 0.2  # nats by which an answer's log-prob has hardly moved; its reward by beta times as much
+_STILL = (
+    0.2  # nats by which an answer's log-prob has hardly moved; its reward by beta times as much
+)
 _CHANCE = (0.4, 0.6)
 _RISEN = 0.1  # of where it began or was lowest: a loss that has risen
 
@@ -60,7 +64,9 @@ class Run:
     lines: Lines
 
 
-def diagnose(lines: Lines, evaluations: Lines = (), *, learning_rate: float, beta: float = 0.1) -> list[Finding]:
+def diagnose(
+    lines: Lines, evaluations: Lines = (), *, learning_rate: float, beta: float = 0.1
+) -> list[Finding]:
     """What the curves show, gravest first; one "good" or "too early" finding where nothing else is.
 
     Args:
@@ -71,9 +77,26 @@ def diagnose(lines: Lines, evaluations: Lines = (), *, learning_rate: float, bet
     """
     if len(lines) < _LEAST_LINES:
         seen = f"{len(lines)} logged lines; {_LEAST_LINES} are the least that curves are read from."
-        return [Finding("too_early", "look", "Too early to say", seen, "Let it go on, or log oftener.", ("--logging-steps 1",))]
+        return [
+            Finding(
+                "too_early",
+                "look",
+                "Too early to say",
+                seen,
+                "Let it go on, or log oftener.",
+                ("--logging-steps 1",),
+            )
+        ]
     run = _boiled(lines, evaluations, learning_rate, beta)
-    rules = (_diverged, _overfits, _not_moving, _accuracy_at_chance, _both_fall, _only_rejected_falls, _nothing_left)
+    rules = (
+        _diverged,
+        _overfits,
+        _not_moving,
+        _accuracy_at_chance,
+        _both_fall,
+        _only_rejected_falls,
+        _nothing_left,
+    )
     found = [finding for rule in rules if (finding := rule(run)) is not None]
     bad = {finding.name for finding in found}
     if "diverged" in bad:  # all else follows from it
@@ -89,7 +112,9 @@ def _boiled(lines: Lines, evaluations: Lines, learning_rate: float, beta: float)
 
     return Run(
         steps=int(lines[-1]["step"]),
-        starts=float(lines[0]["loss"]) if lines[0]["step"] == 1 else None,  # the first step is taken from the reference itself
+        starts=float(lines[0]["loss"])
+        if lines[0]["step"] == 1
+        else None,  # the first step is taken from the reference itself
         loss=mean("loss"),
         accuracy=mean("rewards/accuracies"),
         margin=mean("rewards/margins"),
@@ -113,7 +138,8 @@ def _diverged(run: Run) -> Finding | None:
         "diverged",
         "bad",
         "The loss rose above where it began",
-        f"loss {run.starts:.3f} at step 1, {run.loss:.3f} over the last quarter; reward accuracy {run.accuracy:.2f}.",
+        f"loss {run.starts:.3f} at step 1, {run.loss:.3f} over the last quarter; reward accuracy "
+        f"{run.accuracy:.2f}.",
         "Each step moves the model further than the gradient can be trusted: it unlearns.",
         (
             f"--learning-rate {run.learning_rate / 10:.0e}",
@@ -136,7 +162,8 @@ def _overfits(run: Run) -> Finding | None:
         "overfits",
         "bad",
         "It overfits: rows that do not train get worse",
-        f"eval loss {least:.3f} at step {step}, {last:.3f} at step {losses[-1][1]}, while the training loss fell from "
+        f"eval loss {least:.3f} at step {step}, {last:.3f} at step {losses[-1][1]}, while the "
+        "training loss fell from "
         f"{trained_then:.3f} to {run.loss:.3f}.",
         f"Since about step {step} it has learnt these rows by heart.",
         (
@@ -150,7 +177,9 @@ def _overfits(run: Run) -> Finding | None:
 def _not_moving(run: Run) -> Finding | None:
     if _moved(run):
         return None
-    at = f"{run.loss:.4f}" + (f" (it began at {run.starts:.4f}{_ln2(run.starts)})" if run.starts is not None else "")
+    at = f"{run.loss:.4f}" + (
+        f" (it began at {run.starts:.4f}{_ln2(run.starts)})" if run.starts is not None else ""
+    )
     return Finding(
         "not_moving",
         "bad",
@@ -176,9 +205,11 @@ def _accuracy_at_chance(run: Run) -> Finding | None:
         "accuracy_at_chance",
         "bad",
         "Reward accuracy stays at chance",
-        f"accuracy {run.accuracy:.2f} over the last quarter, though rewards have moved (chosen {run.chosen:+.3f}, rejected "
+        f"accuracy {run.accuracy:.2f} over the last quarter, though rewards have moved (chosen "
+        f"{run.chosen:+.3f}, rejected "
         f"{run.rejected:+.3f}).",
-        "What moves the rewards does not tell chosen from rejected: labels may be noise, or the pictures not matter.",
+        "What moves the rewards does not tell chosen from rejected: labels may be noise, or the "
+        "pictures not matter.",
         (
             "look at some pairs: the report.html of vlmdpo prepare, or --show N",
             "vlmdpo train --doctor, which says whether the picture matters",
@@ -194,11 +225,14 @@ def _both_fall(run: Run) -> Finding | None:
         "both_fall",
         "bad",
         "Both answers become less likely",
-        f"rewards: chosen {run.chosen:+.3f}, rejected {run.rejected:+.3f}; the margin is {run.margin:+.3f}.",
-        "The loss only asks for a difference, and it comes by making both answers unlikely; what becomes likelier instead is "
+        f"rewards: chosen {run.chosen:+.3f}, rejected {run.rejected:+.3f}; the margin is "
+        f"{run.margin:+.3f}.",
+        "The loss only asks for a difference, and it comes by making both answers unlikely; what "
+        "becomes likelier instead is "
         "neither of them. Read the samples.",
         (
-            "--loss mpo, or --loss sigmoid,sft --loss-weights 1,0.2: they hold on to the chosen answer",
+            "--loss mpo, or --loss sigmoid,sft --loss-weights 1,0.2: they hold on to the chosen "
+            "answer",
             f"--learning-rate {run.learning_rate / 3:.0e}, or fewer steps",
             "--loss mdpo, whose anchor keeps the chosen answer's reward above zero",
         ),
@@ -206,14 +240,19 @@ def _both_fall(run: Run) -> Finding | None:
 
 
 def _only_rejected_falls(run: Run) -> Finding | None:
-    if run.margin < 2 * run.still or not -max(run.still, 0.2 * run.margin) <= run.chosen <= 0.1 * run.margin:
+    if (
+        run.margin < 2 * run.still
+        or not -max(run.still, 0.2 * run.margin) <= run.chosen <= 0.1 * run.margin
+    ):
         return None
     return Finding(
         "only_rejected_falls",
         "look",
         "The margin grows only because rejected falls",
-        f"rewards: chosen {run.chosen:+.3f}, rejected {run.rejected:+.3f}: {-run.rejected / run.margin:.0%} of the margin.",
-        "It learns what not to say. That is well where chosen answers were likely anyway; else it has not learnt them.",
+        f"rewards: chosen {run.chosen:+.3f}, rejected {run.rejected:+.3f}: "
+        f"{-run.rejected / run.margin:.0%} of the margin.",
+        "It learns what not to say. That is well where chosen answers were likely anyway; else it "
+        "has not learnt them.",
         (
             "read the samples: are the new answers the chosen ones?",
             "--loss mpo, or --loss apo_zero, which raise the chosen answer",
@@ -223,25 +262,34 @@ def _only_rejected_falls(run: Run) -> Finding | None:
 
 def _nothing_left(run: Run) -> Finding | None:
     half = run.lines[len(run.lines) // 2 :]
-    if run.evaluations or any(line.get("rewards/accuracies", 0.0) < 0.99 or line["loss"] > 0.1 for line in half):
+    if run.evaluations or any(
+        line.get("rewards/accuracies", 0.0) < 0.99 or line["loss"] > 0.1 for line in half
+    ):
         return None
     return Finding(
         "nothing_left",
         "look",
         "Every pair has been told apart for half of the run",
-        f"accuracy {run.accuracy:.2f}, loss {run.loss:.3f}, margin {run.margin:+.2f} over the last quarter.",
-        "There is nothing left to learn from these pairs; whether others profit, only rows that do not train can say.",
+        f"accuracy {run.accuracy:.2f}, loss {run.loss:.3f}, margin {run.margin:+.2f} over the "
+        "last quarter.",
+        "There is nothing left to learn from these pairs; whether others profit, only rows that "
+        "do not train can say.",
         ("vlmdpo prepare --test-size 0.05, and train on that", "fewer epochs, or harder pairs"),
     )
 
 
 def _well(run: Run) -> Finding:
-    held = f" Eval accuracy {run.evaluations[-1]['rewards/accuracies']:.2f}." if run.evaluations else ""
+    held = (
+        f" Eval accuracy {run.evaluations[-1]['rewards/accuracies']:.2f}."
+        if run.evaluations
+        else ""
+    )
     return Finding(
         "learning",
         "good",
         "It learns, and nothing looks wrong",
-        f"over the last quarter accuracy {run.accuracy:.2f}, margin {run.margin:+.3f} (chosen {run.chosen:+.3f}, rejected "
+        f"over the last quarter accuracy {run.accuracy:.2f}, margin {run.margin:+.3f} (chosen "
+        f"{run.chosen:+.3f}, rejected "
         f"{run.rejected:+.3f}).{held}",
         "Curves cannot say whether it hallucinates less.",
         ("vlmdpo eval-amber",),

@@ -1,4 +1,6 @@
-"""What the pages have in common: one template loader that escapes every text, and pictures as part of the page."""
+"""What the pages have in common: one template loader that escapes every text, and pictures as part
+of the page.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,28 @@ SIDE_PX = 320  # the longer side of a picture on a page
 
 
 def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True) -> Environment:
-    """Templates of this package. Nothing undefined passes; with `escape` every text is HTML-escaped."""
+    """Templates of this package. Nothing undefined passes; with `escape` every text is
+    HTML-escaped.
+    """
     loader = PackageLoader("vlmdpo.report")
-    made = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = Environment(
+        loader=loader,
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     made.filters |= dict(filters or {})
     return made
 
 
 def evenly(entries: Sequence[Any], count: int) -> list[Any]:
     """So many of the entries, evenly spaced, so that nobody picked them."""
-    return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else list(entries)
+    return (
+        [entries[i * len(entries) // count] for i in range(count)]
+        if len(entries) > count
+        else list(entries)
+    )
 
 
 def uri(data: bytes, kind: str) -> str:

@@ -1,4 +1,6 @@
-"""Where the memory of a step goes, as stacked bars: the article's table beside what vlmdpo allocates."""
+"""Where the memory of a step goes, as stacked bars: the article's table beside what vlmdpo
+allocates.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ _GIB = 2**30
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Two bars in GiB, and the GPU's size as a line where one is given, written as PNG. Raises DataError."""
+    """Two bars in GiB, and the GPU's size as a line where one is given, written as PNG. Raises
+    DataError.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,10 +24,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
     bars = {
         "the article's table": [(c["name"], c["bytes"]) for c in report["components"]],
-        "vlmdpo": [(c["name"], c["bytes"]) for c in report["allocated"]["components"] if c["bytes"]],
+        "vlmdpo": [
+            (c["name"], c["bytes"]) for c in report["allocated"]["components"] if c["bytes"]
+        ],
     }
     if report["peak_bytes"] is not None:
-        bars["vlmdpo"].append(("Activations and more", report["peak_bytes"] - report["allocated"]["total_bytes"]))
+        bars["vlmdpo"].append(
+            ("Activations and more", report["peak_bytes"] - report["allocated"]["total_bytes"])
+        )
     names = list(dict.fromkeys(name for parts in bars.values() for name, _ in parts))
     colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
     figure, axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
@@ -31,7 +39,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for place, parts in enumerate(bars.values()):
         left = 0.0
         for name, size in parts:
-            axes.barh(place, size / _GIB, left=left, color=colours[name], label=None if name in labelled else name, height=0.6)
+            axes.barh(
+                place,
+                size / _GIB,
+                left=left,
+                color=colours[name],
+                label=None if name in labelled else name,
+                height=0.6,
+            )
             labelled.add(name)
             left += size / _GIB
         axes.text(left, place, f" {left:.1f} GiB", va="center")
@@ -39,7 +54,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         gpu = report["gpu"]
         capacity = gpu["capacity_bytes"] / _GIB
         axes.axvline(capacity, color="black", linestyle="--")
-        axes.text(capacity, 0.5, f" {gpu['name']}: {report['verdict']}", va="center", ha="left", fontsize=9)
+        axes.text(
+            capacity,
+            0.5,
+            f" {gpu['name']}: {report['verdict']}",
+            va="center",
+            ha="left",
+            fontsize=9,
+        )
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -52,6 +74,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         figure.savefig(part, dpi=130, format="png")
         part.rename(path)
     except OSError as problem:
-        raise DataError(f"--plot: cannot write '{path}': {problem.strerror or problem}") from problem
+        raise DataError(
+            f"--plot: cannot write '{path}': {problem.strerror or problem}"
+        ) from problem
     finally:
         pyplot.close(figure)

@@ -1,4 +1,6 @@
-"""The card of a trained model, README.md in its folder: data, settings, curves, AMBER where it was evaluated, versions."""
+"""The card of a trained model, README.md in its folder: data, settings, curves, AMBER where it was
+evaluated, versions.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Acti
 
 
 def write(folder: Path, *, merged: bool = False) -> None:
-    """Write the card of a folder of `vlmdpo train`, or of what `export --merge` made of one. Raises OSError.
+    """Write the card of a folder of `vlmdpo train`, or of what `export --merge` made of one. Raises
+    OSError.
 
     Args:
         folder: holds REPORT and RECIPE, and AMBER where the model was evaluated.
@@ -33,7 +36,11 @@ def text(folder: Path, *, merged: bool) -> str:
     """The card as Markdown with the Hub's metadata in front; every text from elsewhere is escaped."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    amber = json.loads((folder / AMBER).read_text(encoding="utf-8")) if (folder / AMBER).is_file() else None
+    amber = (
+        json.loads((folder / AMBER).read_text(encoding="utf-8"))
+        if (folder / AMBER).is_file()
+        else None
+    )
     base = _public(report["model"])
     data = _public(report["dataset"])
     standalone = merged or not recipe["lora"]
@@ -54,7 +61,11 @@ def text(folder: Path, *, merged: bool) -> str:
         standalone=standalone,
         curves=report["curves"] and Path(report["curves"]).name,
         amber=amber,
-        figures=[name for name in _FIGURES if amber and any(name in table for table in amber["scores"].values())],
+        figures=[
+            name
+            for name in _FIGURES
+            if amber and any(name in table for table in amber["scores"].values())
+        ],
     )
 
 
@@ -67,7 +78,11 @@ def _settings(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str,
     """The settings that are not empty or off, and not this machine's own."""
     told = {**recipe, "learning_rate": report["learning_rate"]}
     told |= {name: _public(recipe[name]) for name in ("model", "dataset")}
-    return {n: value for n, value in told.items() if value not in (None, [], "", False) and n not in ("output_dir", "device")}
+    return {
+        n: value
+        for n, value in told.items()
+        if value not in (None, [], "", False) and n not in ("output_dir", "device")
+    }
 
 
 def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
@@ -77,9 +92,14 @@ def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
     """
     if not (folder / REPORT).is_file() or not (folder / RECIPE).is_file():
         return False
-    kept = {name: report[name] for name in ("data", "is_amber", "scores", "comparison", "coverage", "versions")}
+    kept = {
+        name: report[name]
+        for name in ("data", "is_amber", "scores", "comparison", "coverage", "versions")
+    }
     if kept["comparison"]:
-        kept["comparison"] = {name: value for name, value in kept["comparison"].items() if name != "flips"}
+        kept["comparison"] = {
+            name: value for name, value in kept["comparison"].items() if name != "flips"
+        }
     part = folder / f".{AMBER}.partial"
     part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
     part.replace(folder / AMBER)

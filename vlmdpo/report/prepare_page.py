@@ -1,4 +1,6 @@
-"""What people look at after prepare: `report.html`, one file without network, and a histogram of lengths. Texts are escaped."""
+"""What people look at after prepare: `report.html`, one file without network, and a histogram of
+lengths. Texts are escaped.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3))
     answers = {side: columns[f"{side}_tokens"] for side in ("chosen", "rejected")}
     longer = columns["prompt_tokens"] + numpy.maximum(*answers.values())
-    sequences = {"prompt, images included": columns["prompt_tokens"], "prompt and longer answer": longer}
+    sequences = {
+        "prompt, images included": columns["prompt_tokens"],
+        "prompt and longer answer": longer,
+    }
     for axes, title, shown in ((left, "Answers", answers), (right, "Sequences", sequences)):
         edges = numpy.histogram_bin_edges(numpy.concatenate(list(shown.values())), bins=40)
         for label, tokens in shown.items():
@@ -39,8 +44,12 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
         axes.set_xlabel("tokens")
         axes.set_ylabel("rows")
-    figure.subplots_adjust(left=0.08, right=0.99, top=0.9, bottom=0.17, wspace=0.2)  # its own layout takes longer than all else
-    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})  # the same bytes from any version
+    figure.subplots_adjust(
+        left=0.08, right=0.99, top=0.9, bottom=0.17, wspace=0.2
+    )  # its own layout takes longer than all else
+    figure.savefig(
+        path, dpi=120, format="png", metadata={"Software": None}
+    )  # the same bytes from any version
     pyplot.close(figure)
 
 
@@ -60,22 +69,32 @@ def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path, sides: Mappin
         manifest=manifest,
         lengths=pages.uri(lengths.read_bytes(), "png"),
         sizes=_sizes(sides),
-        samples=[{"number": row, **_sample(one)} for row, one in zip(rows, as_stored(dataset.select(rows)), strict=True)],
+        samples=[
+            {"number": row, **_sample(one)}
+            for row, one in zip(rows, as_stored(dataset.select(rows)), strict=True)
+        ],
     )
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    turns = [(turn["role"], " ".join(part["text"] or "[image]" for part in turn["content"])) for turn in row["prompt"]]
+    turns = [
+        (turn["role"], " ".join(part["text"] or "[image]" for part in turn["content"]))
+        for turn in row["prompt"]
+    ]
     answers = {side: row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")}
     kept = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
-    return {"pictures": [_picture(stored) for stored in row["images"]], "turns": turns, **answers} | {
-        name: row[name] for name in kept
-    }
+    return {
+        "pictures": [_picture(stored) for stored in row["images"]],
+        "turns": turns,
+        **answers,
+    } | {name: row[name] for name in kept}
 
 
 def _picture(stored: Mapping[str, Any]) -> str:
     picture = PillowImage.open(io.BytesIO(stored["bytes"]))
-    picture.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))  # decodes a JPEG not much larger than it needs
+    picture.draft(
+        "RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX)
+    )  # decodes a JPEG not much larger than it needs
     return pages.thumbnail(picture)
 
 
@@ -90,7 +109,11 @@ def _sizes(sides: Mapping[int, int]) -> list[dict[str, Any]]:
         counts[(side - low) // step] = counts.get((side - low) // step, 0) + pictures
     most = max(counts.values())
     return [
-        {"label": _range(low + at * step, min(high, low + (at + 1) * step - 1)), "count": count, "share": 100 * count / most}
+        {
+            "label": _range(low + at * step, min(high, low + (at + 1) * step - 1)),
+            "count": count,
+            "share": 100 * count / most,
+        }
         for at, count in sorted(counts.items())
     ]
 

@@ -1,6 +1,8 @@
-"""What people look at while and after training: `run.html`, one file without network. Texts are escaped.
+"""What people look at while and after training: `run.html`, one file without network. Texts are
+escaped.
 
-The page's script draws the curves from data in the page; it is allowed by its hash alone, so that nothing else can run.
+The page's script draws the curves from data in the page; it is allowed by its hash alone, so that
+nothing else can run.
 """
 
 from __future__ import annotations
@@ -15,13 +17,26 @@ from typing import Any
 from vlmdpo.report import html as pages
 from vlmdpo.report.diagnosis import Finding
 
-# (title, unit, [(metric, label, colour)], (level, its label)); metrics that a run lacks leave their chart out.
+# (title, unit, [(metric, label, colour)], (level, its label)); metrics that a run lacks leave their
+# chart out.
 CHARTS: tuple[tuple[str, list[tuple[str, str, str]], tuple[float, str] | None], ...] = (
     ("Loss", [("loss", "loss", "blue")], (math.log(2), "ln 2: no preference yet")),
     ("Reward accuracy", [("rewards/accuracies", "accuracy", "green")], (0.5, "chance")),
-    ("Rewards", [("rewards/chosen", "chosen", "green"), ("rewards/rejected", "rejected", "red")], (0.0, "reference")),
-    ("Reward margin (chosen − rejected)", [("rewards/margins", "margin", "violet")], (0.0, "reference")),
-    ("Log-probs of answers", [("logps/chosen", "chosen", "green"), ("logps/rejected", "rejected", "red")], None),
+    (
+        "Rewards",
+        [("rewards/chosen", "chosen", "green"), ("rewards/rejected", "rejected", "red")],
+        (0.0, "reference"),
+    ),
+    (
+        "Reward margin (chosen − rejected)",
+        [("rewards/margins", "margin", "violet")],
+        (0.0, "reference"),
+    ),
+    (
+        "Log-probs of answers",
+        [("logps/chosen", "chosen", "green"), ("logps/rejected", "rejected", "red")],
+        None,
+    ),
     ("Learning rate", [("learning_rate", "learning rate", "blue")], None),
     ("Gradient norm", [("grad_norm", "gradient norm", "violet")], None),
 )
@@ -42,8 +57,8 @@ def page(
     """The page as one HTML text.
 
     Args:
-        steps: done, and in all.
-        lines, evaluations: logged metrics, each with "step"; those of the test split by the same names.
+        steps: done, and in all. lines, evaluations: logged metrics, each with "step"; those of the
+        test split by the same names.
         samples: records of `samples.jsonl`.
         pictures: by row, the data URIs of its pictures.
         settings: of the run.
@@ -60,7 +75,9 @@ def page(
             evaluated=evaluations[-1] if evaluations else None,
             findings=findings,
             samples=_by_row(samples, pictures),
-            settings={name: value for name, value in settings.items() if value not in (None, [], "")},
+            settings={
+                name: value for name, value in settings.items() if value not in (None, [], "")
+            },
             data=_data(lines, evaluations),
             script=script,
             hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -70,36 +87,55 @@ def page(
 
 def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
     """By row number, its pictures as data URIs. `rows` are of the prepared dataset, decoded."""
-    return {row["row"]: [pages.thumbnail(picture) for picture in row["images"] or []] for row in rows}
+    return {
+        row["row"]: [pages.thumbnail(picture) for picture in row["images"] or []] for row in rows
+    }
 
 
-def _data(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _data(
+    lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """The charts with their points, for the script."""
     charts = []
     for title, series, level in CHARTS:
         curves = [
-            {"label": label + more, "colour": colour, "dotted": bool(more), "points": _points(found, name)}
+            {
+                "label": label + more,
+                "colour": colour,
+                "dotted": bool(more),
+                "points": _points(found, name),
+            }
             for name, label, colour in series
             for found, more in ((lines, ""), (evaluations, ", test split"))
         ]
         curves = [curve for curve in curves if curve["points"]]
         if curves:
-            exact = [name for name, _, _ in series] == ["learning_rate"]  # it has no noise to smooth away
+            exact = [name for name, _, _ in series] == [
+                "learning_rate"
+            ]  # it has no noise to smooth away
             charts.append({"title": title, "curves": curves, "level": level, "exact": exact})
     return charts
 
 
 def _points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     return [
-        (line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])
+        (line["step"], line[name])
+        for line in lines
+        if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])
     ]
 
 
-def _by_row(samples: Sequence[Mapping[str, Any]], pictures: Mapping[int, Sequence[str]]) -> list[dict[str, Any]]:
+def _by_row(
+    samples: Sequence[Mapping[str, Any]], pictures: Mapping[int, Sequence[str]]
+) -> list[dict[str, Any]]:
     """Each row with its answers in the order of steps; those that are as before are told as such."""
     rows: dict[int, dict[str, Any]] = {}
     for record in samples:
-        row = rows.setdefault(record["row"], {**record, "pictures": pictures.get(record["row"], ()), "answers": []})
+        row = rows.setdefault(
+            record["row"], {**record, "pictures": pictures.get(record["row"], ()), "answers": []}
+        )
         before = row["answers"][-1]["answer"] if row["answers"] else None
-        row["answers"].append({"step": record["step"], "answer": record["answer"], "same": record["answer"] == before})
+        row["answers"].append(
+            {"step": record["step"], "answer": record["answer"], "same": record["answer"] == before}
+        )
     return list(rows.values())

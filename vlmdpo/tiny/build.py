@@ -1,17 +1,19 @@
 """Make the embedded model from nothing: `python -m vlmdpo.tiny.build --output DIR`.
 
-Draws scenes, trains a byte-level BPE tokenizer on their questions, and trains a real Idefics2 of about two
-million parameters to answer them. Seeded; no data from elsewhere. Three lessons:
+Draws scenes, trains a byte-level BPE tokenizer on their questions, and trains a real Idefics2 of
+about two million parameters to answer them. Seeded; no data from elsewhere. Three lessons:
 
-1. *naming*: vision tower and connector learn to say what stands in each cell, by heads that are then thrown away,
-   as the towers of real models come from a pre-training of their own;
-2. *talking*: true answers, as many "Yes" as "No", and true descriptions;
-3. *agreeing*: a short second lesson in which a share of the true "No" answers is taught as "Yes", and
-   descriptions name a thing's usual companion where it is missing. Instruction data of real vision-language
-   models leans this way, and it leaves what real ones show: a model that sees more than it says, and says yes.
+1. *naming*: vision tower and connector learn to say what stands in each cell, by heads that are
+   then thrown away, as the towers of real models come from a pre-training of their own; 2.
+   *talking*: true answers, as many "Yes" as "No", and true descriptions; 3. *agreeing*: a short
+   second lesson in which a share of the true "No" answers is taught as "Yes", and descriptions name
+   a thing's usual companion where it is missing. Instruction data of real vision-language models
+   leans this way, and it leaves what real ones show: a model that sees more than it says, and says
+   yes.
 
-One image serves all its questions in one sequence: each question sees the image and itself, by a 4-D
-attention mask and position ids that restart. The sequences are what the model meets later, one by one.
+One image serves all its questions in one sequence: each question sees the image and itself, by a
+4-D attention mask and position ids that restart. The sequences are what the model meets later, one
+by one.
 """
 
 from __future__ import annotations
@@ -45,19 +47,24 @@ PAIRS = 2400
 _STARTED = time.monotonic()
 END = "<end_of_utterance>"
 SPECIAL = ("<s>", "</s>", "<pad>", "<fake_token_around_image>", "<image>", END)
-# Line breaks stand inside expressions: Jinja, as transformers sets it up, drops one that follows a block.
+# Line breaks stand inside expressions: Jinja, as transformers sets it up, drops one that follows a
+# block.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'] is string %} {{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor "
+    "%}{% endif %}"
     + END
-    + "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
+    + "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'\\nAssistant:' }}{% endif %}"
 )
 
 
 def make_processor() -> Idefics2Processor:
-    """A real Idefics2 processor: PIL image processor (no torchvision), byte-level BPE tokenizer, chat template."""
+    """A real Idefics2 processor: PIL image processor (no torchvision), byte-level BPE tokenizer,
+    chat template.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -73,7 +80,12 @@ def make_processor() -> Idefics2Processor:
     for _ in range(4000):
         scene = sc.sample_scene(rng, "making")
         corpus += [f" {q.text}" for group in sc.questions(scene, rng).values() for q in group]
-        corpus += [" " + sc.describe(sc.truth_claims(scene)), "User: " + sc.DESCRIBE, "\nAssistant: Yes", "Assistant: No"]
+        corpus += [
+            " " + sc.describe(sc.truth_claims(scene)),
+            "User: " + sc.DESCRIBE,
+            "\nAssistant: Yes",
+            "Assistant: No",
+        ]
     bpe.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -83,11 +95,15 @@ def make_processor() -> Idefics2Processor:
         model_max_length=1024,
         padding_side="left",
     )
-    # The longest edge is twice the scenes' side: bounded to half of it, as `prepare` does, scenes pass untouched.
+    # The longest edge is twice the scenes' side: bounded to half of it, as `prepare` does, scenes
+    # pass untouched.
     image_processor = Idefics2ImageProcessorPil(
-        size={"shortest_edge": sc.SIDE_PX // 2, "longest_edge": 2 * sc.SIDE_PX}, do_image_splitting=False
+        size={"shortest_edge": sc.SIDE_PX // 2, "longest_edge": 2 * sc.SIDE_PX},
+        do_image_splitting=False,
     )
-    return Idefics2Processor(image_processor, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
+    return Idefics2Processor(
+        image_processor, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE
+    )
 
 
 def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration:
@@ -132,7 +148,8 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
     )
     model = Idefics2ForConditionalGeneration(config)
     _start_lively(model)
-    # transformers starts every latent alike, and what starts alike stays alike: they must differ to learn apart.
+    # transformers starts every latent alike, and what starts alike stays alike: they must differ to
+    # learn apart.
     torch.nn.init.normal_(model.model.connector.perceiver_resampler.latents)
     model.generation_config = GenerationConfig(
         bos_token_id=ids("<s>"), eos_token_id=ids(END), pad_token_id=ids("<pad>"), do_sample=False
@@ -141,12 +158,16 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
 
 
 def _start_lively(model: Idefics2ForConditionalGeneration) -> None:
-    """Start the language model with attention that already tells tokens apart: at this width the usual small weights
-    make every token look alike, and the model spends its first thousand steps finding that out."""
+    """Start the language model with attention that already tells tokens apart: at this width the
+    usual small weights make every token look alike, and the model spends its first thousand steps
+    finding that out.
+    """
     for name, module in model.model.text_model.named_modules():
         if isinstance(module, torch.nn.Linear):
             closing = name.endswith(("o_proj", "down_proj"))
-            torch.nn.init.normal_(module.weight, std=(0.5 if closing else 1.0) * module.in_features**-0.5)
+            torch.nn.init.normal_(
+                module.weight, std=(0.5 if closing else 1.0) * module.in_features**-0.5
+            )
     torch.nn.init.normal_(model.model.text_model.embed_tokens.weight)
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)
 
@@ -182,7 +203,9 @@ class Teacher:
         return ids
 
     def _turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Token ids of one question and answer, and how many of the last are the answer's, end included."""
+        """Token ids of one question and answer, and how many of the last are the answer's, end
+        included.
+        """
         known = []
         for text in (f" {question}{END}\nAssistant:", f" {answer}{END}"):
             if text not in self._known:
@@ -194,12 +217,18 @@ class Teacher:
         groups = list(sc.questions(scene, self.rng).values())
         picked: list[sc.Question] = []
         while groups and len(picked) < self.lesson.questions_per_image:
-            group = self.rng.choice(groups)  # by (type, truth), so that "yes" and "no" come up alike
+            group = self.rng.choice(
+                groups
+            )  # by (type, truth), so that "yes" and "no" come up alike
             picked.append(group.pop())
             groups = [g for g in groups if g]
         turns = []
         for question in picked:
-            said = "Yes" if question.truth == "yes" or self.rng.random() < self.lesson.yes_for_no else "No"
+            said = (
+                "Yes"
+                if question.truth == "yes" or self.rng.random() < self.lesson.yes_for_no
+                else "No"
+            )
             turns.append(self._turn(question.text, said))
         claims = sc.truth_claims(scene)
         missing = [sc.COMPANION[k] for k in scene.kinds() if sc.COMPANION[k] not in scene.kinds()]
@@ -210,7 +239,9 @@ class Teacher:
         return turns
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """One step's data. B images, L packed tokens: ids, labels, positions (B, L); mask (B, 1, L, L)."""
+        """One step's data. B images, L packed tokens: ids, labels, positions (B, L); mask (B, 1, L,
+        L).
+        """
         drawn = [sc.sample_scene(self.rng, "making") for _ in range(self.lesson.images_per_step)]
         rows = []
         for scene in drawn:
@@ -225,13 +256,19 @@ class Teacher:
         length = max(len(row[0]) for row in rows)
         fill = (self.processor.tokenizer.pad_token_id, -100, 0, -1)
         ids_t, labels_t, positions_t, segment_t = (
-            torch.tensor([row[i] + [fill[i]] * (length - len(row[i])) for row in rows]) for i in range(4)
+            torch.tensor([row[i] + [fill[i]] * (length - len(row[i])) for row in rows])
+            for i in range(4)
         )
         same = segment_t[:, :, None] == segment_t[:, None, :]
-        seen = (same | (segment_t == 0)[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
-        # Added to the scores by eager attention, so it must be numbers: a boolean mask would be added as 0 and 1.
+        seen = (same | (segment_t == 0)[:, None, :]) & torch.ones(
+            length, length, dtype=torch.bool
+        ).tril()
+        # Added to the scores by eager attention, so it must be numbers: a boolean mask would be
+        # added as 0 and 1.
         mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
-        pixels = self.processor.image_processor([[sc.draw(scene)] for scene in drawn], return_tensors="pt")
+        pixels = self.processor.image_processor(
+            [[sc.draw(scene)] for scene in drawn], return_tensors="pt"
+        )
         return {
             "input_ids": ids_t,
             "attention_mask": mask[:, None],
@@ -242,36 +279,56 @@ class Teacher:
 
 
 def _cell_labels(scene: sc.Scene) -> list[list[int]]:
-    """For each of the nine cells: kind (the last number is "empty"), colour, action, in contact; -100 where empty."""
+    """For each of the nine cells: kind (the last number is "empty"), colour, action, in contact;
+    -100 where empty.
+    """
     labels = [[len(sc.KINDS), -100, -100, -100] for _ in range(9)]
     held = {cell for pair in scene.touching for cell in pair}
     for thing in scene.things:
         action = (*sc.ACTIONS, "").index(thing.action)
-        labels[thing.cell] = [sc.KINDS.index(thing.kind), sc.COLOURS.index(thing.colour), action, int(thing.cell in held)]
+        labels[thing.cell] = [
+            sc.KINDS.index(thing.kind),
+            sc.COLOURS.index(thing.colour),
+            action,
+            int(thing.cell in held),
+        ]
     return labels
 
 
-def teach_naming(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int) -> None:
+def teach_naming(
+    model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int
+) -> None:
     """The first lesson, for tower and connector: what stands in each cell?
 
-    One patch is one cell, so the tower's output at a patch is asked for its cell's content and number. Each of the
-    connector's first nine tokens is asked for the content of one cell, and must answer in the language model's own
-    words: by likeness to the embeddings of "star", "red", "spin". From talk alone it takes hours to learn this.
+    One patch is one cell, so the tower's output at a patch is asked for its cell's content and
+    number. Each of the connector's first nine tokens is asked for the content of one cell, and must
+    answer in the language model's own words: by likeness to the embeddings of "star", "red",
+    "spin". From talk alone it takes hours to learn this.
     """
     rng = random.Random(seed)
     sizes = [len(sc.KINDS) + 1, len(sc.COLOURS), len(sc.ACTIONS) + 1, 2]
     tower, connector = model.model.vision_model, model.model.connector
     width = tower.config.hidden_size
-    content, place, rest = torch.nn.Linear(width, sum(sizes)), torch.nn.Linear(width, 9), torch.nn.Linear(width, 4)
-    parameters = [p for module in (tower, connector, content, place, rest) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    content, place, rest = (
+        torch.nn.Linear(width, sum(sizes)),
+        torch.nn.Linear(width, 9),
+        torch.nn.Linear(width, 4),
+    )
+    parameters = [
+        p for module in (tower, connector, content, place, rest) for p in module.parameters()
+    ]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02
+    )
     cells = torch.arange(9).repeat(lesson.images_per_step, 1)
     words = [_words(model, processor, names) for names in (sc.KINDS, sc.COLOURS, sc.ACTIONS)]
     for step in range(lesson.steps):
         for group in optimizer.param_groups:
             group["lr"] = lesson.learning_rate * _rate(step, lesson.steps)
         drawn = [sc.sample_scene(rng, "making") for _ in range(lesson.images_per_step)]
-        pixels = processor.image_processor([[sc.draw(scene)] for scene in drawn], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(
+            [[sc.draw(scene)] for scene in drawn], return_tensors="pt"
+        )["pixel_values"]
         labels = torch.tensor([_cell_labels(scene) for scene in drawn])
         seen = tower(pixels[:, 0]).last_hidden_state
         passed = connector(seen, attention_mask=torch.ones(seen.shape[:2], dtype=torch.bool))[:, :9]
@@ -284,7 +341,9 @@ def teach_naming(model: Idefics2ForConditionalGeneration, processor: Idefics2Pro
         _report(step, lesson.steps, loss)
 
 
-def _words(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, names: tuple[str, ...]) -> torch.Tensor:
+def _words(
+    model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, names: tuple[str, ...]
+) -> torch.Tensor:
     """The language model's embeddings of words that are one token each, (words, width), held fixed."""
     ids = [processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
     assert all(len(tokens) == 1 for tokens in ids), "every word of the scenes must be one token"
@@ -292,18 +351,27 @@ def _words(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor
 
 
 def _naming_loss(named: torch.Tensor, labels: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Cross-entropy of kind, colour, action and contact. `named` (B, 9, sum(sizes)), `labels` (B, 9, 4)."""
+    """Cross-entropy of kind, colour, action and contact. `named` (B, 9, sum(sizes)), `labels` (B,
+    9, 4).
+    """
     parts = named.split(sizes, dim=-1)
-    losses = [torch.nn.functional.cross_entropy(p.flatten(0, 1), labels[..., i].flatten()) for i, p in enumerate(parts)]
+    losses = [
+        torch.nn.functional.cross_entropy(p.flatten(0, 1), labels[..., i].flatten())
+        for i, p in enumerate(parts)
+    ]
     return torch.stack(losses).sum()
 
 
 def _rate(step: int, steps: int) -> float:
     """Warm-up over a thirtieth, then cosine to a twentieth, as a share of the peak."""
-    return min((step + 1) / max(1, steps // 30), 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return min(
+        (step + 1) / max(1, steps // 30), 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
 
 
-def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> None:
+def _descend(
+    loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
+) -> None:
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -312,14 +380,21 @@ def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: l
 
 def _report(step: int, steps: int, loss: torch.Tensor) -> None:
     if step % 100 == 0 or step == steps - 1:
-        print(f"step {step:5d}/{steps}  loss {loss.item():.4f}  {time.monotonic() - _STARTED:6.0f} s", flush=True)
+        print(
+            f"step {step:5d}/{steps}  loss {loss.item():.4f}  {time.monotonic() - _STARTED:6.0f} s",
+            flush=True,
+        )
 
 
-def teach(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int) -> None:
-    """A lesson in words, for the language model: AdamW, warm-up then cosine to a twentieth, loss on answer tokens only.
+def teach(
+    model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, lesson: Lesson, seed: int
+) -> None:
+    """A lesson in words, for the language model: AdamW, warm-up then cosine to a twentieth, loss on
+    answer tokens only.
 
-    Tower and connector rest. Adam moves every weight by about the learning rate whatever its gradient is worth, and
-    the noise of a language model that cannot read yet would wipe out what they know within a hundred steps.
+    Tower and connector rest. Adam moves every weight by about the learning rate whatever its
+    gradient is worth, and the noise of a language model that cannot read yet would wipe out what
+    they know within a hundred steps.
     """
     teacher = Teacher(processor, lesson, random.Random(seed))
     # At these sizes two matrix products beat the CPU's fused attention with a mask, twice over.
@@ -327,7 +402,9 @@ def teach(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor,
     for module in (model.model.vision_model, model.model.connector):
         module.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lesson.learning_rate, betas=(0.9, 0.98), weight_decay=0.02
+    )
     model.train()
     for step in range(lesson.steps):
         for group in optimizer.param_groups:
@@ -344,8 +421,12 @@ def teach(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor,
     model.requires_grad_(True)
 
 
-def save(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, folder: Path) -> None:
-    """Write the checkpoint as safetensors in bfloat16, half the size; it is read back as any checkpoint is."""
+def save(
+    model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, folder: Path
+) -> None:
+    """Write the checkpoint as safetensors in bfloat16, half the size; it is read back as any
+    checkpoint is.
+    """
     copy = Idefics2ForConditionalGeneration(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
@@ -354,25 +435,45 @@ def save(model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make model, pairs and evaluation set under `--output`; with `--install`, put them into the package."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Make model, pairs and evaluation set under `--output`; with `--install`, put them into the
+    package.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, scenes and samples (default 0)")
-    parser.add_argument("--install", action="store_true", help="replace the package's own assets by the result")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, scenes and samples (default 0)"
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="replace the package's own assets by the result"
+    )
     options: Any = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     torch.set_num_threads(2)
     processor = make_processor()
     model = make_model(processor)
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "tokens": len(processor.tokenizer)}))
+    print(
+        json.dumps(
+            {
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "tokens": len(processor.tokenizer),
+            }
+        )
+    )
     teach_naming(model, processor, NAMING, options.seed)
     teach(model, processor, TALKING, options.seed)
     save(model, processor, options.output / "talking")
     teach(model, processor, AGREEING, options.seed + 1)
     save(model, processor, options.output / "model")
     # Sampled from what was saved, so from the rounded weights that users will have.
-    asked = Idefics2ForConditionalGeneration.from_pretrained(options.output / "model", dtype=torch.float32).eval()
-    sample_pairs.write(sample_pairs.make_pairs(asked, processor, PAIRS, options.seed + 2), options.output / pairs.FILE)
+    asked = Idefics2ForConditionalGeneration.from_pretrained(
+        options.output / "model", dtype=torch.float32
+    ).eval()
+    sample_pairs.write(
+        sample_pairs.make_pairs(asked, processor, PAIRS, options.seed + 2),
+        options.output / pairs.FILE,
+    )
     evaluation.write(options.output / "amber")
     if options.install:
         assets = evaluation.FOLDER.parent

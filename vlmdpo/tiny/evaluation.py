@@ -1,9 +1,9 @@
 """The embedded evaluation set: scenes held out from all else, in AMBER's own JSON layout.
 
-`make` builds it (seeded) and `write` stores it; `FOLDER` is where the shipped copy lies. Its pictures are not
-stored: `picture` draws them from their specs. The numbers of questions keep AMBER's proportions over its types and
-over yes and no; existence is asked only of what is absent, and a negative relation is typed plain `relation`, both
-as AMBER has it.
+`make` builds it (seeded) and `write` stores it; `FOLDER` is where the shipped copy lies. Its
+pictures are not stored: `picture` draws them from their specs. The numbers of questions keep
+AMBER's proportions over its types and over yes and no; existence is asked only of what is absent,
+and a negative relation is typed plain `relation`, both as AMBER has it.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ def make(seed: int = 2024) -> dict[str, Any]:
     drawn: dict[str, sc.Scene] = {}
     while len(drawn) < SCENES:
         scene = sc.sample_scene(rng, "evaluation")
-        # AMBER asks about five absences and one contact a picture: two or three kinds leave that many of eight
-        # absent, and scenes left to chance hold half as many contacts.
+        # AMBER asks about five absences and one contact a picture: two or three kinds leave that
+        # many of eight absent, and scenes left to chance hold half as many contacts.
         if len(scene.kinds()) in (2, 3) and (scene.touching or len(drawn) >= 0.9 * SCENES):
             drawn.setdefault(scene.key(), scene)
     names = {f"SCENE_{number}.png": scene for number, scene in enumerate(drawn.values(), start=1)}
     queries, annotations = [], []
     for number, (name, scene) in enumerate(names.items(), start=1):
-        absent = [sc.COMPANION[kind] for kind in scene.kinds() if sc.COMPANION[kind] not in scene.kinds()]
+        absent = [
+            sc.COMPANION[kind] for kind in scene.kinds() if sc.COMPANION[kind] not in scene.kinds()
+        ]
         queries.append({"id": number, "image": name, "query": sc.DESCRIBE})
-        annotations.append({"id": number, "type": "generative", "truth": list(scene.kinds()), "hallu": absent})
+        annotations.append(
+            {"id": number, "type": "generative", "truth": list(scene.kinds()), "hallu": absent}
+        )
     generative = list(queries)
     for number, (name, question) in enumerate(_picked(names, rng), start=SCENES + 1):
         queries.append({"id": number, "image": name, "query": question.text})
@@ -76,7 +80,9 @@ def _picked(names: dict[str, sc.Scene], rng: random.Random) -> list[tuple[str, s
     for group, quota in QUOTA.items():
         left = quota
         while left:
-            taken = [(name, pool[group].pop()) for name, pool in pools.items() if pool.get(group)][:left]
+            taken = [(name, pool[group].pop()) for name, pool in pools.items() if pool.get(group)][
+                :left
+            ]
             assert taken, f"the scenes hold too few questions of {group}"
             dealt += taken
             left -= len(taken)
@@ -88,7 +94,11 @@ def write(folder: Path = FOLDER) -> None:
     for name, data in make().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = data if isinstance(data, str) else json.dumps(data, indent=None, separators=(",", ":")) + "\n"
+        text = (
+            data
+            if isinstance(data, str)
+            else json.dumps(data, indent=None, separators=(",", ":")) + "\n"
+        )
         path.write_text(text, encoding="utf-8")
 
 

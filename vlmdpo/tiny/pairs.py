@@ -1,6 +1,7 @@
 """The embedded training pairs: stored as scene specs and texts, drawn when they are read.
 
-A row has RLAIF-V's columns (image, question, chosen, rejected) and says where its answers came from.
+A row has RLAIF-V's columns (image, question, chosen, rejected) and says where its answers came
+from.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ FILE = "pairs.jsonl.gz"
 def load() -> list[dict[str, Any]]:
     """Every stored row: {"scene": spec, "question", "chosen", "rejected", "origin"}.
 
-    `origin` is "sampled" where both answers are the embedded model's own, "truth" where the chosen one was written
-    from the scene because no sample was right.
+    `origin` is "sampled" where both answers are the embedded model's own, "truth" where the chosen
+    one was written from the scene because no sample was right.
     """
     packed = resources.files("vlmdpo.tiny").joinpath("assets", FILE).read_bytes()
     return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
@@ -33,7 +34,10 @@ def load() -> list[dict[str, Any]]:
 def as_row(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored row with its picture drawn, as PNG bytes."""
     picture = scenes.draw(scenes.Scene.from_spec(stored["scene"]))
-    return {"image": encode(picture, "PNG"), **{name: stored[name] for name in ("question", "chosen", "rejected")}}
+    return {
+        "image": encode(picture, "PNG"),
+        **{name: stored[name] for name in ("question", "chosen", "rejected")},
+    }
 
 
 def source() -> Source:
@@ -44,4 +48,6 @@ def source() -> Source:
     def stream() -> Iterator[dict[str, Any]]:
         return map(as_row, rows)
 
-    return Streamed(name="scenes", fingerprint=digest, count=len(rows), root=Path("."), stream=stream)
+    return Streamed(
+        name="scenes", fingerprint=digest, count=len(rows), root=Path("."), stream=stream
+    )

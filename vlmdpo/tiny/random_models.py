@@ -1,6 +1,8 @@
-"""Small models of every supported family with random weights and real processors, made from nothing.
+"""Small models of every supported family with random weights and real processors, made from
+nothing.
 
-For tests and benchmarks: the architectures are transformers' own, only narrow and shallow. A token is a byte of text.
+For tests and benchmarks: the architectures are transformers' own, only narrow and shallow. A token
+is a byte of text.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from vlmdpo.models.families import images_only
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token + '\\n' }}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% "
+    "endfor %}{{ eos_token + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 _TEXT = {
@@ -39,13 +42,17 @@ VISION_SIZES = {
 
 
 def tokenizer(*special: str, **named: str) -> Any:
-    """A byte-level tokenizer without merges; `special` tokens come after <s>, </s> and <pad>, `named` ones by attribute too."""
+    """A byte-level tokenizer without merges; `special` tokens come after <s>, </s> and <pad>,
+    `named` ones by attribute too.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<s>", "</s>", "<pad>", *special]
     bytes_only = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    bytes_only.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in names]
+    )
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=bytes_only,
         bos_token="<s>",
@@ -53,7 +60,9 @@ def tokenizer(*special: str, **named: str) -> Any:
         pad_token="<pad>",
         extra_special_tokens={
             **named,
-            **{f"special_{i}": name for i, name in enumerate(special) if name not in named.values()},
+            **{
+                f"special_{i}": name for i, name in enumerate(special) if name not in named.values()
+            },
         },
     )
 
@@ -64,7 +73,11 @@ def _ids(tok: Any, *names: str) -> list[int]:
 
 
 def _common(tok: Any) -> dict[str, Any]:
-    return {"pad_token_id": tok.pad_token_id, "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
+    return {
+        "pad_token_id": tok.pad_token_id,
+        "bos_token_id": tok.bos_token_id,
+        "eos_token_id": tok.eos_token_id,
+    }
 
 
 def text_sizes(tok: Any, **more: Any) -> dict[str, Any]:
@@ -72,7 +85,9 @@ def text_sizes(tok: Any, **more: Any) -> dict[str, Any]:
     return {**_TEXT, "vocab_size": len(tok), **_common(tok), **more}
 
 
-def _idefics2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any) -> tuple[Any, Any]:
+def _idefics2(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any
+) -> tuple[Any, Any]:
     tok = tokenizer(
         "<fake_token_around_image>",
         "<image>",
@@ -83,7 +98,12 @@ def _idefics2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **m
     latents = more.get("latents", 4)
     wide = {**text_sizes(tok, model_type="mistral", sliding_window=None), **text}
     heads = {"resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 2}
-    perceiver = {"resampler_n_latents": latents, "resampler_depth": 2, **heads, **more.get("perceiver", {})}
+    perceiver = {
+        "resampler_n_latents": latents,
+        "resampler_depth": 2,
+        **heads,
+        **more.get("perceiver", {}),
+    }
     config = tf.Idefics2Config(
         image_token_id=_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
@@ -98,10 +118,22 @@ def _idefics2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **m
 
 
 def _idefics3(
-    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, smol: bool = False, scale_factor: int = 2
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    image_size: int,
+    *,
+    smol: bool = False,
+    scale_factor: int = 2,
 ) -> tuple[Any, Any]:
     rows = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
-    tok = tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *rows, image_token="<image>")
+    tok = tokenizer(
+        "<fake_token_around_image>",
+        "<image>",
+        "<global-img>",
+        "<end_of_utterance>",
+        *rows,
+        image_token="<image>",
+    )
     # SmolVLM's own processor needs num2words, for videos; Idefics3's makes the same of images.
     config = (tf.SmolVLMConfig if smol else tf.Idefics3Config)(
         image_token_id=_ids(tok, "<image>")[0],
@@ -110,14 +142,21 @@ def _idefics3(
         text_config={**text_sizes(tok, model_type="llama"), **text},
         vision_config={**VISION_SIZES, "patch_size": 8, "image_size": image_size, **vision},
     )
-    sizes: dict[str, Any] = {"size": {"longest_edge": 2 * image_size}, "max_image_size": {"longest_edge": image_size}}
+    sizes: dict[str, Any] = {
+        "size": {"longest_edge": 2 * image_size},
+        "max_image_size": {"longest_edge": image_size},
+    }
     images = tf.Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
     tokens = (image_size // vision.get("patch_size", 8) // scale_factor) ** 2
     template = TEMPLATE.replace("IMAGE", "<image>")
-    return config, tf.Idefics3Processor(images, tokenizer=tok, image_seq_len=tokens, chat_template=template)
+    return config, tf.Idefics3Processor(
+        images, tokenizer=tok, image_seq_len=tokens, chat_template=template
+    )
 
 
-def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, following: bool = False) -> tuple[Any, Any]:
+def _llava(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, following: bool = False
+) -> tuple[Any, Any]:
     tok = tokenizer("<image>", image_token="<image>")
     shared: dict[str, Any] = {
         "image_token_id": _ids(tok, "<image>")[0],
@@ -135,19 +174,34 @@ def _llava(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, fol
         },
     }
     patch = shared["vision_config"]["patch_size"]
-    told = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    told = {
+        "patch_size": patch,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     template = TEMPLATE.replace("IMAGE", "<image>")
-    sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    sizes = {
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+    }
     if not following:
         images = tf.CLIPImageProcessorPil(**sizes)
-        return tf.LlavaConfig(**shared), tf.LlavaProcessor(images, tok, chat_template=template, **told)
-    pinpoints = [[image_size, 2 * image_size], [2 * image_size, image_size], [2 * image_size, 2 * image_size]]
+        return tf.LlavaConfig(**shared), tf.LlavaProcessor(
+            images, tok, chat_template=template, **told
+        )
+    pinpoints = [
+        [image_size, 2 * image_size],
+        [2 * image_size, image_size],
+        [2 * image_size, 2 * image_size],
+    ]
     images = tf.LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints)
     config = tf.LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
     return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **told)
 
 
-def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, projection_dim: int = 32) -> tuple[Any, Any]:
+def _paligemma(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, projection_dim: int = 32
+) -> tuple[Any, Any]:
     tok = tokenizer("<image>", image_token="<image>")
     tokens = (image_size // vision.get("patch_size", 8)) ** 2
     config = tf.PaliGemmaConfig(
@@ -168,19 +222,34 @@ def _paligemma(text: dict[str, Any], vision: dict[str, Any], image_size: int, *,
     return config, tf.PaliGemmaProcessor(images, tok)
 
 
-def _paligemma2(text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any) -> tuple[Any, Any]:
-    """PaliGemma on Gemma 2: every other layer looks through a sliding window, and logits are capped."""
-    layers = {"sliding_window": 24, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
+def _paligemma2(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any
+) -> tuple[Any, Any]:
+    """PaliGemma on Gemma 2: every other layer looks through a sliding window, and logits are
+    capped.
+    """
+    layers = {
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     return _paligemma({"model_type": "gemma2", **layers, **text}, vision, image_size, **more)
 
 
-def _internvl(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1) -> tuple[Any, Any]:
+def _internvl(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1
+) -> tuple[Any, Any]:
     names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
     told = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     tok = tokenizer(*names, **dict(zip(told, names, strict=True)))
     tok.start_image_token, tok.end_image_token, tok.context_image_token, tok.video_token = names
     start, end, context, video = _ids(tok, *names)
-    tok.start_image_token_id, tok.end_image_token_id, tok.context_image_token_id, tok.video_token_id = (
+    (
+        tok.start_image_token_id,
+        tok.end_image_token_id,
+        tok.context_image_token_id,
+        tok.video_token_id,
+    ) = (
         start,
         end,
         context,
@@ -193,19 +262,35 @@ def _internvl(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, 
         image_seq_length=tokens,
         tie_word_embeddings=False,
         text_config={**text_sizes(tok, model_type="qwen2"), **text},
-        vision_config={**VISION_SIZES, "patch_size": [patch, patch], "image_size": [image_size, image_size], **vision},
+        vision_config={
+            **VISION_SIZES,
+            "patch_size": [patch, patch],
+            "image_size": [image_size, image_size],
+            **vision,
+        },
     )
     images = tf.GotOcr2ImageProcessorPil(
-        size={"height": image_size, "width": image_size}, crop_to_patches=tiles > 1, min_patches=1, max_patches=tiles
+        size={"height": image_size, "width": image_size},
+        crop_to_patches=tiles > 1,
+        min_patches=1,
+        max_patches=tiles,
     )
     template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
-    return config, images_only(tf.InternVLProcessor)(images, tok, image_seq_length=tokens, chat_template=template)
+    return config, images_only(tf.InternVLProcessor)(
+        images, tok, image_seq_length=tokens, chat_template=template
+    )
 
 
 def _gemma3(
-    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, mm_tokens_per_image: int | None = None
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    image_size: int,
+    *,
+    mm_tokens_per_image: int | None = None,
 ) -> tuple[Any, Any]:
-    tok = tokenizer("<image>", "<start>", "<end>", image_token="<image>", boi_token="<start>", eoi_token="<end>")
+    tok = tokenizer(
+        "<image>", "<start>", "<end>", image_token="<image>", boi_token="<start>", eoi_token="<end>"
+    )
     tokens = mm_tokens_per_image or (image_size // 16) ** 2
     config = tf.Gemma3Config(
         image_token_id=_ids(tok, "<image>")[0],
@@ -231,7 +316,9 @@ def _gemma3(
     return config, tf.Gemma3Processor(images, tok, image_seq_length=tokens, chat_template=template)
 
 
-def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, version: str) -> tuple[Any, Any]:
+def _qwen(
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, version: str
+) -> tuple[Any, Any]:
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tok = tokenizer(*names, image_token="<|image_pad|>", video_token="<|video_pad|>")
     start, end, image, video = _ids(tok, *names)
@@ -255,13 +342,22 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
     if version == "3":
         tower |= {"deepstack_visual_indexes": [0, 1]}
     half = text.get("head_dim", _TEXT["head_dim"]) // 2
-    sections = {"mrope_section": [half // 2, half // 4, half // 4], "rope_type": "default", "rope_theta": 1e6}
+    sections = {
+        "mrope_section": [half // 2, half // 4, half // 4],
+        "rope_type": "default",
+        "rope_theta": 1e6,
+    }
     if version.startswith("3"):
         sections |= {"mrope_interleaved": True}
     more = {}
     if version == "3.5":
         sections |= {"partial_rotary_factor": 1.0}
-        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        heads = {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        }
         more = {**heads, "layer_types": ["linear_attention", "full_attention"]}
     classes = {
         "2": (tf.Qwen2VLConfig, images_only(tf.Qwen2VLProcessor)),
@@ -275,11 +371,17 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any], image_size: int, *, vers
         vision_start_token_id=start,
         vision_end_token_id=end,
         tie_word_embeddings=False,
-        text_config={**text_sizes(tok, rope_parameters=sections, rope_scaling=sections), **more, **text},
+        text_config={
+            **text_sizes(tok, rope_parameters=sections, rope_scaling=sections),
+            **more,
+            **text,
+        },
         vision_config={**tower, **vision},
     )
     images = tf.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 16 * 16, "longest_edge": image_size**2}, patch_size=config.vision_config.patch_size, merge_size=2
+        size={"shortest_edge": 16 * 16, "longest_edge": image_size**2},
+        patch_size=config.vision_config.patch_size,
+        merge_size=2,
     )
     template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return config, classes[version][1](images, tok, chat_template=template)
@@ -323,6 +425,8 @@ def make(
     model = tf.AutoModelForImageTextToText.from_config(config)
     model.config.pad_token_id = processor.tokenizer.pad_token_id
     for name, parameter in model.named_parameters():
-        if name.endswith("mm_input_projection_weight"):  # Gemma 3's starts at zero, which would hide the image
+        if name.endswith(
+            "mm_input_projection_weight"
+        ):  # Gemma 3's starts at zero, which would hide the image
             torch.nn.init.normal_(parameter, std=0.2)
     return model, processor

@@ -1,10 +1,10 @@
 """Scenes: small drawings whose truth is known, and what can be asked about them.
 
-A scene is a spec (things on a 3 by 3 grid); the picture, the questions and the right answers all follow
-from it. This module knows nothing of models, files or training: it draws, asks and judges.
+A scene is a spec (things on a 3 by 3 grid); the picture, the questions and the right answers all
+follow from it. This module knows nothing of models, files or training: it draws, asks and judges.
 
-Scenes fall into two halves by a hash of their content, `making` and `evaluation`, so that nobody has to
-remember which pictures a model has already seen: the hash says so (see `Scene.half`).
+Scenes fall into two halves by a hash of their content, `making` and `evaluation`, so that nobody
+has to remember which pictures a model has already seen: the hash says so (see `Scene.half`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from vlmdpo.tiny import shapes
 
 SIDE_PX = 72
 KINDS = ("circle", "square", "triangle", "star", "moon", "heart", "ring", "cross")
-# What usually stands together. A model that has seen many such scenes will say so of scenes that break the rule.
+# What usually stands together. A model that has seen many such scenes will say so of scenes that
+# break the rule.
 COMPANION = {
     "star": "moon",
     "moon": "star",
@@ -37,14 +38,24 @@ COMPANION = {
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
 ACTIONS = ("jump", "spin", "shine", "sleep")
 NUMBERS = ("one", "two", "three")
-EXISTENCE, STATE, NUMBER = "discriminative-hallucination", "discriminative-attribute-state", "discriminative-attribute-number"
-ACTION, RELATION, RELATION_NO = "discriminative-attribute-action", "discriminative-relation", "relation"
+EXISTENCE, STATE, NUMBER = (
+    "discriminative-hallucination",
+    "discriminative-attribute-state",
+    "discriminative-attribute-number",
+)
+ACTION, RELATION, RELATION_NO = (
+    "discriminative-attribute-action",
+    "discriminative-relation",
+    "relation",
+)
 DESCRIBE = "Describe this image."
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape: what it is, where it stands (cell 0-8, row by row), and its offset in pixels."""
+    """One drawn shape: what it is, where it stands (cell 0-8, row by row), and its offset in
+    pixels.
+    """
 
     kind: str
     colour: str
@@ -65,11 +76,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows. Things of one kind share colour and action, so "the star" is never ambiguous."""
+    """All that a picture shows. Things of one kind share colour and action, so "the star" is never
+    ambiguous.
+    """
 
     background: str
     things: tuple[Thing, ...]
-    touching: tuple[tuple[int, int], ...] = ()  # pairs of cells, left and right, whose things are in contact
+    touching: tuple[
+        tuple[int, int], ...
+    ] = ()  # pairs of cells, left and right, whose things are in contact
 
     def spec(self) -> dict[str, Any]:
         """The scene as plain JSON data; `Scene.from_spec` reads it back."""
@@ -78,7 +93,9 @@ class Scene:
     @staticmethod
     def from_spec(spec: dict[str, Any]) -> Scene:
         things = tuple(Thing(**thing) for thing in spec["things"])
-        return Scene(spec["background"], things, tuple((left, right) for left, right in spec["touching"]))
+        return Scene(
+            spec["background"], things, tuple((left, right) for left, right in spec["touching"])
+        )
 
     def key(self) -> str:
         """A hash of what the scene shows, whatever the background and the jitter of a pixel."""
@@ -87,7 +104,9 @@ class Scene:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def half(self) -> str:
-        """`evaluation` for one scene in eight, by its key, else `making` (of the model and of the pairs)."""
+        """`evaluation` for one scene in eight, by its key, else `making` (of the model and of the
+        pairs).
+        """
         return "evaluation" if int(self.key(), 16) % 8 == 0 else "making"
 
     def kinds(self) -> tuple[str, ...]:
@@ -99,7 +118,9 @@ class Scene:
 
     def in_contact(self, first: str, second: str) -> bool:
         kind_of = {t.cell: t.kind for t in self.things}
-        return any({kind_of[left], kind_of[right]} == {first, second} for left, right in self.touching)
+        return any(
+            {kind_of[left], kind_of[right]} == {first, second} for left, right in self.touching
+        )
 
 
 def sample_scene(rng: random.Random, half: str) -> Scene:
@@ -117,7 +138,10 @@ def _sample(rng: random.Random) -> Scene:
         new = companion if companion not in kinds and rng.random() < 0.6 else rng.choice(KINDS)
         if new not in kinds:
             kinds.append(new)
-    looks = {kind: (rng.choice(COLOURS), rng.choice(ACTIONS) if rng.random() < 0.5 else "") for kind in kinds}
+    looks = {
+        kind: (rng.choice(COLOURS), rng.choice(ACTIONS) if rng.random() < 0.5 else "")
+        for kind in kinds
+    }
     crowd = [kind for kind in kinds for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))][:6]
     rng.shuffle(crowd)
     cells = rng.sample(range(9), len(crowd))
@@ -125,20 +149,33 @@ def _sample(rng: random.Random) -> Scene:
     touching = tuple(
         (cell, cell + 1)
         for cell in sorted(placed)
-        if cell % 3 < 2 and cell + 1 in placed and placed[cell] != placed[cell + 1] and rng.random() < 0.6
+        if cell % 3 < 2
+        and cell + 1 in placed
+        and placed[cell] != placed[cell + 1]
+        and rng.random() < 0.6
     )
     # A thing held from both sides cannot lean both ways: keep the left contact of such a run.
-    touching = tuple(pair for i, pair in enumerate(touching) if i == 0 or touching[i - 1][1] != pair[0])
+    touching = tuple(
+        pair for i, pair in enumerate(touching) if i == 0 or touching[i - 1][1] != pair[0]
+    )
     lean = {left: 1 for left, _ in touching} | {right: -1 for _, right in touching}
     things = tuple(
-        Thing(kind, *looks[kind], cell, dx=4 * lean[cell] if cell in lean else rng.randint(-1, 1), dy=rng.randint(-1, 1))
+        Thing(
+            kind,
+            *looks[kind],
+            cell,
+            dx=4 * lean[cell] if cell in lean else rng.randint(-1, 1),
+            dy=rng.randint(-1, 1),
+        )
         for cell, kind in sorted(placed.items())
     )
     return Scene(rng.choice(shapes.BACKGROUNDS), things, touching)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, RGB, SIDE_PX by SIDE_PX, drawn at three times the size and reduced for smooth edges."""
+    """The picture, RGB, SIDE_PX by SIDE_PX, drawn at three times the size and reduced for smooth
+    edges.
+    """
     scale = 3
     picture = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), scene.background)
     pen = ImageDraw.Draw(picture)
@@ -146,7 +183,16 @@ def draw(scene: Scene) -> Image.Image:
     for thing in scene.things:
         x = (thing.cell % 3 + 0.5) * cell_px + thing.dx
         y = (thing.cell // 3 + 0.5) * cell_px + thing.dy
-        shapes.draw_thing(pen, thing.kind, thing.colour, thing.action, x * scale, y * scale, scale, scene.background)
+        shapes.draw_thing(
+            pen,
+            thing.kind,
+            thing.colour,
+            thing.action,
+            x * scale,
+            y * scale,
+            scale,
+            scene.background,
+        )
     return picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
 
 
@@ -155,14 +201,19 @@ def plural(kind: str) -> str:
 
 
 def _how_many(number: str, kind: str) -> str:
-    return f"Is there one {kind} in this image?" if number == "one" else f"Are there {number} {plural(kind)} in this image?"
+    return (
+        f"Is there one {kind} in this image?"
+        if number == "one"
+        else f"Are there {number} {plural(kind)} in this image?"
+    )
 
 
 def questions(scene: Scene, rng: random.Random) -> dict[tuple[str, str], list[Question]]:
-    """Every yes/no question of AMBER's forms that the scene can answer, by (type, truth), each list shuffled.
+    """Every yes/no question of AMBER's forms that the scene can answer, by (type, truth), each list
+    shuffled.
 
-    Beyond AMBER, whose existence questions are all answered "no", the (EXISTENCE, "yes") ones are here too: a
-    model cannot learn to see from absences alone.
+    Beyond AMBER, whose existence questions are all answered "no", the (EXISTENCE, "yes") ones are
+    here too: a model cannot learn to see from absences alone.
     """
     found: dict[tuple[str, str], list[Question]] = {}
     for question in _all_questions(scene, rng):
@@ -175,13 +226,24 @@ def questions(scene: Scene, rng: random.Random) -> dict[tuple[str, str], list[Qu
 def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
     present = scene.kinds()
     for kind in KINDS:
-        yield Question(f"Is there a {kind} in this image?", EXISTENCE, "yes" if kind in present else "no")
+        yield Question(
+            f"Is there a {kind} in this image?", EXISTENCE, "yes" if kind in present else "no"
+        )
     for kind in present:
         first, count = scene.of(kind)[0], len(scene.of(kind))
         for colour in (first.colour, rng.choice([c for c in COLOURS if c != first.colour])):
-            yield Question(f"Is the {kind} {colour} in this image?", STATE, "yes" if colour == first.colour else "no")
-        for number in (NUMBERS[count - 1], rng.choice([n for n in NUMBERS if n != NUMBERS[count - 1]])):
-            yield Question(_how_many(number, kind), NUMBER, "yes" if number == NUMBERS[count - 1] else "no")
+            yield Question(
+                f"Is the {kind} {colour} in this image?",
+                STATE,
+                "yes" if colour == first.colour else "no",
+            )
+        for number in (
+            NUMBERS[count - 1],
+            rng.choice([n for n in NUMBERS if n != NUMBERS[count - 1]]),
+        ):
+            yield Question(
+                _how_many(number, kind), NUMBER, "yes" if number == NUMBERS[count - 1] else "no"
+            )
         if first.action:
             yield Question(f"Does the {kind} {first.action} in this image?", ACTION, "yes")
         other = rng.choice([a for a in ACTIONS if a != first.action])
@@ -207,7 +269,12 @@ class Claim:
 def truth_claims(scene: Scene) -> list[Claim]:
     """What a perfect description of the scene says, in reading order."""
     return [
-        Claim(kind, NUMBERS[len(scene.of(kind)) - 1], scene.of(kind)[0].colour, scene.of(kind)[0].action)
+        Claim(
+            kind,
+            NUMBERS[len(scene.of(kind)) - 1],
+            scene.of(kind)[0].colour,
+            scene.of(kind)[0].action,
+        )
         for kind in scene.kinds()
     ]
 
@@ -220,7 +287,12 @@ def describe(claims: list[Claim]) -> str:
         noun = plural(claim.kind) if many else claim.kind
         verb = (f" that {claim.action}" + ("" if many else "s")) if claim.action else ""
         parts.append(f"{claim.number} {claim.colour} {noun}{verb}")
-    return "The image shows " + (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "") + parts[-1] + "."
+    return (
+        "The image shows "
+        + (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "")
+        + parts[-1]
+        + "."
+    )
 
 
 _CLAIM = re.compile(
@@ -230,11 +302,16 @@ _CLAIM = re.compile(
 
 def read_claims(description: str) -> list[Claim]:
     """The claims that a description makes, as far as it keeps to the form of `describe`."""
-    return [Claim(kind, number, colour, action or "") for number, colour, kind, action in _CLAIM.findall(description)]
+    return [
+        Claim(kind, number, colour, action or "")
+        for number, colour, kind, action in _CLAIM.findall(description)
+    ]
 
 
 def description_errors(scene: Scene, description: str) -> int:
-    """How wrong a description is: 3 for a kind that is not there, 1 for each wrong property or missing kind."""
+    """How wrong a description is: 3 for a kind that is not there, 1 for each wrong property or
+    missing kind.
+    """
     truth = {claim.kind: claim for claim in truth_claims(scene)}
     claims = read_claims(description)
     errors = sum(kind not in {c.kind for c in claims} for kind in truth)
@@ -244,5 +321,9 @@ def description_errors(scene: Scene, description: str) -> int:
         if right is None:
             errors += 3
         else:
-            errors += (claim.number != right.number) + (claim.colour != right.colour) + (claim.action != right.action)
+            errors += (
+                (claim.number != right.number)
+                + (claim.colour != right.colour)
+                + (claim.action != right.action)
+            )
     return errors

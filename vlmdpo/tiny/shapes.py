@@ -31,7 +31,10 @@ def _polygon(x: float, y: float, radii: tuple[float, ...], turn_deg: float) -> l
     """The corners of a polygon whose distances from the middle go round through `radii`."""
     step = 2 * math.pi / len(radii)
     turn = math.radians(turn_deg)
-    return [(x + r * math.cos(turn + i * step), y + r * math.sin(turn + i * step)) for i, r in enumerate(radii)]
+    return [
+        (x + r * math.cos(turn + i * step), y + r * math.sin(turn + i * step))
+        for i, r in enumerate(radii)
+    ]
 
 
 def _circle(pen: Pen, x: float, y: float, r: float, ink: str, paper: str) -> None:
@@ -58,7 +61,9 @@ def _moon(pen: Pen, x: float, y: float, r: float, ink: str, paper: str) -> None:
 def _heart(pen: Pen, x: float, y: float, r: float, ink: str, paper: str) -> None:
     for side in (-1, 1):
         pen.ellipse(_around(x + side * r * 0.48, y - r * 0.35, r * 0.55), fill=ink)
-    pen.polygon([(x - r * 0.98, y - r * 0.1), (x + r * 0.98, y - r * 0.1), (x, y + r * 1.05)], fill=ink)
+    pen.polygon(
+        [(x - r * 0.98, y - r * 0.1), (x + r * 0.98, y - r * 0.1), (x, y + r * 1.05)], fill=ink
+    )
 
 
 def _ring(pen: Pen, x: float, y: float, r: float, ink: str, paper: str) -> None:
@@ -96,15 +101,23 @@ def _draw_action(pen: Pen, action: str, x: float, y: float, scale: int) -> None:
         for i in range(8):
             dx, dy = math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)
             inner, outer = reach - 1.2 * scale, reach + 1.4 * scale
-            pen.line((x + dx * inner, y + dy * inner, x + dx * outer, y + dy * outer), fill="#e08a00", width=width)
+            pen.line(
+                (x + dx * inner, y + dy * inner, x + dx * outer, y + dy * outer),
+                fill="#e08a00",
+                width=width,
+            )
     elif action == "sleep":  # a letter z at the upper right
         left, top, size = x + 5 * scale, y - 11 * scale, 5.5 * scale
         corners = [(left, top), (left + size, top), (left, top + size), (left + size, top + size)]
         pen.line(corners, fill="#3c4048", width=width)
 
 
-def draw_thing(pen: Pen, kind: str, colour: str, action: str, x: float, y: float, scale: int, background: str) -> None:
-    """Draw one thing with its middle at (x, y), both in the pen's own pixels; `scale` is pen pixels per pixel."""
+def draw_thing(
+    pen: Pen, kind: str, colour: str, action: str, x: float, y: float, scale: int, background: str
+) -> None:
+    """Draw one thing with its middle at (x, y), both in the pen's own pixels; `scale` is pen pixels
+    per pixel.
+    """
     rise = 1.5 * scale if action == "jump" else 0.0
     _SHAPES[kind](pen, x, y - rise, RADIUS_PX * scale, _INK[colour], background)
     if action:

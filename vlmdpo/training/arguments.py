@@ -1,4 +1,6 @@
-"""TRL's and PEFT's own arguments, made from a `TrainConfig`; what they refuse becomes one clear line."""
+"""TRL's and PEFT's own arguments, made from a `TrainConfig`; what they refuse becomes one clear
+line.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,30 @@ from vlmdpo.models.families import linear_layers
 
 # Fields that have the same name and meaning in TrainConfig and DPOConfig.
 _SHARED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("lr_scheduler_type", "warmup_steps", "beta", "max_length", "gradient_checkpointing", "optim", "logging_steps"),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+    ),
+    *(
+        "lr_scheduler_type",
+        "warmup_steps",
+        "beta",
+        "max_length",
+        "gradient_checkpointing",
+        "optim",
+        "logging_steps",
+    ),
     *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"),
 )
 _OWN = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> DPOConfig:
-    """TRL's arguments for a run. Raises ConfigError where TRL refuses them or `--set` names no field of theirs."""
+    """TRL's arguments for a run. Raises ConfigError where TRL refuses them or `--set` names no
+    field of theirs.
+    """
     gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
     losses, weights, _ = config.losses()
@@ -50,11 +67,15 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
     try:
         return DPOConfig(**values)
     except (ValueError, TypeError, ImportError) as problem:
-        raise ConfigError(f"TRL refuses these settings: {' '.join(str(problem).split())}") from problem
+        raise ConfigError(
+            f"TRL refuses these settings: {' '.join(str(problem).split())}"
+        ) from problem
 
 
 def evaluate_every(args: DPOConfig, steps: float | None) -> None:
-    """Let a run evaluate on its test split: so often, or ten times; in batches of as many pairs as it trains in."""
+    """Let a run evaluate on its test split: so often, or ten times; in batches of as many pairs as
+    it trains in.
+    """
     args.eval_strategy = IntervalStrategy.STEPS
     args.eval_steps = 0.1 if steps is None else steps
     args.per_device_eval_batch_size = args.per_device_train_batch_size
@@ -67,9 +88,15 @@ def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, 
         key, separator, text = setting.partition("=")
         key = key.strip().replace("-", "_")
         if not separator:
-            raise ConfigError(f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5")
+            raise ConfigError(
+                f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5"
+            )
         if key in ours or key in _OWN:
-            where = flag_name(key) if key in _OWN else "an option of vlmdpo's own, or vlmdpo itself, for it"
+            where = (
+                flag_name(key)
+                if key in _OWN
+                else "an option of vlmdpo's own, or vlmdpo itself, for it"
+            )
             raise ConfigError(f"--set: '{key}' is not set here; use {where}")
         if key not in fields:
             raise ConfigError(f"--set: DPOConfig has no field '{key}'.{nearest(key, fields)}")
@@ -97,9 +124,16 @@ def lora_config(config: TrainConfig, model: Any) -> LoraConfig | None:
         targets = names
     if config.lora_scope != "all":
         within = linear_layers(model, config.lora_scope)
-        wanted = [layer for layer in within if targets == "all-linear" or layer.rsplit(".", 1)[-1] in names]
+        wanted = [
+            layer
+            for layer in within
+            if targets == "all-linear" or layer.rsplit(".", 1)[-1] in names
+        ]
         if not wanted:
-            raise ConfigError(f"--lora-target-modules: no layer '{', '.join(names)}' in --lora-scope {config.lora_scope}")
+            raise ConfigError(
+                f"--lora-target-modules: no layer '{', '.join(names)}' in --lora-scope "
+                f"{config.lora_scope}"
+            )
         targets = wanted
     return LoraConfig(
         r=config.lora_r,

@@ -1,8 +1,10 @@
-"""Training that survives running out of memory: the batch is halved, the accumulation doubled, and nothing is lost.
+"""Training that survives running out of memory: the batch is halved, the accumulation doubled, and
+nothing is lost.
 
-The data loader hands on raw rows, so the order of the data never changes; a batch that does not fit is computed in two parts
-whose gradients add up to the same, and so are all that follow. What the parts of the broken step had done is undone: gradients
-are made anew from the rows of the whole optimizer step, metrics are counted once. Under several processes all agree.
+The data loader hands on raw rows, so the order of the data never changes; a batch that does not fit
+is computed in two parts whose gradients add up to the same, and so are all that follow. What the
+parts of the broken step had done is undone: gradients are made anew from the rows of the whole
+optimizer step, metrics are counted once. Under several processes all agree.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ Rows = list[dict[str, Any]]
 
 
 def hand_on(examples: Rows) -> dict[str, Any]:
-    """What the data loader does instead of collating: how many rows go into a batch is known only later."""
+    """What the data loader does instead of collating: how many rows go into a batch is known only
+    later.
+    """
     return {"examples": examples}
 
 
@@ -30,7 +34,8 @@ class AutoBatch:
 
     Args:
         trainer: the `PairTrainer`, whose collator makes a batch of rows.
-        plain: the trainer's own `training_step` of one collated batch, which computes gradients and returns the loss.
+        plain: the trainer's own `training_step` of one collated batch, which computes gradients and
+            returns the loss.
     """
 
     def __init__(self, trainer: Any, plain: Callable[..., torch.Tensor]) -> None:
@@ -45,13 +50,17 @@ class AutoBatch:
         return -(-self.trainer.args.per_device_train_batch_size // self.parts)
 
     def step(self, model: Any, examples: Rows, num_items_in_batch: Any) -> torch.Tensor:
-        """Gradients of these rows, and their loss. Raises MemoryBudgetError where a single pair does not fit."""
+        """Gradients of these rows, and their loss. Raises MemoryBudgetError where a single pair
+        does not fit.
+        """
         accelerator = self.trainer.accelerator
         before, broken = list(self._window), False
         self._window.append(examples)
         kept = self._metrics()
         while True:
-            loss, problem = self._try(model, before if broken else [], examples, kept, num_items_in_batch)
+            loss, problem = self._try(
+                model, before if broken else [], examples, kept, num_items_in_batch
+            )
             if not self._anywhere(problem is not None):
                 break
             self._halve(len(examples), problem)
@@ -86,7 +95,11 @@ class AutoBatch:
             some = rows[start : start + size]
             self.share = len(some) / len(rows)
             try:
-                losses.append(self.plain(model, self.trainer.data_collator([dict(row) for row in some]), num_items))
+                losses.append(
+                    self.plain(
+                        model, self.trainer.data_collator([dict(row) for row in some]), num_items
+                    )
+                )
             finally:
                 self.share = 1.0
         return torch.stack(losses).sum()
@@ -94,19 +107,25 @@ class AutoBatch:
     def _halve(self, rows: int, problem: str | None) -> None:
         if self.parts >= rows:
             raise MemoryBudgetError(
-                f"a single pair does not fit into memory ({problem or 'on another process'}); see vlmdpo estimate-memory --gpu"
+                f"a single pair does not fit into memory ({problem or 'on another process'}); see "
+                "vlmdpo estimate-memory --gpu"
             )
         self.parts *= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        step, accumulated = self.trainer.state.global_step + 1, self.trainer.args.gradient_accumulation_steps * self.parts
+        step, accumulated = (
+            self.trainer.state.global_step + 1,
+            self.trainer.args.gradient_accumulation_steps * self.parts,
+        )
         ui.warn(
-            f"out of memory at step {step}: going on with batch {self.per_device_train_batch_size} and {accumulated} "
+            f"out of memory at step {step}: going on with batch "
+            f"{self.per_device_train_batch_size} and {accumulated} "
             "accumulation steps; the effective batch is the same"
         )
 
-    # Several processes: one that ran out of memory must not leave the others waiting in a collective call. So there is none
-    # while a step is computed; afterwards gradients and metrics are brought together as they would have been.
+    # Several processes: one that ran out of memory must not leave the others waiting in a
+    # collective call. So there is none while a step is computed; afterwards gradients and metrics
+    # are brought together as they would have been.
 
     @property
     def _many(self) -> bool:
@@ -125,7 +144,9 @@ class AutoBatch:
             yield
             return
         accelerator = self.trainer.accelerator
-        if hasattr(model, "broadcast_buffers"):  # DDP would send them, which are constants here, with every forward pass
+        if hasattr(
+            model, "broadcast_buffers"
+        ):  # DDP would send them, which are constants here, with every forward pass
             model.broadcast_buffers = False
         found = accelerator.gather, accelerator.gather_for_metrics
         accelerator.gather = accelerator.gather_for_metrics = lambda value, *a, **k: value
@@ -151,7 +172,9 @@ class AutoBatch:
         self.trainer._metrics, self.trainer._total_train_tokens = copy.deepcopy(kept[0]), kept[1]
 
     def _as_one(self, kept: tuple[Any, int], rows: int) -> None:
-        """The metrics of the parts as if they had been one batch, so that TRL's averages weigh every batch alike."""
+        """The metrics of the parts as if they had been one batch, so that TRL's averages weigh
+        every batch alike.
+        """
         size = -(-rows // self.parts)
         shares = [min(size, rows - start) / rows for start in range(0, rows, size)]
         for name, values in self.trainer._metrics["train"].items():
@@ -167,7 +190,10 @@ class AutoBatch:
         from accelerate.utils import gather_object
 
         trainer, (metrics, tokens) = self.trainer, kept
-        fresh = {name: values[len(metrics["train"][name]) :] for name, values in trainer._metrics["train"].items()}
+        fresh = {
+            name: values[len(metrics["train"][name]) :]
+            for name, values in trainer._metrics["train"].items()
+        }
         everyone = gather_object([(fresh, trainer._total_train_tokens - tokens)])
         trainer._total_train_tokens = tokens + sum(count for _, count in everyone)
         for name, values in fresh.items():

@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or not there: written under a hidden name, renamed at the end; older ones go the same way.
+"""Checkpoints that are whole or not there: written under a hidden name, renamed at the end; older
+ones go the same way.
 
 This module knows nothing of what a checkpoint holds.
 """
@@ -19,7 +20,11 @@ from vlmdpo import ui
 from vlmdpo.errors import DataError
 
 _PARTIAL, _OLD = ".checkpoint.partial", ".checkpoint.old"
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "inline_container")  # a full disk, in its words
+_TORCH_CANNOT_WRITE = (
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "inline_container",
+)  # a full disk, in its words
 
 
 def name_of(step: int) -> str:
@@ -29,7 +34,9 @@ def name_of(step: int) -> str:
 
 def found(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    named = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     return sorted(named, key=lambda path: int(path.name.partition("-")[2]))
 
 
@@ -41,7 +48,8 @@ def tidy(folder: Path) -> None:
 
 @contextlib.contextmanager
 def written(folder: Path, step: int, keep: int | None, accelerator: Any) -> Iterator[Path]:
-    """Inside, every process writes its part of a checkpoint below the path given; then it gets its name.
+    """Inside, every process writes its part of a checkpoint below the path given; then it gets its
+    name.
 
     Args:
         folder: the run's output folder.
@@ -59,25 +67,37 @@ def written(folder: Path, step: int, keep: int | None, accelerator: Any) -> Iter
         yield partial
         accelerator.wait_for_everyone()
         if writes:
-            (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+            (partial / name / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle, and nothing reads it
             _to_disk(partial / name)
             (partial / name).replace(folder / name)
             partial.rmdir()
             _forget(folder, keep)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as problem:
-        if isinstance(problem, RuntimeError) and not any(words in str(problem) for words in _TORCH_CANNOT_WRITE):
+        if isinstance(problem, RuntimeError) and not any(
+            words in str(problem) for words in _TORCH_CANNOT_WRITE
+        ):
             raise
         tidy(folder)
         last = next(iter(reversed(found(folder))), None)
-        stays = f"{last.name} stays whole, and --resume goes on from it" if last else "there is no earlier one"
+        stays = (
+            f"{last.name} stays whole, and --resume goes on from it"
+            if last
+            else "there is no earlier one"
+        )
         free = ui.human_bytes(shutil.disk_usage(folder).free)
-        why = getattr(problem, "strerror", None) or f"writing stopped short ({free} free on the disk)"
+        why = (
+            getattr(problem, "strerror", None) or f"writing stopped short ({free} free on the disk)"
+        )
         raise DataError(f"cannot write {name} below '{folder}': {why}; {stays}") from problem
 
 
 def _to_disk(folder: Path) -> None:
-    """Wait until the files are on the disk itself: a name must not outlive its content when the machine goes down."""
+    """Wait until the files are on the disk itself: a name must not outlive its content when the
+    machine goes down.
+    """
     for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

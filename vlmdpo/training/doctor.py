@@ -1,7 +1,9 @@
-"""Checks on the real model and the real data before a run is paid for: is the engine exact, is the setup sane?
+"""Checks on the real model and the real data before a run is paid for: is the engine exact, is the
+setup sane?
 
-The engine's self-check compares with stock rows, and with engines broken on purpose: it must agree with stock ten
-times better than they do, so that neither rounding in bfloat16 fails it nor an error hides in it.
+The engine's self-check compares with stock rows, and with engines broken on purpose: it must agree
+with stock ten times better than they do, so that neither rounding in bfloat16 fails it nor an error
+hides in it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _MARGIN = 10.0
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was checked, whether it holds (None: nothing to hold), what was seen, and the likely cause."""
+    """One finding: what was checked, whether it holds (None: nothing to hold), what was seen, and
+    the likely cause.
+    """
 
     name: str
     passed: bool | None
@@ -55,13 +59,23 @@ class _Shifted(PairLayout):
 
 
 @torch.no_grad()
-def token_logps(trainer: PairTrainer, batch: dict[str, Any], *, reference: bool = False) -> list[Tensor]:
-    """Log-probs of each answer's tokens, chosen rows first, under the policy (or, with `reference`, without adapter)."""
+def token_logps(
+    trainer: PairTrainer, batch: dict[str, Any], *, reference: bool = False
+) -> list[Tensor]:
+    """Log-probs of each answer's tokens, chosen rows first, under the policy (or, with `reference`,
+    without adapter).
+    """
     inputs = dict(trainer._prepare_inputs(batch))
     inputs.pop("row", None)
     labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
-    with _evaluating(trainer.model), trainer.accelerator.autocast(), _adapter(trainer, off=reference):
-        found = trainer.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    with (
+        _evaluating(trainer.model),
+        trainer.accelerator.autocast(),
+        _adapter(trainer, off=reference),
+    ):
+        found = trainer.model(
+            **inputs, labels=labels, use_cache=False, fused_lm_head=True
+        ).log_probs
     return [row[label[1:] != -100].float().cpu() for row, label in zip(found, labels, strict=True)]
 
 
@@ -82,14 +96,18 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def self_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
-    """Does the shared forward say what two stock rows would, for this pair? See the module's docstring."""
+    """Does the shared forward say what two stock rows would, for this pair? See the module's
+    docstring.
+    """
     processor = trainer.processing_class
     pair = PairCollator(processor)
     shared = trainer._shared[0]
 
     def error(batch: dict[str, Any], expected: list[Tensor]) -> float:
         found = token_logps(trainer, batch)
-        return sum((f - e).abs().mean().item() for f, e in zip(found, expected, strict=True)) / len(found)
+        return sum((f - e).abs().mean().item() for f, e in zip(found, expected, strict=True)) / len(
+            found
+        )
 
     stock = token_logps(trainer, stock_batch(processor, example))
     found = error(pair([dict(example)]), stock)
@@ -107,26 +125,43 @@ def self_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
     least = min(broken.values())
     passed = math.isfinite(found) and max(found, moved) * _MARGIN <= least
     seen = f"agrees with stock rows to {found:.1e} a token ({', '.join(f'{k} {v:.1e}' for k, v in broken.items())})"
-    return Check("shared forward", passed, seen, f"it differs from stock rows by {max(found, moved):.1e} a token")
+    return Check(
+        "shared forward",
+        passed,
+        seen,
+        f"it differs from stock rows by {max(found, moved):.1e} a token",
+    )
 
 
 def rows_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
-    """Do rows with each image encoded once say what stock rows do? Measured against another image's effect."""
+    """Do rows with each image encoded once say what stock rows do? Measured against another image's
+    effect.
+    """
     rows = PairCollator(trainer.processing_class, share=False)
     stock = token_logps(trainer, stock_batch(trainer.processing_class, example))
 
     def error(batch: dict[str, Any]) -> float:
-        return max((f - e).abs().mean().item() for f, e in zip(token_logps(trainer, batch), stock, strict=True))
+        return max(
+            (f - e).abs().mean().item()
+            for f, e in zip(token_logps(trainer, batch), stock, strict=True)
+        )
 
     found = error(rows([dict(example)]))
     other = error(other_image(rows([dict(example)]))) if example.get("images") else math.inf
     seen = f"agree with stock rows to {found:.1e} a token (other image {other:.1e})"
-    return Check("rows with images once", found * _MARGIN <= other, seen, f"they differ from stock rows by {found:.1e} a token")
+    return Check(
+        "rows with images once",
+        found * _MARGIN <= other,
+        seen,
+        f"they differ from stock rows by {found:.1e} a token",
+    )
 
 
 def stock_batch(processor: Any, example: dict[str, Any]) -> dict[str, Any]:
     """One pair as stock TRL lays it out: two rows, everything twice."""
-    if families.own_chat_template(processor) is not None:  # stock's collator cannot make PaliGemma's rows
+    if (
+        families.own_chat_template(processor) is not None
+    ):  # stock's collator cannot make PaliGemma's rows
         batch = PairCollator(processor, share=False)([dict(example)])
         copies = batch.pop("image_copies")
         return {**batch, "pixel_values": batch["pixel_values"].repeat(copies, 1, 1, 1)}
@@ -174,23 +209,42 @@ def _image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     before, after = token_logps(trainer, batch), token_logps(trainer, other_image(batch))
     moved = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
     cause = "pixels do not reach the language model: look at the chat template's image tokens with vlmdpo prepare"
-    return Check("another image changes the log-probs", moved > 1e-6, f"by up to {moved:.2g} a token", cause)
+    return Check(
+        "another image changes the log-probs", moved > 1e-6, f"by up to {moved:.2g} a token", cause
+    )
 
 
 def _answers_end(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     tokenizer = trainer.processing_class.tokenizer
     told = families.base_of(trainer.model).generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *(told if isinstance(told, list) else [told])}
-    answers = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+    ends = {
+        tokenizer.eos_token_id,
+        *tokenizer.all_special_ids,
+        *(told if isinstance(told, list) else [told]),
+    }
+    answers = [
+        ids[mask.bool()]
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
     without = sum(not ends.intersection(answer[-3:].tolist()) for answer in answers)
     cause = "the chat template does not close the assistant's turn: the tuned model will not learn to stop"
-    return Check("answers end in an end token", without == 0, f"{len(answers) - without} of {len(answers)}", cause)
+    return Check(
+        "answers end in an end token",
+        without == 0,
+        f"{len(answers) - without} of {len(answers)}",
+        cause,
+    )
 
 
 def _no_empty_answer(batch: dict[str, Any]) -> Check:
     lengths = batch["completion_mask"].sum(dim=1)
     cause = "--max-length leaves no room, or the chat template drops the answer"
-    return Check("no answer is empty", bool((lengths > 0).all()), f"{int(lengths.min())} to {int(lengths.max())} tokens", cause)
+    return Check(
+        "no answer is empty",
+        bool((lengths > 0).all()),
+        f"{int(lengths.min())} to {int(lengths.max())} tokens",
+        cause,
+    )
 
 
 def _image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
@@ -201,7 +255,9 @@ def _image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     try:
         token_logps(trainer, batch)
     except ValueError as problem:
-        return Check("image tokens match image features", False, str(problem).splitlines()[0], cause)
+        return Check(
+            "image tokens match image features", False, str(problem).splitlines()[0], cause
+        )
     return Check("image tokens match image features", tokens > 0, f"{tokens} tokens", cause)
 
 
@@ -210,11 +266,18 @@ def _trainable(model: Any) -> Check:
     for part, _, parameter in families.parts(model):
         counts[part] += families.size_of(parameter) if parameter.requires_grad else 0
     seen = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-    return Check("trainable parameters", bool(seen), seen or "none", "no layer is in --lora-scope and --lora-target-modules")
+    return Check(
+        "trainable parameters",
+        bool(seen),
+        seen or "none",
+        "no layer is in --lora-scope and --lora-target-modules",
+    )
 
 
 def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -> Check:
-    """Does the adapter just saved in `folder` say what the live one says? It is loaded beside it, then removed."""
+    """Does the adapter just saved in `folder` say what the live one says? It is loaded beside it,
+    then removed.
+    """
     batch = trainer.plain_collator([dict(example)])
     live = token_logps(trainer, batch)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -227,28 +290,61 @@ def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -
         model.delete_adapter("saved")
     apart = max((a - b).abs().max().item() for a, b in zip(live, again, strict=True))
     cause = "weights were not saved, or PEFT loads them under other names"
-    return Check("the saved adapter says what the live one says", apart < 1e-3, f"apart {apart:.1e} a token", cause)
+    return Check(
+        "the saved adapter says what the live one says",
+        apart < 1e-3,
+        f"apart {apart:.1e} a token",
+        cause,
+    )
 
 
-def files_check(trainer: PairTrainer, weights: dict[str, Any], folder: Path, *, adapter: bool) -> Check:
-    """Are the tensors in the saved files, to the bit, the weights that were brought together from all processes?"""
+def files_check(
+    trainer: PairTrainer, weights: dict[str, Any], folder: Path, *, adapter: bool
+) -> Check:
+    """Are the tensors in the saved files, to the bit, the weights that were brought together from
+    all processes?
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    live = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False) if adapter else weights
-    saved = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-    differ = [name for name, value in saved.items() if name not in live or not torch.equal(value, live[name].cpu())]
+    live = (
+        get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+        if adapter
+        else weights
+    )
+    saved = {
+        name: value
+        for path in folder.glob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
+    differ = [
+        name
+        for name, value in saved.items()
+        if name not in live or not torch.equal(value, live[name].cpu())
+    ]
     passed = bool(saved) and not differ and (len(saved) == len(live) or not adapter)
     seen = f"{len(saved) - len(differ)} of {len(saved)} tensors, {len(live)} live"
-    return Check("the saved weights are the live ones", passed, seen, f"first that differs: {(differ or ['none'])[0]}")
+    return Check(
+        "the saved weights are the live ones",
+        passed,
+        seen,
+        f"first that differs: {(differ or ['none'])[0]}",
+    )
 
 
 def weights_check(live: Any, saved: Any) -> Check:
     """Are the saved model's weights, loaded anew, the live ones to the bit?"""
     kept = saved.state_dict()
     differ = [
-        name for name, value in live.state_dict().items() if not torch.equal(value.cpu(), kept[name].to(value.dtype).cpu())
+        name
+        for name, value in live.state_dict().items()
+        if not torch.equal(value.cpu(), kept[name].to(value.dtype).cpu())
     ]
     seen = f"{len(kept) - len(differ)} of {len(kept)} tensors"
-    return Check("the saved weights are the live ones", not differ, seen, f"first that differs: {(differ or ['none'])[0]}")
+    return Check(
+        "the saved weights are the live ones",
+        not differ,
+        seen,
+        f"first that differs: {(differ or ['none'])[0]}",
+    )

@@ -12,12 +12,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class LengthGrouped(Sampler[int]):
     """Rows of like length together, otherwise at random; a new order every epoch.
 
-    The order depends on seed and epoch alone: transformers' own sampler draws from the global generator, which differs
-    between processes and after a resume, so that rows would be visited twice or never.
+    The order depends on seed and epoch alone: transformers' own sampler draws from the global
+    generator, which differs between processes and after a resume, so that rows would be visited
+    twice or never.
 
     Args:
         lengths: tokens of each row.
-        batch: rows of an optimizer step, over all processes: the order is the same however they are dealt out.
+        batch: rows of an optimizer step, over all processes: the order is the same however they are
+            dealt out.
         seed: of the run.
     """
 

@@ -21,7 +21,8 @@ from vlmdpo.errors import ModelError
 class Foreseeing:
     """What `estimate-memory` says of a run on its own data, once it is done.
 
-    A process of its own: a simulation sets accelerate's state, of which a process has one, to the CPU.
+    A process of its own: a simulation sets accelerate's state, of which a process has one, to the
+    CPU.
 
     Args:
         config: of the run.
@@ -30,16 +31,38 @@ class Foreseeing:
         capacity_bytes: of the GPU, for a verdict and a plan; None for the peak alone.
     """
 
-    def __init__(self, config: TrainConfig, data: Path, dtype: str, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, data: Path, dtype: str, capacity_bytes: int | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
-        settings: dict[str, Any] = {name: getattr(config, name) for name in shared - set(OF_ONE_CALL)}
-        settings |= {"dtype": dtype, "dataset": str(data.absolute()), "num_gpus": config.num_processes}
+        shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {
+            f.name for f in dataclasses.fields(TrainConfig)
+        }
+        settings: dict[str, Any] = {
+            name: getattr(config, name) for name in shared - set(OF_ONE_CALL)
+        }
+        settings |= {
+            "dtype": dtype,
+            "dataset": str(data.absolute()),
+            "num_gpus": config.num_processes,
+        }
         settings["gpu"] = f"{capacity_bytes // 2**20}MiB" if capacity_bytes else None
         recipe = Path(self._folder.name) / "estimate.yaml"
         recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        command = [sys.executable, "-m", "vlmdpo", "estimate-memory", "--config", str(recipe), "--json"]
-        alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+        command = [
+            sys.executable,
+            "-m",
+            "vlmdpo",
+            "estimate-memory",
+            "--config",
+            str(recipe),
+            "--json",
+        ]
+        alone = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+        }
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -62,7 +85,9 @@ class Foreseeing:
         return found
 
     def settle(self) -> None:
-        """Wait until the peak is known, or known not to be; a run goes on without it, having said why."""
+        """Wait until the peak is known, or known not to be; a run goes on without it, having said
+        why.
+        """
         if self._settled:
             return
         self._settled = True
@@ -87,13 +112,16 @@ class Foreseeing:
 
 
 def plan(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> dict[str, Any]:
-    """What `estimate-memory` says of this run on its own data, for a GPU of so many bytes. Raises ModelError."""
+    """What `estimate-memory` says of this run on its own data, for a GPU of so many bytes. Raises
+    ModelError.
+    """
     foreseeing = Foreseeing(config, data, dtype, capacity_bytes)
     try:
         return foreseeing.wait()
     except ModelError as problem:
         raise ModelError(
-            f"--auto-batch-size: no batch can be foreseen ({problem}); leave it out, or see vlmdpo estimate-memory"
+            f"--auto-batch-size: no batch can be foreseen ({problem}); leave it out, or see "
+            "vlmdpo estimate-memory"
         ) from problem
     finally:
         foreseeing.close()

@@ -1,4 +1,6 @@
-"""What a person sees of a training run: live progress, a metrics file, and stops that keep a checkpoint."""
+"""What a person sees of a training run: live progress, a metrics file, and stops that keep a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,17 @@ class Foreseen(Protocol):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, appends to the metrics file, and turns Ctrl-C and SIGTERM into a checkpoint and a clean stop.
+    """Shows progress, appends to the metrics file, and turns Ctrl-C and SIGTERM into a checkpoint
+    and a clean stop.
 
-    After training, `stopped_by` tells which of them ended it, `lines` holds every logged line, and `evaluations` those of
-    the test split, their names without "eval_". With a foreseen peak, the measured one is set beside it after the first
-    steps, on a GPU. `page` is called whenever there is a new checkpoint, and however training ends.
+    After training, `stopped_by` tells which of them ended it, `lines` holds every logged line, and
+    `evaluations` those of the test split, their names without "eval_". With a foreseen peak, the
+    measured one is set beside it after the first steps, on a GPU. `page` is called whenever there
+    is a new checkpoint, and however training ends.
 
-    A stop does not wait for the end of an optimizer step, whose accumulation may take minutes: weights are still those of
-    the step before, and random numbers are put back to where they were then, so that a resumed run repeats the step.
+    A stop does not wait for the end of an optimizer step, whose accumulation may take minutes:
+    weights are still those of the step before, and random numbers are put back to where they were
+    then, so that a resumed run repeats the step.
     """
 
     def __init__(self, metrics_file: Path, *, foreseen: Foreseen | None = None) -> None:
@@ -68,13 +73,17 @@ class Watch(TrainerCallback):
             return
         write_lines(self.metrics_file, kept)
         self._lately.append((time.monotonic(), state.global_step))
-        self._board = self._open.enter_context(ui.dashboard("train", state.max_steps, state.global_step))
+        self._board = self._open.enter_context(
+            ui.dashboard("train", state.max_steps, state.global_step)
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._lately.append((time.monotonic(), state.global_step))
         if self._board is not None:
             self._board.step(state.global_step, *self._speed(args, state))
-        foreseen = self.foreseen.peak_bytes if self.foreseen is not None and not self._compared else None
+        foreseen = (
+            self.foreseen.peak_bytes if self.foreseen is not None and not self._compared else None
+        )
         if foreseen and state.global_step >= _COMPARED_AT and args.device.type == "cuda":
             self._compared = True
             ui.say(compared(foreseen, torch.cuda.max_memory_allocated()))
@@ -86,7 +95,9 @@ class Watch(TrainerCallback):
         if not self._stopping(args):
             return
         control.should_training_stop = True
-        if self._chance is not None and self.save_now is not None:  # else no step was done since the last checkpoint
+        if (
+            self._chance is not None and self.save_now is not None
+        ):  # else no step was done since the last checkpoint
             self._chance()
             self.save_now()
 
@@ -100,11 +111,17 @@ class Watch(TrainerCallback):
         return self.stopped_by is not None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._chance is not None:  # a resumed run will not evaluate again: it goes on with the numbers that come now
+        if (
+            self._chance is not None
+        ):  # a resumed run will not evaluate again: it goes on with the numbers that come now
             self._chance = _chance()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs and "eval_loss" not in logs:  # the summary at the end, which `train` returns anyway
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if (
+            "loss" not in logs and "eval_loss" not in logs
+        ):  # the summary at the end, which `train` returns anyway
             return
         line = {"step": state.global_step, **logs}
         if "loss" in logs:
@@ -135,13 +152,21 @@ class Watch(TrainerCallback):
                 ("loss", ["loss"], "{:.4f}"),
                 ("accuracy", ["rewards/accuracies"], "{:.3f}"),
                 ("margin", ["rewards/margins"], "{:+.3f}"),
-                ("rewards", ["rewards/chosen", "rewards/rejected"], "chosen {:+.3f}, rejected {:+.3f}"),
+                (
+                    "rewards",
+                    ["rewards/chosen", "rewards/rejected"],
+                    "chosen {:+.3f}, rejected {:+.3f}",
+                ),
             )
         ]
         if self.evaluations:
             found.append(
                 _figure(
-                    "eval", self.evaluations, ["loss", "rewards/accuracies"], "loss {:.4f}, accuracy {:.3f}", talk="eval {}"
+                    "eval",
+                    self.evaluations,
+                    ["loss", "rewards/accuracies"],
+                    "loss {:.4f}, accuracy {:.3f}",
+                    talk="eval {}",
                 )
             )
         return [*found, ui.Figure("memory", self._memory(args))]
@@ -153,7 +178,8 @@ class Watch(TrainerCallback):
             if foreseen:
                 return f"peak {peak / 2**30:.2f} GiB, {foreseen / 2**30:.2f} foreseen ({100 * (foreseen / peak - 1):+.1f}%)"
             return f"peak {peak / 2**30:.2f} GiB"
-        held = f"process {psutil.Process().memory_info().rss / 2**30:.2f} GiB"  # nothing counts tensors here
+        # nothing counts tensors here
+        held = f"process {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
         return f"{held}, tensors foreseen {foreseen / 2**30:.2f}" if foreseen else held
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -165,7 +191,9 @@ class Watch(TrainerCallback):
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM saves and ends; a second Ctrl-C stops at once. The bar closes either way."""
+        """The first Ctrl-C or SIGTERM saves and ends; a second Ctrl-C stops at once. The bar closes
+        either way.
+        """
 
         def stop(number: int, frame: Any) -> None:
             if self.stopped_by == number == signal.SIGINT:
@@ -176,7 +204,11 @@ class Watch(TrainerCallback):
                 ui.warn_from_handler(f"{signal.Signals(number).name}: keeping a checkpoint{again}")
 
         with contextlib.ExitStack() as handlers:
-            for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
+            for number in (
+                (signal.SIGINT, signal.SIGTERM)
+                if threading.current_thread() is threading.main_thread()
+                else ()
+            ):
                 handlers.callback(signal.signal, number, signal.signal(number, stop))
             try:
                 yield
@@ -186,7 +218,9 @@ class Watch(TrainerCallback):
                     self.page()
 
 
-def _figure(label: str, lines: Sequence[dict[str, Any]], names: list[str], form: str, *, talk: str = "") -> ui.Figure:
+def _figure(
+    label: str, lines: Sequence[dict[str, Any]], names: list[str], form: str, *, talk: str = ""
+) -> ui.Figure:
     values = [line.get(names[0], 0.0) for line in lines]
     text = form.format(*(lines[-1].get(name, 0.0) for name in names)) if lines else "-"
     return ui.Figure(label, text, values, talk)
@@ -199,7 +233,11 @@ def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
 
 def _chance() -> Callable[[], None]:
     """Puts every random number generator back to where it is now."""
-    python, arrays, torch_cpu = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+    python, arrays, torch_cpu = (
+        random.getstate(),
+        numpy.random.get_state(),
+        torch.random.get_rng_state(),
+    )
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def back() -> None:
@@ -221,7 +259,9 @@ def compared(foreseen_bytes: int, measured_bytes: int) -> str:
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """A file of JSON lines, under its name once it is whole."""
     part = path.with_suffix(".partial")
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    part.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
     part.replace(path)
 
 
@@ -229,5 +269,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of such a file; none where there is no file."""
     if not path.exists():
         return []
-    whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a last line without end was cut by a kill
+    whole, newline, _ = path.read_text(encoding="utf-8").rpartition(
+        "\n"
+    )  # a last line without end was cut by a kill
     return [json.loads(line) for line in whole.splitlines()] if newline else []

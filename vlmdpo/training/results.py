@@ -1,4 +1,6 @@
-"""What a training run leaves behind: adapter or model, processor, curves, report, card; checked before they get their names."""
+"""What a training run leaves behind: adapter or model, processor, curves, report, card; checked
+before they get their names.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _VERSIONS = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "acce
 _MADE = ".result.partial"  # where everything is written first
 
 
-def finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig) -> dict[str, Any]:
+def finish(
+    setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig
+) -> dict[str, Any]:
     """Save the model and what was seen on the way; returns the report."""
     from vlmdpo.training.sharding import strategy_of, whole_weights
 
@@ -54,7 +58,10 @@ def finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCon
         "page": str(folder / PAGE),
         "eval": _last_metrics(watch.evaluations[-1]) if watch.evaluations else None,
         "diagnosis": [dataclasses.asdict(finding) for finding in found],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _VERSIONS},
+        },
     }
     weights = whole_weights(trainer)
     if trainer.args.process_index == 0:
@@ -63,8 +70,16 @@ def finish(setup: Any, outcome: dict[str, float], folder: Path, config: TrainCon
     return report
 
 
-def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], folder: Path, config: TrainConfig) -> None:
-    """All that a run leaves, checked in a hidden folder before any of it gets its name; the report comes last."""
+def _leave(
+    setup: Any,
+    weights: dict[str, Any] | None,
+    report: dict[str, Any],
+    folder: Path,
+    config: TrainConfig,
+) -> None:
+    """All that a run leaves, checked in a hidden folder before any of it gets its name; the report
+    comes last.
+    """
     from safetensors import SafetensorError
 
     from vlmdpo.report import curves, model_card
@@ -73,7 +88,9 @@ def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], f
     try:
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
-        _save_weights(setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config)
+        _save_weights(
+            setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config
+        )
         setup.processor.save_pretrained(made)
         engine_room.check_saved(setup, weights, made, config)
         curves.draw(setup.watch.lines, setup.watch.evaluations, _title(config), made / CURVES)
@@ -88,7 +105,9 @@ def _leave(setup: Any, weights: dict[str, Any] | None, report: dict[str, Any], f
         model_card.write(folder)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(made, ignore_errors=True)
-        raise DataError(f"cannot write '{folder}': {getattr(problem, 'strerror', None) or problem}") from problem
+        raise DataError(
+            f"cannot write '{folder}': {getattr(problem, 'strerror', None) or problem}"
+        ) from problem
 
 
 def _title(config: TrainConfig) -> str:
@@ -98,7 +117,9 @@ def _title(config: TrainConfig) -> str:
 def _diagnosed(watch: Any, config: TrainConfig) -> list[Any]:
     from vlmdpo.report.diagnosis import diagnose
 
-    return diagnose(watch.lines, watch.evaluations, learning_rate=config.peak_learning_rate, beta=config.beta)
+    return diagnose(
+        watch.lines, watch.evaluations, learning_rate=config.peak_learning_rate, beta=config.beta
+    )
 
 
 def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:
@@ -112,7 +133,10 @@ def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:
     trainer, watch = setup.trainer, setup.watch
     in_parts = setup.is_sharded
     if in_parts and trainer.is_deepspeed_enabled and config.sample_every:
-        raise ConfigError("--sample-every cannot ask a model that ZeRO-3 shares out; use --strategy fsdp2, ddp or zero2")
+        raise ConfigError(
+            "--sample-every cannot ask a model that ZeRO-3 shares out; use --strategy fsdp2, ddp "
+            "or zero2"
+        )
     samples = None
     # In parts, layers are brought together for every token: too costly for who did not ask.
     if config.sample_every or (config.sample_every is None and not in_parts):
@@ -153,18 +177,27 @@ def _last_metrics(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_bytes(device: Any) -> int | None:
-    """The most that PyTorch had allocated on a CUDA device; None elsewhere, where nothing counts it."""
+    """The most that PyTorch had allocated on a CUDA device; None elsewhere, where nothing counts
+    it.
+    """
     import torch
 
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
-def _save_weights(model: Any, weights: dict[str, Any] | None, folder: Path, config: TrainConfig) -> None:
-    """Adapter or model as safetensors. Not `trainer.save_model`: that leaves training_args.bin, a pickle, beside it."""
+def _save_weights(
+    model: Any, weights: dict[str, Any] | None, folder: Path, config: TrainConfig
+) -> None:
+    """Adapter or model as safetensors. Not `trainer.save_model`: that leaves training_args.bin, a
+    pickle, beside it.
+    """
     if not config.lora:
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         return
-    # The adapter names its base as the user would: the embedded model's folder means nothing on another machine.
+    # The adapter names its base as the user would: the embedded model's folder means nothing on
+    # another machine.
     model.peft_config["default"].base_model_name_or_path = hub_id(config.model)
     # Embeddings never train here; left to find out, PEFT would ask the Hub about the base model.
-    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False
+    )

@@ -23,17 +23,21 @@ _MAX_NEW_TOKENS = 64
 
 
 class Samples(TrainerCallback):
-    """Asks at step 0, every so many steps, and after the last one, about a few rows, evenly spaced over the test split or,
-    where there is none, over what trains.
+    """Asks at step 0, every so many steps, and after the last one, about a few rows, evenly spaced
+    over the test split or, where there is none, over what trains.
 
     Args:
-        file: where answers are kept, a JSON line each: step, row, question, answer, chosen, rejected.
+        file: where answers are kept, a JSON line each: step, row, question, answer, chosen,
+            rejected.
         every: optimizer steps between two times; None for the first and the last only.
         trainer: whose model is asked, and whose data is asked about.
-        together: where no process has the model whole, all of them ask, and the first keeps what is answered.
+        together: where no process has the model whole, all of them ask, and the first keeps what is
+            answered.
     """
 
-    def __init__(self, file: Path, every: int | None, trainer: Any, *, together: bool = False) -> None:
+    def __init__(
+        self, file: Path, every: int | None, trainer: Any, *, together: bool = False
+    ) -> None:
         self.file, self.every, self.trainer, self._together = file, every, trainer, together
         data = trainer.datasets[-1]
         count = min(_ROWS, len(data))
@@ -44,7 +48,9 @@ class Samples(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # After a resume, answers past the checkpoint belong to steps that will be done again.
-        self.records = [record for record in read_lines(self.file) if record["step"] <= state.global_step]
+        self.records = [
+            record for record in read_lines(self.file) if record["step"] <= state.global_step
+        ]
         if args.process_index == 0:
             write_lines(self.file, self.records)
         if state.global_step == 0:
@@ -59,13 +65,21 @@ class Samples(TrainerCallback):
             self._ask(args, state.global_step)
 
     def _ask(self, args: Any, step: int) -> None:
-        """One process asks, and the others wait for it where they next meet; or all ask, where it cannot alone."""
+        """One process asks, and the others wait for it where they next meet; or all ask, where it
+        cannot alone.
+        """
         wanted = not any(record["step"] == step for record in self.records)
         if self._together:
-            wanted = broadcast_object_list([wanted])[0]  # the file may lie on the first one's machine only
+            wanted = broadcast_object_list([wanted])[
+                0
+            ]  # the file may lie on the first one's machine only
         if not wanted or (args.process_index and not self._together):
             return
-        found = [{"step": step, **answered} for rows in self._batches for answered in self._answered(rows)]
+        found = [
+            {"step": step, **answered}
+            for rows in self._batches
+            for answered in self._answered(rows)
+        ]
         self.records += found
         if args.process_index:
             return
@@ -79,16 +93,21 @@ class Samples(TrainerCallback):
         inputs = self._collator.prompts(prompts, [images_of(row) for row in rows])
         inputs.pop("labels", None)
         given = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
         }
         training = model.training
         model.eval()
         try:
             with self.trainer.accelerator.autocast():
-                made = model.generate(**given, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True)
+                made = model.generate(
+                    **given, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True
+                )
         finally:
             model.train(training)
-        said = self.trainer.processing_class.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = self.trainer.processing_class.batch_decode(
+            made[:, given["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         return [
             {
                 "row": row["row"],
@@ -101,10 +120,16 @@ class Samples(TrainerCallback):
 
 
 def _alike(rows: list[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
-    """Rows in their order, in batches of as many pictures each, no larger than those that train: they fit into memory."""
+    """Rows in their order, in batches of as many pictures each, no larger than those that train:
+    they fit into memory.
+    """
     batches: list[list[dict[str, Any]]] = []
     for row in rows:
-        if batches and len(batches[-1]) < most and len(images_of(batches[-1][0])) == len(images_of(row)):
+        if (
+            batches
+            and len(batches[-1]) < most
+            and len(images_of(batches[-1][0])) == len(images_of(row))
+        ):
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -114,4 +139,6 @@ def _alike(rows: list[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
 def _question(row: dict[str, Any]) -> str:
     """What the user's turns say, pictures apart."""
     turns = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
-    return "\n".join(" ".join(part["text"] for part in content if part.get("text")) for content in turns).strip()
+    return "\n".join(
+        " ".join(part["text"] for part in content if part.get("text")) for content in turns
+    ).strip()

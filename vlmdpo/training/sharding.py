@@ -1,4 +1,6 @@
-"""Models of which each process holds a part (FSDP2, DeepSpeed): what they are made of, what is whole, what cannot be."""
+"""Models of which each process holds a part (FSDP2, DeepSpeed): what they are made of, what is
+whole, what cannot be.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 def recomputing_layers(model: Any) -> list[Any]:
     """The language model's layers that can recompute their activations, in order."""
     decoder = base_of(model).base_model.get_decoder()
-    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [
+        module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
 
 
 def check_sharding(shared: str, config: TrainConfig, dataset: Any) -> None:
@@ -28,52 +32,74 @@ def check_sharding(shared: str, config: TrainConfig, dataset: Any) -> None:
     if not shared:
         return
     if config.auto_batch_size:
-        raise ConfigError("--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the batch size")
+        raise ConfigError(
+            "--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the "
+            "batch size"
+        )
     if config.loss_type == "mdpo" and shared != "zero2":
-        raise ConfigError("--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2")
+        raise ConfigError(
+            "--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2"
+        )
     if shared in IN_PARTS and (config.feature_cache or config.checkpointing == "auto"):
         name = "--feature-cache" if config.feature_cache else "--checkpointing auto"
-        raise ConfigError(f"{name} measures the model before training, which no process has whole; use --strategy ddp")
+        raise ConfigError(
+            f"{name} measures the model before training, which no process has whole; use "
+            "--strategy ddp"
+        )
     if shared == "zero3" or (shared == "fsdp2" and config.engine == "stock"):
         pictured = [bool(tokens) for tokens in dataset["image_tokens"]]
         if any(pictured) and not all(pictured):
             raise ConfigError(
                 f"{pictured.count(False):,} of {len(pictured):,} rows have no picture: under "
-                f"{'DeepSpeed ZeRO-3' if shared == 'zero3' else '--engine stock'} processes would wait for the vision tower of "
+                f"{'DeepSpeed ZeRO-3' if shared == 'zero3' else '--engine stock'} processes would "
+                "wait for the vision tower of "
                 "others; use --strategy fsdp2 and the shared engine, or zero2"
             )
 
 
 def shard_language_layers(trainer: Any) -> None:
-    """FSDP's units: the language model's layers. All else is gathered once a pass, by every process.
+    """FSDP's units: the language model's layers. All else is gathered once a pass, by every
+    process.
 
-    Were vision layers units too, a process whose batch has no picture would never ask for them, and the others would wait.
-    Nor may the head be one, which accelerate would make it: TRL's loss reads its weights without calling it, and gradients
-    of a unit that is never called are not brought together.
+    Were vision layers units too, a process whose batch has no picture would never ask for them, and
+    the others would wait. Nor may the head be one, which accelerate would make it: TRL's loss reads
+    its weights without calling it, and gradients of a unit that is never called are not brought
+    together.
     """
     plugin, prepare = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.prepare
-    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in recomputing_layers(trainer.model)})
+    plugin.transformer_cls_names_to_wrap = sorted(
+        {type(layer).__name__ for layer in recomputing_layers(trainer.model)}
+    )
 
     def prepare_without_embeddings(*args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as hidden:
             for name in _EMBEDDINGS:
-                hidden.enter_context(mock.patch.object(base_of(trainer.model), name, return_value=None))
+                hidden.enter_context(
+                    mock.patch.object(base_of(trainer.model), name, return_value=None)
+                )
             return prepare(*args, **kwargs)
 
     trainer.accelerator.prepare = prepare_without_embeddings
 
 
 def strategy_of(trainer: Any) -> str:
-    """How the processes of a run share the model, as the model itself shows: single, ddp, fsdp2, zero2 or zero3."""
+    """How the processes of a run share the model, as the model itself shows: single, ddp, fsdp2,
+    zero2 or zero3.
+    """
     if trainer.args.world_size == 1:
         return "single"
     if trainer.is_deepspeed_enabled:
         return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
-    return "fsdp2" if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()) else "ddp"
+    return (
+        "fsdp2"
+        if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+        else "ddp"
+    )
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:
-    """All weights on the CPU, brought together from the processes that share them; None where each has them whole.
+    """All weights on the CPU, brought together from the processes that share them; None where each
+    has them whole.
 
     Every process must call this.
     """

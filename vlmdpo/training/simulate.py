@@ -1,7 +1,9 @@
-"""The peak memory of a training step, foreseen: the trainer's own step at real size, without its floating-point numbers.
+"""The peak memory of a training step, foreseen: the trainer's own step at real size, without its
+floating-point numbers.
 
-A step is simulated in the phases it has: forward (policy and reference), backward, optimizer. Three runs of shallow copies
-give each phase's peak as a line in language and in vision layers, from which the whole model's follows.
+A step is simulated in the phases it has: forward (policy and reference), backward, optimizer. Three
+runs of shallow copies give each phase's peak as a line in language and in vision layers, from which
+the whole model's follows.
 """
 
 from __future__ import annotations
@@ -33,12 +35,18 @@ from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.trainer import PairTrainer, make_trainer
 
-_SHALLOW = ((3, 3), (4, 3), (3, 4))  # (language, vision) layers of the three runs; Qwen3-VL injects three of vision
+_SHALLOW = (
+    (3, 3),
+    (4, 3),
+    (3, 4),
+)  # (language, vision) layers of the three runs; Qwen3-VL injects three of vision
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a batch: pictures in pixels, and tokens of question and answers, as the longest rows have them."""
+    """The rows of a batch: pictures in pixels, and tokens of question and answers, as the longest
+    rows have them.
+    """
 
     image: tuple[int, int]
     images: int
@@ -49,7 +57,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Foresight:
-    """Bytes that live: `static`, weights and buffers before the step, and the peak of each phase, static included."""
+    """Bytes that live: `static`, weights and buffers before the step, and the peak of each phase,
+    static included.
+    """
 
     static: float
     phases: dict[str, float]
@@ -59,7 +69,9 @@ class Foresight:
         return max(self.static, *self.phases.values())
 
 
-def foresee(architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype) -> Foresight:
+def foresee(
+    architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
+) -> Foresight:
     """The step's memory on the whole model, from shallow copies where it is deep.
 
     Args:
@@ -78,14 +90,22 @@ def foresee(architecture: Architecture, config: TrainConfig, rows: Dataset, *, d
         runs.append(simulate(cut, config, rows, dtype=dtype))
 
     def whole(base: float, deeper_text: float, deeper_vision: float) -> float:
-        return base + (deeper_text - base) / (t1 - t0) * (text - t0) + (deeper_vision - base) / (v1 - v0) * (vision - v0)
+        return (
+            base
+            + (deeper_text - base) / (t1 - t0) * (text - t0)
+            + (deeper_vision - base) / (v1 - v0) * (vision - v0)
+        )
 
     phases = {name: whole(*(run.phases[name] for run in runs)) for name in runs[0].phases}
     return Foresight(whole(*(run.static for run in runs)), phases)
 
 
-def simulate(architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype) -> Foresight:
-    """One steady step (optimizer states are there; with accumulation, gradients too) of exactly this architecture."""
+def simulate(
+    architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
+) -> Foresight:
+    """One steady step (optimizer states are there; with accumulation, gradients too) of exactly
+    this architecture.
+    """
     building = Shadow(small=0)
     with tempfile.TemporaryDirectory() as name, _quick(building):
         trainer = _trainer(architecture, config, rows, Path(name), dtype)
@@ -118,10 +138,14 @@ def _phases(trainer: PairTrainer, config: TrainConfig, ledger: Ledger) -> dict[s
     if config.gradient_accumulation_steps > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in trainer.train_dataset]))
+    batch = trainer._prepare_inputs(
+        trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    )
     ledger.start()
     models = [one for one in (model, trainer.ref_model) if one is not None]
-    hooks = [one.register_forward_hook(lambda *_: ends(f"forward {len(phases) + 1}")) for one in models]
+    hooks = [
+        one.register_forward_hook(lambda *_: ends(f"forward {len(phases) + 1}")) for one in models
+    ]
     loss = trainer.compute_loss(model, batch)
     ends("loss")
     for hook in hooks:
@@ -149,13 +173,17 @@ def _give_states(optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
 
 
 def as_on_a_gpu() -> Any:
-    """Inside, TRL's head scores the answers' tokens only, as it does where Triton is; on a CPU it scores every token."""
+    """Inside, TRL's head scores the answers' tokens only, as it does where Triton is; on a CPU it
+    scores every token.
+    """
     return mock.patch("trl.trainer.utils._use_triton", return_value=True)
 
 
 @contextlib.contextmanager
 def _quick(shadow: Shadow) -> Iterator[None]:
-    """Models are made without numbers: initial values are not computed, and nothing is moved to a device or data type."""
+    """Models are made without numbers: initial values are not computed, and nothing is moved to a
+    device or data type.
+    """
     with no_init_weights(), _unmoved(), shadow:
         yield
 
@@ -165,7 +193,9 @@ def _unmoved() -> Any:
     return mock.patch.object(torch.nn.Module, "to", lambda self, *a, **k: self)
 
 
-def _trainer(architecture: Architecture, config: TrainConfig, rows: Dataset, folder: Path, dtype: torch.dtype) -> PairTrainer:
+def _trainer(
+    architecture: Architecture, config: TrainConfig, rows: Dataset, folder: Path, dtype: torch.dtype
+) -> PairTrainer:
     config = dataclasses.replace(config, device="cpu")
 
     def model() -> Any:
@@ -175,8 +205,11 @@ def _trainer(architecture: Architecture, config: TrainConfig, rows: Dataset, fol
 
     policy = model()
     cached = config.reference_cache
-    # Full fine-tuning fills its cache before the first step, LoRA in the first epoch, which is the one that peaks.
-    references = _Foreseen(folder, "foreseen", len(rows), filled=not config.lora) if cached else None
+    # Full fine-tuning fills its cache before the first step, LoRA in the first epoch, which is the
+    # one that peaks.
+    references = (
+        _Foreseen(folder, "foreseen", len(rows), filled=not config.lora) if cached else None
+    )
     trainer = make_trainer(
         engine=config.engine,
         model=policy,
@@ -200,7 +233,11 @@ class _Foreseen(ReferenceCache):
 
     def get(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Any numbers, as many as rows."""
-        return (torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0)) if self._filled else None
+        return (
+            (torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0))
+            if self._filled
+            else None
+        )
 
     def put(self, rows: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
         """Numbers that are none are not kept."""
@@ -209,12 +246,17 @@ class _Foreseen(ReferenceCache):
 def longest_rows(processor: Any, folder: Path, count: int = 64) -> Dataset:
     """The longest rows of a prepared dataset, longest first. Raises DataError where there is none."""
     dataset = store.load(folder)
-    lengths = sorted(row_lengths(processor, dataset, store.read_manifest(folder)), key=lambda length: -length.longest)
+    lengths = sorted(
+        row_lengths(processor, dataset, store.read_manifest(folder)),
+        key=lambda length: -length.longest,
+    )
     return dataset.select([length.row for length in lengths[:count]])
 
 
 def rows_of(processor: Any, workload: Workload, count: int) -> Dataset:
-    """Rows with gray pictures and as many tokens as the workload says; a template's own tokens come on top."""
+    """Rows with gray pictures and as many tokens as the workload says; a template's own tokens come
+    on top.
+    """
     tokenizer = processor.tokenizer
 
     def words(tokens: int) -> str:

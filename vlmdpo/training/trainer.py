@@ -34,8 +34,9 @@ from vlmdpo.training.sharding import recomputing_layers
 
 
 class NotANumber(Exception):
-    """The loss of a batch is no finite number; `rows` are its rows, `step` the optimizer step it belongs to, or after which
-    it was `evaluated`."""
+    """The loss of a batch is no finite number; `rows` are its rows, `step` the optimizer step it
+    belongs to, or after which it was `evaluated`.
+    """
 
     def __init__(self, rows: list[int], step: int, *, evaluated: bool = False) -> None:
         super().__init__(f"the loss of step {step} is no number (rows {rows})")
@@ -46,11 +47,13 @@ class PairTrainer(DPOTrainer):
     """TRL's `DPOTrainer` on prepared pairs, with one of three engines.
 
     Args:
-        engine: "shared" runs image and prompt once for both answers; "rows" gives each answer its own row but
-            encodes each image once, for models that cannot share; "stock" is TRL as it is.
-        references: reference log-probs by row; needs the column `row` in the dataset. None: TRL's own way, every
-            batch anew.
-        conditional: above 0 batches are mDPO's (see `mdpo`), and the prepared dataset has so many rows.
+        engine: "shared" runs image and prompt once for both answers; "rows" gives each answer its
+            own row but encodes each image once, for models that cannot share; "stock" is TRL as it
+            is.
+        references: reference log-probs by row; needs the column `row` in the dataset. None: TRL's
+            own way, every batch anew.
+        conditional: above 0 batches are mDPO's (see `mdpo`), and the prepared dataset has so many
+            rows.
         others: what `DPOTrainer` takes.
     """
 
@@ -66,42 +69,62 @@ class PairTrainer(DPOTrainer):
     ) -> None:
         # TRL wants a collator at birth; `use_engine` gives it the engine's own.
         collator: Any = StockCollator(processing_class, max_length=args.max_length)
-        super().__init__(processing_class=processing_class, args=args, data_collator=collator, **others)
+        super().__init__(
+            processing_class=processing_class, args=args, data_collator=collator, **others
+        )
         self.references = references
         self.conditional = conditional
         self.features: FeatureCache | None = None
-        self.lengths: list[int] | None = None  # tokens of each row's longer sequence, where rows are grouped by it
+        self.lengths: list[int] | None = (
+            None  # tokens of each row's longer sequence, where rows are grouped by it
+        )
         self.auto_batch: AutoBatch | None = None
-        self.checkpointed_layers: int | None = None  # None: all (ours: but the last), where checkpointing is on
+        self.checkpointed_layers: int | None = (
+            None  # None: all (ours: but the last), where checkpointing is on
+        )
         self._shared: list[SharedForward] = []
         self._writing: Path | None = None
         self.numbers_are_real = True  # a simulated step has none, and its losses mean nothing
         if references is not None and not isinstance(self.model, PeftModel):
-            self.ref_model = None  # it was a stand-in; the policy itself fills the cache before it trains
+            self.ref_model = (
+                None  # it was a stand-in; the policy itself fills the cache before it trains
+            )
         self.use_engine(engine)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """TRL's; and where FSDP is asked for, FSDP: accelerate would quietly run DDP on CPUs, where torch can shard too."""
+        """TRL's; and where FSDP is asked for, FSDP: accelerate would quietly run DDP on CPUs, where
+        torch can shard too.
+        """
         self.is_fsdp_enabled: bool
         super().create_accelerator_and_postprocess()
         if sharding() == "fsdp2" and not self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             # Both: accelerate copies the one onto the other whenever it likes.
-            self.accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.accelerator.state.distributed_type = PartialState().distributed_type = (
+                DistributedType.FSDP
+            )
             self.is_fsdp_enabled = True
 
     def use_engine(self, engine: str) -> None:
-        """Let policy and, where there is one, reference model read this engine's batches from now on."""
+        """Let policy and, where there is one, reference model read this engine's batches from now
+        on.
+        """
         for shared in self._shared:
             shared.remove()
         self.engine, self._shared = engine, []
         processor, limit = self.processing_class, self.args.max_length
         collator: Any = PairCollator(processor, max_length=limit, share=engine == "shared")
-        self.plain_collator = StockCollator(processor, max_length=limit) if engine == "stock" else collator
+        self.plain_collator = (
+            StockCollator(processor, max_length=limit) if engine == "stock" else collator
+        )
         if self.conditional:
             if engine != "shared":
-                raise ConfigError("--loss mdpo needs the shared engine, which this model or --engine cannot have")
-            collator = ConditionalCollator(processor, max_length=limit, rows=self.conditional, seed=self.args.seed)
+                raise ConfigError(
+                    "--loss mdpo needs the shared engine, which this model or --engine cannot have"
+                )
+            collator = ConditionalCollator(
+                processor, max_length=limit, rows=self.conditional, seed=self.args.seed
+            )
         self.data_collator = self.plain_collator if engine == "stock" else collator
         if engine == "stock":
             return
@@ -109,7 +132,10 @@ class PairTrainer(DPOTrainer):
         # The reference model of full fine-tuning has a tower of its own, which is not the policy's.
         kept = [self.features] + [None] * (len(models) - 1)
         share = engine == "shared"
-        self._shared = [SharedForward(m, share=share, features=features) for m, features in zip(models, kept, strict=True)]
+        self._shared = [
+            SharedForward(m, share=share, features=features)
+            for m, features in zip(models, kept, strict=True)
+        ]
         for shared in self._shared:
             shared.always_whole = self.accelerator.num_processes > 1
 
@@ -121,7 +147,11 @@ class PairTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
         return LengthGrouped(self.lengths, batch, self.args.seed)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -132,15 +162,21 @@ class PairTrainer(DPOTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing) if self._writing is not None else str(super()._get_output_dir(trial))
+        return (
+            str(self._writing) if self._writing is not None else str(super()._get_output_dir(trial))
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's, in a hidden folder that gets its name once all is written. Raises DataError for a full disk."""
+        """TRL's, in a hidden folder that gets its name once all is written. Raises DataError for a
+        full disk.
+        """
         folder = Path(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         if (folder / checkpoints.name_of(self.state.global_step)).is_dir():
             return  # of this very step: the run stopped where it had begun
-        with checkpoints.written(folder, self.state.global_step, self.args.save_total_limit, self.accelerator) as partial:
+        with checkpoints.written(
+            folder, self.state.global_step, self.args.save_total_limit, self.accelerator
+        ) as partial:
             self._writing = partial
             try:
                 super()._save_checkpoint(model, trial)
@@ -160,14 +196,20 @@ class PairTrainer(DPOTrainer):
         finally:
             self.data_collator = collator
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Any:
         if self.auto_batch is None:
             return super().training_step(model, inputs, num_items_in_batch)
         return self.auto_batch.step(model, inputs["examples"], num_items_in_batch)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        return loss if self.auto_batch is None or self.auto_batch.share == 1 else loss * self.auto_batch.share
+        return (
+            loss
+            if self.auto_batch is None or self.auto_batch.share == 1
+            else loss * self.auto_batch.share
+        )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
@@ -177,19 +219,29 @@ class PairTrainer(DPOTrainer):
         with self._shared[0].one_batch(rows, row_ids(inputs) if rows is not None else ()):
             return self._with_references(model, inputs, rows, return_outputs)
 
-    def _with_references(self, model: Any, inputs: dict[str, Any], rows: Any, return_outputs: bool) -> Any:
-        """TRL's loss, with the rows' reference log-probs from the cache; those not in it yet are computed first."""
+    def _with_references(
+        self, model: Any, inputs: dict[str, Any], rows: Any, return_outputs: bool
+    ) -> Any:
+        """TRL's loss, with the rows' reference log-probs from the cache; those not in it yet are
+        computed first.
+        """
         if self.references is not None or self.conditional:
             known = self._reference(model, inputs, rows)
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (logps.to(rows.device) for logps in known)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (
+                logps.to(rows.device) for logps in known
+            )
             self.precompute_ref_logps = True
-        # Each time, because TRL turns checkpointing on again after every reference forward, and all that goes with it.
-        if self._shared and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        # Each time, because TRL turns checkpointing on again after every reference forward, and all
+        # that goes with it.
+        if self._shared and not (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
             self._shared[0].ask_no_pixel_gradients()
         layers = recomputing_layers(self.model)
         wanted = self.checkpointed_layers
         if wanted is None and self.engine == "shared":
-            # The last layer's activations are needed first: to drop them is to make them again at once, for nothing.
+            # The last layer's activations are needed first: to drop them is to make them again at
+            # once, for nothing.
             wanted = max(1, len(layers) - 1)
         for layer in layers[wanted:] if wanted is not None else ():
             layer.gradient_checkpointing = False
@@ -200,25 +252,37 @@ class PairTrainer(DPOTrainer):
 
     def _no_number(self, rows: Any) -> NotANumber:
         numbers = [] if rows is None else rows.tolist()
-        evaluated = bool(numbers) and self.eval_dataset is not None and numbers[0] in set(self.eval_dataset["row"])
-        return NotANumber(numbers, self.state.global_step + (0 if evaluated else 1), evaluated=evaluated)
+        evaluated = (
+            bool(numbers)
+            and self.eval_dataset is not None
+            and numbers[0] in set(self.eval_dataset["row"])
+        )
+        return NotANumber(
+            numbers, self.state.global_step + (0 if evaluated else 1), evaluated=evaluated
+        )
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's; but each row of the test split counts alike, where TRL lets each batch, however small the last one is."""
+        """TRL's; but each row of the test split counts alike, where TRL lets each batch, however
+        small the last one is.
+        """
         logged = self._metrics["eval"]
         before = {name: len(values) for name, values in logged.items()}
         found = super().prediction_step(model, inputs, *args, **kwargs)
         logged["loss"].append(self.accelerator.gather(found[0].detach()).mean().item())
         for name, values in logged.items():
             new = values[before.get(name, 0) :]
-            values[before.get(name, 0) :] = [value for value in new for _ in range(len(inputs["row"]))]
+            values[before.get(name, 0) :] = [
+                value for value in new for _ in range(len(inputs["row"]))
+            ]
         return found
 
     def _loss_of(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if not self.conditional:
             return super()._compute_loss(model, inputs, return_outputs)
         said: list[Any] = []
-        listening = model.register_forward_hook(lambda module, given, output: said.append(output.log_probs.detach().sum(1)))
+        listening = model.register_forward_hook(
+            lambda module, given, output: said.append(output.log_probs.detach().sum(1))
+        )
         try:
             loss = super()._compute_loss(model, inputs, return_outputs)
         finally:
@@ -230,9 +294,11 @@ class PairTrainer(DPOTrainer):
         """The reference's log-probs of a batch, chosen and rejected, kept where there is a cache."""
         known = self.references.get(rows) if self.references is not None else None
         if known is None:
-            assert self.ref_model is not None or isinstance(self.model, PeftModel) or not self.state.global_step, (
-                "the policy is no reference any more"
-            )
+            assert (
+                self.ref_model is not None
+                or isinstance(self.model, PeftModel)
+                or not self.state.global_step
+            ), "the policy is no reference any more"
             known = self.compute_ref_log_probs(self.ref_model or model, inputs)
             known = mdpo.by_answer(*known) if self.conditional else known
             if self.numbers_are_real and not all(bool(logps.isfinite().all()) for logps in known):
@@ -257,7 +323,8 @@ class PairTrainer(DPOTrainer):
         return [part for part in (self.train_dataset, self.eval_dataset) if part is not None]
 
     def compute_references(self) -> None:
-        """Fill the cache over the whole dataset now, in batches larger than training's: nothing is kept for a backward.
+        """Fill the cache over the whole dataset now, in batches larger than training's: nothing is
+        kept for a backward.
 
         For runs whose reference is a model of its own: afterwards it is needed no more.
         """
@@ -327,8 +394,9 @@ def make_trainer(
         dataset = dataset.add_column("row", range(len(dataset)))
     keeper = _Keeper()
     if references is not None and lora is None:
-        # Without an adapter TRL insists on a reference model. The cache makes one needless: a second handle on the
-        # same weights, which owns no memory, satisfies it until `PairTrainer` drops it.
+        # Without an adapter TRL insists on a reference model. The cache makes one needless: a
+        # second handle on the same weights, which owns no memory, satisfies it until `PairTrainer`
+        # drops it.
         reference = copy.copy(model)
     try:
         trainer = PairTrainer(

@@ -1,4 +1,5 @@
-"""The page of `vlmdpo compare`, in gradio: ask, see both answers grow, vote. Knows nothing of where models come from.
+"""The page of `vlmdpo compare`, in gradio: ask, see both answers grow, vote. Knows nothing of where
+models come from.
 
 Whatever models, data or people say reaches the page escaped.
 """
@@ -56,8 +57,10 @@ def _figures(judged: Sequence[Judged], beta: float) -> str:
     )
     margin = judged[1].reward - judged[0].reward
     return (
-        '<div class="figures"><table><tr><th>Answer</th><th>tokens</th><th>log-prob by base</th><th>by tuned</th>'
-        f"<th>reward</th></tr>{rows}</table><p>Reward margin, tuned's answer − base's: <b>{margin:+.3f}</b>. "
+        '<div class="figures"><table><tr><th>Answer</th><th>tokens</th><th>log-prob by '
+        "base</th><th>by tuned</th>"
+        f"<th>reward</th></tr>{rows}</table><p>Reward margin, tuned's answer − base's: "
+        f"<b>{margin:+.3f}</b>. "
         f"A reward is {beta:g} × (log-prob by tuned − by base), in nats.</p></div>"
     )
 
@@ -74,7 +77,12 @@ class Page:
     """
 
     def __init__(
-        self, models: SideBySide, names: tuple[str, str], examples: Sequence[Example], votes_file: Path, max_new_tokens: int
+        self,
+        models: SideBySide,
+        names: tuple[str, str],
+        examples: Sequence[Example],
+        votes_file: Path,
+        max_new_tokens: int,
     ) -> None:
         self.models, self.names, self.examples = models, names, examples
         self.votes_file, self.max_new_tokens = votes_file, max_new_tokens
@@ -87,21 +95,39 @@ class Page:
             gr.HTML(f"<h1>{plain(self.names[0])}, before and after</h1>")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=260)
-                    question = gr.Textbox(label="Question", max_length=MAX_QUESTION, lines=2, elem_id="question")
+                    picture = gr.Image(
+                        label="Picture",
+                        type="filepath",
+                        sources=["upload", "clipboard"],
+                        height=260,
+                    )
+                    question = gr.Textbox(
+                        label="Question", max_length=MAX_QUESTION, lines=2, elem_id="question"
+                    )
                     ask = gr.Button("Ask both", variant="primary", elem_id="ask")
                 with gr.Column(scale=2, min_width=280):
                     with gr.Row():
-                        panes = [self._column(who, name) for who, name in zip(WHO, self.names, strict=True)]
+                        panes = [
+                            self._column(who, name)
+                            for who, name in zip(WHO, self.names, strict=True)
+                        ]
                     figures = gr.HTML()
                     with gr.Row():
                         better = [
-                            gr.Button(f"{who} is better", interactive=False, elem_id=f"vote-{who.lower()}")
+                            gr.Button(
+                                f"{who} is better", interactive=False, elem_id=f"vote-{who.lower()}"
+                            )
                             for who in ("Base", "Tuned")
                         ]
                     with gr.Accordion("Neither is right", open=False):
-                        right = gr.Textbox(label="What it should have said", max_length=MAX_QUESTION, elem_id="right")
-                        neither = gr.Button("Prefer this to both answers", interactive=False, elem_id="vote-neither")
+                        right = gr.Textbox(
+                            label="What it should have said",
+                            max_length=MAX_QUESTION,
+                            elem_id="right",
+                        )
+                        neither = gr.Button(
+                            "Prefer this to both answers", interactive=False, elem_id="vote-neither"
+                        )
                     status = gr.Markdown(f"Votes go to `{self.votes_file}`.", elem_id="status")
             said = gr.State(None)
             voting = [*better, neither]
@@ -109,9 +135,20 @@ class Page:
                 self._examples(picture, question)
             asked: dict[str, Any] = {"fn": self.ask, "inputs": [picture, question]}
             shown = [*panes, figures, said, status, *voting]
-            gr.on([ask.click, question.submit], **asked, outputs=shown, concurrency_limit=1, api_visibility="private")
+            gr.on(
+                [ask.click, question.submit],
+                **asked,
+                outputs=shown,
+                concurrency_limit=1,
+                api_visibility="private",
+            )
             for button, who in zip(voting, (*WHO, "neither"), strict=True):
-                button.click(self._voter(who), inputs=[said, right], outputs=[said, status, *voting], api_visibility="private")
+                button.click(
+                    self._voter(who),
+                    inputs=[said, right],
+                    outputs=[said, status, *voting],
+                    api_visibility="private",
+                )
         return app
 
     def _column(self, who: str, name: str) -> Any:
@@ -122,22 +159,42 @@ class Page:
     def _examples(self, picture: Any, question: Any) -> None:
         for source in dict.fromkeys(example.source for example in self.examples):
             chosen = [[str(e.picture), e.question] for e in self.examples if e.source == source]
-            gr.Examples(chosen, [picture, question], label=f"Examples: {source}", examples_per_page=6, cache_examples=False)
+            gr.Examples(
+                chosen,
+                [picture, question],
+                label=f"Examples: {source}",
+                examples_per_page=6,
+                cache_examples=False,
+            )
 
     def ask(self, picture: str | None, question: str | None) -> Iterator[tuple[Any, ...]]:
-        """Both answers as they grow, then marked and judged. Outputs: panes, figures, what was said, status, buttons."""
+        """Both answers as they grow, then marked and judged. Outputs: panes, figures, what was
+        said, status, buttons.
+        """
         question = (question or "").strip()
         off = [gr.update(interactive=False)] * 3
         if not picture or not question:
             yield *self._panes(_NOTHING, _NOTHING), "", None, "Give a picture and a question.", *off
             return
         if len(question) > MAX_QUESTION:
-            yield *self._panes(_NOTHING, _NOTHING), "", None, f"A question may have {MAX_QUESTION:,} characters.", *off
+            yield (
+                *self._panes(_NOTHING, _NOTHING),
+                "",
+                None,
+                f"A question may have {MAX_QUESTION:,} characters.",
+                *off,
+            )
             return
         try:
             opened = open_file(Path(picture))
         except BadImage as problem:
-            yield *self._panes(_NOTHING, _NOTHING), "", None, f"This picture cannot be used: {plain(str(problem))}", *off
+            yield (
+                *self._panes(_NOTHING, _NOTHING),
+                "",
+                None,
+                f"This picture cannot be used: {plain(str(problem))}",
+                *off,
+            )
             return
         base, tuned = Answer(), Answer()
         for base, tuned in self.models.stream(opened, question, self.max_new_tokens):
@@ -145,9 +202,19 @@ class Page:
         judged = self.models.judge(opened, question, (base, tuned))
         said = {"picture": picture, "question": question, "base": base.text, "tuned": tuned.text}
         alike = base.text == tuned.text
-        status = "Both say the same: only an answer of your own can be preferred to it." if alike else "Which is better?"
+        status = (
+            "Both say the same: only an answer of your own can be preferred to it."
+            if alike
+            else "Which is better?"
+        )
         buttons = [gr.update(interactive=not alike)] * 2 + [gr.update(interactive=True)]
-        yield *self._panes(*marked(base.text, tuned.text)), _figures(judged, self.models.beta), said, status, *buttons
+        yield (
+            *self._panes(*marked(base.text, tuned.text)),
+            _figures(judged, self.models.beta),
+            said,
+            status,
+            *buttons,
+        )
 
     def _panes(self, base: str, tuned: str) -> tuple[str, str]:
         return _pane("base", self.names[0], base), _pane("tuned", self.names[1], tuned)
@@ -164,13 +231,20 @@ class Page:
         if said is None:
             return None, "Ask first.", *as_before
         if who == "neither":
-            pairs = [(right, said["tuned"])] + ([(right, said["base"])] if said["base"] != said["tuned"] else [])
+            pairs = [(right, said["tuned"])] + (
+                [(right, said["base"])] if said["base"] != said["tuned"] else []
+            )
             if not right or right in (said["base"], said["tuned"]):
                 return said, "Write another answer than these two.", *as_before
         else:
             pairs = [(said[who], said["tuned" if who == "base" else "base"])]
         if not all(text for pair in pairs for text in pair):
-            return said, "An empty answer cannot be preferred, or preferred to; write what it should have said.", *as_before
+            return (
+                said,
+                "An empty answer cannot be preferred, or preferred to; write what it should have "
+                "said.",
+                *as_before,
+            )
         about = {"preferred": who, "base": self.names[0], "tuned": self.names[1]}
         try:
             for chosen, rejected in pairs:
@@ -187,4 +261,8 @@ class Page:
         with self._counting:
             self.votes += len(pairs)
         off = [gr.update(interactive=False)] * 3
-        return None, f"Written: {held} preference{'s' if held > 1 else ''} in `{self.votes_file}`.", *off
+        return (
+            None,
+            f"Written: {held} preference{'s' if held > 1 else ''} in `{self.votes_file}`.",
+            *off,
+        )

@@ -1,4 +1,6 @@
-"""What can be picked to ask about: the answers that changed in an evaluation, then the run's own rows, then the user's."""
+"""What can be picked to ask about: the answers that changed in an evaluation, then the run's own
+rows, then the user's.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +31,41 @@ class Example:
 
 
 def of_amber(folder: Path, folder_of_pictures: Path) -> list[Example]:
-    """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError where it is none."""
+    """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError
+    where it is none.
+    """
     try:
         report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         flips = (report["comparison"] or {}).get("flips", [])
         data, images = report["settings"]["data"], report["settings"]["images"]
     except (OSError, ValueError, KeyError) as problem:
-        raise DataError(f"--amber: '{folder}' holds no result of vlmdpo eval-amber: {problem}") from problem
-    benchmark = qs.load(Path(data), Path(images) if images else Path(data) / "image", generative=False) if data else None
-    return of_flips(evenly(flips, _OF_A_KIND), folder_of_pictures, benchmark, "changed in eval-amber")
+        raise DataError(
+            f"--amber: '{folder}' holds no result of vlmdpo eval-amber: {problem}"
+        ) from problem
+    benchmark = (
+        qs.load(Path(data), Path(images) if images else Path(data) / "image", generative=False)
+        if data
+        else None
+    )
+    return of_flips(
+        evenly(flips, _OF_A_KIND), folder_of_pictures, benchmark, "changed in eval-amber"
+    )
 
 
-def of_flips(flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None, source: str) -> list[Example]:
-    """Examples of questions about a benchmark's pictures, or the embedded one's. Pictures that are gone are left out."""
+def of_flips(
+    flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None, source: str
+) -> list[Example]:
+    """Examples of questions about a benchmark's pictures, or the embedded one's. Pictures that are
+    gone are left out.
+    """
     from vlmdpo.tiny import evaluation
 
     found = []
     for flip in flips:
         try:
-            picture = benchmark.picture(flip["image"]) if benchmark else evaluation.picture(flip["image"])
+            picture = (
+                benchmark.picture(flip["image"]) if benchmark else evaluation.picture(flip["image"])
+            )
         except DataError:  # AMBER's pictures may lie on another machine by now
             continue
         path = folder / f"{Path(flip['image']).stem}.png"
@@ -69,8 +87,12 @@ def of_run(adapter: Path, folder: Path) -> list[Example]:
     found = []
     for number in evenly(range(len(rows)), _OF_A_KIND):
         row = rows[number]
-        texts = [part["text"] for turn in row["prompt"] for part in turn["content"] if part.get("text")]
-        if len(row["images"]) == 1 and len(row["prompt"]) == 1:  # the page asks one question about one picture
+        texts = [
+            part["text"] for turn in row["prompt"] for part in turn["content"] if part.get("text")
+        ]
+        if (
+            len(row["images"]) == 1 and len(row["prompt"]) == 1
+        ):  # the page asks one question about one picture
             path = folder / f"row-{number}.png"
             row["images"][0].save(path)
             found.append(Example(path, " ".join(texts), f"{split} split of the run"))
@@ -86,7 +108,9 @@ def _lines(file: Path, root: Path) -> Iterator[Example]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"--examples: cannot read '{file}': {getattr(problem, 'strerror', None) or problem}") from problem
+        raise DataError(
+            f"--examples: cannot read '{file}': {getattr(problem, 'strerror', None) or problem}"
+        ) from problem
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

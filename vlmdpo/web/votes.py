@@ -17,10 +17,19 @@ from vlmdpo.data.images import bound
 _PICTURES = "images"
 
 
-def append(file: Path, *, picture: Path, question: str, chosen: str, rejected: str, about: Mapping[str, Any]) -> int:
+def append(
+    file: Path,
+    *,
+    picture: Path,
+    question: str,
+    chosen: str,
+    rejected: str,
+    about: Mapping[str, Any],
+) -> int:
     """Add one preference; returns how many lines the file now has.
 
-    The picture is stored below the file's folder under a hash of its bytes, once. Several servers may write at once.
+    The picture is stored below the file's folder under a hash of its bytes, once. Several servers
+    may write at once.
 
     Args:
         picture: the file that was asked about.
@@ -45,7 +54,9 @@ def append(file: Path, *, picture: Path, question: str, chosen: str, rejected: s
         with file.open("ab+") as votes:
             votes.seek(0)
             held = votes.read()
-            votes.truncate(held.rfind(b"\n") + 1)  # a last line without end was cut by a kill, and is no vote
+            votes.truncate(
+                held.rfind(b"\n") + 1
+            )  # a last line without end was cut by a kill, and is no vote
             votes.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             votes.flush()
             os.fsync(votes.fileno())

@@ -13,11 +13,19 @@ def plain(text: str) -> str:
 
 
 def marked(base: str, tuned: str) -> tuple[str, str]:
-    """Both texts as HTML: words only the base says are marked "only-base", words only the tuned one says "only-tuned"."""
+    """Both texts as HTML: words only the base says are marked "only-base", words only the tuned one
+    says "only-tuned".
+    """
     left, right = (re.findall(r"\w+|[^\w\s]+|\s+", text) for text in (base, tuned))
     shown: tuple[list[str], list[str]] = ([], [])
-    for same, a, b, c, d in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+    for same, a, b, c, d in difflib.SequenceMatcher(
+        None, left, right, autojunk=False
+    ).get_opcodes():
         for side, words, name in ((0, left[a:b], "only-base"), (1, right[c:d], "only-tuned")):
             text = plain("".join(words))
-            shown[side].append(text if same == "equal" or not text.strip() else f'<mark class="{name}">{text}</mark>')
+            shown[side].append(
+                text
+                if same == "equal" or not text.strip()
+                else f'<mark class="{name}">{text}</mark>'
+            )
     return "".join(shown[0]), "".join(shown[1])

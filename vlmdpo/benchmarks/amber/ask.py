@@ -1,6 +1,8 @@
-"""Ask a model all of AMBER: questions grouped by picture, descriptions in batches, answers kept as they come.
+"""Ask a model all of AMBER: questions grouped by picture, descriptions in batches, answers kept as
+they come.
 
-Base and tuned model look at a picture one after the other, so that what they have in common is computed once.
+Base and tuned model look at a picture one after the other, so that what they have in common is
+computed once.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _WINDOW = 4  # batches of descriptions whose pictures are open at a time, to be 
 
 @dataclass
 class Outcome:
-    """How the asking went: the engine that did it, why not the one that was wanted, and pictures that could not be read."""
+    """How the asking went: the engine that did it, why not the one that was wanted, and pictures
+    that could not be read.
+    """
 
     engine: str
     reason: str = ""
@@ -36,8 +40,8 @@ class Interview:
 
     Args:
         config: the settings.
-        benchmark: what is asked, already cut to what is wanted.
-        model, processor: on their device; the model with its adapter, where there is one. None for vLLM.
+        benchmark: what is asked, already cut to what is wanted. model, processor: on their device;
+        the model with its adapter, where there is one. None for vLLM.
         whos: "base" and "tuned", as far as they are asked.
         answers: what is known already is not asked again.
         share: (this process, all of them).
@@ -55,14 +59,21 @@ class Interview:
         share: tuple[int, int],
         outcome: Outcome,
     ) -> None:
-        self.config, self.benchmark, self.model, self.processor = config, benchmark, model, processor
+        self.config, self.benchmark, self.model, self.processor = (
+            config,
+            benchmark,
+            model,
+            processor,
+        )
         self.whos, self.answers = whos, answers
         self.pictures = benchmark.pictures[share[0] :: share[1]]
         self.decided = None if config.strict else settled
         self.outcome = outcome
 
     def run(self) -> Outcome:
-        """Ask all that is not answered yet. Raises DataError for a bad picture where the settings are strict."""
+        """Ask all that is not answered yet. Raises DataError for a bad picture where the settings
+        are strict.
+        """
         mine = set(self.pictures)
         questions = [q for q in self.benchmark.questions if q.image in mine]
         descriptions = [d for d in self.benchmark.descriptions if d.image in mine]
@@ -75,7 +86,11 @@ class Interview:
 
     def _left(self, who: str, asked: Sequence[Any]) -> list[Any]:
         known = self.answers.of(who)
-        return [one for one in asked if one.id not in known and one.image not in self.outcome.bad_pictures]
+        return [
+            one
+            for one in asked
+            if one.id not in known and one.image not in self.outcome.bad_pictures
+        ]
 
     def _picture(self, name: str) -> Image.Image | None:
         """The picture; None, and kept in mind, where it cannot be read and the settings allow that."""
@@ -93,14 +108,22 @@ class Interview:
     @contextlib.contextmanager
     def _model(self, who: str) -> Iterator[Any]:
         """The model as base or as tuned one."""
-        with self.model.disable_adapter() if who == "base" and self.config.adapter else contextlib.nullcontext():
+        with (
+            self.model.disable_adapter()
+            if who == "base" and self.config.adapter
+            else contextlib.nullcontext()
+        ):
             yield self.model
 
     def _questions(self, questions: Sequence[Question]) -> None:
         groups: dict[str, list[Question]] = {}
         for question in questions:
             groups.setdefault(question.image, []).append(question)
-        groups = {name: group for name, group in groups.items() if any(self._left(who, group) for who in self.whos)}
+        groups = {
+            name: group
+            for name, group in groups.items()
+            if any(self._left(who, group) for who in self.whos)
+        }
         if not groups:
             return
         total = sum(len(self._left(who, group)) for group in groups.values() for who in self.whos)
@@ -136,16 +159,22 @@ class Interview:
                         said = []
                         for start in range(0, len(texts), at_once):
                             some = texts[start : start + at_once]
-                            said += answer(model, self.processor, [picture] * len(some), some, longest)
+                            said += answer(
+                                model, self.processor, [picture] * len(some), some, longest
+                            )
                 self.answers.put(who, zip((question.id for question in left), said, strict=True))
 
     def _checked_asker(self, groups: dict[str, list[Question]]) -> Any:
-        """What asks the shared way, once it has shown that it answers as the plain way does; None where it does not."""
+        """What asks the shared way, once it has shown that it answers as the plain way does; None
+        where it does not.
+        """
         from vlmdpo.engine.decode import Asker
 
         asker = Asker(self.model, self.processor, keep_features=not touches_vision(self.model))
         if asker.why_not:
-            ui.say(f"questions share the picture, but not their prompts' beginning: {asker.why_not}")
+            ui.say(
+                f"questions share the picture, but not their prompts' beginning: {asker.why_not}"
+            )
             self.outcome.reason = f"prompts are not shared: {asker.why_not}"
         wrong = self._disagreement(asker, groups) if self.config.verify else ""
         if not wrong:
@@ -156,7 +185,9 @@ class Interview:
         return None
 
     def _disagreement(self, asker: Any, groups: dict[str, list[Question]]) -> str:
-        """Where shared and plain answers differ on some questions of pictures from all over the set, or ""."""
+        """Where shared and plain answers differ on some questions of pictures from all over the
+        set, or "".
+        """
         from vlmdpo.engine.generate import answer, is_near_tie
 
         names = list(groups)
@@ -170,12 +201,25 @@ class Interview:
             group = groups[name]
             for who in self.whos:
                 with self._model(who) as model, asker.picture(picture):
-                    said = asker.ask([q.text for q in group], longest, at_once=self.config.batch_size, decided=self.decided)
-                for question, shared in list(zip(group, said, strict=True))[: max(1, left // len(picked) // len(self.whos))]:
+                    said = asker.ask(
+                        [q.text for q in group],
+                        longest,
+                        at_once=self.config.batch_size,
+                        decided=self.decided,
+                    )
+                for question, shared in list(zip(group, said, strict=True))[
+                    : max(1, left // len(picked) // len(self.whos))
+                ]:
                     with self._model(who) as model:
                         [plain] = answer(model, self.processor, [picture], [question.text], longest)
-                        same = plain.startswith(shared) if self.decided and settled(shared) else plain == shared
-                        if same or is_near_tie(model, self.processor, picture, question.text, longest):
+                        same = (
+                            plain.startswith(shared)
+                            if self.decided and settled(shared)
+                            else plain == shared
+                        )
+                        if same or is_near_tie(
+                            model, self.processor, picture, question.text, longest
+                        ):
                             continue
                     return f"question {question.id} is answered {shared!r} the shared way and {plain!r} the plain way"
         return ""
@@ -190,10 +234,16 @@ class Interview:
         with ui.progress("describe", total, unit="descriptions") as bar:
             for start in range(0, len(descriptions), _WINDOW * size):
                 window = [
-                    d for d in descriptions[start : start + _WINDOW * size] if any(self._left(who, [d]) for who in self.whos)
+                    d
+                    for d in descriptions[start : start + _WINDOW * size]
+                    if any(self._left(who, [d]) for who in self.whos)
                 ]
-                opened = [(d, picture) for d in window if (picture := self._picture(d.image)) is not None]
-                opened.sort(key=lambda one: one[1].size)  # pictures of one size have as many tokens: no padding
+                opened = [
+                    (d, picture) for d in window if (picture := self._picture(d.image)) is not None
+                ]
+                opened.sort(
+                    key=lambda one: one[1].size
+                )  # pictures of one size have as many tokens: no padding
                 for who in self.whos:
                     left = {d.id for d in self._left(who, window)}
                     todo = [one for one in opened if one[0].id in left]
@@ -201,16 +251,29 @@ class Interview:
                         some, pictures = zip(*todo[first : first + size], strict=True)
                         texts = [d.text for d in some]
                         with self._model(who) as model:
-                            said = answer(model, self.processor, pictures, texts, self.config.max_description_tokens)
+                            said = answer(
+                                model,
+                                self.processor,
+                                pictures,
+                                texts,
+                                self.config.max_description_tokens,
+                            )
                         self.answers.put(who, zip((d.id for d in some), said, strict=True))
                         bar.advance(len(some))
 
-    def _through_vllm(self, questions: Sequence[Question], descriptions: Sequence[Description]) -> None:
+    def _through_vllm(
+        self, questions: Sequence[Question], descriptions: Sequence[Description]
+    ) -> None:
         from vlmdpo.engine.vllm import VllmAsker
 
         config = self.config
-        origin: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        asker = VllmAsker(config.model, self.processor, config.adapter, dtype=config.dtype, **origin)
+        origin: dict[str, Any] = {
+            "revision": config.revision,
+            "trust_remote_code": config.trust_remote_code,
+        }
+        asker = VllmAsker(
+            config.model, self.processor, config.adapter, dtype=config.dtype, **origin
+        )
         whole = ((questions, config.max_new_tokens), (descriptions, config.max_description_tokens))
         for who in self.whos:
             for asked, longest in whole:
@@ -218,7 +281,11 @@ class Interview:
                 window = 8 * config.batch_size
                 with ui.progress(f"ask {who}", len(left), unit="questions") as bar:
                     for start in range(0, len(left), window):
-                        opened = [(o, p) for o in left[start : start + window] if (p := self._picture(o.image)) is not None]
+                        opened = [
+                            (o, p)
+                            for o in left[start : start + window]
+                            if (p := self._picture(o.image)) is not None
+                        ]
                         texts, pictures = [o.text for o, _ in opened], [p for _, p in opened]
                         said = asker.ask(pictures, texts, longest, tuned=who == "tuned")
                         self.answers.put(who, zip((o.id for o, _ in opened), said, strict=True))
@@ -237,4 +304,6 @@ def touches_vision(model: Any) -> bool:
     backbone = base_of(model).base_model
     language = set(map(id, backbone.get_decoder().modules()))
     adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return any(isinstance(module, adapted) and id(module) not in language for module in backbone.modules())
+    return any(
+        isinstance(module, adapted) and id(module) not in language for module in backbone.modules()
+    )

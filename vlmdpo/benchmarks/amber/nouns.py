@@ -1,8 +1,10 @@
-"""Which of AMBER's nouns a description names, and which of them are alike. Two extractors, never under one name.
+"""Which of AMBER's nouns a description names, and which of them are alike. Two extractors, never
+under one name.
 
-"official" does what AMBER's own scorer does: nltk's tagger and lemmatizer, and spaCy's word vectors. "lexicon" needs no
-download: every word whose lemma is in AMBER's closed vocabulary counts, whatever its part of speech, and words are
-alike only where AMBER's own lists say so. Its figures cannot be compared with published ones.
+"official" does what AMBER's own scorer does: nltk's tagger and lemmatizer, and spaCy's word
+vectors. "lexicon" needs no download: every word whose lemma is in AMBER's closed vocabulary counts,
+whatever its part of speech, and words are alike only where AMBER's own lists say so. Its figures
+cannot be compared with published ones.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class Extractor:
-    """`nouns` of a text, in order, repeated as often as they stand there; `alike`: the words that are one thing with a word."""
+    """`nouns` of a text, in order, repeated as often as they stand there; `alike`: the words that
+    are one thing with a word.
+    """
 
     name: str
     nouns: Callable[[str], list[str]]
@@ -69,7 +73,8 @@ def _official(vocabulary: frozenset[str]) -> Extractor:
     except (ImportError, OSError, LookupError) as problem:
         reason = " ".join(str(problem).split())[:120]
         raise MissingDependencyError(
-            f"--extractor official needs nltk, spaCy and their data ({reason}): {_INSTALL}; or give --extractor lexicon"
+            f"--extractor official needs nltk, spaCy and their data ({reason}): {_INSTALL}; or "
+            "give --extractor lexicon"
         ) from problem
     lemmatizer = WordNetLemmatizer()
 
@@ -90,7 +95,8 @@ def _need_nltk_data(nltk: Any, path: str) -> None:
 
 
 def similar_words(pipeline: Any, vocabulary: Iterable[str]) -> dict[str, frozenset[str]]:
-    """For each word those of the vocabulary that spaCy finds more than `SIMILARITY` alike, each pair computed once.
+    """For each word those of the vocabulary that spaCy finds more than `SIMILARITY` alike, each
+    pair computed once.
 
     A word's vector does not depend on the pipeline's tagger or parser, so only its tokenizer runs.
     """

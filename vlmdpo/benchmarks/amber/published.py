@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Accuracy and F1 on AMBER's discriminative task, from the article "Preference Optimization for Vision Language
-# Models with TRL" (2024).
+# Accuracy and F1 on AMBER's discriminative task, from the article "Preference Optimization for
+# Vision Language Models with TRL" (2024).
 ARTICLE = (
     ("GPT-4o", 88.8, 91.6),
     ("Idefics2+DPO", 85.9, 89.4),
@@ -23,9 +23,16 @@ ARTICLE = (
 
 
 def beside_article(report: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """(name, accuracy, F1, whether it is ours) of the article's rows and this report's, best accuracy first."""
+    """(name, accuracy, F1, whether it is ours) of the article's rows and this report's, best
+    accuracy first.
+    """
     ours = [
-        (f"{report['model']} ({who}), here", table["Discriminative"]["accuracy"], table["Discriminative"]["f1"], True)
+        (
+            f"{report['model']} ({who}), here",
+            table["Discriminative"]["accuracy"],
+            table["Discriminative"]["f1"],
+            True,
+        )
         for who, table in report["scores"].items()
         if "Discriminative" in table
     ]

@@ -1,4 +1,6 @@
-"""AMBER's data: questions and descriptions joined to their annotations by id, and response files. No models, no scores."""
+"""AMBER's data: questions and descriptions joined to their annotations by id, and response files.
+No models, no scores.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from PIL import Image
 from vlmdpo.data.images import BadImage, inside, open_whole, to_rgb
 from vlmdpo.errors import DataError
 
-# The dimension of a question by its AMBER type. A negative relation is typed plain "relation" in AMBER's data.
+# The dimension of a question by its AMBER type. A negative relation is typed plain "relation" in
+# AMBER's data.
 DIMENSION_OF = {
     "discriminative-hallucination": "Existence",
     "discriminative-attribute-state": "State",
@@ -54,7 +57,9 @@ class Description:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """AMBER's closed vocabulary: each annotated word with the words that may stand for it, and words that never count."""
+    """AMBER's closed vocabulary: each annotated word with the words that may stand for it, and
+    words that never count.
+    """
 
     association: Mapping[str, tuple[str, ...]]
     safe: frozenset[str]
@@ -69,7 +74,8 @@ class Vocabulary:
 class Benchmark:
     """A question set, what opens its pictures, and whether it is AMBER's own public data, whole.
 
-    `vocabulary` is None where the folder lacks the generative half. `digest` names all of the folder's content.
+    `vocabulary` is None where the folder lacks the generative half. `digest` names all of the
+    folder's content.
     """
 
     name: str
@@ -79,7 +85,9 @@ class Benchmark:
     picture: Callable[[str], Image.Image]
     is_amber: bool
     digest: str
-    other_ids: frozenset[int] = frozenset()  # annotated, but of a half that was not read; response files may hold them
+    other_ids: frozenset[int] = (
+        frozenset()
+    )  # annotated, but of a half that was not read; response files may hold them
 
     @property
     def asked(self) -> tuple[Question | Description, ...]:
@@ -93,7 +101,9 @@ class Benchmark:
 
 
 def load(folder: Path, images: Path | None, *, generative: bool = True) -> Benchmark:
-    """An AMBER data folder; its generative half only where wanted and there. Raises DataError where it does not join."""
+    """An AMBER data folder; its generative half only where wanted and there. Raises DataError where
+    it does not join.
+    """
     queries = _read_list(folder / "query" / "query_discriminative.json", ("id", "image", "query"))
     annotations = _read_list(folder / "annotations.json", ("id", "type", "truth"))
     by_id = {entry["id"]: entry for entry in annotations}
@@ -109,14 +119,20 @@ def load(folder: Path, images: Path | None, *, generative: bool = True) -> Bench
     if generative and described.is_file():
         vocabulary = _vocabulary(folder)
         asked = _read_list(described, ("id", "image", "query"))
-        descriptions = tuple(_description(folder, query, by_id.get(query["id"]), vocabulary) for query in asked)
+        descriptions = tuple(
+            _description(folder, query, by_id.get(query["id"]), vocabulary) for query in asked
+        )
     name = "AMBER" if is_amber else folder.resolve().name
-    asked_ids = {question.id for question in questions} | {description.id for description in descriptions}
+    asked_ids = {question.id for question in questions} | {
+        description.id for description in descriptions
+    }
     if len(asked_ids) < len(questions) + len(descriptions):
         raise DataError(f"'{folder}': two questions have the same id")
     picture = _opener(images or folder / "image")
     others = frozenset(by_id) - asked_ids
-    return Benchmark(name, questions, descriptions, vocabulary, picture, is_amber, _digest(folder), others)
+    return Benchmark(
+        name, questions, descriptions, vocabulary, picture, is_amber, _digest(folder), others
+    )
 
 
 def _digest(folder: Path) -> str:
@@ -128,7 +144,9 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _question(folder: Path, query: Mapping[str, Any], annotation: Mapping[str, Any] | None) -> Question:
+def _question(
+    folder: Path, query: Mapping[str, Any], annotation: Mapping[str, Any] | None
+) -> Question:
     if annotation is None:
         raise DataError(f"'{folder}': question {query['id']} has no entry in annotations.json")
     if annotation["type"] not in DIMENSION_OF or annotation["truth"] not in ("yes", "no"):
@@ -136,20 +154,36 @@ def _question(folder: Path, query: Mapping[str, Any], annotation: Mapping[str, A
             f"'{folder}': annotation {query['id']} is no yes/no question "
             f"(type {annotation['type']!r}, truth {annotation['truth']!r})"
         )
-    return Question(query["id"], query["image"], query["query"], DIMENSION_OF[annotation["type"]], annotation["truth"])
+    return Question(
+        query["id"],
+        query["image"],
+        query["query"],
+        DIMENSION_OF[annotation["type"]],
+        annotation["truth"],
+    )
 
 
 def _description(
-    folder: Path, query: Mapping[str, Any], annotation: Mapping[str, Any] | None, vocabulary: Vocabulary
+    folder: Path,
+    query: Mapping[str, Any],
+    annotation: Mapping[str, Any] | None,
+    vocabulary: Vocabulary,
 ) -> Description:
     if annotation is None or annotation["type"] != "generative":
-        raise DataError(f"'{folder}': generative question {query['id']} has no generative entry in annotations.json")
+        raise DataError(
+            f"'{folder}': generative question {query['id']} has no generative entry in "
+            "annotations.json"
+        )
     truth, hallu = annotation["truth"], annotation.get("hallu")
     if not _is_words(truth) or not _is_words(hallu):
-        raise DataError(f"'{folder}': annotation {query['id']} must hold lists of words as truth and hallu")
+        raise DataError(
+            f"'{folder}': annotation {query['id']} must hold lists of words as truth and hallu"
+        )
     unknown = [word for word in (*truth, *hallu) if word not in vocabulary.association]
     if unknown:
-        raise DataError(f"'{folder}': annotation {query['id']} names '{unknown[0]}', which relation.json lacks")
+        raise DataError(
+            f"'{folder}': annotation {query['id']} names '{unknown[0]}', which relation.json lacks"
+        )
     return Description(query["id"], query["image"], query["query"], tuple(truth), tuple(hallu))
 
 
@@ -159,7 +193,9 @@ def _is_words(value: Any) -> TypeGuard[list[str]]:
 
 def _vocabulary(folder: Path) -> Vocabulary:
     association = _read_json(folder / "relation.json")
-    if not isinstance(association, dict) or not all(_is_words(words) for words in association.values()):
+    if not isinstance(association, dict) or not all(
+        _is_words(words) for words in association.values()
+    ):
         raise DataError(f"'{folder / 'relation.json'}' must hold a JSON object of lists of words")
     safe = _read_text(folder / "safe_words.txt").split("\n")
     return Vocabulary({word: tuple(words) for word, words in association.items()}, frozenset(safe))
@@ -176,12 +212,17 @@ def _opener(folder: Path) -> Callable[[str], Image.Image]:
 
 
 def missing_pictures(benchmark: Benchmark, folder: Path) -> list[str]:
-    """The names of pictures that are not there. Raises DataError where there is no such folder, or none of them."""
+    """The names of pictures that are not there. Raises DataError where there is no such folder, or
+    none of them.
+    """
     if not folder.is_dir():
         raise DataError(f"no folder '{folder}' with AMBER's pictures; give it as --images DIR")
     missing = [name for name in benchmark.pictures if not _is_there(folder, name)]
     if len(missing) == len(benchmark.pictures):
-        raise DataError(f"'{folder}' holds none of the {len(missing)} pictures ({missing[0]} ...); give theirs as --images DIR")
+        raise DataError(
+            f"'{folder}' holds none of the {len(missing)} pictures ({missing[0]} ...); give "
+            "theirs as --images DIR"
+        )
     return missing
 
 
@@ -193,11 +234,16 @@ def _is_there(folder: Path, name: str) -> bool:
 
 
 def read_responses(path: Path) -> list[tuple[int, str]]:
-    """(id, response) of a response file in AMBER's form, in its order, duplicates kept. Raises DataError."""
+    """(id, response) of a response file in AMBER's form, in its order, duplicates kept. Raises
+    DataError.
+    """
     responses = []
     for entry in _read_list(path, ("id", "response")):
         if not isinstance(entry["response"], str):
-            raise DataError(f"'{path}': an entry must be {{'id': number, 'response': text}}, not {str(entry)[:80]}")
+            raise DataError(
+                f"'{path}': an entry must be {{'id': number, 'response': text}}, not "
+                f"{str(entry)[:80]}"
+            )
         responses.append((entry["id"], entry["response"]))
     return responses
 
@@ -206,7 +252,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"cannot read '{path}': {getattr(problem, 'strerror', None) or problem}") from problem
+        raise DataError(
+            f"cannot read '{path}': {getattr(problem, 'strerror', None) or problem}"
+        ) from problem
 
 
 def _read_json(path: Path) -> Any:
@@ -227,5 +275,8 @@ def _read_list(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
             raise DataError(f"'{path}' entry {number} (counted from 0) lacks {', '.join(missing)}")
         wrong = [key for key in keys if key in kinds and type(entry[key]) is not kinds[key]]
         if wrong:
-            raise DataError(f"'{path}' entry {number} (counted from 0): {wrong[0]} cannot be {entry[wrong[0]]!r}"[:300])
+            raise DataError(
+                f"'{path}' entry {number} (counted from 0): {wrong[0]} cannot be "
+                f"{entry[wrong[0]]!r}"[:300]
+            )
     return loaded

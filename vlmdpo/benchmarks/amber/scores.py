@@ -1,8 +1,9 @@
 """AMBER's discriminative scores, digit by digit as its own scorer prints them.
 
-The positive class is "No": precision and recall are of saying that something is not so. Denominators start at
-0.001, not 0; F1 is computed from precision and recall *after* rounding, with 0.0001 added below (0.001 for
-existence). Only exact "Yes" and "No" count; any other response is wrong and is neither.
+The positive class is "No": precision and recall are of saying that something is not so.
+Denominators start at 0.001, not 0; F1 is computed from precision and recall *after* rounding, with
+0.0001 added below (0.001 for existence). Only exact "Yes" and "No" count; any other response is
+wrong and is neither.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ class _Tally:
     rightly_no: int = 0
 
 
-def score(questions: Mapping[int, Question], responses: Iterable[tuple[int, str]]) -> dict[str, dict[str, float]]:
-    """Accuracy, precision, recall and F1 in per cent, one decimal, for each name in COVERS that has a response.
+def score(
+    questions: Mapping[int, Question], responses: Iterable[tuple[int, str]]
+) -> dict[str, dict[str, float]]:
+    """Accuracy, precision, recall and F1 in per cent, one decimal, for each name in COVERS that has
+    a response.
 
-    Like AMBER's, it goes through the *responses*: a question without one is not counted, one with two counts twice.
-    Raises KeyError for a response to no question.
+    Like AMBER's, it goes through the *responses*: a question without one is not counted, one with
+    two counts twice. Raises KeyError for a response to no question.
     """
     tallies = {dimension: _Tally() for dimension in COVERS["Discriminative"]}
     for number, response in responses:

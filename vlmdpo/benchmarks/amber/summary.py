@@ -1,7 +1,9 @@
-"""From responses to everything a report says: official figures, how sure they are, and base against tuned. No models.
+"""From responses to everything a report says: official figures, how sure they are, and base against
+tuned. No models.
 
-Official figures are AMBER's own, to the digit. All else stands beside them and never in their place: intervals (bootstrap
-over pictures), how often a model said No, what always saying No would score, and what cannot be read as an answer.
+Official figures are AMBER's own, to the digit. All else stands beside them and never in their
+place: intervals (bootstrap over pictures), how often a model said No, what always saying No would
+score, and what cannot be read as an answer.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def summarize(
 
     Args:
         benchmark: what was asked; responses to anything else of the data are passed over.
-        responses: by model ("base", "tuned"), (id, response) as AMBER's scorer takes them; ids may repeat.
+        responses: by model ("base", "tuned"), (id, response) as AMBER's scorer takes them; ids may
+            repeat.
         said: by model and id, the model's own words.
         extractor: makes what finds nouns; only called where there are descriptions.
     """
@@ -41,26 +44,39 @@ def summarize(
     answers = {who: [r for r in given if r[0] in questions] for who, given in responses.items()}
     texts = {who: [r for r in given if r[0] in descriptions] for who, given in responses.items()}
     report: dict[str, Any] = {
-        "questions": {name: sum(q.dimension in dims for q in questions.values()) for name, dims in COVERS.items()},
+        "questions": {
+            name: sum(q.dimension in dims for q in questions.values())
+            for name, dims in COVERS.items()
+        },
         "descriptions": len(descriptions),
         "scores": {who: score(questions, given) for who, given in answers.items()},
         "intervals": {who: _intervals(questions, given) for who, given in answers.items()},
-        "models": {who: _facts(benchmark, answers[who], texts[who], said[who]) for who in responses},
+        "models": {
+            who: _facts(benchmark, answers[who], texts[who], said[who]) for who in responses
+        },
         "always_no": score(questions, [(number, "No") for number in questions]),
         "comparison": None,
     }
     report["coverage"] = min(facts["coverage"] for facts in report["models"].values())
     report["unparsed"] = sum(facts["unparsed"] for facts in report["models"].values())
     if len(responses) == 2 and all(answers.values()):
-        report["comparison"] = _comparison(questions, dict(answers["base"]), dict(answers["tuned"]), said)
+        report["comparison"] = _comparison(
+            questions, dict(answers["base"]), dict(answers["tuned"]), said
+        )
     if any(texts.values()):
         _add_descriptions(report, benchmark, texts, extractor())
     return report
 
 
-def _facts(benchmark: Benchmark, answers: Responses, texts: Responses, said: Mapping[int, str]) -> dict[str, Any]:
+def _facts(
+    benchmark: Benchmark, answers: Responses, texts: Responses, said: Mapping[int, str]
+) -> dict[str, Any]:
     unread = [(number, response) for number, response in answers if response not in ("Yes", "No")]
-    asked = [len(group) for group, given in ((benchmark.questions, answers), (benchmark.descriptions, texts)) if given]
+    asked = [
+        len(group)
+        for group, given in ((benchmark.questions, answers), (benchmark.descriptions, texts))
+        if given
+    ]
     answered = len({number for number, _ in (*answers, *texts)})
     return {
         "coverage": answered / sum(asked) if asked else 0.0,
@@ -68,18 +84,27 @@ def _facts(benchmark: Benchmark, answers: Responses, texts: Responses, said: Map
         "described": len({number for number, _ in texts}),
         "unparsed": len(unread),
         "unparsed_but_begin_so": sum(verdict(response) is not None for _, response in unread),
-        "unparsed_examples": [{"id": n, "said": said.get(n, response)[:_SHOWN]} for n, response in unread[:_EXAMPLES]],
-        "said_no": sum(response == "No" for _, response in answers) / len(answers) if answers else None,
+        "unparsed_examples": [
+            {"id": n, "said": said.get(n, response)[:_SHOWN]} for n, response in unread[:_EXAMPLES]
+        ],
+        "said_no": sum(response == "No" for _, response in answers) / len(answers)
+        if answers
+        else None,
     }
 
 
-def _intervals(questions: Mapping[int, Question], answers: Responses) -> dict[str, dict[str, Interval | None]]:
+def _intervals(
+    questions: Mapping[int, Question], answers: Responses
+) -> dict[str, dict[str, Interval | None]]:
     """The 95% intervals of accuracy and F1, in per cent, for each name that has a response."""
     if not answers:
         return {}
     asked = [questions[number] for number, _ in answers]
     bootstrap = Bootstrap([question.image for question in asked])
-    right = [response.lower() == q.truth and response in ("Yes", "No") for q, (_, response) in zip(asked, answers, strict=True)]
+    right = [
+        response.lower() == q.truth and response in ("Yes", "No")
+        for q, (_, response) in zip(asked, answers, strict=True)
+    ]
     said_no = [response == "No" for _, response in answers]
     found = {}
     for name, dimensions in COVERS.items():
@@ -90,17 +115,25 @@ def _intervals(questions: Mapping[int, Question], answers: Responses) -> dict[st
         def within(values: Sequence[bool], of: Sequence[bool] = of) -> list[float]:
             return [float(value and inside) for value, inside in zip(values, of, strict=True)]
 
-        no = [float(s) + float(q.truth == "no") if inside else 0.0 for q, s, inside in zip(asked, said_no, of, strict=True)]
+        no = [
+            float(s) + float(q.truth == "no") if inside else 0.0
+            for q, s, inside in zip(asked, said_no, of, strict=True)
+        ]
         both = within([s and q.truth == "no" for q, s in zip(asked, said_no, strict=True)])
         found[name] = {
-            "accuracy": bootstrap.interval(bootstrap.per_cent(within(right), within([True] * len(of)))),
+            "accuracy": bootstrap.interval(
+                bootstrap.per_cent(within(right), within([True] * len(of)))
+            ),
             "f1": bootstrap.interval(bootstrap.per_cent([2 * value for value in both], no)),
         }
     return found
 
 
 def _comparison(
-    questions: Mapping[int, Question], base: Mapping[int, str], tuned: Mapping[int, str], said: Mapping[str, Mapping[int, str]]
+    questions: Mapping[int, Question],
+    base: Mapping[int, str],
+    tuned: Mapping[int, str],
+    said: Mapping[str, Mapping[int, str]],
 ) -> dict[str, Any]:
     asked = [q for q in questions.values() if q.id in base and q.id in tuned]
     if not asked:
@@ -108,7 +141,9 @@ def _comparison(
     right = [[responses[q.id].lower() == q.truth for q in asked] for responses in (base, tuned)]
 
     def figures(of: Sequence[int]) -> dict[str, Any]:
-        found = compare([right[0][i] for i in of], [right[1][i] for i in of], [asked[i].image for i in of])
+        found = compare(
+            [right[0][i] for i in of], [right[1][i] for i in of], [asked[i].image for i in of]
+        )
         return {
             "delta_accuracy": found.delta_accuracy,
             "ci95": list(found.ci95),
@@ -118,7 +153,10 @@ def _comparison(
             "verdict": judge(found.ci95, more_is_better=True),
         }
 
-    by_dimension = {name: [i for i, q in enumerate(asked) if q.dimension in dims] for name, dims in COVERS.items()}
+    by_dimension = {
+        name: [i for i, q in enumerate(asked) if q.dimension in dims]
+        for name, dims in COVERS.items()
+    }
     flips = [
         {
             "id": q.id,
@@ -136,7 +174,11 @@ def _comparison(
     return {
         **figures(range(len(asked))),
         "n": len(asked),
-        "dimensions": {name: figures(of) for name, of in by_dimension.items() if of and name != "Discriminative"},
+        "dimensions": {
+            name: figures(of)
+            for name, of in by_dimension.items()
+            if of and name != "Discriminative"
+        },
         "flips": flips,
     }
 
@@ -149,19 +191,35 @@ def judge(interval: Interval | None, *, more_is_better: bool) -> str:
 
 
 def _add_descriptions(
-    report: dict[str, Any], benchmark: Benchmark, texts: Mapping[str, Responses], extractor: Extractor
+    report: dict[str, Any],
+    benchmark: Benchmark,
+    texts: Mapping[str, Responses],
+    extractor: Extractor,
 ) -> None:
-    """The generative figures of each model, their intervals, their difference, and whose hallucinations changed."""
+    """The generative figures of each model, their intervals, their difference, and whose
+    hallucinations changed.
+    """
     assert benchmark.vocabulary is not None
     by_id = {description.id: description for description in benchmark.descriptions}
-    counted = {who: gen.count_all(by_id, given, benchmark.vocabulary, extractor) for who, given in texts.items() if given}
+    counted = {
+        who: gen.count_all(by_id, given, benchmark.vocabulary, extractor)
+        for who, given in texts.items()
+        if given
+    }
     for who, counts in counted.items():
-        report["scores"][who]["Generative"] = {**gen.figures([c for _, c in counts]), "extractor": extractor.name}
+        report["scores"][who]["Generative"] = {
+            **gen.figures([c for _, c in counts]),
+            "extractor": extractor.name,
+        }
         bootstrap = Bootstrap([by_id[number].image for number, _ in counts])
         drawn = _drawn(bootstrap, [c for _, c in counts])
-        report["intervals"][who]["Generative"] = {name: bootstrap.interval(values) for name, values in drawn.items()}
+        report["intervals"][who]["Generative"] = {
+            name: bootstrap.interval(values) for name, values in drawn.items()
+        }
     if len(counted) == 2:
-        report["generative_comparison"] = _described(by_id, dict(counted["base"]), dict(counted["tuned"]), texts)
+        report["generative_comparison"] = _described(
+            by_id, dict(counted["base"]), dict(counted["tuned"]), texts
+        )
 
 
 def _drawn(bootstrap: Bootstrap, counts: Sequence[gen.Counts]) -> dict[str, Any]:
@@ -176,7 +234,10 @@ def _drawn(bootstrap: Bootstrap, counts: Sequence[gen.Counts]) -> dict[str, Any]
 
 
 def _described(
-    by_id: Mapping[int, Any], base: Mapping[int, gen.Counts], tuned: Mapping[int, gen.Counts], texts: Mapping[str, Responses]
+    by_id: Mapping[int, Any],
+    base: Mapping[int, gen.Counts],
+    tuned: Mapping[int, gen.Counts],
+    texts: Mapping[str, Responses],
 ) -> dict[str, Any]:
     both = [number for number in base if number in tuned]
     if not both:
