@@ -1,0 +1,87 @@
+"""The distributions hold every file of the package, and the sdist builds the wheel that the tree builds."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import vlmdpo as package
+
+ROOT = Path(package.__file__).parent.parent
+_NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
+
+
+def _tracked():
+    """Files of the tree as git lists them, or None outside a checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if listed.returncode:  # git refuses a checkout that belongs to another user
+        return None
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def _copy_of_the_tree(folder):
+    """The source tree without what earlier builds left in it: other tests run in the original meanwhile."""
+    tracked = _tracked()
+    if tracked is None:
+        shutil.copytree(ROOT, folder, ignore=_NOT_SOURCE)
+        shutil.copy(ROOT / ".mkdocs.yml", folder)
+    else:
+        for name in tracked:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def _build(source, output, *what):
+    """Offline, with the setuptools that is installed here."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, *what, source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Package would be ignored" not in done.stdout + done.stderr
+
+
+def _members(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(the package's files in the tree, sdist's, members of the sdist's wheel, members of the tree's wheel)."""
+    folder = tmp_path_factory.mktemp("packaging")
+    tree = _copy_of_the_tree(folder / "tree")
+    files = {path.relative_to(tree).as_posix() for path in (tree / "vlmdpo").rglob("*") if path.is_file()}
+    leftover = tree / "vlmdpo" / "tiny" / "__pycache__" / "scenes.cpython-311.pyc"  # what running from the tree leaves
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"")
+    _build(tree, folder / "dist")
+    _build(tree, folder / "direct", "--wheel")
+    with tarfile.open(*(folder / "dist").glob("*.tar.gz")) as opened:
+        sdist = {member.name.split("/", 1)[1] for member in opened.getmembers() if member.isfile()}
+    (from_sdist,), (from_tree,) = (folder / "dist").glob("*.whl"), (folder / "direct").glob("*.whl")
+    return files, sdist, _members(from_sdist), _members(from_tree)
+
+
+def test_wheel_holds_every_file_of_the_package_and_nothing_else(built):
+    files, _, _, wheel = built
+    assert "vlmdpo/py.typed" in files
+    assert {name for name in wheel if ".dist-info/" not in name} == files
+    assert all(wheel[name] == (ROOT / name).read_bytes() for name in files)
+
+
+def test_sdist_holds_every_file_of_the_tree(built):
+    files, sdist, _, _ = built
+    assert files <= sdist
+    assert not [name for name in sdist if "__pycache__" in name]
+    assert {name for name in _tracked() or () if not name.endswith(".gitignore")} <= sdist
+
+
+def test_sdist_and_tree_build_the_same_wheel(built):
+    _, _, from_sdist, from_tree = built
+    assert from_sdist == from_tree
