@@ -7,7 +7,9 @@ A message says where, what, and what to do next, in one or two lines. Anything t
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -75,3 +77,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for a misspelt name, or "" where nothing comes near."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def install_command(*packages: str, extra: str = "") -> str:
+    """The pip command that installs packages, and those of one of vlmdpo's own extras.
+
+    An extra is spelt out from the installed metadata, `pip install 'gradio>=6.0'`, because vlmdpo is on
+    no package index. Without metadata vlmdpo runs from a source tree, which pip can install with the extra.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    wanted = list(packages)
+    if extra:
+        try:
+            listed = [Requirement(line) for line in requires("vlmdpo") or ()]
+        except PackageNotFoundError:
+            listed = []
+        of_extra = [
+            found for found in listed if found.marker and found.marker.evaluate({"extra": extra})
+        ]
+        for found in of_extra:
+            found.marker = None
+        source_tree = Path(__file__).resolve().parent.parent
+        wanted += [str(found) for found in of_extra] or [f"{source_tree}[{extra}]"]
+    return shlex.join(("pip", "install", *wanted))

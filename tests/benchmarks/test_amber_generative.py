@@ -187,7 +187,7 @@ def test_the_lexicon_finds_nouns_by_their_lemma():
 def test_the_official_extractor_says_how_to_get_it(monkeypatch, vlmdpo):
     monkeypatch.setitem(sys.modules, "nltk", None)
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(MissingDependencyError, match="pip install 'vlmdpo"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nltk>=.*' 'spacy>="):
         nouns.make("official", {"dog"})
     code, out, err = vlmdpo("eval-amber", "--extractor", "official")
     assert (code, out) == (6, "")

@@ -236,7 +236,7 @@ def test_wrong_settings_are_one_line_before_anything_is_loaded(vlmdpo, monkeypat
     assert (code, "--votes: cannot write" in err) == (3, True)
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     code, _, err = vlmdpo("compare")
-    assert (code, "pip install 'vlmdpo[web]'" in err) == (6, True)
+    assert (code, "pip install 'gradio>=" in err) == (6, True)
 
 
 def _served(*more):

@@ -323,7 +323,7 @@ def test_tasks_and_what_is_not_installed(small, tmp_path, vlmdpo):
     _, said = run(
         vlmdpo, "--data", small, "--output-dir", tmp_path / "d", "--engine", "vllm", code=6
     )
-    assert "pip install 'vlmdpo[vllm]'" in said
+    assert "pip install 'vllm>=" in said
     _, said = run(vlmdpo, "--dimension", "existance", code=2)
     assert "Did you mean 'existence'?" in said
 

@@ -20,7 +20,7 @@ import yaml
 
 from vlmdpo import ui
 from vlmdpo.config import CompareConfig
-from vlmdpo.errors import ConfigError, DataError, MissingDependencyError
+from vlmdpo.errors import ConfigError, DataError, MissingDependencyError, install_command
 
 SHIPPED = Path(str(resources.files("vlmdpo.tiny").joinpath("assets", "adapter")))
 FLIPS = "flips.json"  # beside the shipped adapter: some of the answers it changed
@@ -36,7 +36,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         DataError, ModelError: examples, adapter or model that cannot be used.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise MissingDependencyError("vlmdpo compare needs gradio: pip install 'vlmdpo[web]'")
+        raise MissingDependencyError(f"vlmdpo compare needs gradio: {install_command(extra='web')}")
     if config.share and not ui.confirm(
         "Make the page public: anyone with the link can ask this model?", otherwise=True
     ):

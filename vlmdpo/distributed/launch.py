@@ -23,7 +23,14 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.config import EvalAmberConfig, InferConfig, TrainConfig, recipes
-from vlmdpo.errors import ConfigError, MissingDependencyError, PeerLost, ProcessError, VlmDpoError
+from vlmdpo.errors import (
+    ConfigError,
+    MissingDependencyError,
+    PeerLost,
+    ProcessError,
+    VlmDpoError,
+    install_command,
+)
 
 FOLDER = "VLMDPO_RUN_FOLDER"  # tells a process that it was started here, and where its parent looks
 _REPORT = "report.json"
@@ -156,7 +163,7 @@ def _check(config: Config) -> None:
 
         if find_spec("deepspeed") is None:
             raise MissingDependencyError(
-                f"--strategy {config.strategy} needs DeepSpeed: pip install 'vlmdpo[deepspeed]'"
+                f"--strategy {config.strategy} needs DeepSpeed: {install_command(extra='deepspeed')}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlmdpo.engine.generate import prompt_of
-from vlmdpo.errors import MissingDependencyError, ModelError
+from vlmdpo.errors import MissingDependencyError, ModelError, install_command
 from vlmdpo.models.load import source_of
 
 
@@ -33,7 +33,7 @@ class VllmAsker:
             from vllm.lora.request import LoRARequest
         except ImportError as problem:
             raise MissingDependencyError(
-                "--engine vllm needs vLLM and a GPU: pip install 'vlmdpo[vllm]'; or leave "
+                f"--engine vllm needs vLLM and a GPU: {install_command(extra='vllm')}; or leave "
                 "--engine out"
             ) from problem
         self._vllm, self.processor = vllm, processor

@@ -27,7 +27,7 @@ from transformers.utils import (
     is_flash_attn_3_available,
 )
 
-from vlmdpo.errors import MissingDependencyError, ModelError, nearest
+from vlmdpo.errors import MissingDependencyError, ModelError, install_command, nearest
 from vlmdpo.models import registry
 from vlmdpo.models.families import images_only, own_chat_template
 
@@ -192,10 +192,13 @@ def pick_attention(attention: str, device: torch.device, dtype: torch.dtype) -> 
         runs = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
         return "flash_attention_2" if runs else None
     if attention in flash and not flash[attention]():
+        if attention == "flash_attention_2":
+            package, how = "flash-attn", install_command("flash-attn", "--no-build-isolation")
+        else:
+            package, how = "flash-attn-3", "build it from flash-attention's hopper folder"
         raise MissingDependencyError(
-            f"--attn-implementation {attention} needs the flash-attn package and a GPU that it "
-            "supports; use sdpa, or install "
-            "it: pip install flash-attn --no-build-isolation"
+            f"--attn-implementation {attention} needs the {package} package and a GPU that it "
+            f"supports: {how}; or use sdpa"
         )
     return attention
 
@@ -213,7 +216,7 @@ def _four_bits(quantization: str, device: torch.device) -> dict[str, Any]:
         )
     if not is_bitsandbytes_available():
         raise MissingDependencyError(
-            f"--quantization {quantization} needs bitsandbytes: pip install 'vlmdpo[qlora]'"
+            f"--quantization {quantization} needs bitsandbytes: {install_command(extra='qlora')}"
         )
     compute = pick_dtype("auto", device)
     settings = BitsAndBytesConfig(

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
 from vlmdpo.config import TrainConfig, flag_name
-from vlmdpo.errors import ConfigError, MissingDependencyError, nearest
+from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.families import linear_layers
 
 # Fields that have the same name and meaning in TrainConfig and DPOConfig.
@@ -63,7 +63,9 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
     values |= _extra_fields(config.set, values)
     for name in config.trackers():
         if importlib.util.find_spec(name) is None:
-            raise MissingDependencyError(f"--report-to {name} needs a package: pip install {name}")
+            raise MissingDependencyError(
+                f"--report-to {name} needs a package: {install_command(name)}"
+            )
     try:
         return DPOConfig(**values)
     except (ValueError, TypeError, ImportError) as problem:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from vlmdpo.errors import MissingDependencyError
+from vlmdpo.errors import MissingDependencyError, install_command
 
 EXTRACTORS = ("lexicon", "official")
 SIMILARITY = 0.8  # AMBER's default: words whose vectors' cosine is above this are one thing
-_INSTALL = (
-    "pip install 'vlmdpo[amber]' && python -m spacy download en_core_web_lg && "
+_DOWNLOADS = (
+    "python -m spacy download en_core_web_lg && "
     "python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
 )
 _NLTK_DATA = ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng", "corpora/wordnet")
@@ -73,8 +73,8 @@ def _official(vocabulary: frozenset[str]) -> Extractor:
     except (ImportError, OSError, LookupError) as problem:
         reason = " ".join(str(problem).split())[:120]
         raise MissingDependencyError(
-            f"--extractor official needs nltk, spaCy and their data ({reason}): {_INSTALL}; or "
-            "give --extractor lexicon"
+            f"--extractor official needs nltk, spaCy and their data ({reason}): "
+            f"{install_command(extra='amber')} && {_DOWNLOADS}; or give --extractor lexicon"
         ) from problem
     lemmatizer = WordNetLemmatizer()
 
