@@ -1,4 +1,4 @@
-"""The distributions hold every file of the package, and the sdist builds the wheel that the tree builds."""
+"""Wheel and sdist hold every file, build alike, and messages name install commands that work."""
 
 import importlib.metadata
 import re
@@ -32,7 +32,7 @@ def _tracked():
 
 
 def _copy_of_the_tree(folder):
-    """The source tree without what earlier builds left in it: other tests run in the original meanwhile."""
+    """A copy to build in, without build artefacts; other tests run in the tree meanwhile."""
     tracked = _tracked()
     if tracked is None:
         shutil.copytree(ROOT, folder, ignore=_NOT_SOURCE)
@@ -59,7 +59,7 @@ def _members(wheel):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(the package's files in the tree, sdist's, members of the sdist's wheel, members of the tree's wheel)."""
+    """(the package's files, the sdist's, members of the sdist's wheel, of the tree's wheel)."""
     folder = tmp_path_factory.mktemp("packaging")
     tree = _copy_of_the_tree(folder / "tree")
     files = {
