@@ -42,23 +42,68 @@ def test_estimate_memory_imports_no_torch():
     assert json.loads(done.stdout)["model"] == "idefics2-8b"
 
 
+def _help_all(command):
+    return "--help-all" if command == "train" else "--help"
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_every_field_is_an_option_with_its_default(command, vlmdpo, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
-    code, out, _ = vlmdpo(command, "--help")
+    code, out, _ = vlmdpo(command, _help_all(command))
     assert code == 0
-    out = out.split("Options:")[1]
-    fields = dataclasses.fields(cli.COMMANDS[command][0])
+    out = re.split(r"^\w[\w ]*:$", out, maxsplit=1, flags=re.MULTILINE)[1]
+    fields = dataclasses.fields(cli.COMMANDS[command].config)
     assert fields
     for field in fields:
         lines = [
             line
             for line in out.splitlines()
-            if re.match(rf"\s*(-\w, )?{config.flag_name(field.name)}[ ,]", line)
+            if re.match(rf"  (-\w, )?{config.flag_name(field.name)}[ ,]", line)
         ]
         assert len(lines) == 1, field.name
         text = out[out.index(lines[0]) :].split("\n  --")[0]
         assert "[default: " in " ".join(text.split()) + " ", field.name
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_has_plain_headings_in_one_order_within_80_columns(command, vlmdpo, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = vlmdpo(command, _help_all(command))
+    headings = re.findall(r"^(\w[\w ]*):$", out, re.MULTILINE)
+    order = [*config.GROUPS, "General"]
+    assert headings == sorted(headings, key=order.index)
+    assert headings[-1] == "General"
+    assert len(headings) > 1
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_of_train_shows_the_twenty_that_matter_and_help_all_the_rest(vlmdpo):
+    def options(flag):
+        _, out, _ = vlmdpo("train", flag)
+        return set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", out, re.MULTILINE))
+
+    general = {"--config", "--help-all", "--help"}
+    common, every = options("--help") - general, options("--help-all") - general
+    assert len(common) == 20
+    assert common < every
+    assert len(every) == len(dataclasses.fields(config.TrainConfig))
+    assert {"--model", "--dataset", "--learning-rate", "--lora-r", "--output-dir"} <= common
+
+
+def test_checks_of_all_groups_run_wherever_the_group_is_inherited():
+    for bad, flag in [
+        ({"max_length": 1}, "--max-length"),
+        ({"dtype": "float13"}, "--dtype"),
+        ({"max_steps": 0}, "--max-steps"),
+        ({"lora_r": 0}, "--lora-r"),
+        ({"beta": 0.0}, "--beta"),
+        ({"engine": "turbo"}, "--engine"),
+        ({"machine_rank": 3}, "--machine-rank"),
+        ({"save_steps": 0.0}, "--save-steps"),
+        ({"gpu": "h100"}, "--gpu"),
+    ]:
+        with pytest.raises(ConfigError, match=flag):
+            config.TrainConfig(**bad)
 
 
 def test_module_and_console_script_are_one_program():

@@ -1,8 +1,7 @@
-"""The command line: options to config, config to command, command to screen. Nothing heavy is
-imported for `--help`.
+"""The command line: options → config → command → screen. `--help` imports nothing heavy.
 
 Options are made from the fields of the config dataclasses, so that name, type, default and help
-stand once.
+are written once.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from vlmdpo import __version__, ui
@@ -30,81 +30,78 @@ from vlmdpo.errors import Interrupted, PeerLost, Preempted, VlmDpoError, nearest
 from vlmdpo.memory.gpus import GPUS
 from vlmdpo.models import registry
 
-# Command name → (config, module with run and show, one line of help, full-size command)
-COMMANDS: dict[str, tuple[type, str, str, str]] = {
-    "prepare": (
+
+class Command(typing.NamedTuple):
+    """A command of the program."""
+
+    config: type[cf.Options]
+    module: str  # has run(config) and show(report)
+    summary: str
+    full_size: str  # the command line that does the same at full size, or ""
+
+
+COMMANDS = {
+    "prepare": Command(
         cf.PrepareConfig,
         "vlmdpo.commands.prepare",
         "Check preference pairs, bound their images, store them.",
         "vlmdpo prepare --model idefics2-8b --dataset rlaif-v",
     ),
-    "estimate-memory": (
+    "estimate-memory": Command(
         cf.EstimateMemoryConfig,
         "vlmdpo.commands.estimate_memory",
-        "Count the memory DPO needs before it is paid for.",
+        "Estimate the memory that training needs, before paying for it.",
         "vlmdpo estimate-memory --model idefics2-8b --dtype bfloat16 --lora",
     ),
-    "train": (
+    "train": Command(
         cf.TrainConfig,
         "vlmdpo.commands.train",
         "Train with Direct Preference Optimization (TRL and LoRA).",
         "vlmdpo train --model idefics2-8b --dataset rlaif-v",
     ),
-    "infer": (
+    "infer": Command(
         cf.InferConfig,
         "vlmdpo.commands.infer",
-        "Answer questions about pictures, one or a file of them.",
+        "Answer questions about images, one or a file of them.",
         "vlmdpo infer --model idefics2-8b --adapter DIR --image FILE --question TEXT --compare",
     ),
-    "eval-amber": (
+    "eval-amber": Command(
         cf.EvalAmberConfig,
         "vlmdpo.commands.eval_amber",
         "Score hallucination on AMBER, base beside tuned.",
-        "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data --images "
-        "AMBER/image",
+        "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data "
+        "--images AMBER/image",
     ),
-    "compare": (
+    "compare": Command(
         cf.CompareConfig,
         "vlmdpo.commands.compare",
-        "A page: base beside tuned, votes become data.",
+        "Serve a page with base beside tuned; votes become data.",
         "vlmdpo compare --model idefics2-8b --adapter DIR",
     ),
-    "export": (
+    "export": Command(
         cf.ExportConfig,
         "vlmdpo.commands.export",
         "Merge an adapter into its base, or upload it.",
         "",
     ),
-    "env": (
+    "env": Command(
         cf.EnvConfig,
         "vlmdpo.commands.env",
-        "What a bug report needs: versions, GPUs, settings.",
+        "Show what a bug report needs: versions, GPUs, settings.",
         "",
     ),
-    "demo": (
+    "demo": Command(
         cf.DemoConfig,
         "vlmdpo.commands.demo",
-        "All five in one run, offline, in some minutes.",
+        "Run the five main commands offline, in some minutes.",
         "",
     ),
 }
 
-# Switches that are off until they are named, and so need no --no- form.
+# Switches that are off by default and need no --no- form.
 _ONE_WAY = {
-    *(
-        "json",
-        "quiet",
-        "yes",
-        "overwrite",
-        "resume",
-        "compare",
-        "doctor",
-        "streaming",
-        "merge",
-        "dry_run",
-        "share",
-        "open",
-    ),
+    *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge"),
+    *("dry_run", "share", "open"),
 }
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
@@ -113,23 +110,50 @@ _VALUES: dict[str, Iterable[str]] = {
     "dtype": cf.DTYPES,
     "attn_implementation": cf.ATTENTIONS,
     "strategy": cf.STRATEGIES,
-    "loss_type": (*cf.LOSSES, *cf.PRESETS),
+    "loss_type": (*cf.LOSSES, *cf.LOSS_PRESETS),
     "report_to": cf.TRACKERS,
     "dimension": cf.DIMENSIONS,
     "gpu": GPUS,
 }
+_GENERAL = "General"  # the heading of --config and --help
+_HELP_ALL = "vlmdpo.help_all"  # set in the context's meta by --help-all
 
 app = typer.Typer(
     name="vlmdpo",
     help="Direct Preference Optimization for vision-language models: prepare, estimate-memory, "
-    "train, infer, eval-amber. "
-    "Every command runs offline on the embedded model 'tiny' until told otherwise; try: vlmdpo "
-    "demo",
+    "train, infer, eval-amber. Without a model and data, every command runs offline on the "
+    "embedded model 'tiny'; try: vlmdpo demo",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its boxes cut long option names at 80 columns; plain help never does
 )
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists options under headings; some commands show only common ones.
+
+    Overrides Typer's plain listing, which has one heading for all options. Each option brings its
+    heading as `rich_help_panel`, and whether it is common in `common_options`.
+    """
+
+    common_options: typing.ClassVar[frozenset[str]] = frozenset()
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options under the headings of `config.GROUPS`, in that order."""
+        shows_all = not self.common_options or ctx.meta.get(_HELP_ALL, False)
+        records: dict[str, list[tuple[str, str]]] = {name: [] for name in (*cf.GROUPS, _GENERAL)}
+        for parameter in self.get_params(ctx):
+            heading = getattr(parameter, "rich_help_panel", None) or _GENERAL
+            record = parameter.get_help_record(ctx)
+            if record and (
+                shows_all or heading == _GENERAL or parameter.name in self.common_options
+            ):
+                records[heading].append(record)
+        for heading, lines in records.items():
+            if lines:
+                with formatter.section(heading):
+                    formatter.write_dl(lines)
 
 
 def _print_version(wanted: bool) -> None:
@@ -161,12 +185,12 @@ def _completion(name: str) -> Callable[[str], list[str]] | None:
     )
 
 
-def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    """One option of the command line, as Typer wants to find it in a signature. Unset options
-    arrive as None.
-    """
+def _parameter(
+    config: type[cf.Options], field: dataclasses.Field[Any], kind: Any
+) -> inspect.Parameter:
+    """One option, in the form in which Typer reads it from a signature. Unset ones are None."""
     meta = field.metadata
-    flags = [meta["flag"] or cf.flag_name(field.name), *([meta["also"]] if meta["also"] else [])]
+    flags = [cf.flag_name(field.name), *([meta["also"]] if meta["also"] else [])]
     default = field.default
     if kind is bool or kind == bool | None:
         flags = flags if field.name in _ONE_WAY else [f"{flags[0]}/--no-{flags[0][2:]}"]
@@ -177,13 +201,47 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
         annotation: Any = list[str] | None
     else:
         annotation = kind if isinstance(kind, types.UnionType) else kind | None
-    help_text = f"{meta['help']}. [default: {shown}]"
     declared = typer.Option(
-        None, *flags, help=help_text, show_default=False, autocompletion=_completion(field.name)
+        None,
+        *flags,
+        help=f"{meta['help']}. [default: {shown}]",
+        show_default=False,
+        autocompletion=_completion(field.name),
+        rich_help_panel=cf.group_of(config, field),
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation
     )
+
+
+def _print_all_help(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        ctx.meta[_HELP_ALL] = True
+        ui.raw(ctx.get_help())
+        raise typer.Exit
+
+
+def _general_parameters(has_short_help: bool) -> list[inspect.Parameter]:
+    """`--config`, and `--help-all` where `--help` shows only the common options."""
+    config = typer.Option(
+        None,
+        "--config",
+        help="YAML recipe with the same keys as the options; flags override it. [default: none]",
+        show_default=False,
+    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("config", keyword, default=config, annotation=Path | None)]
+    if has_short_help:
+        help_all = typer.Option(
+            False,
+            "--help-all",
+            help="Show every option and exit.",
+            callback=_print_all_help,
+            is_eager=True,
+            show_default=False,
+        )
+        parameters.append(inspect.Parameter("help_all", keyword, default=help_all, annotation=bool))
+    return parameters
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -192,34 +250,33 @@ def _command(name: str) -> Callable[..., None]:
 
     def call(**given: Any) -> None:
         recipe_file = given.pop("config")
+        given.pop("help_all", None)
         flags = {
-            key: tuple(v) if isinstance(v, list) else v
-            for key, v in given.items()
-            if v not in (None, [])
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in given.items()
+            if value not in (None, [])
         }
-        layers: list[Mapping[str, Any]] = [
-            recipes.read_recipe(recipe_file) if recipe_file else {},
-            flags,
-        ]
-        model = flags.get("model") or layers[0].get("model") or "tiny"
-        settings: Any = recipes.build(cls, registry.recipe(str(model), name), *layers)
-        _run(name, module, settings, _hint(full_size, {**layers[0], **flags}))
+        recipe = recipes.read_recipe(recipe_file) if recipe_file else {}
+        model = flags.get("model") or recipe.get("model") or "tiny"
+        settings: Any = recipes.build(cls, registry.recipe(str(model), name), recipe, flags)
+        _run(name, module, settings, _hint(full_size, {**recipe, **flags}))
 
-    config_option = typer.Option(
-        None,
-        "--config",
-        help="YAML recipe with the same keys as the options; flags win over it. [default: none]",
-        show_default=False,
-    )
-    extra = inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, default=config_option, annotation=Path | None
-    )
     kinds = recipes.field_types(cls)
-    parameters = [_parameter(field, kinds[field.name]) for field in dataclasses.fields(cls)]
-    call.__signature__ = inspect.Signature([*parameters, extra])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in [*parameters, extra]}
+    parameters = [
+        *(_parameter(cls, field, kinds[field.name]) for field in dataclasses.fields(cls)),
+        *_general_parameters(bool(_common_options(cls))),
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = help_text + (f"\n\nFull size: {full_size}" if full_size else "")
     return call
+
+
+def _common_options(config: type[cf.Options]) -> frozenset[str]:
+    """The options that `--help` shows: those marked, for `train`; for the others, all ("none")."""
+    if config is not cf.TrainConfig:
+        return frozenset()
+    return frozenset(f.name for f in dataclasses.fields(config) if f.metadata["common"])
 
 
 def _hint(full_size: str, given: Mapping[str, Any]) -> str:
@@ -256,8 +313,9 @@ def _run(name: str, module: str, settings: Any, hint: str) -> None:
         command.show(report)
 
 
-for _name in COMMANDS:
-    app.command(_name)(_command(_name))
+for _name, _entry in COMMANDS.items():
+    _common = {"common_options": _common_options(_entry.config)}
+    app.command(_name, cls=type("GroupedCommand", (GroupedCommand,), _common))(_command(_name))
 
 
 def _spelling(argument: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 import vlmdpo
-from vlmdpo import cli
+from vlmdpo import cli, config
 
 DOCS = Path(vlmdpo.__file__).parent.parent / "docs" / "commands"
 BEGIN, END = (
@@ -19,22 +19,25 @@ BEGIN, END = (
 )
 
 
-def table(command: str) -> str:
-    """Every option of a command: its spellings, its default, what it means."""
-    lines = ["| Option | Default | Meaning |", "|---|---|---|"]
+def tables(command: str) -> str:
+    """Every option of a command under the headings of its `--help`: spellings, default, meaning."""
+    rows: dict[str, list[str]] = {}
     for parameter in typer.main.get_command(cli.app).commands[command].params:
         names = [*parameter.opts, *parameter.secondary_opts]
-        if "--help" in names:
+        if {"--help", "--help-all"} & set(names):
             continue
-        text, default = re.fullmatch(
-            r"(.*)\. \[default: (.*)\]", parameter.help, re.DOTALL
-        ).groups()
-        spelled = ", ".join(
-            f"`{name}`"
-            for name in sorted(names, key=lambda name: (name.startswith("--no-"), -len(name)))
-        )
-        lines.append(f"| {spelled} | {_cell(default)} | {_cell(text)} |")
-    return "\n".join(lines)
+        pattern = r"(.*)\. \[default: (.*)\]"
+        text, default = re.fullmatch(pattern, parameter.help, re.DOTALL).groups()
+        by_form = sorted(names, key=lambda name: (name.startswith("--no-"), -len(name)))
+        spelled = ", ".join(f"`{name}`" for name in by_form)
+        heading = parameter.rich_help_panel or "General"
+        rows.setdefault(heading, []).append(f"| {spelled} | {_cell(default)} | {_cell(text)} |")
+    head = "| Option | Default | Meaning |\n|---|---|---|"
+    return "\n\n".join(
+        "\n".join([f"### {heading}\n", head, *rows[heading]])
+        for heading in (*config.GROUPS, "General")
+        if heading in rows
+    )
 
 
 def _cell(text: str) -> str:
@@ -42,9 +45,9 @@ def _cell(text: str) -> str:
 
 
 def put(command: str, page: str) -> str:
-    """The page with its table as it should be."""
+    """The page with its tables up to date."""
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(command)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{tables(command)}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:

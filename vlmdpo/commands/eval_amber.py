@@ -19,7 +19,7 @@ from vlmdpo.benchmarks.amber.scores import COVERS
 from vlmdpo.benchmarks.amber.summary import Responses, summarize
 from vlmdpo.benchmarks.stats import DRAWS
 from vlmdpo.benchmarks.verdict import verdict
-from vlmdpo.config import OF_ONE_CALL, EvalAmberConfig, recipes
+from vlmdpo.config import PER_CALL, EvalAmberConfig, recipes
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 from vlmdpo.report import amber_page, model_card
@@ -289,7 +289,7 @@ def _report(
         "fallback_reason": None,
         "bad_pictures": {},
         **facts,
-        "settings": recipes.plain(config, without=(*OF_ONE_CALL, "overwrite")),
+        "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
         "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
         "versions": {
             "python": platform.python_version(),

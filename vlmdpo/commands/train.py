@@ -21,7 +21,7 @@ import yaml
 
 from vlmdpo import ui
 from vlmdpo.commands import prepare
-from vlmdpo.config import OF_ONE_CALL, RATES, SANE_RATES, PrepareConfig, TrainConfig, recipes
+from vlmdpo.config import DEFAULT_RATES, PER_CALL, USUAL_RATES, PrepareConfig, TrainConfig, recipes
 from vlmdpo.data import store
 from vlmdpo.distributed.processes import sharding
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
@@ -31,8 +31,8 @@ from vlmdpo.training import setup as engine_room
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 # a recipe is for doing it again: what belongs to one call, or one machine, stays out of it
-_OF_ONE_CALL = {
-    *("resume", "overwrite", "doctor", "dry_run", "gpu", *OF_ONE_CALL),
+_PER_CALL = {
+    *("resume", "overwrite", "doctor", "dry_run", "gpu", *PER_CALL),
     *("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
 }
 # rows beyond --max-length: their tokens, and whether they were dropped or trimmed
@@ -192,12 +192,12 @@ def _check_rate(config: TrainConfig) -> None:
     for such rules.
     """
     way, rate = "LoRA" if config.lora else "full", config.peak_learning_rate
-    low, high = SANE_RATES[way]
+    low, high = USUAL_RATES[way]
     if config.model != "tiny" and not low <= rate <= high:
         what = "an adapter" if config.lora else "a whole model"
         ui.warn(
             f"--learning-rate {rate:g}: {what} usually learns between {low:g} and {high:g}; "
-            f"{RATES[way]:g} is the default"
+            f"{DEFAULT_RATES[way]:g} is the default"
         )
 
 
@@ -215,7 +215,7 @@ def _foreseeing(config: TrainConfig, args: Any, data: Path) -> Iterator[Any]:
     """
     wanted = args.device.type == "cuda" if config.foresee_memory is None else config.foresee_memory
     if (
-        not wanted or args.process_index or config.losses()[2]
+        not wanted or args.process_index or config.losses().is_mdpo
     ):  # mDPO's step is not one that can be foreseen
         yield None
         return
@@ -322,7 +322,7 @@ def _warn_of_changes(folder: Path, config: TrainConfig) -> None:
     """
     begun, now = (
         yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")),
-        recipes.plain(config, without=_OF_ONE_CALL),
+        recipes.plain(config, without=_PER_CALL),
     )
     changed = [
         f"{name} {begun.get(name)} → {value}"
@@ -343,7 +343,7 @@ def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str,
         checkpoints.tidy(folder)
         part = folder / f".{RECIPE}.partial"
         part.write_text(
-            yaml.safe_dump(recipes.plain(config, without=_OF_ONE_CALL), sort_keys=False),
+            yaml.safe_dump(recipes.plain(config, without=_PER_CALL), sort_keys=False),
             encoding="utf-8",
         )
         part.replace(

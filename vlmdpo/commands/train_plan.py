@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.commands import estimate_memory
-from vlmdpo.config import OF_ONE_CALL, EstimateMemoryConfig, TrainConfig
+from vlmdpo.config import PER_CALL, EstimateMemoryConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.data.hub import DATASETS
 from vlmdpo.data.sources import Streamed, bounds
@@ -140,7 +140,7 @@ def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]
     strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     shared = {
-        name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *OF_ONE_CALL}
+        name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *PER_CALL}
     }
     prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
     return {

@@ -1,44 +1,68 @@
-"""What each command can be told: one frozen dataclass a command, the only home of defaults and
-range checks.
+"""The options of each command: one frozen dataclass per command, with all defaults and checks.
 
-The command line is made from these fields (`cli.py`), and a YAML recipe has the same keys, so there
-is no second list of options to keep in step. Layers, weakest first: the default here, the model's
-own recipe (only the embedded model has one), the recipe file, the flags.
+`cli.py` makes the command line from these fields and a YAML recipe has the same keys, so there is
+no second list of options to keep in step. Later layers win: the defaults here, the model's own
+recipe (only the embedded model has one), the `--config` file, the flags.
 """
 
+from vlmdpo.config.common import ATTENTIONS, DTYPES, PER_CALL, STRATEGIES, ProcessOptions
+from vlmdpo.config.compare import CompareConfig
+from vlmdpo.config.demo import DemoConfig
+from vlmdpo.config.env import EnvConfig
 from vlmdpo.config.estimate_memory import EstimateMemoryConfig
-from vlmdpo.config.inference import (
-    DIMENSIONS,
-    CompareConfig,
-    DemoConfig,
-    EnvConfig,
-    EvalAmberConfig,
-    ExportConfig,
-    InferConfig,
-)
-from vlmdpo.config.options import ATTENTIONS, DTYPES, OF_ONE_CALL, STRATEGIES, flag_name
+from vlmdpo.config.eval_amber import DIMENSIONS, EvalAmberConfig
+from vlmdpo.config.export import ExportConfig
+from vlmdpo.config.infer import InferConfig
+from vlmdpo.config.options import GROUPS, Options, flag_name, group_of
 from vlmdpo.config.prepare import PrepareConfig
-from vlmdpo.config.train import LOSSES, PRESETS, RATES, SANE_RATES, TRACKERS, TrainConfig
+from vlmdpo.config.train import DEFAULT_RATES, USUAL_RATES, TrainConfig
+from vlmdpo.config.training import (
+    LOSS_PRESETS,
+    LOSSES,
+    TRACKERS,
+    CheckOptions,
+    DataOptions,
+    LoraOptions,
+    LossMix,
+    LossOptions,
+    RunOptions,
+    SpeedOptions,
+    TrainOutputOptions,
+    TrainProcessOptions,
+)
 
 __all__ = [
     "ATTENTIONS",
+    "DEFAULT_RATES",
     "DIMENSIONS",
     "DTYPES",
+    "GROUPS",
     "LOSSES",
-    "OF_ONE_CALL",
-    "PRESETS",
-    "RATES",
-    "SANE_RATES",
+    "LOSS_PRESETS",
+    "PER_CALL",
     "STRATEGIES",
     "TRACKERS",
+    "USUAL_RATES",
+    "CheckOptions",
     "CompareConfig",
+    "DataOptions",
     "DemoConfig",
     "EnvConfig",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
     "ExportConfig",
     "InferConfig",
+    "LoraOptions",
+    "LossMix",
+    "LossOptions",
+    "Options",
     "PrepareConfig",
+    "ProcessOptions",
+    "RunOptions",
+    "SpeedOptions",
     "TrainConfig",
+    "TrainOutputOptions",
+    "TrainProcessOptions",
     "flag_name",
+    "group_of",
 ]

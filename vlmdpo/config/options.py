@@ -1,16 +1,19 @@
-"""What an option is, how its value is checked, and the options that commands share."""
+"""What an option is: a dataclass field with its help, its place in `--help`, and its check."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmdpo.errors import ConfigError, nearest
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+# The headings of `--help`, in the order in which they are shown.
+GROUPS = (
+    *("Data", "Model", "Generation", "Training", "Adapter", "Loss", "Scoring"),
+    *("Memory and speed", "Several processes", "Output", "Checks"),
+)
 
 
 def option(
@@ -18,125 +21,86 @@ def option(
     text: str,
     *,
     default_text: str | None = None,
-    flag: str | None = None,
     also: str | None = None,
+    group: str | None = None,
+    common: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     Args:
-        default: the value where nobody says otherwise.
+        default: the value if none is given.
         text: the help line, with the unit where there is one.
-        default_text: how the help states the default where the value alone would not tell (`None`,
-            say).
-        flag: the option's spelling where it is not the field's own name.
-        also: a second spelling.
+        default_text: how the help states the default if the value alone does not say it (`None`).
+        also: a second spelling, such as "-q".
+        group: the heading in `--help` if it is not that of the field's class.
+        common: whether `vlmdpo train --help` shows it; `--help-all` shows every option.
     """
-    told = {"help": text, "default_text": default_text, "flag": flag, "also": also}
-    return dataclasses.field(default=default, metadata=told)
+    described = {"help": text, "default_text": default_text, "also": also}
+    shown = {"group": group, "common": common}
+    return dataclasses.field(default=default, metadata={**described, **shown})
 
 
-def need(condition: bool, name: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ConfigError(f"{flag_name(name)}: {value!r} is out of range; give {wanted}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group of options. A command's config inherits from the groups it has, so its fields stay
+    flat while a function can ask for just the group it reads.
+
+    Subclasses set `group`, the heading of their options in `--help`, and check their own fields in
+    `_check`, which raises ConfigError. Every group's check runs once when a config is made.
+    """
+
+    group: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for cls in reversed(type(self).__mro__):
+            check = vars(cls).get("_check")
+            if check is not None:
+                check(self)
+
+    def _check(self) -> None:
+        """Raise ConfigError if this group's values are out of range or contradict each other."""
 
 
-def one_of(value: str, known: Iterable[str], name: str) -> None:
-    known = tuple(known)
-    if value not in known:
-        raise ConfigError(
-            f"{flag_name(name)}: unknown value '{value}'.{nearest(value, known)} Known: "
-            f"{', '.join(known)}"
-        )
+def group_of(config: type[Options], field: dataclasses.Field[Any]) -> str:
+    """The heading under which `--help` shows a field: its own, or that of the class it is from."""
+    if field.metadata["group"] is not None:
+        return str(field.metadata["group"])
+    declares = next(cls for cls in config.__mro__ if field.name in inspect.get_annotations(cls))
+    return str(vars(declares)["group"])
 
 
 def flag_name(field: str) -> str:
-    """The spelling of a field on the command line."""
+    """A field's spelling on the command line: lora_r → --lora-r."""
     return "--" + field.replace("_", "-")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Base:
-    """What every command that loads a model can be told."""
-
-    model: str = option(
-        "tiny", "Model: an alias (tiny, idefics2-8b, llava-1.5-7b ...), a Hub id or a local folder"
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a Hub model", default_text="the main branch"
-    )
-    trust_remote_code: bool = option(False, "Run code that the model's repository ships")
-    json: bool = option(False, "Print one JSON object to stdout and nothing else there")
-    quiet: bool = option(
-        False, "No talk and no progress on stderr: only results, warnings and errors", also="-q"
-    )
-    yes: bool = option(
-        False,
-        "Answer yes where it would ask: to replace an earlier result, to upload, to share",
-        also="-y",
-    )
+def require(condition: bool, config: object, name: str, wanted: str) -> None:
+    """Raise ConfigError for the value of field `name` unless `condition` holds."""
+    if not condition:
+        value = getattr(config, name)
+        raise ConfigError(f"{flag_name(name)}: {value!r} is out of range; give {wanted}")
 
 
-OF_ONE_CALL = ("json", "quiet", "yes")  # options that belong to a call and not to what it makes
+def require_at_least(config: object, least: int, *names: str, unit: str = "") -> None:
+    """Raise ConfigError if one of these fields is set and below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        wanted = f"{least} {unit} or more" if unit else f"{least} or more"
+        require(value is None or value >= least, config, name, wanted)
 
-STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+
+def require_positive(config: object, *names: str) -> None:
+    """Raise ConfigError if one of these fields is set and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, config, name, "a number above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Processes(Base):
-    """What every command that several processes can share is told. Names are accelerate's."""
-
-    num_processes: int = option(
-        1, "Processes in all, over all machines, one a GPU; more than 1 start through accelerate"
-    )
-    num_machines: int = option(
-        1, "Machines of the run; the same command runs on each, with its own --machine-rank"
-    )
-    machine_rank: int = option(0, "This machine's number, counted from 0")
-    main_process_ip: str | None = option(
-        None, "Address of machine 0", default_text="needed for several machines"
-    )
-    main_process_port: int | None = option(
-        None, "Port of machine 0", default_text="29500 for several machines, else one that is free"
-    )
-
-    def __post_init__(self) -> None:
-        need(self.num_processes >= 1, "num_processes", self.num_processes, "1 or more")
-        need(self.num_machines >= 1, "num_machines", self.num_machines, "1 or more")
-        need(
-            0 <= self.machine_rank < self.num_machines,
-            "machine_rank",
-            self.machine_rank,
-            "a number below --num-machines",
+def require_choice(value: str, choices: Iterable[str], name: str) -> None:
+    """Raise ConfigError, with the nearest choice, unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(
+            f"{flag_name(name)}: unknown value '{value}'.{nearest(value, choices)} "
+            f"Choices: {', '.join(choices)}"
         )
-        if self.num_processes % self.num_machines:
-            raise ConfigError(
-                f"--num-processes {self.num_processes} counts over all machines, and "
-                f"{self.num_machines} do not share them "
-                "evenly"
-            )
-        if self.num_machines > 1 and self.main_process_ip is None:
-            raise ConfigError("--num-machines needs --main-process-ip, the address of machine 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights(Base):
-    """What every command that runs a model can be told."""
-
-    dtype: str = option(
-        "auto",
-        f"Data type of the base weights: {', '.join(DTYPES)}; auto is bfloat16 on a GPU that has "
-        "it",
-    )
-    attn_implementation: str = option(
-        "auto",
-        f"Attention: {', '.join(ATTENTIONS)}; auto is flash_attention_2 where its package and a "
-        "GPU are, else sdpa",
-    )
-    device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps")
-    image_splitting: bool = option(
-        False, "Let Idefics-like processors cut each image into tiles (5 times the image tokens)"
-    )
-
-    def __post_init__(self) -> None:
-        one_of(self.dtype, DTYPES, "dtype")
-        one_of(self.attn_implementation, ATTENTIONS, "attn_implementation")

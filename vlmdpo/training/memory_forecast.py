@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from vlmdpo import ui
-from vlmdpo.config import OF_ONE_CALL, EstimateMemoryConfig, TrainConfig
+from vlmdpo.config import PER_CALL, EstimateMemoryConfig, TrainConfig
 from vlmdpo.errors import ModelError
 
 
@@ -38,9 +38,7 @@ class Foreseeing:
         shared = {f.name for f in dataclasses.fields(EstimateMemoryConfig)} & {
             f.name for f in dataclasses.fields(TrainConfig)
         }
-        settings: dict[str, Any] = {
-            name: getattr(config, name) for name in shared - set(OF_ONE_CALL)
-        }
+        settings: dict[str, Any] = {name: getattr(config, name) for name in shared - set(PER_CALL)}
         settings |= {
             "dtype": dtype,
             "dataset": str(data.absolute()),

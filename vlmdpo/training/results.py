@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.config import OF_ONE_CALL, TrainConfig, recipes
+from vlmdpo.config import PER_CALL, TrainConfig, recipes
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.registry import hub_id
 from vlmdpo.training import setup as engine_room
@@ -155,7 +155,7 @@ def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:
             evaluations=watch.evaluations,
             samples=[] if samples is None else samples.records,
             pictures=pictures,
-            settings=recipes.plain(config, without=OF_ONE_CALL),
+            settings=recipes.plain(config, without=PER_CALL),
             findings=_diagnosed(watch, config),
         )
         part = folder / f".{PAGE}.partial"

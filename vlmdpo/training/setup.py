@@ -105,7 +105,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
         lora=lora_config(config, model),
         watch=watch,
         references=references,
-        conditional=all_rows if config.losses()[2] else 0,
+        conditional=all_rows if config.losses().is_mdpo else 0,
     )
     setup = Setup(trainer, processor, dataset, watch, reason, over_length, data)
     if trainer.is_fsdp_enabled:
@@ -173,7 +173,7 @@ def _freeze(model: Any, config: TrainConfig) -> None:
     """Let the parts of `--freeze` not train. Raises ConfigError where nothing is left that does."""
     from vlmdpo.models.families import parts
 
-    frozen = config.frozen()
+    frozen = config.frozen_parts()
     for part, _, parameter in parts(model) if frozen else ():
         parameter.requires_grad_(part not in frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()) and not config.lora:
@@ -265,10 +265,10 @@ def _references(
             args.max_length,
             args.ld_alpha,
         ],
-        "corrupted": args.seed if config.losses()[2] else None,
+        "corrupted": args.seed if config.losses().is_mdpo else None,
         "transformers": version("transformers"),
     }
-    rows *= 2 if config.losses()[2] else 1  # mDPO's corrupted copies are rows of their own
+    rows *= 2 if config.losses().is_mdpo else 1  # mDPO's corrupted copies are rows of their own
     cache = reference_cache.ReferenceCache(data, reference_cache.key_of(facts), rows)
     if cache.known:
         ui.say(f"reference log-probs: {cache.known:,} of {rows:,} rows found in {cache.path}")

@@ -1,0 +1,396 @@
+"""The options of `vlmdpo train`, a dataclass per group: functions ask for the groups they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from vlmdpo.config.common import (
+    LORA_SCOPES,
+    OVER_LENGTH,
+    STRATEGIES,
+    OutputOptions,
+    ProcessOptions,
+)
+from vlmdpo.config.options import (
+    Options,
+    option,
+    require,
+    require_at_least,
+    require_choice,
+    require_positive,
+)
+from vlmdpo.errors import ConfigError
+
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+# Name → TRL's losses and their weights.
+LOSS_PRESETS: dict[str, tuple[list[str], list[float]]] = {
+    "mpo": (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),  # Wang et al. 2024, arXiv 2411.10442
+    "mdpo": (["sigmoid"], [3.0]),  # mean over three comparisons per row: see training.mdpo
+}
+_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")
+MODEL_PARTS = ("vision", "connector", "language", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Which rows are trained on."""
+
+    group: ClassVar[str] = "Data"
+
+    dataset: str = option(
+        "scenes",
+        "A folder written by `vlmdpo prepare`, or any dataset it accepts (prepared first)",
+        common=True,
+    )
+    split: str = option("train", "Split of the source, if it is prepared first")
+    max_image_side: int | None = option(
+        None,
+        "Longest image side in pixels, if the data is prepared first",
+        default_text="half the processor's limit",
+    )
+    max_length: int | None = option(
+        None,
+        "Longest sequence (prompt, image and answer) in tokens",
+        default_text="no limit",
+        common=True,
+    )
+    over_length: str = option(
+        "drop",
+        "Rows longer than --max-length: drop them, or trim their answers (never their images); "
+        "either way they are listed",
+    )
+
+    def _check(self) -> None:
+        require_at_least(self, 8, "max_length", unit="tokens")
+        require_choice(self.over_length, OVER_LENGTH, "over_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Batches, steps and optimizer."""
+
+    group: ClassVar[str] = "Training"
+
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate",
+        default_text="5e-5 for LoRA, as in the article; 5e-7 for full fine-tuning",
+        common=True,
+    )
+    per_device_train_batch_size: int = option(2, "Pairs per device and forward pass", common=True)
+    gradient_accumulation_steps: int = option(32, "Forward passes per optimizer step", common=True)
+    num_train_epochs: float = option(1.0, "Passes over the data, in epochs", common=True)
+    max_steps: int = option(
+        -1, "Optimizer steps; overrides --num-train-epochs if above 0", common=True
+    )
+    lr_scheduler_type: str = option(
+        "linear", "Learning rate schedule: linear, cosine, constant ..."
+    )
+    warmup_steps: float = option(
+        0.0, "Warm-up in optimizer steps, or as a share of them if below 1"
+    )
+    optim: str = option("adamw_torch", "Optimizer, by its name in transformers")
+    seed: int = option(42, "Seed of adapter weights and data order")
+    eval_steps: float | None = option(
+        None,
+        "Optimizer steps between evaluations on the test split (vlmdpo prepare --test-size), or "
+        "a share of the run if below 1; 0 for none",
+        default_text="a tenth of the run, if the data has a test split",
+    )
+    set: tuple[str, ...] = option(
+        (), "Any other field of TRL's DPOConfig, as key=value; repeatable", default_text="none"
+    )
+
+    def _check(self) -> None:
+        require_positive(self, "learning_rate", "num_train_epochs")
+        require_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        require_at_least(self, 0, "warmup_steps", "eval_steps")
+        is_count = self.max_steps == -1 or self.max_steps >= 1
+        require(is_count, self, "max_steps", "1 or more, or -1 for whole epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(Options):
+    """Which weights train: an adapter's, or the model's own."""
+
+    group: ClassVar[str] = "Adapter"
+
+    lora: bool = option(
+        True,
+        "Train a LoRA adapter; --no-lora trains every weight, against a frozen reference",
+        common=True,
+    )
+    lora_r: int = option(16, "Rank of the adapter", common=True)
+    lora_alpha: int = option(32, "Scale of the adapter: updates count lora_alpha / lora_r times")
+    lora_dropout: float = option(0.05, "Dropout on the adapter's input, from 0 to 1")
+    use_rslora: bool = option(
+        False, "Scale the adapter by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA)"
+    )
+    use_dora: bool = option(
+        False,
+        "Train magnitude and direction of each weight separately (DoRA): slower, often better at "
+        "low rank",
+    )
+    lora_target_modules: str = option(
+        "all-linear", "Layers that get an adapter: all-linear, or comma-separated names"
+    )
+    lora_scope: str = option(
+        "all",
+        "Part of the model in which they get one: language, connector (and language), or all",
+    )
+    quantization: str = option(
+        "none",
+        "nf4 keeps the base weights in 4 bits (QLoRA; needs bitsandbytes and a GPU), or none",
+        common=True,
+    )
+    freeze: str = option(
+        "",
+        "With --no-lora, comma-separated parts that stay frozen: vision, connector, language, head",
+        default_text="none",
+    )
+
+    def _check(self) -> None:
+        require_at_least(self, 1, "lora_r", "lora_alpha")
+        require(0 <= self.lora_dropout < 1, self, "lora_dropout", "a share from 0 up to 1")
+        require_choice(self.lora_scope, LORA_SCOPES, "lora_scope")
+        require_choice(self.quantization, ("none", "nf4"), "quantization")
+        for part in self.frozen_parts():
+            require_choice(part, MODEL_PARTS, "freeze")
+        if self.frozen_parts() and self.lora:
+            raise ConfigError("--freeze needs --no-lora; use --lora-scope to place an adapter")
+        if self.quantization != "none" and not self.lora:
+            raise ConfigError("--quantization nf4 needs LoRA: 4-bit weights cannot be trained")
+
+    def frozen_parts(self) -> tuple[str, ...]:
+        """The parts named by `--freeze`."""
+        return tuple(part.strip() for part in self.freeze.split(",") if part.strip())
+
+
+class LossMix(NamedTuple):
+    """TRL's losses with a weight each, and whether rows are mDPO's three comparisons."""
+
+    names: list[str]
+    weights: list[float]
+    is_mdpo: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(Options):
+    """What is minimized."""
+
+    group: ClassVar[str] = "Loss"
+
+    loss_type: str = option(
+        "sigmoid",
+        f"Loss, or comma-separated losses, by TRL's names: {', '.join(LOSSES)}; or mpo (sigmoid, "
+        "bco_pair and sft, weighted 0.8, 0.2 and 1); or mdpo (also compares images, and anchors "
+        "the chosen reward)",
+        also="--loss",
+        common=True,
+    )
+    loss_weights: str | None = option(
+        None,
+        "Weights of several losses, comma-separated numbers",
+        default_text="1 each, or mpo's own",
+    )
+    beta: float = option(
+        0.1, "DPO's beta: how strongly the policy is held to the reference", common=True
+    )
+    label_smoothing: float = option(
+        0.0, "Assumed share of wrongly labelled pairs, for robust, exo_pair, aot and aot_unpaired"
+    )
+
+    def _check(self) -> None:
+        require_positive(self, "beta")
+        self.losses()
+
+    def losses(self) -> LossMix:
+        """The losses to train with. Raises ConfigError if they cannot be combined."""
+        names = [name.strip() for name in self.loss_type.split(",")]
+        for name in names:
+            require_choice(name, (*LOSSES, *LOSS_PRESETS), "loss_type")
+        presets = set(names) & set(LOSS_PRESETS)
+        if presets and len(names) > 1:
+            raise ConfigError(
+                f"--loss-type: {' and '.join(sorted(presets))} cannot be combined with other losses"
+            )
+        names, weights = LOSS_PRESETS.get(self.loss_type, (names, [1.0] * len(names)))
+        is_mdpo = self.loss_type == "mdpo"
+        if self.loss_weights is not None:
+            if is_mdpo:
+                raise ConfigError("--loss-type mdpo weights its terms equally: no --loss-weights")
+            weights = self._parsed_weights(len(names))
+        if self.label_smoothing and not set(names) & _SMOOTHED_LOSSES:
+            raise ConfigError(
+                f"--label-smoothing has no effect on --loss-type {self.loss_type}; use robust"
+            )
+        return LossMix(list(names), list(weights), is_mdpo)
+
+    def _parsed_weights(self, count: int) -> list[float]:
+        try:
+            weights = [float(weight) for weight in str(self.loss_weights).split(",")]
+        except ValueError as problem:
+            raise ConfigError(
+                f"--loss-weights: cannot read '{self.loss_weights}' as numbers; write 0.8,0.2,1"
+            ) from problem
+        if len(weights) != count:
+            raise ConfigError(f"--loss-weights: {len(weights)} weights for {count} losses")
+        return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(Options):
+    """What is computed once, kept, or recomputed."""
+
+    group: ClassVar[str] = "Memory and speed"
+
+    auto_batch_size: bool = option(
+        False,
+        "Start from the largest batch that is estimated to fit the GPU, and halve it if memory "
+        "runs out; accumulation changes with it, so the effective batch stays the same",
+        common=True,
+    )
+    engine: str = option(
+        "shared",
+        "shared computes image and prompt once for both answers; stock is TRL's own way, two "
+        "rows per pair",
+    )
+    gradient_checkpointing: bool = option(
+        True, "Recompute activations in the backward pass: less memory, more time"
+    )
+    checkpointing: str = option(
+        "all",
+        "Language layers that recompute under gradient checkpointing: all, a number, or auto (as "
+        "few as keep memory below stock TRL's)",
+    )
+    reference_cache: bool = option(
+        True, "Keep reference log-probs on disk beside the prepared data, for later epochs and runs"
+    )
+    feature_cache: bool = option(
+        False,
+        "Keep image features on disk too; needs --lora-scope language. Pays off over several "
+        "epochs or runs with a large vision tower, such as Idefics2's; the size is shown first",
+    )
+    group_by_length: bool | None = option(
+        None,
+        "Batch rows of similar length: less padding if each answer has a row of its own",
+        default_text="only if a model cannot share its prefix; shared rows have no padding",
+    )
+    bf16: bool | None = option(
+        None, "Compute in bfloat16 autocast", default_text="on if the GPU supports it"
+    )
+    dataloader_num_workers: int = option(0, "Processes that load and preprocess batches")
+
+    def _check(self) -> None:
+        require_choice(self.engine, ("shared", "stock"), "engine")
+        known = self.checkpointing in ("all", "auto") or self.checkpointing.isdigit()
+        require(known, self, "checkpointing", "all, auto, or a number of layers")
+        require_at_least(self, 0, "dataloader_num_workers")
+        if self.checkpointing != "all" and not self.gradient_checkpointing:
+            raise ConfigError(
+                f"--checkpointing {self.checkpointing} needs --gradient-checkpointing, which is off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainProcessOptions(ProcessOptions):
+    """Several processes that train one model."""
+
+    group: ClassVar[str] = "Several processes"
+
+    strategy: str = option(
+        "ddp",
+        "How processes share a model: ddp (a full copy each), fsdp2 (a part of everything each), "
+        "or DeepSpeed's zero2 (parts of optimizer and gradients) and zero3 (of weights too)",
+        common=True,
+    )
+
+    def _check(self) -> None:
+        require_choice(self.strategy, STRATEGIES, "strategy")
+        if self.strategy != "ddp" and self.num_processes == 1:
+            raise ConfigError(
+                f"--strategy {self.strategy} shares a model between processes; add --num-processes"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutputOptions(OutputOptions):
+    """What a training leaves behind, and how an earlier one is treated."""
+
+    group: ClassVar[str] = "Output"
+
+    output_dir: Path | None = option(
+        None,
+        "Folder for adapter, processor, metrics and curves",
+        default_text="outputs/<model>-<dataset>-dpo",
+        common=True,
+    )
+    resume: bool = option(
+        False,
+        "Continue from the last checkpoint in the output folder, or start if there is none",
+        common=True,
+    )
+    overwrite: bool = option(False, "Replace an earlier run in the output folder")
+    logging_steps: float = option(10.0, "Optimizer steps between two lines of metrics")
+    save_steps: float = option(500.0, "Optimizer steps between two checkpoints")
+    save_total_limit: int = option(2, "Number of checkpoints to keep")
+    sample_every: int | None = option(
+        None,
+        "Optimizer steps between sample answers, kept in samples.jsonl and run.html; 0 for none",
+        default_text="before the first step and after the last",
+    )
+    report_to: str = option(
+        "none", f"Comma-separated trackers that get the metrics: {', '.join(TRACKERS)}; or none"
+    )
+
+    def _check(self) -> None:
+        require_positive(self, "logging_steps", "save_steps")
+        require_at_least(self, 1, "save_total_limit")
+        require_at_least(self, 0, "sample_every")
+        for name in self.trackers():
+            require_choice(name, TRACKERS, "report_to")
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume continues what --overwrite would delete; choose one")
+
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `--report-to`; empty for none."""
+        names = (part.strip() for part in self.report_to.split(","))
+        return tuple(name for name in names if name not in ("none", ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options):
+    """What is checked before or beside a training."""
+
+    group: ClassVar[str] = "Checks"
+
+    dry_run: bool = option(
+        False,
+        "Show what the run would be, its steps and memory, and stop: offline, nothing is loaded",
+        common=True,
+    )
+    doctor: bool = option(
+        False,
+        "Check engine, data and model on a few rows, show the findings, and stop before training",
+        common=True,
+    )
+    gpu: str | None = option(
+        None,
+        "With --dry-run, the GPUs to judge for: rtx-4090, 24GiB, 8xa100-80gb ...",
+        default_text="no verdict",
+    )
+    foresee_memory: bool | None = option(
+        None,
+        "Estimate the peak memory in a separate process, and show the measured one beside it",
+        default_text="on a GPU",
+    )
+
+    def _check(self) -> None:
+        if self.gpu is not None and not self.dry_run:
+            raise ConfigError("--gpu needs --dry-run; a training uses the GPUs that are present")
