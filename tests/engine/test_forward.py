@@ -197,7 +197,7 @@ def test_the_self_check_catches_planted_mistakes_in_bfloat16(
         )
     else:
         monkeypatch.setattr(doctor, "PairLayout", planted(mistake))
-        made._shared[0].layout_class = planted(mistake)
+        made.shared_forwards[0].layout_class = planted(mistake)
     assert not doctor.self_check(made, rows[0]).passed
 
 

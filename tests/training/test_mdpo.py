@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_the_papers(family, tmp_path):
         beta=BETA,
     )
     loss, metrics, gradients = step(made)
-    made._shared[0].remove()  # plain rows from here on
+    made.shared_forwards[0].remove()  # plain rows from here on
     expected, wanted = _by_the_paper(made, [rows[i] for i in range(COUNT)])
     assert loss == pytest.approx(expected, rel=1e-5)
     largest = max(gradient.norm() for gradient in wanted.values())

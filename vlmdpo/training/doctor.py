@@ -101,7 +101,7 @@ def self_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
     """
     processor = trainer.processing_class
     pair = PairCollator(processor)
-    shared = trainer._shared[0]
+    shared = trainer.shared_forwards[0]
 
     def error(batch: dict[str, Any], expected: list[Tensor]) -> float:
         found = token_logps(trainer, batch)

@@ -285,7 +285,7 @@ def _keep_features(setup: Setup, data: Path) -> None:
     from vlmdpo.training import doctor
 
     trainer = setup.trainer
-    shared = trainer._shared[0]
+    shared = trainer.shared_forwards[0]
     manifest = store.read_manifest(data) or {}
     facts = {
         "tower": feature_cache.tower_digest(vision_parameters(shared.backbone)),

@@ -82,7 +82,7 @@ class PairTrainer(DPOTrainer):
         self.checkpointed_layers: int | None = (
             None  # None: all (ours: but the last), where checkpointing is on
         )
-        self._shared: list[SharedForward] = []
+        self.shared_forwards: list[SharedForward] = []
         self._writing: Path | None = None
         self.numbers_are_real = True  # a simulated step has none, and its losses mean nothing
         if references is not None and not isinstance(self.model, PeftModel):
@@ -109,9 +109,9 @@ class PairTrainer(DPOTrainer):
         """Let policy and, where there is one, reference model read this engine's batches from now
         on.
         """
-        for shared in self._shared:
+        for shared in self.shared_forwards:
             shared.remove()
-        self.engine, self._shared = engine, []
+        self.engine, self.shared_forwards = engine, []
         processor, limit = self.processing_class, self.args.max_length
         collator: Any = PairCollator(processor, max_length=limit, share=engine == "shared")
         self.plain_collator = (
@@ -132,11 +132,11 @@ class PairTrainer(DPOTrainer):
         # The reference model of full fine-tuning has a tower of its own, which is not the policy's.
         kept = [self.features] + [None] * (len(models) - 1)
         share = engine == "shared"
-        self._shared = [
+        self.shared_forwards = [
             SharedForward(m, share=share, features=features)
             for m, features in zip(models, kept, strict=True)
         ]
-        for shared in self._shared:
+        for shared in self.shared_forwards:
             shared.always_whole = self.accelerator.num_processes > 1
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -214,9 +214,9 @@ class PairTrainer(DPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
         rows = inputs.pop("row", None)
-        if not self._shared:
+        if not self.shared_forwards:
             return self._with_references(model, inputs, rows, return_outputs)
-        with self._shared[0].one_batch(rows, row_ids(inputs) if rows is not None else ()):
+        with self.shared_forwards[0].one_batch(rows, row_ids(inputs) if rows is not None else ()):
             return self._with_references(model, inputs, rows, return_outputs)
 
     def _with_references(
@@ -233,10 +233,10 @@ class PairTrainer(DPOTrainer):
             self.precompute_ref_logps = True
         # Each time, because TRL turns checkpointing on again after every reference forward, and all
         # that goes with it.
-        if self._shared and not (self.args.gradient_checkpointing_kwargs or {}).get(
+        if self.shared_forwards and not (self.args.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):
-            self._shared[0].ask_no_pixel_gradients()
+            self.shared_forwards[0].ask_no_pixel_gradients()
         layers = recomputing_layers(self.model)
         wanted = self.checkpointed_layers
         if wanted is None and self.engine == "shared":

@@ -1,0 +1,105 @@
+"""The part of the contract that is PyTorch's, datasets' and gradio's; see `trl_contract`."""
+
+from __future__ import annotations
+
+from vlmdpo.training.contract import (
+    attributes,
+    called,
+    classes,
+    environment,
+    messages,
+    overridden,
+    patched,
+)
+
+TORCH = (
+    *attributes(
+        "engine/forward engine/side_by_side",
+        "torch.nn.Module._forward_hooks",
+        "torch.nn.Module._forward_pre_hooks",
+        "torch.nn.Module._forward_pre_hooks_with_kwargs",
+        why="hooks that other libraries leave on modules are removed",
+        breaks="slow backward passes; vlmdpo compare after a refused batch",
+    ),
+    *patched(
+        "training/simulate",
+        "torch.nn.Module.to(self, args, kwargs)",
+        why="modules stay where they are while a step is simulated, with fake tensors",
+        breaks="vlmdpo estimate-memory",
+    ),
+    *overridden(
+        "engine/pair_layout",
+        "torch.Tensor.__torch_dispatch__",
+        why="a mask of pairs has no numbers, and an operation on it is an error",
+        breaks="such an operation would compute with garbage",
+    ),
+    *overridden(
+        "memory/measure memory/fake_tensors",
+        "torch.utils._python_dispatch.TorchDispatchMode.__torch_dispatch__"
+        "(self, func, types, args, kwargs)",
+        "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo()",
+        why="every operation is seen, so that the bytes of its results are counted",
+        breaks="memory measurements without CUDA, and vlmdpo estimate-memory",
+    ),
+    *classes(
+        "memory/fake_tensors",
+        "torch._subclasses.fake_tensor.FakeTensor",
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        "torch.ops.aten._local_scalar_dense",
+        "torch.ops.aten._index_put_impl_",
+        why="a simulated step has shapes and lifetimes, but no floating-point numbers",
+        breaks="vlmdpo estimate-memory",
+    ),
+    *called(
+        "engine/forward memory/measure",
+        "torch.utils._pytree.tree_leaves(tree)",
+        why="finds the tensors in whatever an operation or a vision tower returns",
+        breaks="memory measurements and --feature-cache",
+    ),
+    *attributes(
+        "memory/measure engine/pair_layout",
+        "torch.UntypedStorage._cdata",
+        "torch.Tensor._make_wrapper_subclass",
+        why="storages are told apart by address; a mask of pairs is a tensor without storage",
+        breaks="memory measurements; the shared engine",
+    ),
+    *attributes(
+        "training/auto_batch",
+        "torch.nn.parallel.DistributedDataParallel.broadcast_buffers",
+        why="switched off, so that no process waits for one that ran out of memory",
+        breaks="--auto-batch-size with several processes",
+    ),
+    *messages(
+        "commands/train",
+        "torch.utils.data.dataloader:DataLoader worker",
+        why="a worker that was killed is recognized by these words",
+        breaks="a clear message for it",
+    ),
+    *attributes(
+        "data/hub",
+        "datasets.Dataset._fingerprint",
+        why="tells whether a dataset on the Hub is the one that was prepared before",
+        breaks="vlmdpo prepare would find nothing prepared",
+    ),
+    *environment(
+        "distributed/launch distributed/processes",
+        "torch.distributed.elastic.agent.server.local_elastic_agent:RANK",
+        "torch.distributed.elastic.agent.server.local_elastic_agent:LOCAL_RANK",
+        "torch.distributed.elastic.agent.server.local_elastic_agent:WORLD_SIZE",
+        why="how the launcher numbers its processes, read before torch is imported",
+        breaks="every process would take itself for the only one",
+    ),
+    *environment(
+        "cli",
+        "datasets.config:HF_DATASETS_DISABLE_PROGRESS_BARS",
+        "transformers.pipelines.base:TOKENIZERS_PARALLELISM",
+        why="set before the libraries are imported: their bars and warnings would mix with ours",
+        breaks="output would be interleaved with theirs",
+    ),
+    *environment(
+        "web/app",
+        "gradio.analytics:GRADIO_ANALYTICS_ENABLED",
+        why="set before gradio is imported, which would otherwise report its use",
+        breaks="vlmdpo compare would report its use to gradio's makers",
+    ),
+)
