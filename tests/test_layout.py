@@ -28,6 +28,8 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
     *("models/families", "models/load", "models/digest"),
     *(
+        "engine/batch_context",
+        "engine/branches",
         "engine/collate",
         "engine/decode",
         "engine/feature_cache",

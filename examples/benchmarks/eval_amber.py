@@ -38,8 +38,8 @@ from train_step import IDEFICS2, LLAVA, Shape
 from train_step import _share as real_share
 from train_step import _tower as tower
 
-from vlmdpo.engine.decode import Asker
-from vlmdpo.engine.generate import answer, prompt_of
+from vlmdpo.engine.decode import PromptTreeDecoder
+from vlmdpo.engine.generate import answer, render_prompt
 from vlmdpo.tiny import random_models
 
 QUESTIONS, TOKENS = 14, 3
@@ -107,7 +107,7 @@ def toy(shape: Shape) -> tuple[Any, Any]:
 def measured_share(model: Any, processor: Any, shape: Shape) -> tuple[int, float]:
     """Tokens of a prompt, and vision FLOPs over the language model's on it."""
     [(picture, questions)] = asked(shape, 1)
-    text = prompt_of(processor, questions[0])
+    text = render_prompt(processor, questions[0])
     inputs = dict(
         processor(text=[text], images=[[picture]], add_special_tokens=False, return_tensors="pt")
     )
@@ -142,13 +142,12 @@ def ways(
         ]
 
     def ours() -> list[str]:
-        asker = Asker(model, processor, keep_features=True)
-        assert not asker.why_not
+        decoder = PromptTreeDecoder(model, processor, keep_features=True)
+        assert not decoder.reason_not_shared
         said = []
         for picture, questions in everything:
-            with asker.picture(picture):
-                said += asker.ask(questions, TOKENS)
-        asker.close()
+            with decoder.open(picture) as opened:
+                said += opened.answer(questions, TOKENS)
         return said
 
     return {"one at a time": one_at_a_time, "batched": batched, "ours": ours}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmdpo.benchmarks.amber import ask
 from vlmdpo.engine import generate
-from vlmdpo.engine.decode import Asker
+from vlmdpo.engine.decode import OpenedImage
 from vlmdpo.tiny import evaluation
 
 PICTURES = 4
@@ -137,7 +137,7 @@ def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(
 ):
     plain, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "a", "--engine", "plain")
     monkeypatch.setattr(
-        Asker, "ask", lambda self, questions, *rest, **more: ["Perhaps"] * len(questions)
+        OpenedImage, "answer", lambda self, questions, *rest, **more: ["Perhaps"] * len(questions)
     )
     report, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "b")
     assert report["engine"] == "plain"
@@ -157,9 +157,11 @@ def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(
     assert first["coverage"] == 1.0
     known = len(answers(tmp_path / "out"))
     asked = []
-    real, describe = Asker.ask, generate.answer
+    real, describe = OpenedImage.answer, generate.answer
     monkeypatch.setattr(
-        Asker, "ask", lambda s, texts, *r, **k: asked.extend(texts) or real(s, texts, *r, **k)
+        OpenedImage,
+        "answer",
+        lambda s, texts, *r, **k: asked.extend(texts) or real(s, texts, *r, **k),
     )
     monkeypatch.setattr(
         generate,
@@ -264,7 +266,7 @@ def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(
     small, tmp_path, vlmdpo, monkeypatch
 ):
     monkeypatch.setattr(
-        Asker, "ask", lambda self, questions, *rest, **more: ["No."] * len(questions)
+        OpenedImage, "answer", lambda self, questions, *rest, **more: ["No."] * len(questions)
     )
     report, _ = run(
         vlmdpo,
@@ -385,7 +387,9 @@ def hostile_report(small, adapter, tmp_path, vlmdpo, monkeypatch):
     path.write_text(json.dumps([{**q, "query": HOSTILE} for q in json.loads(path.read_text())]))
     turns = iter(["Yes " + HOSTILE, "No " + HOSTILE] * 500)
     monkeypatch.setattr(
-        Asker, "ask", lambda self, questions, *rest, **more: [next(turns) for _ in questions]
+        OpenedImage,
+        "answer",
+        lambda self, questions, *rest, **more: [next(turns) for _ in questions],
     )
     out = tmp_path / "out"
     run(

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from vlmdpo.benchmarks.amber.ask import touches_vision
-from vlmdpo.engine.decode import Asker
+from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer
 from vlmdpo.models.families import own_chat_template
 from vlmdpo.tiny import random_models
@@ -62,14 +62,17 @@ def test_answers_are_those_of_one_by_one_generate(family):
     assert len({text for texts in expected.values() for text in texts}) > 2, (
         "answers must differ for this to mean anything"
     )
-    asker = Asker(model, processor, keep_features=True)
-    assert (UNSHARED[family] in asker.why_not) if family in UNSHARED else not asker.why_not
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    assert (
+        (UNSHARED[family] in decoder.reason_not_shared)
+        if family in UNSHARED
+        else not decoder.reason_not_shared
+    )
     for seed in (0, 1):
-        with asker.picture(picture(seed)):
-            assert asker.ask(QUESTIONS, 6) == expected[seed]
-            assert asker.ask(QUESTIONS[:2], 6) == expected[seed][:2], "a picture's second call"
-            assert asker.ask(QUESTIONS, 6, at_once=2) == expected[seed], "in smaller batches"
-    asker.close()
+        with decoder.open(picture(seed)) as opened:
+            assert opened.answer(QUESTIONS, 6) == expected[seed]
+            assert opened.answer(QUESTIONS[:2], 6) == expected[seed][:2], "a second call"
+            assert opened.answer(QUESTIONS, 6, batch_size=2) == expected[seed], "in smaller batches"
     assert one_by_one(model, processor, picture(1), QUESTIONS[:1]) == expected[1][:1], (
         "the model is itself again"
     )
@@ -85,13 +88,13 @@ def test_a_picture_is_encoded_once_for_all_its_questions(family):
     ]
     runs = []
     towers[0].register_forward_hook(lambda *inputs: runs.append(1))
-    asker = Asker(model, processor, keep_features=True)
-    with asker.picture(picture(0)):
-        asker.ask(QUESTIONS, 4, at_once=2)
-        asker.ask(QUESTIONS, 4)
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    with decoder.open(picture(0)) as opened:
+        opened.answer(QUESTIONS, 4, batch_size=2)
+        opened.answer(QUESTIONS, 4)
     assert len(runs) == 1
-    with asker.picture(picture(1)):
-        asker.ask(QUESTIONS, 4)
+    with decoder.open(picture(1)) as opened:
+        opened.answer(QUESTIONS, 4)
     assert len(runs) == 2
 
 
@@ -109,21 +112,21 @@ def test_base_and_adapter_never_serve_each_other(family, where):
         base = one_by_one(model, processor, picture(0), QUESTIONS)
     tuned = one_by_one(model, processor, picture(0), QUESTIONS)
     assert base != tuned
-    asker = Asker(model, processor, keep_features=not touches_vision(model))
-    with asker.picture(picture(0)):
+    decoder = PromptTreeDecoder(model, processor, keep_features=not touches_vision(model))
+    with decoder.open(picture(0)) as opened:
         for _ in range(2):
             with model.disable_adapter():
-                assert asker.ask(QUESTIONS, 6) == base
-            assert asker.ask(QUESTIONS, 6) == tuned
+                assert opened.answer(QUESTIONS, 6) == base
+            assert opened.answer(QUESTIONS, 6) == tuned
 
 
 def test_a_sliding_window_shorter_than_the_prompt():
     model, processor = random_models.make("gemma3", seed=3, text={"sliding_window": 8})
     model.eval()
     expected = one_by_one(model, processor, picture(0), QUESTIONS)
-    asker = Asker(model, processor, keep_features=True)
-    with asker.picture(picture(0)):
-        assert asker.ask(QUESTIONS, 6) == expected
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    with decoder.open(picture(0)) as opened:
+        assert opened.answer(QUESTIONS, 6) == expected
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
@@ -131,9 +134,9 @@ def test_a_decided_answer_is_cut_short_and_others_go_on(family):
     model, processor = made(family)
     whole = one_by_one(model, processor, picture(0), QUESTIONS, 8)
     first = whole[0][:2]
-    asker = Asker(model, processor, keep_features=True)
-    with asker.picture(picture(0)):
-        said = asker.ask(QUESTIONS, 8, decided=lambda text: text.startswith(first))
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    with decoder.open(picture(0)) as opened:
+        said = opened.answer(QUESTIONS, 8, stop_when=lambda text: text.startswith(first))
     assert len(said[0]) < len(whole[0])
     for cut, text in zip(said, whole, strict=True):
         assert text.startswith(cut)
@@ -144,17 +147,17 @@ def test_a_repetition_penalty_is_kept():
     model, processor = made("llava")
     model.generation_config.repetition_penalty = 1.7
     expected = one_by_one(model, processor, picture(0), QUESTIONS, 10)
-    asker = Asker(model, processor, keep_features=True)
-    assert not asker.why_not
-    with asker.picture(picture(0)):
-        assert asker.ask(QUESTIONS, 10) == expected
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    assert not decoder.reason_not_shared
+    with decoder.open(picture(0)) as opened:
+        assert opened.answer(QUESTIONS, 10) == expected
 
 
 def test_settings_that_change_greedy_answers_are_left_to_generate():
     model, processor = made("llava")
     model.generation_config.no_repeat_ngram_size = 2
     expected = one_by_one(model, processor, picture(0), QUESTIONS, 10)
-    asker = Asker(model, processor, keep_features=True)
-    assert "no_repeat_ngram_size" in asker.why_not
-    with asker.picture(picture(0)):
-        assert asker.ask(QUESTIONS, 10) == expected
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    assert "no_repeat_ngram_size" in decoder.reason_not_shared
+    with decoder.open(picture(0)) as opened:
+        assert opened.answer(QUESTIONS, 10) == expected

@@ -34,7 +34,7 @@ def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
     first = step(made)
     assert cache.known() == sum(images[i % len(images)] > 0 for i in range(3))
     made.use_engine(engine)
-    made.shared_forwards[0]._features = None  # the tower cannot be asked any more
+    made.shared_forwards[0]._get_image_features = None  # the tower cannot be asked any more
     again = step(made, rows=[2, 0, 1])
     turned = step(trainer(family, engine, rows, tmp_path, lora=LANGUAGE), rows=[2, 0, 1])
     for found, wanted in ((first, expected), (again, turned)):

@@ -7,6 +7,7 @@ import torch
 
 from tests.support.engines import assert_same, pairs, step, trainer
 from vlmdpo.config import LOSSES
+from vlmdpo.engine import forward
 from vlmdpo.engine.forward import check_pairs_shareable
 from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.packed_attention import CannotShare
@@ -196,8 +197,7 @@ def test_the_self_check_catches_planted_mistakes_in_bfloat16(
             lambda self, rows: doctor.other_image(collate(self, rows)),
         )
     else:
-        monkeypatch.setattr(doctor, "PairLayout", planted(mistake))
-        made.shared_forwards[0].layout_class = planted(mistake)
+        monkeypatch.setattr(forward, "PairLayout", planted(mistake))
     assert not doctor.self_check(made, rows[0]).passed
 
 

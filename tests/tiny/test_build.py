@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from vlmdpo.engine.generate import prompt_of
+from vlmdpo.engine.generate import render_prompt
 from vlmdpo.tiny import build
 from vlmdpo.tiny import scenes as sc
 
@@ -48,7 +48,7 @@ def test_lessons_use_the_tokens_of_the_chat_template():
     asked, answered = teacher._turn(question, answer)
     picture = sc.draw(sc.sample_scene(random.Random(0), "making"))
     prompt = processor(
-        text=prompt_of(processor, question), images=[picture], add_special_tokens=False
+        text=render_prompt(processor, question), images=[picture], add_special_tokens=False
     )["input_ids"][0]
     assert teacher.prefix + asked == prompt
     whole = processor.apply_chat_template(

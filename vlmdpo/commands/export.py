@@ -139,14 +139,14 @@ def _said(model: Any, processor: Any) -> tuple[list[Any], list[str], str]:
     import torch
     from PIL import Image
 
-    from vlmdpo.engine.generate import answer, inputs_of
+    from vlmdpo.engine.generate import answer, model_inputs
 
     picture = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
     logits = []
     with torch.no_grad():
         for question in _QUESTIONS:
             logits.append(
-                model(**inputs_of(model, processor, [picture], [question]))
+                model(**model_inputs(model, processor, [picture], [question]))
                 .logits[0, -1]
                 .float()
                 .cpu()

@@ -1,20 +1,20 @@
-"""Many questions to one picture: it is encoded once, and what their prompts have in common crosses
-the model once.
+"""Many questions about one image: it is encoded once, and what the prompts share is read once.
 
 The common prefix is the longest common run of *token ids* of the processed prompts: processors put
-spaces and tokens of their own around pictures, so ids cannot be spliced. Behind it the rest of all
-prompts lie in one packed row, each seeing the prefix and itself; so do the answers, token by token.
-Families that cannot fork there (prefix language models, recurrent layers) still have the picture
+spaces and tokens of their own around images, so ids cannot be spliced. The rest of all prompts lies
+behind it in one packed row, each seeing the prefix and itself; so do the answers, token by token.
+Families that cannot fork there (prefix language models, recurrent layers) still have the image
 encoded once. Answers are those of greedy `generate`.
+
+Shapes: S tokens of a prompt, K active branches, V vocabulary; see `branches` for a packed row's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -28,12 +28,17 @@ from transformers import (
 from transformers.feature_extraction_utils import BatchFeature
 
 from vlmdpo.engine import packed_attention
-from vlmdpo.engine.generate import prompt_of
+from vlmdpo.engine.branches import Branch, BranchLayout, Prompt, Step, common_prefix
+from vlmdpo.engine.generate import render_prompt
 from vlmdpo.models import families
+from vlmdpo.models.protocols import Backbone, ImageProcessor, Processor, VisionLanguageModel
 
-# Settings that change greedy answers beyond a repetition penalty, and their values that change
-# nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+# Generation settings that change greedy answers beyond a repetition penalty, each with the values
+# that change nothing.
+_NEUTRAL_SETTINGS: dict[str, tuple[object, ...]] = {
     "num_beams": (None, 1),
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
@@ -50,358 +55,306 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1.0),
     "watermarking_config": (None,),
 }
-Decided = Callable[[str], bool]
+StopWhen = Callable[[str], bool]
 
 
-@dataclass
-class _Prompt:
-    """One processed question: its token ids, its position ids (..., S), and its token types (1, S)."""
-
-    ids: list[int]
-    positions: Tensor
-    types: dict[str, Tensor]
-
-
-class BranchLayout:
-    """A shared prefix of `prefix` cached slots, and behind it the slots of branches that do not see
-    each other.
-    """
-
-    def __init__(self, prefix: int, device: torch.device) -> None:
-        self.prefix = prefix
-        self.index = torch.empty(0, dtype=torch.long, device=device)
-        self.branch = torch.empty(0, dtype=torch.long, device=device)
-        self.new = 0
-
-    def extend(self, branch: Tensor, index: Tensor) -> None:
-        """New slots (T,): the branch each belongs to, and its index in the row that its branch
-        would have alone.
-        """
-        self.branch, self.index = torch.cat([self.branch, branch]), torch.cat([self.index, index])
-        self.new = len(branch)
-
-    def mask(self, allowed: Callable[..., Tensor], device: torch.device) -> Tensor:
-        """(1, 1, new, prefix + all slots) bool, of the model's own mask function."""
-        first = torch.tensor(0, device=device)
-        queries, keys = (
-            self.index[-self.new :],
-            torch.cat([torch.arange(self.prefix, device=device), self.index]),
-        )
-        own = self.branch[-self.new :, None] == self.branch[None, :]
-        own = torch.cat([own.new_ones(self.new, self.prefix), own], dim=1)
-        return (allowed(first, first, queries[:, None], keys[None, :]) & own)[None, None]
-
-
-@dataclass
-class _Branch:
-    """One question on its way: tokens said so far, and where the next one stands."""
-
-    number: int
-    ids: list[int]
-    position: Tensor  # (..., 1) of the last slot
-    said: list[int] = field(default_factory=list)
-
-
-class Asker:
-    """Asks a model questions about pictures, one picture open at a time. Wraps its backbone until
-    `close`.
+class PromptTreeDecoder:
+    """Answers many questions about each image, encoding it once and their common prefix once.
 
     Args:
         model: the model, or a PEFT model whose adapter may be switched off and on between calls.
         processor: its processor.
-        keep_features: whether image features of the open picture serve with and without the
-            adapter; False where the adapter touches what makes them.
+        keep_features: whether an image's features serve with and without the adapter; False where
+            the adapter touches what makes them.
 
     Attributes:
-        why_not: why prompts cannot share their prefix, or "". Pictures are encoded once either way.
+        reason_not_shared: why prompts cannot share their prefix, or "". Images are encoded once
+            either way.
     """
 
-    def __init__(self, model: Any, processor: Any, *, keep_features: bool) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, processor: Processor, *, keep_features: bool
+    ) -> None:
         self.model, self.processor, self.keep_features = model, processor, keep_features
         self.base = families.base_of(model)
-        self.backbone = self.base.base_model
-        self.why_not = _why_not(model, self.backbone)
-        if not self.why_not:
+        self.backbone: Backbone = self.base.base_model
+        self.reason_not_shared = _reason_not_shared(model, self.backbone)
+        if not self.reason_not_shared:
             packed_attention.use_packed_attention(families.text_configs(self.backbone))
         config = self.base.generation_config
-        ends = (
-            config.eos_token_id
-            if config.eos_token_id is not None
-            else processor.tokenizer.eos_token_id
-        )
-        self._ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        ends = config.eos_token_id
+        if ends is None:
+            ends = processor.tokenizer.eos_token_id
+        self.end_tokens = set(ends) if isinstance(ends, (list, tuple)) else {ends}
         penalty = config.repetition_penalty
-        self._penalty = (
+        self.repetition_penalty = (
             RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
         )
-        self._features = self.backbone.get_image_features
-        self._kept: Any = None
-        self._copies = 1
-        self._pictured: dict[str, _Prompt] = {}
-        self._pixels: dict[str, Any] = {}
-        self._picture: Image.Image | None = None
-        self.backbone.get_image_features = families.stand_in(self._features, self._image_features)
-
-    def close(self) -> None:
-        """Take the wrapping off again."""
-        self.backbone.get_image_features = self._features
-        self._picture = None
 
     @contextlib.contextmanager
-    def picture(self, picture: Image.Image) -> Iterator[None]:
-        """Inside, all questions are about this picture: nothing made for another is ever used."""
-        self._picture, self._kept, self._pixels, self._pictured = picture, None, {}, {}
+    def open(self, image: Image.Image) -> Iterator[OpenedImage]:
+        """An image to ask about. Nothing computed for it outlives the context."""
+        opened = OpenedImage(self, image)
+        get_image_features = self.backbone.get_image_features
+        # `generate` and the backbone call it themselves, so it is replaced on this instance.
+        self.backbone.get_image_features = families.stand_in(
+            get_image_features, partial(opened.image_features, get_image_features)
+        )
         try:
-            with _processed_once(self.processor.image_processor):
-                yield
+            with _preprocess_once(self.processor.image_processor):
+                yield opened
         finally:
-            self._picture, self._kept, self._pixels, self._pictured = None, None, {}, {}
+            self.backbone.get_image_features = get_image_features
+
+    def text(self, ids: Sequence[int]) -> str:
+        """An answer's token ids as text, stripped."""
+        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+class OpenedImage:
+    """One image, its processed prompts, and its features; made by `PromptTreeDecoder.open`."""
+
+    def __init__(self, decoder: PromptTreeDecoder, image: Image.Image) -> None:
+        self.decoder, self.image = decoder, image
+        self._prompts: dict[str, Prompt] = {}
+        self._pixel_inputs: dict[str, Any] = {}
+        self._features: ModelOutput | None = None
 
     @torch.inference_mode()
-    def ask(
+    def answer(
         self,
         questions: Sequence[str],
         max_new_tokens: int,
         *,
-        at_once: int = 32,
-        decided: Decided | None = None,
+        batch_size: int = 32,
+        stop_when: StopWhen | None = None,
     ) -> list[str]:
-        """Greedy answers about the open picture, stripped of special tokens.
+        """Greedy answers, stripped of special tokens.
 
         Args:
-            questions: in any number.
+            questions: any number of them.
             max_new_tokens: longest answer.
-            at_once: questions per forward pass.
-            decided: an answer is cut short as soon as this holds of its text.
+            batch_size: questions per forward pass.
+            stop_when: an answer ends as soon as this holds for its text.
         """
-        assert self._picture is not None, "open a picture first"
-        if not self.keep_features:
-            self._kept = None
-        prompts = [self._process(question) for question in questions]
-        shared = 0 if self.why_not else self._common(prompts)
+        if not self.decoder.keep_features:
+            self._features = None  # the adapter may have been switched since the last call
+        prompts = [self._prompt(question) for question in questions]
+        prefix = 0 if self.decoder.reason_not_shared else self._shared_prefix(prompts)
+        cache = self._prefix_cache(prompts[0], prefix) if prefix else None
         answers: list[str] = []
-        cache = self._prefix(prompts[0], shared) if shared else None
-        for start in range(0, len(prompts), at_once):
-            some = prompts[start : start + at_once]
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
             if cache is None:
-                answers += self._rows(some, max_new_tokens, decided)
+                answers += self._generate(batch, max_new_tokens, stop_when)
             else:
-                answers += self._branches(cache, shared, some, max_new_tokens, decided)
-                cache.crop(shared - cache.get_seq_length())
+                answers += self._decode_branches(cache, prefix, batch, max_new_tokens, stop_when)
+                cache.crop(prefix - cache.get_seq_length())
         return answers
 
-    def _process(self, question: str) -> _Prompt:
-        if question not in self._pictured:
-            made = dict(
-                self.processor(
-                    text=[prompt_of(self.processor, question)],
-                    images=[[self._picture]],
-                    add_special_tokens=False,  # the chat template has put them in
-                    return_tensors="pt",
-                )
+    def _prompt(self, question: str) -> Prompt:
+        if question in self._prompts:
+            return self._prompts[question]
+        decoder, device = self.decoder, self.decoder.model.device
+        inputs = dict(
+            decoder.processor(
+                text=[render_prompt(decoder.processor, question)],
+                images=[[self.image]],
+                add_special_tokens=False,  # the chat template has added them
+                return_tensors="pt",
             )
-            made.pop("labels", None)
-            ids, mask = made["input_ids"], made["attention_mask"]
-            positions = families.positions(self.backbone, ids, mask, made)
-            device = self.model.device
-            types = {name: made[name].to(device) for name in families.TYPE_KEYS if name in made}
-            self._pictured[question] = _Prompt(ids[0].tolist(), positions.to(device), types)
-            if not self._pixels:
-                rest = {
-                    k: v
-                    for k, v in made.items()
-                    if k not in ("input_ids", "attention_mask", *families.TYPE_KEYS)
-                }
-                self._pixels = dict(BatchFeature(rest).to(device, self.model.dtype))
-        return self._pictured[question]
+        )
+        inputs.pop("labels", None)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        positions = families.positions(decoder.backbone, ids, mask, inputs)
+        types = {name: inputs[name].to(device) for name in families.TYPE_KEYS if name in inputs}
+        self._prompts[question] = Prompt(ids[0].tolist(), positions.to(device), types)
+        if not self._pixel_inputs:
+            of_text = ("input_ids", "attention_mask", *families.TYPE_KEYS)
+            pixels = {name: value for name, value in inputs.items() if name not in of_text}
+            self._pixel_inputs = dict(BatchFeature(pixels).to(device, decoder.model.dtype))
+        return self._prompts[question]
 
-    def _common(self, prompts: Sequence[_Prompt]) -> int:
-        """Tokens that all prompts begin with, leaving each at least one; 0 where the picture is not
-        wholly among them.
-        """
-        columns = zip(*(prompt.ids for prompt in prompts), strict=False)
-        same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-        same = min(same, min(len(prompt.ids) for prompt in prompts) - 1)
-        return same if self.base.config.image_token_id not in prompts[0].ids[same:] else 0
+    def _shared_prefix(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens that all prompts begin with; 0 where the image is not wholly among them."""
+        length = common_prefix(prompts)
+        image_token = self.decoder.base.config.image_token_id
+        return length if image_token not in prompts[0].ids[length:] else 0
 
-    def _prefix(self, prompt: _Prompt, length: int) -> DynamicCache:
-        """The keys and values (1 row) of a prompt's first `length` tokens, its picture among them."""
-        cache = (
-            DynamicCache()
-        )  # without the configuration: a sliding window would throw the prefix away
-        ids = torch.tensor([prompt.ids[:length]], device=self.model.device)
-        self.backbone(
+    def _prefix_cache(self, prompt: Prompt, length: int) -> DynamicCache:
+        """Keys and values (one row) of a prompt's first `length` tokens, its image among them."""
+        # Not given the configuration: with it a sliding window would drop the prefix.
+        cache = DynamicCache()
+        ids = torch.tensor([prompt.ids[:length]], device=self.decoder.model.device)
+        self.decoder.backbone(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=prompt.positions[..., :length],
             past_key_values=cache,
             use_cache=True,
-            **{name: kind[:, :length] for name, kind in prompt.types.items()},
-            **self._pixels,
+            **{name: types[:, :length] for name, types in prompt.types.items()},
+            **self._pixel_inputs,
         )
         return cache
 
-    def _branches(
+    def _decode_branches(
         self,
         cache: DynamicCache,
-        shared: int,
-        prompts: Sequence[_Prompt],
-        longest: int,
-        decided: Decided | None,
+        prefix: int,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        stop_when: StopWhen | None,
     ) -> list[str]:
-        device = self.model.device
-        layout = BranchLayout(shared, device)
-        tails = [prompt.ids[shared:] for prompt in prompts]
-        branches = [
-            _Branch(number, list(prompt.ids), prompt.positions[..., -1:])
+        device = self.decoder.model.device
+        layout = BranchLayout(prefix, device)
+        active = [
+            Branch(number, list(prompt.ids), prompt.positions[..., -1:])
             for number, prompt in enumerate(prompts)
         ]
-        lengths = torch.tensor([len(tail) for tail in tails], device=device)
-        owner = torch.repeat_interleave(torch.arange(len(tails), device=device), lengths)
-        index = torch.cat(
-            [torch.arange(shared, shared + len(tail), device=device) for tail in tails]
-        )
-        ids = torch.tensor([list(itertools.chain(*tails))], device=device)
-        positions = torch.cat([prompt.positions[..., shared:] for prompt in prompts], dim=-1)
-        ends = lengths.cumsum(0) - 1
-        going = branches
-        texts = [""] * len(prompts)
-        for step in range(longest):
-            layout.extend(owner, index)
+        answers = [""] * len(prompts)
+        step = Step.of_prompts(prompts, prefix, device)
+        for count in range(1, max_new_tokens + 1):
+            layout.extend(step)
             with packed_attention.packed(layout):
-                logits = self.base(
-                    input_ids=ids,
-                    attention_mask=ids.new_ones(1, shared + len(layout.index)),
-                    position_ids=positions,
+                logits_KV = self.decoder.base(
+                    input_ids=step.ids,
+                    attention_mask=step.ids.new_ones(1, prefix + len(layout.index)),
+                    position_ids=step.positions,
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=ends,
+                    logits_to_keep=step.ends,
                 ).logits[0]
-            going = self._said(going, logits, texts, decided)
-            if not going or step + 1 == longest:
-                break
-            ids = torch.tensor([[branch.said[-1] for branch in going]], device=device)
-            owner = torch.tensor([branch.number for branch in going], device=device)
-            index = torch.tensor([len(branch.ids) - 1 for branch in going], device=device)
-            positions = torch.cat([branch.position for branch in going], dim=-1)
-            ends = torch.arange(len(going), device=device)
-        return texts
-
-    def _said(
-        self, going: Sequence[_Branch], logits: Tensor, texts: list[str], decided: Decided | None
-    ) -> list[_Branch]:
-        """Take the next token (N,) of each branch from its logits (N, V); those that are not at
-        their end go on.
-        """
-        if self._penalty is not None:
-            rows = [
-                self._penalty(torch.tensor([b.ids], device=logits.device), row[None])
-                for b, row in zip(going, logits, strict=True)
+            for branch, token in zip(active, self._next_tokens(active, logits_KV), strict=True):
+                branch.append(token)
+                answers[branch.number] = self.decoder.text(branch.answer_ids)
+            active = [
+                branch
+                for branch in active
+                if branch.answer_ids[-1] not in self.decoder.end_tokens
+                and not (stop_when and stop_when(answers[branch.number]))
             ]
-            logits = torch.cat(rows)
-        left = []
-        for branch, token in zip(going, logits.argmax(dim=-1).tolist(), strict=True):
-            branch.said.append(token)
-            branch.ids.append(token)
-            branch.position = branch.position + 1
-            texts[branch.number] = self._text(branch.said)
-            if token not in self._ends and not (decided and decided(texts[branch.number])):
-                left.append(branch)
-        return left
+            if not active or count == max_new_tokens:
+                break
+            step = Step.of_last_tokens(active, device)
+        return answers
 
-    def _text(self, said: Sequence[int]) -> str:
-        text: str = self.processor.tokenizer.decode(said, skip_special_tokens=True)
-        return text.strip()
+    def _next_tokens(self, active: Sequence[Branch], logits_KV: Tensor) -> list[int]:
+        """The greedy next token of each active branch, as `generate` would choose it."""
+        penalty = self.decoder.repetition_penalty
+        if penalty is not None:
+            rows = [
+                penalty(torch.tensor([branch.ids], device=row.device), row[None])
+                for branch, row in zip(active, logits_KV, strict=True)
+            ]
+            logits_KV = torch.cat(rows)
+        tokens: list[int] = logits_KV.argmax(dim=-1).tolist()
+        return tokens
 
-    def _rows(self, prompts: Sequence[_Prompt], longest: int, decided: Decided | None) -> list[str]:
-        """Rows padded on the left through `generate`, with the picture encoded once for all of
-        them.
-        """
+    def _generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop_when: StopWhen | None
+    ) -> list[str]:
+        """Rows padded on the left through `generate`, with the image encoded once for all."""
+        decoder = self.decoder
         width = max(len(prompt.ids) for prompt in prompts)
 
         def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
             return torch.tensor(
-                [[fill] * (width - len(row)) + list(row) for row in rows], device=self.model.device
+                [[fill] * (width - len(row)) + list(row) for row in rows],
+                device=decoder.model.device,
             )
 
         ids = [prompt.ids for prompt in prompts]
-        inputs: dict[str, Any] = {
-            "input_ids": padded(ids, self.processor.tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            **{
-                name: padded([p.types[name][0].tolist() for p in prompts], 0)
-                for name in prompts[0].types
-            },
-            **{
-                k: torch.cat([v] * len(prompts)) if isinstance(v, Tensor) else v * len(prompts)
-                for k, v in self._pixels.items()
-            },
+        types = {
+            name: padded([prompt.types[name][0].tolist() for prompt in prompts], 0)
+            for name in prompts[0].types
         }
-        stop = StoppingCriteriaList([_DecidedAll(decided, self._text, width)]) if decided else None
-        self._copies = len(prompts)
-        try:
-            made = self.model.generate(
-                **inputs, max_new_tokens=longest, do_sample=False, stopping_criteria=stop
+        pixels = {
+            name: torch.cat([value] * len(prompts))
+            if isinstance(value, Tensor)
+            else value * len(prompts)
+            for name, value in self._pixel_inputs.items()
+        }
+        criteria = StoppingCriteriaList(
+            [_StopEachRow(stop_when, decoder.text, width)] if stop_when else []
+        )
+        sequences = decoder.model.generate(
+            input_ids=padded(ids, decoder.processor.tokenizer.pad_token_id),
+            attention_mask=padded([[1] * len(row) for row in ids], 0),
+            **types,
+            **pixels,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stopping_criteria=criteria,
+        )
+        return [decoder.text(row[width:].tolist()) for row in sequences]
+
+    def image_features(
+        self, get_image_features: Callable[..., ModelOutput], *args: Any, **kwargs: Any
+    ) -> ModelOutput:
+        """In place of the backbone's `get_image_features`: computed once for the opened image, and
+        repeated as often as it stands in the batch.
+        """
+        if not self._pixel_inputs:  # not asked through this object
+            return get_image_features(*args, **kwargs)
+        pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        copies = len(pixel_values) // len(self._pixel_inputs["pixel_values"])
+        if self._features is None:
+
+            def of_one_image(value: object) -> object:
+                return value[: len(value) // copies] if isinstance(value, Tensor) else value
+
+            self._features = get_image_features(
+                *map(of_one_image, args),
+                **{name: of_one_image(value) for name, value in kwargs.items()},
             )
-        finally:
-            self._copies = 1
-        return [self._text(row[width:].tolist()) for row in made]
-
-    def _image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """The open picture's features, computed once, as often as it stands in the batch."""
-        if self._picture is None:
-            return self._features(*args, **kwargs)
-        if self._kept is None:
-
-            def one(value: Any) -> Any:
-                return value[: len(value) // self._copies] if isinstance(value, Tensor) else value
-
-            self._kept = self._features(
-                *map(one, args), **{name: one(value) for name, value in kwargs.items()}
-            )
-        return families.repeat_features(_copy(self._kept), self._copies)
+        return families.repeat_features(_shallow_copy(self._features), copies)
 
 
-def _copy(features: Any) -> Any:
-    """The same features in a new container, since models and `repeat_features` write into it."""
+def _shallow_copy(features: ModelOutput) -> ModelOutput:
+    """The same features in a new container: models and `repeat_features` write into theirs."""
     return type(features)(**features) if hasattr(features, "keys") else features
 
 
-class _DecidedAll(StoppingCriteria):
-    """Ends each row as soon as its text is decided."""
+class _StopEachRow(StoppingCriteria):
+    """Ends each row of a `generate` call as soon as `stop_when` holds for its text."""
 
-    def __init__(self, decided: Decided, text: Callable[[Sequence[int]], str], start: int) -> None:
-        self.decided, self.text, self.start = decided, text, start
+    def __init__(
+        self, stop_when: StopWhen, text: Callable[[Sequence[int]], str], prompt_width: int
+    ) -> None:
+        self.stop_when, self.text, self.prompt_width = stop_when, text, prompt_width
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        done = [self.decided(self.text(row[self.start :].tolist())) for row in input_ids]
-        return torch.tensor(done, device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        answers = (self.text(row[self.prompt_width :].tolist()) for row in input_ids)
+        return torch.tensor([self.stop_when(text) for text in answers], device=input_ids.device)
 
 
-def _why_not(model: Any, backbone: Any) -> str:
+def _reason_not_shared(model: VisionLanguageModel, backbone: Backbone) -> str:
     try:
         packed_attention.check_shareable(model)
-    except packed_attention.CannotShare as why:
-        return str(why)
-    if families.reads_prompts_both_ways(backbone):
+    except packed_attention.CannotShare as problem:
+        return str(problem)
+    if families.has_bidirectional_prompt(backbone):
         return "its prompts are read in both directions"
     config = families.base_of(model).generation_config
-    for name, neutral in _NEUTRAL.items():
-        if getattr(config, name, None) not in neutral:
+    for name, neutral_values in _NEUTRAL_SETTINGS.items():
+        if getattr(config, name, None) not in neutral_values:
             return f"its generation config sets {name}"
     return ""
 
 
 @contextlib.contextmanager
-def _processed_once(image_processor: Any) -> Iterator[None]:
-    """Inside, there is one picture only, and the image processor computes it once."""
-    found: list[BatchFeature] = []
+def _preprocess_once(image_processor: ImageProcessor) -> Iterator[None]:
+    """Inside, the image processor processes one image only, and does it once.
+
+    Processors call `preprocess` for each prompt anew, so it is replaced on this instance.
+    """
+    results: list[BatchFeature] = []
     plain = image_processor.preprocess
 
     def preprocess(*args: Any, **kwargs: Any) -> BatchFeature:
-        if not found:
-            found.append(plain(*args, **kwargs))
-        return BatchFeature(dict(found[0]))  # processors take things out of what they get
+        if not results:
+            results.append(plain(*args, **kwargs))
+        return BatchFeature(dict(results[0]))  # processors take things out of what they get
 
     image_processor.preprocess = preprocess
     try:

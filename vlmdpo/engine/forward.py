@@ -1,29 +1,43 @@
-"""The shared forward: one packed pass of the unmodified model gives TRL what two stock rows would
-have given.
+"""The shared forward: one packed pass of the unmodified model gives TRL what two stock rows give.
 
-The model's backbone is wrapped on the instance. A batch of `PairCollator` runs packed; any other
-input runs as before. Image features are computed once for policy and reference where nothing that
-makes them trains.
+The model's backbone is wrapped on the instance. Batches of `PairCollator` run packed; any other
+input runs as before. Where nothing that makes image features trains, they are computed once for
+policy and reference.
+
+Shapes: B pairs, T slots of the packed row, S length of the longest stock row, C tokens of the
+longest answer, H hidden size, R rows of the loss.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import contextvars
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from vlmdpo.engine import packed_attention
+from vlmdpo.engine.batch_context import BatchContext, ForwardPass
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.pair_layout import PairLayout
 from vlmdpo.models import families
+from vlmdpo.models.protocols import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+# transformers' own code stands between a backbone's `forward` and what it calls back into (image
+# features, towers, the decoder), and passes no argument of ours through. It is set for the duration
+# of one forward pass.
+_forward_pass: contextvars.ContextVar[ForwardPass | None] = contextvars.ContextVar(
+    "vlmdpo_forward_pass", default=None
+)
 
 
-def check_pairs_shareable(model: Any) -> None:
-    """Raise CannotShare where two answers of this model cannot be read, and trained on, in one row."""
+def check_pairs_shareable(model: VisionLanguageModel) -> None:
+    """Raise CannotShare where this model cannot read, and train on, two answers in one row."""
     packed_attention.check_shareable(model)
     config = families.base_of(model).config.get_text_config()
     if getattr(config, "output_router_logits", None) is not None and getattr(
@@ -35,232 +49,237 @@ def check_pairs_shareable(model: Any) -> None:
 
 
 class SharedForward:
-    """Lets one model run packed pairs and keep the image features of a batch. Wraps its backbone on
-    the instance.
+    """Lets one model run packed pairs and reuse the image features of a batch.
 
     Args:
-        model: the model or PEFT model.
-        share: whether batches will be packed; without it only the image features are shared.
+        model: the model or PEFT model. Methods of its backbone are wrapped until `remove`.
+        share: whether batches will be packed; without it only image features are shared.
         features: image features on disk, for a vision tower and connector that do not train.
+        gradient_in_every_batch: whether a batch without images must still give the vision part a
+            (zero) gradient, as several processes need.
     """
 
     def __init__(
-        self, model: Any, *, share: bool = True, features: FeatureCache | None = None
+        self,
+        model: VisionLanguageModel,
+        *,
+        share: bool = True,
+        features: FeatureCache | None = None,
+        gradient_in_every_batch: bool = False,
     ) -> None:
         self.model, self.share, self.features = model, share, features
+        self.gradient_in_every_batch = gradient_in_every_batch
         self.backbone = families.base_of(model).base_model
-        self._run: Callable[..., Any] = self.backbone.forward
-        self._features: Callable[..., Any] = self.backbone.get_image_features
-        self._kept: list[Any] | None = None
-        self._copies = 1
-        self._rows: list[tuple[int, int]] = []
-        self._towers: list[_Once] = []
-        self.always_whole = (
-            False  # every process's backward must reach the same parameters, pictures or none
-        )
-        self._bare = False
-        self._hook = self.backbone.get_decoder().register_forward_pre_hook(
-            self._with_nothing, with_kwargs=True
-        )
+        self._backbone_forward: Callable[..., ModelOutput] = self.backbone.forward
+        self._get_image_features: Callable[..., ModelOutput] = self.backbone.get_image_features
+        self._tower_forwards = {
+            tower: tower.forward for tower in families.vision_models(self.backbone)
+        }
         language = set(map(id, self.backbone.get_decoder().modules()))
-        self._outside = [module for module in self.backbone.modules() if id(module) not in language]
-        self.layout_class = (
-            PairLayout  # the self-check puts broken ones here, to see that it would notice
-        )
+        self._vision_modules = [m for m in self.backbone.modules() if id(m) not in language]
         if share:
             packed_attention.use_packed_attention(families.text_configs(self.backbone))
-        self.backbone.forward = families.stand_in(self._run, self._forward)
-        self.backbone.get_image_features = families.stand_in(self._features, self._image_features)
+        self._wrap()
+
+    def _wrap(self) -> None:
+        # The classes are transformers' and stay unmodified: only this instance's methods change.
+        self.backbone.forward = families.stand_in(self._backbone_forward, self._forward)
+        # Called by the backbone's own forward; so is each tower.
+        self.backbone.get_image_features = families.stand_in(
+            self._get_image_features, self._image_features
+        )
+        for tower, run in self._tower_forwards.items():
+            tower.forward = families.stand_in(run, partial(self._tower_forward, tower, run))
+        self._decoder_hook = self.backbone.get_decoder().register_forward_pre_hook(
+            self._add_zero_gradient_term, with_kwargs=True
+        )
 
     def remove(self) -> None:
-        """Take the wrapping off again. The attention stays: it hands on what is not packed."""
-        self.backbone.forward, self.backbone.get_image_features = self._run, self._features
-        self._hook.remove()
+        """Unwrap the model. Its attention stays switched: it passes unpacked rows through."""
+        self.backbone.forward = self._backbone_forward
+        self.backbone.get_image_features = self._get_image_features
+        for tower, run in self._tower_forwards.items():
+            tower.forward = run
+        self._decoder_hook.remove()
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether nothing that makes image features trains, so that policy and reference see the
-        same ones.
-        """
+        """Whether nothing that makes image features trains: policy and reference see the same."""
         return not any(p.requires_grad for p in families.vision_parameters(self.backbone))
 
-    def ask_no_pixel_gradients(self) -> None:
-        """Take off the hooks by which patch embeddings ask for gradients: only reentrant
-        checkpointing needs them.
+    def new_batch(
+        self,
+        rows: Tensor | None = None,
+        ids: Sequence[Tensor] = (),
+        layout_class: type[PairLayout] | None = None,
+    ) -> BatchContext:
+        """The context of a new batch, to be given to the model as its input `batch_context`.
 
-        With them a backward pass runs through every vision layer, frozen or not, down to the
-        pixels.
+        Args:
+            rows: (B,) the rows' numbers, by which image features are found on disk.
+            ids: the token ids of each of these rows, to count its image tokens.
+            layout_class: see `BatchContext`.
         """
-        for module in self._outside:
+        frozen = self.vision_is_frozen
+        image_token = self.backbone.config.image_token_id
+        image_tokens = [int(torch.eq(row_ids, image_token).sum()) for row_ids in ids]
+        return BatchContext(
+            backbone=self.backbone,
+            rows=[] if rows is None else list(zip(rows.tolist(), image_tokens, strict=True)),
+            vision_is_frozen=frozen,
+            frozen_towers=[] if frozen else families.frozen_towers(self.backbone),
+            layout_class=layout_class,
+        )
+
+    def remove_input_gradient_hooks(self) -> None:
+        """Remove the hooks that make the outputs of patch embeddings require gradients.
+
+        `PreTrainedModel.enable_input_require_grads` registers them, and only reentrant
+        checkpointing needs them. With them a backward pass runs through every vision layer, frozen
+        or not, down to the pixels.
+        """
+        for module in self._vision_modules:
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__qualname__", "").startswith(
                     "PreTrainedModel.enable_input_require_grads"
                 ):
                     del module._forward_hooks[key]
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the frozen image features of the batch that is open, each picture's once."""
-        tensors = [
-            leaf
-            for leaf in tree_leaves([dict(kept) for kept in self._kept or []])
-            if isinstance(leaf, Tensor)
-        ]
-        return sum(tensor.nbytes for tensor in tensors) // (1 if self.share else 2)
-
-    @contextlib.contextmanager
-    def one_batch(self, rows: Tensor | None = None, ids: Sequence[Tensor] = ()) -> Iterator[None]:
-        """Inside, all forwards are of one batch: what is frozen of the vision part runs once,
-        without gradient.
-
-        Args:
-            rows: (B,) the rows' numbers, by which image features are found on disk.
-            ids: the token ids of each of these rows, to count its image tokens.
-        """
-        frozen = self.vision_is_frozen
-        self._kept = [] if frozen else None
-        image = self.backbone.config.image_token_id
-        tokens = [int(torch.eq(row_ids, image).sum()) for row_ids in ids]
-        self._rows = [] if rows is None else list(zip(rows.tolist(), tokens, strict=True))
-        self._towers = (
-            [] if frozen else [_Once(tower) for tower in families.frozen_towers(self.backbone)]
+    def _forward(
+        self,
+        *args: Any,
+        pairs: list[list[int]] | None = None,
+        image_copies: int = 1,
+        batch_context: BatchContext | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """In place of the backbone's forward: takes our own inputs out and runs it."""
+        if batch_context is not None and batch_context.backbone is not self.backbone:
+            # A reference model of its own has a vision part of its own, which may differ.
+            batch_context = None
+        has_images = kwargs.get("pixel_values") is not None
+        this_pass = ForwardPass(
+            batch_context,
+            image_copies=1 if pairs is not None else image_copies,
+            add_zero_gradient_term=self.gradient_in_every_batch
+            and torch.is_grad_enabled()
+            and not has_images,
         )
+        token = _forward_pass.set(this_pass)
         try:
-            yield
+            if pairs is not None:
+                return self._packed_forward(pairs, batch_context, **kwargs)
+            if image_copies > 1:
+                kwargs["position_ids"] = families.positions(
+                    self.backbone,
+                    kwargs["input_ids"],
+                    kwargs["attention_mask"],
+                    kwargs,
+                    image_copies,
+                )
+            return self._backbone_forward(*args, **kwargs)
         finally:
-            self._kept = None
-            while self._towers:
-                self._towers.pop().remove()
+            _forward_pass.reset(token)
 
-    def _image_features(self, *args: Any, **kwargs: Any) -> Any:
-        if self._kept is None:
-            return families.repeat_features(self._features(*args, **kwargs), self._copies)
-        if not self._kept:
-            self._kept.append(
-                families.repeat_features(self._frozen_features(*args, **kwargs), self._copies)
-            )
-        return self._kept[0]
-
-    @torch.no_grad()
-    def _frozen_features(self, *args: Any, **kwargs: Any) -> Any:
-        pictured = [(row, tokens) for row, tokens in self._rows if tokens]
-        if self.features is None or not pictured:
-            return self._features(*args, **kwargs)
-        rows, tokens = zip(*pictured, strict=True)
-        found = self.features.get(rows, next(self.backbone.parameters()).device)
-        if found is None:
-            found = self._features(*args, **kwargs)
-            self.features.put(rows, tokens, found)
-        return found
-
-    def _forward(self, *args: Any, pairs: Any = None, image_copies: int = 1, **kwargs: Any) -> Any:
-        for tower in self._towers:
-            tower.rewind()
-        self._bare = (
-            self.always_whole and torch.is_grad_enabled() and kwargs.get("pixel_values") is None
-        )
-        return self._run_batch(*args, pairs=pairs, image_copies=image_copies, **kwargs)
-
-    def _with_nothing(
-        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        """Before the language model reads a batch without a picture: add `_nothing` where image
-        features would have come in.
-
-        Processes bring gradients together in the order in which backward passes reach them, which
-        must be the same for all: through every language layer, and then into what makes image
-        features.
-        """
-        if not self._bare or kwargs.get("inputs_embeds") is None:
-            return None
-        embedded = kwargs["inputs_embeds"]
-        return args, {**kwargs, "inputs_embeds": embedded + self._nothing(embedded)}
-
-    def _nothing(self, like: Tensor) -> Tensor:
-        """Zero, whose gradients reach all that trains outside the language model."""
-        trained = [p for p in families.vision_parameters(self.backbone) if p.requires_grad]
-        return (
-            torch.stack([0 * p.sum().to(like) for p in trained]).sum()
-            if trained
-            else like.new_zeros(())
-        )
-
-    def _run_batch(self, *args: Any, pairs: Any, image_copies: int, **kwargs: Any) -> Any:
-        if pairs is not None:
-            return self._packed(pairs, **kwargs)
-        if image_copies == 1:
-            return self._run(*args, **kwargs)
-        self._copies = image_copies
-        try:
-            positions = families.positions(
-                self.backbone, kwargs["input_ids"], kwargs["attention_mask"], kwargs, image_copies
-            )
-            return self._run(*args, **{**kwargs, "position_ids": positions})
-        finally:
-            self._copies = 1
-
-    def _packed(
+    def _packed_forward(
         self,
         pairs: list[list[int]],
+        batch_context: BatchContext | None,
         *,
         pair_ids: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
         order: Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """One pass over (1, T) slots; returns last hidden states (2B, 1 + C, H), as two stock rows
-        would end.
+    ) -> ModelOutput:
+        """One pass over (1, T) slots; hidden states (2B, 1 + C, H) as two stock rows end with.
 
-        With `order` (R,) those of R rows, each one of the 2B.
+        Args:
+            pairs: tokens of prompt, chosen and rejected answer of each pair.
+            pair_ids: (1, T) token ids.
+            input_ids, attention_mask: (2B, 1 + C), (2B, S) for TRL's loss; not read here.
+            order: (R,) which of the 2B answers each row of the loss is; None for one row each.
         """
-        layout = self.layout_class(pairs, pair_ids.device)
-        types = {
+        layout_class = batch_context.layout_class if batch_context is not None else None
+        layout = (layout_class or PairLayout)(pairs, pair_ids.device)
+        types_BS = {
             name: layout.to_rows(kwargs.pop(name))
             for name in families.TYPE_KEYS
             if kwargs.get(name) is not None
         }
-        positions = families.positions(
-            self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types}
+        positions_BS = families.positions(
+            self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types_BS}
         )
-        if (
-            "token_type_ids" in types
-        ):  # masks are built of it; they are evaluated at indices of stock rows
-            kwargs["token_type_ids"] = types["token_type_ids"]
+        if "token_type_ids" in types_BS:
+            # The model builds its mask function of them, which is evaluated at indices of stock
+            # rows.
+            kwargs["token_type_ids"] = types_BS["token_type_ids"]
         with packed_attention.packed(layout):
-            output = self._run(
+            output = self._backbone_forward(
                 input_ids=pair_ids,
                 attention_mask=torch.ones_like(pair_ids),
-                position_ids=layout.from_rows(positions),
+                position_ids=layout.from_rows(positions_BS),
                 **kwargs,
             )
         slots = layout.hidden_slot if order is None else layout.hidden_slot[order]
-        output.last_hidden_state = output.last_hidden_state[0][slots]
+        hidden_TH = output.last_hidden_state[0]
+        output.last_hidden_state = hidden_TH[slots]  # (2B or R, 1 + C, H)
         return output
 
+    def _image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """In place of `get_image_features`: once per batch where the vision part is frozen."""
+        this_pass = _forward_pass.get()
+        copies = this_pass.image_copies if this_pass is not None else 1
+        batch = this_pass.batch if this_pass is not None else None
+        if batch is None or not batch.vision_is_frozen:
+            return families.repeat_features(self._get_image_features(*args, **kwargs), copies)
+        if batch.image_features is None:
+            features = self._frozen_image_features(batch, *args, **kwargs)
+            batch.image_features = families.repeat_features(features, copies)
+            batch.image_copies = copies
+        return batch.image_features
 
-class _Once:
-    """A frozen tower that runs once a batch, without gradient; later forwards of the batch are told
-    the same again.
-    """
+    @torch.no_grad()
+    def _frozen_image_features(self, batch: BatchContext, *args: Any, **kwargs: Any) -> ModelOutput:
+        with_images = [(row, tokens) for row, tokens in batch.rows if tokens]
+        if self.features is None or not with_images:
+            return self._get_image_features(*args, **kwargs)
+        rows, tokens = zip(*with_images, strict=True)
+        features = self.features.get(rows, next(self.backbone.parameters()).device)
+        if features is None:
+            features = self._get_image_features(*args, **kwargs)
+            self.features.put(rows, tokens, features)
+        return features
 
-    def __init__(self, tower: Any) -> None:
-        self.tower, self.run = tower, tower.forward
-        self.said: list[Any] = []
-        self.rewind()
-        tower.forward = self
+    def _tower_forward(
+        self, tower: nn.Module, run: Callable[..., ModelOutput], *args: Any, **kwargs: Any
+    ) -> ModelOutput:
+        """In place of a tower's forward: once per batch where the tower is frozen."""
+        this_pass = _forward_pass.get()
+        batch = this_pass.batch if this_pass is not None else None
+        if this_pass is None or batch is None or tower not in batch.frozen_towers:
+            return run(*args, **kwargs)
+        return this_pass.run_tower_once(tower, run, *args, **kwargs)
 
-    def rewind(self) -> None:
-        """A forward of the whole model begins: its first call of the tower is the batch's first."""
-        self.calls = 0
+    def _add_zero_gradient_term(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Before the language model reads a batch without images: add `_zero_gradient_term`.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.calls == len(self.said):
-            with torch.no_grad():
-                self.said.append(self.run(*args, **kwargs))
-        self.calls += 1
-        return self.said[self.calls - 1]
+        Processes average gradients in the order in which backward passes reach them, which must be
+        the same for all: through every language layer, and then into what makes image features.
+        """
+        this_pass = _forward_pass.get()
+        if this_pass is None or not this_pass.add_zero_gradient_term:
+            return None
+        if kwargs.get("inputs_embeds") is None:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": embeds + self._zero_gradient_term(embeds)}
 
-    def remove(self) -> None:
-        """The tower is itself again."""
-        self.tower.forward = self.run
+    def _zero_gradient_term(self, like: Tensor) -> Tensor:
+        """A scalar zero whose gradients reach all that trains outside the language model."""
+        trained = [p for p in families.vision_parameters(self.backbone) if p.requires_grad]
+        if not trained:
+            return like.new_zeros(())
+        return torch.stack([0 * p.sum().to(like) for p in trained]).sum()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 
-def prompt_of(processor: Any, question: str) -> str:
+def render_prompt(processor: Any, question: str) -> str:
     """One user turn with one picture, rendered through the model's chat template, ready for the
     answer.
     """
@@ -32,7 +32,7 @@ def answer(
 
     Prompts are padded on the left; answers do not depend on the batch but for rounding.
     """
-    inputs = inputs_of(model, processor, pictures, questions)
+    inputs = model_inputs(model, processor, pictures, questions)
     made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(
         made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -40,14 +40,14 @@ def answer(
     return [text.strip() for text in answers]
 
 
-def inputs_of(
+def model_inputs(
     model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]
 ) -> Any:
     """What the model is given for one question to each picture, padded on the left, on its device
     and in its type.
     """
     return processor(
-        text=[prompt_of(processor, question) for question in questions],
+        text=[render_prompt(processor, question) for question in questions],
         images=[[picture] for picture in pictures],
         padding=True,
         padding_side="left",
@@ -65,7 +65,7 @@ def is_near_tie(
 
     Then either is a right greedy answer: which one comes depends on the order of the arithmetic.
     """
-    inputs = inputs_of(model, processor, [picture], [question])
+    inputs = model_inputs(model, processor, [picture], [question])
     settings = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     made = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     for scores in made.scores:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from vlmdpo.engine.generate import inputs_of
+from vlmdpo.engine.generate import model_inputs
 from vlmdpo.models.families import TYPE_KEYS, answer_token_type
 
 WHO = ("base", "tuned")
@@ -129,7 +129,7 @@ class SideBySide:
         self, picture: Image.Image, question: str, max_new_tokens: int, *, count: int, **how: Any
     ) -> Iterator[list[Answer]]:
         """The answers of `count` equal rows, step by step. Raises what generation raises."""
-        inputs = inputs_of(self.model, self.processor, [picture] * count, [question] * count)
+        inputs = model_inputs(self.model, self.processor, [picture] * count, [question] * count)
         tokens, stop = _Tokens(), _Stop()
 
         def generate() -> None:
@@ -191,7 +191,7 @@ class SideBySide:
         """The log-prob of these tokens after the prompt, summed, in nats."""
         if not ids:
             return 0.0
-        inputs = dict(inputs_of(self.model, self.processor, [picture], [question]))
+        inputs = dict(model_inputs(self.model, self.processor, [picture], [question]))
         inputs.pop("labels", None)
         answer = torch.tensor([ids], device=self.model.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)

@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from vlmdpo.engine.generate import prompt_of
+from vlmdpo.engine.generate import render_prompt
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command
 from vlmdpo.models.load import source_of
 
 
-class VllmAsker:
+class VllmGenerator:
     """One model in vLLM, with or without its adapter. Raises MissingDependencyError, ModelError."""
 
     def __init__(
@@ -57,7 +57,7 @@ class VllmAsker:
                 f"--engine vllm cannot run '{model}': {str(problem).splitlines()[0]}"
             ) from problem
 
-    def ask(
+    def generate(
         self,
         pictures: Sequence[Image.Image],
         questions: Sequence[str],
@@ -69,7 +69,10 @@ class VllmAsker:
         adapter.
         """
         prompts = [
-            {"prompt": prompt_of(self.processor, question), "multi_modal_data": {"image": picture}}
+            {
+                "prompt": render_prompt(self.processor, question),
+                "multi_modal_data": {"image": picture},
+            }
             for picture, question in zip(pictures, questions, strict=True)
         ]
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)

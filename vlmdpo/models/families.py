@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmdpo.models.protocols import Backbone
+
 PARTS = ("vision", "connector", "language", "head")
 # PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos>
 # and a line break.
@@ -35,7 +37,7 @@ def _is_paligemma(thing: Any) -> bool:
     return "paligemma" in type(thing).__name__.lower()
 
 
-def reads_prompts_both_ways(backbone: Any) -> bool:
+def has_bidirectional_prompt(backbone: Any) -> bool:
     """Whether a prompt's tokens see what follows them in the prompt, so that no two prompts share
     their beginning.
     """
@@ -137,19 +139,26 @@ def vision_parameters(backbone: Any) -> list[nn.Parameter]:
     return [p for p in backbone.parameters() if id(p) not in language]
 
 
-def frozen_towers(backbone: Any) -> list[Any]:
-    """The outermost models inside `backbone`, besides the language model, none of whose parameters
-    train.
+def vision_models(backbone: Backbone) -> list[nn.Module]:
+    """Every transformers model inside `backbone` besides the language model: towers, and connectors
+    that are models of their own, nested ones after those that hold them.
     """
     language = set(map(id, backbone.get_decoder().modules()))
-    found: list[Any] = []
+    return [
+        module
+        for module in backbone.modules()
+        if isinstance(module, PreTrainedModel)
+        and module is not backbone
+        and id(module) not in language
+    ]
+
+
+def frozen_towers(backbone: Backbone) -> list[nn.Module]:
+    """The outermost of `vision_models` none of whose parameters train."""
+    found: list[nn.Module] = []
     inside: set[int] = set()
-    for module in backbone.modules():
-        if (
-            id(module) in language | inside
-            or not isinstance(module, PreTrainedModel)
-            or module is backbone
-        ):
+    for module in vision_models(backbone):
+        if id(module) in inside:
             continue
         if not any(parameter.requires_grad for parameter in module.parameters()):
             found.append(module)

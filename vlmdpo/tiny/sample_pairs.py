@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmdpo.engine.generate import prompt_of
+from vlmdpo.engine.generate import render_prompt
 from vlmdpo.tiny import evaluation
 from vlmdpo.tiny import scenes as sc
 
@@ -33,7 +33,7 @@ def sample(
 ) -> list[list[str]]:
     """SAMPLES answers to each question at temperature 1, each at most `limit` tokens."""
     inputs = processor(
-        text=[prompt_of(processor, question) for question in questions],
+        text=[render_prompt(processor, question) for question in questions],
         images=[[picture] for picture in pictures],
         padding=True,
         padding_side="left",

@@ -22,9 +22,12 @@ from vlmdpo.errors import MemoryBudgetError
 Rows = list[dict[str, Any]]
 
 
-def hand_on(examples: Rows) -> dict[str, Any]:
-    """What the data loader does instead of collating: how many rows go into a batch is known only
-    later.
+LOSS_WEIGHT = "loss_weight"  # the model input that says which share of a batch's loss a part is
+
+
+def keep_uncollated(examples: Rows) -> dict[str, Any]:
+    """The data loader's collator under auto batch size: how many rows a forward pass takes is known
+    only when it runs.
     """
     return {"examples": examples}
 
@@ -41,7 +44,6 @@ class AutoBatch:
     def __init__(self, trainer: Any, plain: Callable[..., torch.Tensor]) -> None:
         self.trainer, self.plain = trainer, plain
         self.parts = 1  # how many a batch of the data loader is computed in
-        self.share = 1.0  # of the loss, while a part is computed
         self._window: list[Rows] = []  # the rows of this optimizer step so far
 
     @property
@@ -93,15 +95,9 @@ class AutoBatch:
         losses = []
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
-            self.share = len(some) / len(rows)
-            try:
-                losses.append(
-                    self.plain(
-                        model, self.trainer.data_collator([dict(row) for row in some]), num_items
-                    )
-                )
-            finally:
-                self.share = 1.0
+            batch = self.trainer.data_collator([dict(row) for row in some])
+            batch[LOSS_WEIGHT] = len(some) / len(rows)
+            losses.append(self.plain(model, batch, num_items))
         return torch.stack(losses).sum()
 
     def _halve(self, rows: int, problem: str | None) -> None:

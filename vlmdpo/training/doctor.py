@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
+from vlmdpo.engine.batch_context import BATCH_CONTEXT
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.pair_layout import PairLayout, Span
 from vlmdpo.engine.stock_collator import StockCollator
@@ -113,11 +114,9 @@ def self_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
     found = error(pair([dict(example)]), stock)
     broken = {}
     for name, layout in (("leaking mask", _Leaking), ("shifted positions", _Shifted)):
-        shared.layout_class = layout
-        try:
-            broken[name] = error(pair([dict(example)]), stock)
-        finally:
-            shared.layout_class = PairLayout
+        batch = pair([dict(example)])
+        batch[BATCH_CONTEXT] = shared.new_batch(layout_class=layout)
+        broken[name] = error(batch, stock)
     if example.get("images"):
         broken["other image"] = error(other_image(pair([dict(example)])), stock)
     turned = token_logps(trainer, _reversed_answer(pair([dict(example)])))

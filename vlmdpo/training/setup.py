@@ -280,6 +280,7 @@ def _keep_features(setup: Setup, data: Path) -> None:
     DataError for a full disk.
     """
     from vlmdpo.engine import feature_cache, reference_cache
+    from vlmdpo.engine.batch_context import BATCH_CONTEXT
     from vlmdpo.models import digest
     from vlmdpo.models.families import vision_parameters
     from vlmdpo.training import doctor
@@ -295,9 +296,10 @@ def _keep_features(setup: Setup, data: Path) -> None:
     }
     cache = feature_cache.FeatureCache(data, reference_cache.key_of(facts))
     examples = setup.examples()
-    with shared.one_batch():
-        doctor.token_logps(trainer, trainer.data_collator([dict(example) for example in examples]))
-        per_row = shared.kept_bytes / len(examples)
+    context = shared.new_batch()
+    batch = trainer.data_collator([dict(example) for example in examples])
+    doctor.token_logps(trainer, {**batch, BATCH_CONTEXT: context})
+    per_row = context.image_feature_bytes / len(examples)
     known, free = cache.known(), shutil.disk_usage(data).free
     rows = sum(map(len, trainer.datasets))
     needed = per_row * (rows - known)

@@ -5,6 +5,7 @@ Nothing of the loss is written here. The batch is shaped so that TRL's code read
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 from pathlib import Path
@@ -19,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
 from vlmdpo.distributed.processes import sharding
+from vlmdpo.engine.batch_context import BATCH_CONTEXT
 from vlmdpo.engine.collate import PairCollator, row_ids
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.forward import SharedForward
@@ -26,11 +28,17 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.training import checkpoints, mdpo
-from vlmdpo.training.auto_batch import AutoBatch, hand_on
+from vlmdpo.training.auto_batch import LOSS_WEIGHT, AutoBatch, keep_uncollated
 from vlmdpo.training.length_grouping import LengthGrouped
 from vlmdpo.training.mdpo import ConditionalCollator
 from vlmdpo.training.monitor import Watch
 from vlmdpo.training.sharding import recomputing_layers
+
+# transformers asks `_get_output_dir` where a checkpoint goes, and passes nothing of ours to it.
+# Set while a checkpoint is being written.
+_unfinished_checkpoint: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
+    "vlmdpo_unfinished_checkpoint", default=None
+)
 
 
 class NotANumber(Exception):
@@ -83,7 +91,6 @@ class PairTrainer(DPOTrainer):
             None  # None: all (ours: but the last), where checkpointing is on
         )
         self.shared_forwards: list[SharedForward] = []
-        self._writing: Path | None = None
         self.numbers_are_real = True  # a simulated step has none, and its losses mean nothing
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = (
@@ -133,11 +140,14 @@ class PairTrainer(DPOTrainer):
         kept = [self.features] + [None] * (len(models) - 1)
         share = engine == "shared"
         self.shared_forwards = [
-            SharedForward(m, share=share, features=features)
+            SharedForward(
+                m,
+                share=share,
+                features=features,
+                gradient_in_every_batch=self.accelerator.num_processes > 1,
+            )
             for m, features in zip(models, kept, strict=True)
         ]
-        for shared in self.shared_forwards:
-            shared.always_whole = self.accelerator.num_processes > 1
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -162,9 +172,8 @@ class PairTrainer(DPOTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return (
-            str(self._writing) if self._writing is not None else str(super()._get_output_dir(trial))
-        )
+        folder = _unfinished_checkpoint.get()
+        return str(folder) if folder is not None else str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's, in a hidden folder that gets its name once all is written. Raises DataError for a
@@ -177,11 +186,11 @@ class PairTrainer(DPOTrainer):
         with checkpoints.written(
             folder, self.state.global_step, self.args.save_total_limit, self.accelerator
         ) as partial:
-            self._writing = partial
+            token = _unfinished_checkpoint.set(partial)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self._writing = None
+                _unfinished_checkpoint.reset(token)
 
     def halve_when_full(self) -> None:
         """From now on a batch that does not fit memory is computed in parts; see `autobatch`."""
@@ -190,11 +199,11 @@ class PairTrainer(DPOTrainer):
     def get_train_dataloader(self) -> Any:
         if self.auto_batch is None:
             return super().get_train_dataloader()
-        collator, self.data_collator = self.data_collator, hand_on
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
+        # transformers builds the loader with `self.data_collator`, which evaluation needs as it is:
+        # so the loader is built by a shallow copy that differs in its collator only.
+        builder = copy.copy(self)
+        builder.data_collator = keep_uncollated
+        return super(PairTrainer, builder).get_train_dataloader()
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -203,21 +212,20 @@ class PairTrainer(DPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         return self.auto_batch.step(model, inputs["examples"], num_items_in_batch)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
-        return (
-            loss
-            if self.auto_batch is None or self.auto_batch.share == 1
-            else loss * self.auto_batch.share
-        )
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        weight = inputs.pop(LOSS_WEIGHT, 1.0)  # below 1 for a part of a batch; see `AutoBatch`
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if weight == 1 else loss * weight
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
         rows = inputs.pop("row", None)
-        if not self.shared_forwards:
-            return self._with_references(model, inputs, rows, return_outputs)
-        with self.shared_forwards[0].one_batch(rows, row_ids(inputs) if rows is not None else ()):
-            return self._with_references(model, inputs, rows, return_outputs)
+        if self.shared_forwards:
+            # TRL passes every input that it does not know on to the model.
+            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(
+                rows, row_ids(inputs) if rows is not None else ()
+            )
+        return self._with_references(model, inputs, rows, return_outputs)
 
     def _with_references(
         self, model: Any, inputs: dict[str, Any], rows: Any, return_outputs: bool
@@ -236,7 +244,7 @@ class PairTrainer(DPOTrainer):
         if self.shared_forwards and not (self.args.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):
-            self.shared_forwards[0].ask_no_pixel_gradients()
+            self.shared_forwards[0].remove_input_gradient_hooks()
         layers = recomputing_layers(self.model)
         wanted = self.checkpointed_layers
         if wanted is None and self.engine == "shared":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -20,6 +20,9 @@ from vlmdpo.benchmarks.answers import Answers
 from vlmdpo.benchmarks.verdict import settled
 from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
+
+if TYPE_CHECKING:
+    from vlmdpo.engine.decode import PromptTreeDecoder
 
 _WINDOW = 4  # batches of descriptions whose pictures are open at a time, to be batched by size
 
@@ -127,25 +130,21 @@ class Interview:
         if not groups:
             return
         total = sum(len(self._left(who, group)) for group in groups.values() for who in self.whos)
-        asker = None
-        if self.config.engine == "shared":
-            asker = self._checked_asker(groups)
-        try:
-            with ui.progress("ask", total, unit="questions") as bar:
-                for name, group in groups.items():
-                    counted = sum(len(self._left(who, group)) for who in self.whos)
-                    picture = self._picture(name)
-                    if picture is not None:
-                        self._one_picture(asker, picture, group)
-                    bar.advance(counted)
-        finally:
-            if asker is not None:
-                asker.close()
+        decoder = self._checked_decoder(groups) if self.config.engine == "shared" else None
+        with ui.progress("ask", total, unit="questions") as bar:
+            for name, group in groups.items():
+                counted = sum(len(self._left(who, group)) for who in self.whos)
+                picture = self._picture(name)
+                if picture is not None:
+                    self._one_picture(decoder, picture, group)
+                bar.advance(counted)
 
-    def _one_picture(self, asker: Any, picture: Image.Image, group: Sequence[Question]) -> None:
+    def _one_picture(
+        self, decoder: PromptTreeDecoder | None, picture: Image.Image, group: Sequence[Question]
+    ) -> None:
         from vlmdpo.engine.generate import answer
 
-        with asker.picture(picture) if asker is not None else contextlib.nullcontext():
+        with decoder.open(picture) if decoder is not None else contextlib.nullcontext() as opened:
             for who in self.whos:
                 left = self._left(who, group)
                 if not left:
@@ -153,8 +152,10 @@ class Interview:
                 texts = [question.text for question in left]
                 longest, at_once = self.config.max_new_tokens, self.config.batch_size
                 with self._model(who) as model:
-                    if asker is not None:
-                        said = asker.ask(texts, longest, at_once=at_once, decided=self.decided)
+                    if opened is not None:
+                        said = opened.answer(
+                            texts, longest, batch_size=at_once, stop_when=self.decided
+                        )
                     else:
                         said = []
                         for start in range(0, len(texts), at_once):
@@ -164,27 +165,29 @@ class Interview:
                             )
                 self.answers.put(who, zip((question.id for question in left), said, strict=True))
 
-    def _checked_asker(self, groups: dict[str, list[Question]]) -> Any:
+    def _checked_decoder(self, groups: dict[str, list[Question]]) -> PromptTreeDecoder | None:
         """What asks the shared way, once it has shown that it answers as the plain way does; None
         where it does not.
         """
-        from vlmdpo.engine.decode import Asker
+        from vlmdpo.engine.decode import PromptTreeDecoder
 
-        asker = Asker(self.model, self.processor, keep_features=not touches_vision(self.model))
-        if asker.why_not:
+        decoder = PromptTreeDecoder(
+            self.model, self.processor, keep_features=not touches_vision(self.model)
+        )
+        if decoder.reason_not_shared:
             ui.say(
-                f"questions share the picture, but not their prompts' beginning: {asker.why_not}"
+                "questions share the picture, but not their prompts' beginning: "
+                f"{decoder.reason_not_shared}"
             )
-            self.outcome.reason = f"prompts are not shared: {asker.why_not}"
-        wrong = self._disagreement(asker, groups) if self.config.verify else ""
+            self.outcome.reason = f"prompts are not shared: {decoder.reason_not_shared}"
+        wrong = self._disagreement(decoder, groups) if self.config.verify else ""
         if not wrong:
-            return asker
-        asker.close()
+            return decoder
         self.outcome = Outcome("plain", wrong, self.outcome.bad_pictures)
         ui.warn(f"{wrong}; going on with the plain way")
         return None
 
-    def _disagreement(self, asker: Any, groups: dict[str, list[Question]]) -> str:
+    def _disagreement(self, decoder: PromptTreeDecoder, groups: dict[str, list[Question]]) -> str:
         """Where shared and plain answers differ on some questions of pictures from all over the
         set, or "".
         """
@@ -200,12 +203,12 @@ class Interview:
                 continue
             group = groups[name]
             for who in self.whos:
-                with self._model(who) as model, asker.picture(picture):
-                    said = asker.ask(
+                with self._model(who) as model, decoder.open(picture) as opened:
+                    said = opened.answer(
                         [q.text for q in group],
                         longest,
-                        at_once=self.config.batch_size,
-                        decided=self.decided,
+                        batch_size=self.config.batch_size,
+                        stop_when=self.decided,
                     )
                 for question, shared in list(zip(group, said, strict=True))[
                     : max(1, left // len(picked) // len(self.whos))
@@ -264,14 +267,14 @@ class Interview:
     def _through_vllm(
         self, questions: Sequence[Question], descriptions: Sequence[Description]
     ) -> None:
-        from vlmdpo.engine.vllm import VllmAsker
+        from vlmdpo.engine.vllm import VllmGenerator
 
         config = self.config
         origin: dict[str, Any] = {
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
         }
-        asker = VllmAsker(
+        generator = VllmGenerator(
             config.model, self.processor, config.adapter, dtype=config.dtype, **origin
         )
         whole = ((questions, config.max_new_tokens), (descriptions, config.max_description_tokens))
@@ -287,7 +290,7 @@ class Interview:
                             if (p := self._picture(o.image)) is not None
                         ]
                         texts, pictures = [o.text for o, _ in opened], [p for _, p in opened]
-                        said = asker.ask(pictures, texts, longest, tuned=who == "tuned")
+                        said = generator.generate(pictures, texts, longest, tuned=who == "tuned")
                         self.answers.put(who, zip((o.id for o, _ in opened), said, strict=True))
                         bar.advance(min(window, len(left) - start))
 
