@@ -289,10 +289,10 @@ def _hint(full_size: str, given: Mapping[str, Any]) -> str:
 
 
 def _run(name: str, module: str, settings: Any, hint: str) -> None:
-    ui.set_quiet(settings.json or launch.is_child())
+    ui.set_quiet(settings.json or launch.is_worker())
     ui.set_manners(quiet=settings.quiet, yes=getattr(settings, "yes", False))
-    if launch.is_child():
-        launch.begin()
+    if launch.is_worker():
+        launch.start_worker()
     if hint:
         ui.say(hint)
     # Say nothing that a user cannot act on: the libraries' advice to those who write code against
@@ -301,12 +301,12 @@ def _run(name: str, module: str, settings: Any, hint: str) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|datasets|accelerate|torch)\b")
     command = importlib.import_module(module)
-    if hasattr(settings, "num_processes") and launch.wanted(settings):
+    if hasattr(settings, "num_processes") and launch.is_launcher(settings):
         report = launch.run(name, settings)
     else:
         report = command.run(settings)
-    if launch.is_child():
-        launch.deliver(report)
+    if launch.is_worker():
+        launch.send_report(report)
     elif settings.json:
         ui.json_result(report)
     elif not getattr(settings, "machine_rank", 0):  # the others have the same to say
@@ -338,8 +338,8 @@ def run(arguments: list[str]) -> int:
             ui.warn("interrupted")
         return code if isinstance(code, int) else 0
     except VlmDpoError as problem:
-        if launch.is_child():
-            launch.tell(problem)
+        if launch.is_worker():
+            launch.send_error(problem)
         else:
             (ui.warn if isinstance(problem, (Interrupted, Preempted)) else ui.error)(str(problem))
         return problem.exit_code
@@ -347,10 +347,10 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except RuntimeError as problem:
-        if not processes.lost_peer(problem):
+        if not processes.is_lost_peer(problem):
             raise
         lost = PeerLost("another process of the run ended")
-        (launch.tell if launch.is_child() else lambda why: ui.error(str(why)))(lost)
+        (launch.send_error if launch.is_worker() else lambda why: ui.error(str(why)))(lost)
         return lost.exit_code
     except TyperException as problem:
         ui.error(_usage_error(problem.format_message(), arguments))

@@ -34,7 +34,7 @@ from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import own_chat_template
 from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
-from vlmdpo.training.simulate import Workload, rows_of, simulate
+from vlmdpo.training.simulate import Workload, simulate, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer, make_trainer
 
 TEXT = {
@@ -140,7 +140,7 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     model = AutoModelForImageTextToText.from_config(shape.config, dtype=dtype)
-    rows = rows_of(shape.processor, workload(case), 3 * case.batch * case.accumulation)
+    rows = synthetic_rows(shape.processor, workload(case), 3 * case.batch * case.accumulation)
     references = ReferenceCache(folder, "k", len(rows)) if case.cached else None
     trainer = make_trainer(
         engine=case.engine,
@@ -184,7 +184,7 @@ def measured_peak(trainer: PairTrainer) -> int:
 def measure(case: Case) -> dict[str, Any]:
     """One case: foreseen and measured peak above the weights, and their difference."""
     shape = architecture(case)
-    rows = rows_of(shape.processor, workload(case), case.batch)
+    rows = synthetic_rows(shape.processor, workload(case), case.batch)
     foreseen = simulate(shape, settings(case), rows, dtype=getattr(torch, case.dtype))
     with tempfile.TemporaryDirectory() as name:
         measured = measured_peak(real_trainer(case, Path(name)))

@@ -40,7 +40,7 @@ from vlmdpo.config import TrainConfig
 from vlmdpo.data.pairs import Message, message
 from vlmdpo.data.store import pair_features
 from vlmdpo.engine.reference_cache import ReferenceCache
-from vlmdpo.memory.measure import peak_bytes
+from vlmdpo.memory.measure import measure_peak_bytes
 from vlmdpo.tiny import random_models
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
@@ -312,7 +312,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
         flops = {step: counted_flops(run) for step, run in steps.items()}
         weights = {id(t): list(t.model.parameters()) for t in (stock, ours)}
         peaks = {
-            name: peak_bytes(steps[name], weights[id(t)], _CPU)
+            name: measure_peak_bytes(steps[name], weights[id(t)], _CPU)
             for name, t in (("stock", stock), ("first", ours))
         }
         rounds = interleaved(steps, repeats)
@@ -385,7 +385,7 @@ def _free_layers(shape: Shape, rows: Dataset, folder: Path, budget: int) -> tupl
     for layers in range(shape.text["num_hidden_layers"] + 1):
         activation_checkpointing.enable(trainer.model)
         trainer.checkpointed_layers = layers
-        peak = peak_bytes(run, weights, _CPU)
+        peak = measure_peak_bytes(run, weights, _CPU)
         if peak <= budget:
             break
     return layers, peak

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlmdpo.memory.terms import as_in_article, components
+from vlmdpo.memory.terms import article_components, rounded_article_table
 from vlmdpo.models import registry
 
 
@@ -62,9 +62,11 @@ def test_parts_add_up(entry):
 
 
 def test_small_models_are_rounded_to_millions():
-    lines = as_in_article(256_484_928, 256_484_928, "float32", lora=False)
+    lines = rounded_article_table(256_484_928, 256_484_928, "float32", lora=False)
     assert lines[0] == ("Model to train", 1.0, "256 M × 4")
-    assert sum(c.bytes for c in components(10, 2, "bfloat16", lora=True)) == 2 * (10 + 10 + 2 + 4)
+    assert sum(c.bytes for c in article_components(10, 2, "bfloat16", lora=True)) == 2 * (
+        10 + 10 + 2 + 4
+    )
 
 
 def test_registry_counts_of_the_embedded_model_are_those_of_its_weights(tiny_model_parts):

@@ -19,7 +19,7 @@ import pytest
 import vlmdpo as package
 from vlmdpo import ui
 from vlmdpo.engine.collate import PairCollator
-from vlmdpo.training.monitor import Watch
+from vlmdpo.training.monitor import TrainingMonitor
 
 ROOT = Path(package.__file__).parent.parent
 _PATIENCE_S = 600  # machines can be slow
@@ -119,7 +119,7 @@ def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_
                 "Failed to import a module because of the following error"
             ) from problem
 
-    monkeypatch.setattr("vlmdpo.training.setup.set_up", told)
+    monkeypatch.setattr("vlmdpo.training.setup.set_up_training", told)
     handler = signal.getsignal(signal.SIGTERM)
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out")
     assert code == 75, err
@@ -161,7 +161,7 @@ def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch,
     monkeypatch.setattr(
         sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True)
     )
-    watch = Watch(Path("metrics.jsonl"))
+    watch = TrainingMonitor(Path("metrics.jsonl"))
     with watch.catching_signals():
         ui.say("step 1/150: loss 0.6931")
     assert watch.stopped_by == signal.SIGTERM

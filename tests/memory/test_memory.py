@@ -1,4 +1,4 @@
-"""Memory foreseen: exact counts of every known model, steps simulated and measured, and what fits."""
+"""Memory estimates: exact counts of every known model, simulated and measured steps, what fits."""
 
 import json
 import subprocess
@@ -13,13 +13,13 @@ from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError
 from vlmdpo.memory import architecture as arch
 from vlmdpo.memory import fast
-from vlmdpo.memory.fake_tensors import Shadow
-from vlmdpo.memory.fit import Line, largest_batch, verdict
+from vlmdpo.memory.fake_tensors import SimulationMode
+from vlmdpo.memory.fit import PeakByBatch, largest_batch_size, verdict
 from vlmdpo.memory.gpus import capacity_bytes
-from vlmdpo.memory.measure import Ledger
-from vlmdpo.memory.terms import Shards, allocated
+from vlmdpo.memory.measure import AllocationLedger
+from vlmdpo.memory.terms import Shards, allocated_components
 from vlmdpo.models import registry
-from vlmdpo.training.simulate import Workload, foresee, rows_of, simulate
+from vlmdpo.training.simulate import Workload, estimate_peak, simulate, synthetic_rows
 
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "memory.py"
 PUBLIC = [entry for entry in registry.ENTRIES.values() if entry.alias != "tiny"]
@@ -27,30 +27,32 @@ PUBLIC = [entry for entry in registry.ENTRIES.values() if entry.alias != "tiny"]
 
 @pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry.alias)
 def test_every_number_of_the_registry_is_the_architectures(entry):
-    model = arch.on_meta(arch.public_config(entry.alias))
-    assert arch.counts(model) == dict(entry.by_part)
+    model = arch.build_on_meta(arch.public_config(entry.alias))
+    assert arch.count_parameters(model) == dict(entry.by_part)
     assert sum(p.numel() for p in model.parameters()) == entry.parameters
-    assert arch.adapter_size(model, 8, "all") == 8 * entry.lora_per_rank
-    stand_in = arch.architecture(entry.alias)
-    assert arch.counts(arch.on_meta(stand_in.config)) == dict(entry.by_part), (
+    assert arch.count_adapter_parameters(model, 8, "all") == 8 * entry.lora_per_rank
+    stand_in = arch.load_architecture(entry.alias)
+    assert arch.count_parameters(arch.build_on_meta(stand_in.config)) == dict(entry.by_part), (
         "the stand-in is as large"
     )
 
 
 def test_an_adapter_is_as_large_as_peft_makes_it():
     config = arch.public_config("smolvlm-256m")
-    wrapped = arch.on_meta(config, lora_r=16)
+    wrapped = arch.build_on_meta(config, lora_r=16)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert (
         trained
-        == arch.adapter_size(arch.on_meta(config), 16, "all")
+        == arch.count_adapter_parameters(arch.build_on_meta(config), 16, "all")
         == 16 * registry.entry("smolvlm-256m").lora_per_rank
     )
 
 
 def test_the_embedded_model_is_counted_from_its_files():
     entry = registry.entry("tiny")
-    assert arch.counts(arch.on_meta(arch.architecture("tiny").config)) == dict(entry.by_part)
+    assert arch.count_parameters(arch.build_on_meta(arch.load_architecture("tiny").config)) == dict(
+        entry.by_part
+    )
 
 
 def test_a_simulated_step_is_a_measured_one():
@@ -72,10 +74,10 @@ def test_a_simulated_step_is_a_measured_one():
 
 @pytest.mark.parametrize("engine", ["shared", "stock"])
 def test_shallow_copies_give_the_whole_models_peak(engine):
-    shape = arch.architecture("smolvlm-256m")
+    shape = arch.load_architecture("smolvlm-256m")
     config = TrainConfig(engine=engine, per_device_train_batch_size=1, bf16=True)
-    rows = rows_of(shape.processor, Workload((256, 192), 1, 30, 60, 40), 1)
-    quick = foresee(shape, config, rows, dtype=torch.bfloat16)
+    rows = synthetic_rows(shape.processor, Workload((256, 192), 1, 30, 60, 40), 1)
+    quick = estimate_peak(shape, config, rows, dtype=torch.bfloat16)
     whole = simulate(shape, config, rows, dtype=torch.bfloat16)
     assert quick.static == whole.static
     assert quick.peak == pytest.approx(whole.peak, rel=1e-4)
@@ -83,29 +85,31 @@ def test_shallow_copies_give_the_whole_models_peak(engine):
 
 
 def test_a_ledger_counts_what_lives_and_forgets_what_is_gone():
-    ledger = Ledger()
-    with Shadow(ledger=ledger):
+    ledger = AllocationLedger()
+    with SimulationMode(ledger=ledger):
         first = torch.zeros(1000, 1000)
         view = first[10:]
         second = first + 1
-        assert ledger.now == 2 * 4_000_000
+        assert ledger.current_bytes == 2 * 4_000_000
         del second
-        assert (ledger.now, ledger.peak) == (4_000_000, 8_000_000)
-        ledger.start()
+        assert (ledger.current_bytes, ledger.peak_bytes) == (4_000_000, 8_000_000)
+        ledger.reset_peak()
         ids = torch.arange(5)
         assert ids.tolist() == [0, 1, 2, 3, 4], "integers are real"
         assert first[ids].shape == (5, 1000)
         assert first[torch.tensor([True, False] * 500)].shape == (500, 1000)
         del first
-        assert ledger.now >= 4_000_000, "a view keeps its storage"
+        assert ledger.current_bytes >= 4_000_000, "a view keeps its storage"
         del view
-    assert ledger.now < 100
+    assert ledger.current_bytes < 100
 
 
 def test_what_is_allocated_by_hand():
     lines = {
         c.name: c.bytes
-        for c in allocated(1000, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch")
+        for c in allocated_components(
+            1000, 10, "bfloat16", lora=True, cached=True, optim="adamw_torch"
+        )
     }
     assert lines == {
         "Model to train": 2000,
@@ -116,7 +120,9 @@ def test_what_is_allocated_by_hand():
     }
     lines = {
         c.name: c.bytes
-        for c in allocated(1000, 0, "float32", lora=False, cached=False, optim="adamw_torch")
+        for c in allocated_components(
+            1000, 0, "float32", lora=False, cached=False, optim="adamw_torch"
+        )
     }
     assert lines == {
         "Model to train": 4000,
@@ -124,21 +130,21 @@ def test_what_is_allocated_by_hand():
         "Gradients": 4000,
         "Optimizer states": 8000,
     }
-    eight = allocated(
+    eight = allocated_components(
         1000,
         0,
         "bfloat16",
         lora=False,
         cached=True,
         optim="adamw_8bit",
-        shards=Shards.of("fsdp2", 4),
+        shards=Shards.for_strategy("fsdp2", 4),
     )
     assert {c.name: c.bytes for c in eight} == {
         **{"Model to train": 500, "Reference model": 0, "Gradients": 500, "Optimizer states": 500}
     }
     assert not any(c.validated for c in eight)
-    assert Shards.of("zero2", 8) == Shards(1, 8, 8)
-    four = allocated(
+    assert Shards.for_strategy("zero2", 8) == Shards(1, 8, 8)
+    four = allocated_components(
         64 * 1024,
         10,
         "bfloat16",
@@ -155,11 +161,13 @@ def test_verdicts_and_the_largest_batch():
     assert verdict(90, 100).word == "fits"
     assert verdict(97, 100).word == "tight"
     assert (verdict(110, 100).word, verdict(110, 100).free_bytes) == ("does not fit", -10)
-    line = Line(1, 2, {"forward": 12.0, "backward": 10.0}, {"forward": 13.0, "backward": 14.0})
-    assert [line.peak(batch) for batch in (1, 2, 4)] == [12.0, 14.0, 22.0]
-    assert largest_batch(line, 0, 30, 64) == 4  # 8 would need 38
-    assert largest_batch(line, 0, 24, 6) == 3, "a divisor of the effective batch"
-    assert largest_batch(line, 0, 12, 64) is None
+    peaks = PeakByBatch(
+        1, 2, {"forward": 12.0, "backward": 10.0}, {"forward": 13.0, "backward": 14.0}
+    )
+    assert [peaks.peak(batch) for batch in (1, 2, 4)] == [12.0, 14.0, 22.0]
+    assert largest_batch_size(peaks, 0, 30, 64) == 4  # 8 would need 38
+    assert largest_batch_size(peaks, 0, 24, 6) == 3, "a divisor of the effective batch"
+    assert largest_batch_size(peaks, 0, 12, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -272,12 +280,12 @@ def test_sharding_and_four_bits_are_marked(vlmdpo):
 
 @pytest.mark.parametrize("alias", ["idefics2-8b", "llava-1.5-7b", "qwen3-vl-4b", "gemma-3-4b"])
 def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
-    shape = arch.architecture(alias)
+    shape = arch.load_architecture(alias)
     from vlmdpo.engine.generate import render_prompt
     from vlmdpo.models.families import default_image_side
 
     side = default_image_side(shape.processor)
-    assert fast.default_side(alias) == side
+    assert fast.default_image_side(alias) == side
     image = Image.new("RGB", (side, side * 3 // 4))
     inputs = shape.processor(
         text=[render_prompt(shape.processor, "a")], images=[[image]], add_special_tokens=False
@@ -289,7 +297,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--gpu", "voodoo-2"], 2, "is no GPU known here"),
+        (["--gpu", "voodoo-2"], 2, "is neither a known GPU nor an amount"),
         (["--image-size", "big"], 2, "as in 490 or 640x480"),
         (["--quantization", "nf4"], 2, "needs --lora"),
         (["--fast", "--dataset", "x"], 3, "'x' is no folder that vlmdpo prepare wrote"),
@@ -309,8 +317,8 @@ def test_a_folder_with_a_configuration_is_enough_to_count(tmp_path, vlmdpo):
     from vlmdpo.models.load import source_of
 
     shutil.copy(Path(source_of("tiny")) / "config.json", tmp_path)
-    model = arch.on_meta(arch.config_of(str(tmp_path)))
-    assert sum(arch.counts(model).values()) == registry.entry("tiny").parameters
+    model = arch.build_on_meta(arch.load_config(str(tmp_path)))
+    assert sum(arch.count_parameters(model).values()) == registry.entry("tiny").parameters
     code, _, err = vlmdpo("estimate-memory", "--model", tmp_path)
     assert code == 4, "a step needs the processor too"
     assert "error: --model" in err

@@ -59,7 +59,7 @@ def trained(folder):
 
 
 def start(command, arguments):
-    """A forked process that runs the command line and ends with its exit code. Returns its number."""
+    """Fork a process that runs the command and ends with its exit code; returns its number."""
     child = os.fork()
     if child == 0:
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115

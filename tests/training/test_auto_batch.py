@@ -20,7 +20,7 @@ def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **setting
         "llava", "shared", rows, tmp_path / name, logging_steps=1, learning_rate=1e-2, **settings
     )
     if limit is not None:
-        made.halve_when_full()
+        made.enable_auto_batch()
         limited, calls = full_above(limit), []
 
         def later(self, model, inputs, *rest):

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from tests.support.engines import pairs, step, trainer
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.reference_cache import ReferenceCache
-from vlmdpo.training.mdpo import corrupted
+from vlmdpo.training.mdpo import corrupt_image
 
 BETA, COUNT = 0.5, 3
 
@@ -43,7 +43,7 @@ def _by_the_paper(made, rows):
     terms = []
     for example in rows:
         image = example["images"][0]
-        other = corrupted(image, f"{made.args.seed}/{example['row']}/0")
+        other = corrupt_image(image, f"{made.args.seed}/{example['row']}/0")
         asked = ((image, "chosen"), (image, "rejected"), (other, "chosen"))
         policy = [_logps(made, example, *one) for one in asked]
         with torch.no_grad(), made.model.disable_adapter():
@@ -150,9 +150,9 @@ def test_a_corrupted_picture_is_a_small_part_of_the_same_size_and_repeats_itself
     )  # every level tells where it came from
     levels = set()
     for seed in map(str, range(50)):
-        part = corrupted(ramp, seed)
+        part = corrupt_image(ramp, seed)
         assert part.size == ramp.size
-        assert part.tobytes() == corrupted(ramp, seed).tobytes()
+        assert part.tobytes() == corrupt_image(ramp, seed).tobytes()
         low, high = part.getextrema()[0]
         assert high - low <= 255 * 0.2**0.5 + 8  # a side of a fifth of the area, and rounding
         levels.add(low)

@@ -21,7 +21,7 @@ from vlmdpo.errors import ConfigError
 from vlmdpo.report import run_page
 from vlmdpo.report.diagnosis import diagnose
 from vlmdpo.training import memory_forecast, results
-from vlmdpo.training.monitor import Watch
+from vlmdpo.training.monitor import TrainingMonitor
 
 _ONE_BY_ONE = (
     "--logging-steps",
@@ -298,7 +298,7 @@ def test_samples_of_a_model_in_parts_are_for_those_who_ask_and_not_under_zero3()
             asked.append,
         )
         setup = SimpleNamespace(trainer=trainer, watch=None, is_sharded=True)
-        results.show_as_it_goes(setup, Path("out"), TrainConfig(sample_every=every))
+        results.attach_samples_and_page(setup, Path("out"), TrainConfig(sample_every=every))
         return asked
 
     assert (
@@ -333,13 +333,13 @@ def test_the_foreseen_peak_stands_beside_the_run(vlmdpo, scenes):
 
 
 def test_memory_is_shown_against_what_was_foreseen():
-    watch = Watch(Path("metrics.jsonl"), foreseen=SimpleNamespace(peak_bytes=3 * 2**28))
+    watch = TrainingMonitor(Path("metrics.jsonl"), foreseen=SimpleNamespace(peak_bytes=3 * 2**28))
     shown = watch._memory(SimpleNamespace(device=SimpleNamespace(type="cpu")))
     assert re.fullmatch(r"process \d+\.\d\d GiB, tensors foreseen 0\.75", shown)
 
 
 def test_a_peak_that_cannot_be_foreseen_costs_a_warning_and_no_run(capfd, scenes):
-    made = memory_forecast.Foreseeing(TrainConfig(), Path("nowhere"), "bfloat16")
+    made = memory_forecast.MemoryForecast(TrainConfig(), Path("nowhere"), "bfloat16")
     try:
         made.settle()
         assert made.peak_bytes is None

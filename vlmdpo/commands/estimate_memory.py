@@ -17,15 +17,15 @@ from vlmdpo.config import EstimateMemoryConfig, TrainConfig, flag_name
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.memory import fast
-from vlmdpo.memory.fit import BAND, Line, largest_batch, verdict
+from vlmdpo.memory.fit import ERROR_BAND, PeakByBatch, largest_batch_size, verdict
 from vlmdpo.memory.gpus import capacity_bytes
 from vlmdpo.memory.terms import (
     CONTEXT_BYTES,
     Component,
     Shards,
-    allocated,
-    as_in_article,
-    components,
+    allocated_components,
+    article_components,
+    rounded_article_table,
 )
 from vlmdpo.models import registry
 
@@ -67,8 +67,8 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
     config = _as_long_as_prepared(config) if config.fast and config.dataset else config
     counts = _counts(config)
     trainable = counts.adapter if config.lora else counts.total
-    lines = components(counts.total, trainable, config.dtype, lora=config.lora)
-    article = as_in_article(counts.total, trainable, config.dtype, lora=config.lora)
+    lines = article_components(counts.total, trainable, config.dtype, lora=config.lora)
+    article = rounded_article_table(counts.total, trainable, config.dtype, lora=config.lora)
     ours = _allocated(config, counts)
     report: dict[str, Any] = {
         "model": counts.name,
@@ -154,10 +154,12 @@ def _counts(config: EstimateMemoryConfig) -> _Counts:
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
-    model = arch.on_meta(arch.config_of(config.model, **origin))
-    by_part = arch.counts(model)
-    adapter = arch.adapter_size(model, config.lora_r, config.lora_scope) if config.lora else 0
-    nf4 = arch.linear_weights(model) if config.quantization == "nf4" else 0
+    model = arch.build_on_meta(arch.load_config(config.model, **origin))
+    by_part = arch.count_parameters(model)
+    adapter = (
+        arch.count_adapter_parameters(model, config.lora_r, config.lora_scope) if config.lora else 0
+    )
+    nf4 = arch.count_quantized_weights(model) if config.quantization == "nf4" else 0
     name = registry.short_name(config.model)
     return _Counts(
         name, registry.hub_id(config.model), sum(by_part.values()), by_part, adapter, nf4
@@ -165,7 +167,7 @@ def _counts(config: EstimateMemoryConfig) -> _Counts:
 
 
 def _allocated(config: EstimateMemoryConfig, counts: _Counts) -> list[Component]:
-    return allocated(
+    return allocated_components(
         counts.total,
         counts.adapter,
         config.dtype,
@@ -173,7 +175,7 @@ def _allocated(config: EstimateMemoryConfig, counts: _Counts) -> list[Component]
         cached=config.reference_cache,
         optim=config.optim,
         nf4_weights=counts.nf4_weights,
-        shards=Shards.of(config.strategy, config.num_gpus),
+        shards=Shards.for_strategy(config.strategy, config.num_gpus),
     )
 
 
@@ -195,14 +197,14 @@ def _image(config: EstimateMemoryConfig, limit: int | None) -> tuple[int, int]:
 
 
 def _fast(config: EstimateMemoryConfig, counts: _Counts, ours: list[Component]) -> dict[str, Any]:
-    if counts.name not in fast.architectures():
+    if counts.name not in fast.known_architectures():
         return {"peak_bytes": None, "verdict": None, "phases": None}
-    image = _image(config, fast.default_side(counts.name))
+    image = _image(config, fast.default_image_side(counts.name))
     tokens, patches = fast.image_tokens(counts.name, image)
     rows = config.per_device_train_batch_size * (1 if config.engine == "shared" else 2)
     answers = config.answer_tokens * (2 if config.engine == "shared" else 1)
-    made = fast.activations(
-        fast.Sizes.of(counts.name),
+    made = fast.activation_bytes(
+        fast.ModelShape.of_model(counts.name),
         rows * (config.images * tokens + config.prompt_tokens + answers),
         rows * answers,
         rows * config.images * patches,
@@ -215,7 +217,7 @@ def _fast(config: EstimateMemoryConfig, counts: _Counts, ours: list[Component]) 
         "peak_bytes": peak,
         "verdict": None,
         "phases": None,
-        "error_per_cent": fast.ERROR_PER_CENT,
+        "error_per_cent": fast.MAX_ERROR_PERCENT,
         "image": image,
     }
 
@@ -248,9 +250,9 @@ def _plan(
     other = 1 if batch > 1 else 2
     known = {batch: whole, other: foreseen.at(other)}
     small, large = sorted(known)
-    line = Line(small, large, known[small].phases, known[large].phases)
+    peaks = PeakByBatch(small, large, known[small].phases, known[large].phases)
     effective = batch * config.gradient_accumulation_steps
-    best = largest_batch(line, shift + CONTEXT_BYTES, capacity, effective)
+    best = largest_batch_size(peaks, shift + CONTEXT_BYTES, capacity, effective)
     while best is not None:
         if best not in known:
             known[best] = foreseen.at(best)
@@ -282,15 +284,15 @@ class _Foreseer:
             "trust_remote_code": config.trust_remote_code,
         }
         if config.dataset is None:
-            self.shape = arch.architecture(config.model, **origin)
+            self.shape = arch.load_architecture(config.model, **origin)
             self.image = _image(config, default_image_side(self.shape.processor))
             answer = config.answer_tokens
             work = simulate.Workload(
                 self.image, config.images, config.prompt_tokens, answer, answer
             )
-            self._rows = lambda count: simulate.rows_of(self.shape.processor, work, count)
+            self._rows = lambda count: simulate.synthetic_rows(self.shape.processor, work, count)
         else:
-            self.shape = arch.from_files(config.model, **origin)
+            self.shape = arch.load_architecture_from_files(config.model, **origin)
             rows = simulate.longest_rows(self.shape.processor, Path(config.dataset))
             self.image = rows[0]["images"][0].size if rows[0]["images"] else (0, 0)
             self._rows = lambda count: rows.select([i % len(rows) for i in range(count)])
@@ -307,8 +309,8 @@ class _Foreseer:
         # counted smaller.
         optim = settings["optim"]
         settings["optim"] = "adamw_torch" if "8bit" in optim else optim
-        with simulate.as_on_a_gpu():
-            return simulate.foresee(
+        with simulate.gpu_loss_head():
+            return simulate.estimate_peak(
                 self.shape, TrainConfig(**settings), self._rows(batch), dtype=self.dtype
             )
 
@@ -334,7 +336,7 @@ def _shift(config: EstimateMemoryConfig, counts: _Counts) -> int:
     """What sharding, quantization and 8-bit moments take off a step simulated without: they change
     what stands still.
     """
-    plain = allocated(
+    plain = allocated_components(
         counts.total,
         counts.adapter,
         config.dtype,
@@ -448,7 +450,7 @@ def _show_verdict(report: dict[str, Any]) -> None:
     room = found["free_bytes"] / _GIB
     rest = f"{room:.1f} GiB to spare" if room >= 0 else f"{-room:.1f} GiB short"
     band = (
-        f" (within the {100 * BAND:.0f}% that the peak may be off)"
+        f" (within the {100 * ERROR_BAND:.0f}% that the peak may be off)"
         if report["verdict"] == "tight"
         else ""
     )

@@ -108,9 +108,9 @@ def _interview(
     config = dataclasses.replace(
         config, output_dir=config.output_dir or Path("outputs") / "amber" / f"{whole.name}-{whose}"
     )
-    from vlmdpo.distributed.processes import join_run
+    from vlmdpo.distributed.processes import join_process_group
 
-    processes = join_run(config.device)
+    processes = join_process_group(config.device)
     if processes.index:
         ui.mute()
     missing = _missing(config, asked, folder)
@@ -118,7 +118,7 @@ def _interview(
     if processes.index == 0:
         _check_free(config)
         kept.check(_folder(config), _plain_identity(config, whole))
-    processes.wait()
+    processes.barrier()
     answers, facts = _ask_all(config, whole, asked, missing, processes)
     questions = {question.id for question in whole.questions}
     responses = {
@@ -130,13 +130,13 @@ def _interview(
     }
     mine: dict[str, Responses] = {who: sorted(responses[who].items()) for who in facts.pop("whos")}
     report = _report(config, asked, mine, answers.said, facts)
-    processes.wait()
+    processes.barrier()
     if processes.index == 0:
         answers.join(sorted({n for by_id in responses.values() for n in by_id}), responses)
         _write(config, asked, report, answers.said)
         _tell_adapter(config, report)
-    processes.wait()
-    processes.end()
+    processes.barrier()
+    processes.destroy()
     return report
 
 
@@ -200,10 +200,10 @@ def _ask_all(
     ]
     if processes.index == 0:
         answers = kept.Answers(_folder(config), identity)
-    processes.wait()
+    processes.barrier()
     if processes.index > 0:
         answers = kept.Answers(_folder(config), identity, processes.index)
-    processes.wait()  # no process writes before all have read
+    processes.barrier()  # no process writes before all have read
     start = Outcome(config.engine, bad_pictures=dict.fromkeys(missing, "missing"))
     interview = Interview(
         config, asked, model, processor, whos, answers, (processes.index, processes.count), start
@@ -212,7 +212,7 @@ def _ask_all(
         outcomes = processes.gather(interview.run())
     finally:
         answers.close()
-    processes.wait()
+    processes.barrier()
     answers.read()
     reason = next((outcome.reason for outcome in outcomes if outcome.reason), "")
     bad = {name: why for outcome in outcomes for name, why in outcome.bad_pictures.items()}

@@ -103,11 +103,11 @@ def _many(config: InferConfig) -> dict[str, Any]:
     """Each process answers every so many-th batch, the same batches that one process would make,
     into a file of its own.
     """
-    from vlmdpo.distributed.processes import join_run
+    from vlmdpo.distributed.processes import join_process_group
 
     assert config.input is not None
     assert config.output is not None
-    processes = join_run(config.device)
+    processes = join_process_group(config.device)
     if processes.index:
         ui.mute()
     source, output = config.input, config.output
@@ -116,24 +116,24 @@ def _many(config: InferConfig) -> dict[str, Any]:
     if processes.index == 0:
         _collect(output)
         _finished(config)
-    processes.wait()
+    processes.barrier()
     done = _finished(config)
     left = [task for task in tasks if task.id not in done]
     batches = [
         left[start : start + config.batch_size] for start in range(0, len(left), config.batch_size)
     ]
     mine = batches[processes.index :: processes.count]
-    processes.wait()  # no process writes before all have read
+    processes.barrier()  # no process writes before all have read
     if mine:
         model, processor = _load(config)
         path = output if processes.count == 1 else _part(output, processes.index)
         _answer_all(config, model, processor, mine, path)
-    processes.wait()
+    processes.barrier()
     if processes.index == 0:
         _collect(output)
         _in_order(output, tasks)
-    processes.wait()
-    processes.end()
+    processes.barrier()
+    processes.destroy()
     return {
         "output": str(config.output),
         "questions": len(tasks),

@@ -23,11 +23,11 @@ from vlmdpo import ui
 from vlmdpo.commands import prepare
 from vlmdpo.config import DEFAULT_RATES, PER_CALL, USUAL_RATES, PrepareConfig, TrainConfig, recipes
 from vlmdpo.data import store
-from vlmdpo.distributed.processes import sharding
+from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
 from vlmdpo.models.registry import short_name
 from vlmdpo.training import memory_forecast, results
-from vlmdpo.training import setup as engine_room
+from vlmdpo.training import setup as training_setup
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a run of ours
 # a recipe is for doing it again: what belongs to one call, or one machine, stays out of it
@@ -93,7 +93,7 @@ def _preempted_by_sigterm() -> Iterator[None]:
 def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.models.load import pick_device
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS, Watch
+    from vlmdpo.training.monitor import METRICS, TrainingMonitor
 
     output_dir = (
         config.output_dir
@@ -114,8 +114,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         _plan_batch(config, args, data)
     with _foreseeing(config, args, data) as peak:
         with _gone_if_empty(output_dir):
-            setup = engine_room.set_up(
-                config, args, data, Watch(output_dir / METRICS, foreseen=peak)
+            setup = training_setup.set_up_training(
+                config, args, data, TrainingMonitor(output_dir / METRICS, foreseen=peak)
             )
         return _run(setup, config, output_dir)
 
@@ -126,8 +126,8 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
     if args.process_index == 0:
         _start_output(output_dir, config, setup.over_length)
     trainer.accelerator.wait_for_everyone()
-    engine_room.check(setup, config)
-    results.show_as_it_goes(setup, output_dir, config)
+    training_setup.check(setup, config)
+    results.attach_samples_and_page(setup, output_dir, config)
     _say_plan(trainer, config, len(setup.dataset))
     last = _last_checkpoint(output_dir) if config.resume else None
     with _in_words(setup, output_dir), setup.watch.catching_signals():
@@ -147,7 +147,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint; said, where there is none."""
     from vlmdpo.training import checkpoints
 
-    found = checkpoints.found(folder)
+    found = checkpoints.list_checkpoints(folder)
     if not found:
         ui.say(f"no checkpoint in '{folder}' yet: starting from the beginning")
         return None
@@ -160,13 +160,13 @@ def _in_words(setup: Any, folder: Path) -> Iterator[None]:
     """What can end a training from within, as an error that says what to do."""
     import torch
 
-    from vlmdpo.training.trainer import NotANumber
+    from vlmdpo.training.trainer import NonFiniteLoss
 
     trainer = setup.trainer
     try:
         yield
-    except NotANumber as problem:
-        raise engine_room.no_number(setup, problem, folder) from problem
+    except NonFiniteLoss as problem:
+        raise training_setup.explain_non_finite_loss(setup, problem, folder) from problem
     except torch.OutOfMemoryError as problem:
         batch = trainer.args.per_device_train_batch_size
         raise MemoryBudgetError(
@@ -226,8 +226,8 @@ def _foreseeing(config: TrainConfig, args: Any, data: Path) -> Iterator[Any]:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     }
     told |= {"num_processes": args.world_size, "num_machines": 1, "machine_rank": 0}
-    told["strategy"] = (sharding() if args.world_size > 1 else "") or "ddp"
-    found = memory_forecast.Foreseeing(
+    told["strategy"] = (launched_strategy() if args.world_size > 1 else "") or "ddp"
+    found = memory_forecast.MemoryForecast(
         dataclasses.replace(config, auto_batch_size=False, **told), data, _dtype(config, args)
     )
     try:
@@ -268,13 +268,15 @@ def _examined(config: TrainConfig) -> dict[str, Any]:
     """
     from vlmdpo.models.load import pick_device
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS, Watch
+    from vlmdpo.training.monitor import METRICS, TrainingMonitor
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         args = dpo_config(config, folder, pick_device(config.device))
-        setup = engine_room.set_up(config, args, _prepared(config), Watch(folder / METRICS))
-        return engine_room.examine(setup, config)
+        setup = training_setup.set_up_training(
+            config, args, _prepared(config), TrainingMonitor(folder / METRICS)
+        )
+        return training_setup.examine(setup, config)
 
 
 @contextlib.contextmanager
@@ -340,7 +342,7 @@ def _start_output(folder: Path, config: TrainConfig, over_length: list[dict[str,
         if config.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.tidy(folder)
+        checkpoints.remove_partial(folder)
         part = folder / f".{RECIPE}.partial"
         part.write_text(
             yaml.safe_dump(recipes.plain(config, without=_PER_CALL), sort_keys=False),

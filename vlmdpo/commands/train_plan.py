@@ -158,7 +158,7 @@ def _memory(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] |
     setting.
     """
     known = registry.known(config.model)
-    if known is None or known.alias not in fast.architectures():
+    if known is None or known.alias not in fast.known_architectures():
         return None
     try:
         report = estimate_memory.run(

@@ -1,9 +1,8 @@
-"""One command in several processes, started through accelerate, that ends as if it had been one.
+"""Run one command in several processes, through accelerate, as if it were one process.
 
-The command's own process becomes the parent: it writes the settings to a file, starts the
-processes, hands signals on, and waits. They leave their report or their error in the parent's
-folder, so that there is one result, one error line, and the exit code that one process would have
-had.
+The command's own process becomes the parent: it writes the settings to a file, starts the workers,
+forwards signals, and waits. Workers leave their report or their error in the parent's folder, so
+there is one result, one error line, and the exit code that a single process would have had.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypedDict
 
 from vlmdpo import ui
-from vlmdpo.config import EvalAmberConfig, InferConfig, TrainConfig, recipes
+from vlmdpo.config import EvalAmberConfig, InferConfig, ProcessOptions, TrainConfig, recipes
 from vlmdpo.errors import (
     ConfigError,
     MissingDependencyError,
@@ -32,92 +32,99 @@ from vlmdpo.errors import (
     install_command,
 )
 
-FOLDER = "VLMDPO_RUN_FOLDER"  # tells a process that it was started here, and where its parent looks
+# Set for workers: the parent's folder. Its presence marks a process as started here.
+RUN_FOLDER = "VLMDPO_RUN_FOLDER"
 _REPORT = "report.json"
-_PORT = 29500  # accelerate's own, on several machines
-Config = TrainConfig | InferConfig | EvalAmberConfig
+_PORT = 29500  # accelerate's own default for several machines
+LaunchableConfig = TrainConfig | InferConfig | EvalAmberConfig
 
 
-def wanted(config: Config) -> bool:
-    """Whether this process should become the parent of others. Raises ConfigError where it is one
-    of another number.
+class WorkerError(TypedDict):
+    """An error that a worker left for its parent."""
+
+    kind: str  # the name of a subclass of VlmDpoError
+    message: str
+    at: float  # seconds since the epoch
+
+
+def is_launcher(config: LaunchableConfig) -> bool:
+    """Whether this process should start workers rather than do the work itself.
+
+    Raises ConfigError if `--num-processes` contradicts an outer launcher.
     """
     if isinstance(config, TrainConfig) and (config.dry_run or config.doctor):
-        return False  # one process can tell
+        return False  # one process is enough
     launched = os.environ.get("WORLD_SIZE")
     if launched is None:
         return config.num_processes > 1
     if config.num_processes not in (1, int(launched)):
         raise ConfigError(
             f"--num-processes {config.num_processes}: the launcher has started {launched}; leave "
-            "it out"
+            "the option out"
         )
     return False
 
 
-def run(command: str, config: Config) -> dict[str, Any]:
-    """Run the command in its processes, and return the report, which is the same on every machine.
+def run(command: str, config: LaunchableConfig) -> dict[str, Any]:
+    """Run the command in its workers, and return the report, which is the same on every machine.
 
     Raises:
-        ConfigError, MissingDependencyError: processes that cannot be had here.
-        ProcessError: one that died; or what it raised itself, with its exit code.
-        Preempted, Interrupted: the processes were told to stop, and did.
+        ConfigError, MissingDependencyError: this machine cannot run the workers.
+        ProcessError: a worker died; or the error that a worker raised, with its exit code.
+        Preempted, Interrupted: the workers received a signal and stopped.
     """
     import yaml
 
-    _check(config)
+    _check_resources(config)
     with tempfile.TemporaryDirectory(prefix="vlmdpo-run-") as name:
         folder = Path(name)
         settings = folder / "settings.yaml"
         settings.write_text(yaml.safe_dump(recipes.plain(config)), encoding="utf-8")
-        chosen = folder / "accelerate.yaml"
-        chosen.write_text(
+        launcher_config = folder / "accelerate.yaml"
+        launcher_config.write_text(
             yaml.safe_dump(accelerate_config(config), sort_keys=False), encoding="utf-8"
         )
-        arguments = [
-            "--config_file",
-            str(chosen),
-            "--module",
-            "vlmdpo",
-            command,
-            "--config",
-            str(settings),
-        ]
-        with _environment(config, folder), _signals_handed_on():
-            died = _launched(arguments)
-        report = folder / _REPORT
-        problem = _problem(
-            folder, died, "--resume goes on" if command == "train" else "the same command goes on"
+        arguments = ["--config_file", str(launcher_config), "--module", "vlmdpo", command]
+        arguments += ["--config", str(settings)]
+        with _worker_environment(config, folder), _forward_signals():
+            exit_codes = _run_workers(arguments)
+        how_to_continue = (
+            "continue with --resume" if command == "train" else "repeat the command to continue"
         )
-        if problem is not None:
-            raise problem
-        found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return found
+        error = _run_error(folder, exit_codes, how_to_continue)
+        if error is not None:
+            raise error
+        report: dict[str, Any] = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+        return report
 
 
-def accelerate_config(config: Config) -> dict[str, Any]:
-    """accelerate's configuration file for a run, as `accelerate launch --config_file` takes it.
-    Precision is train's to set.
+def accelerate_config(config: LaunchableConfig) -> dict[str, Any]:
+    """accelerate's configuration of a run, as `accelerate launch --config_file` reads it.
+
+    Without mixed precision, which `train` sets itself.
     """
-    several = config.num_machines > 1
-    made: dict[str, Any] = {
+    several_machines = config.num_machines > 1
+    settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU",
         "mixed_precision": "no",
         "num_machines": config.num_machines,
         "num_processes": config.num_processes,
         "machine_rank": config.machine_rank,
-        "main_process_ip": config.main_process_ip if several else None,
-        "main_process_port": config.main_process_port or (_PORT if several else _free_port()),
+        "main_process_ip": config.main_process_ip if several_machines else None,
+        "main_process_port": config.main_process_port
+        or (_PORT if several_machines else _free_port()),
         "rdzv_backend": "static",
         "same_network": True,
     }
-    return made | strategy_config(
-        config.strategy if isinstance(config, TrainConfig) else "ddp", config
-    )
+    if not isinstance(config, TrainConfig):
+        return settings
+    return settings | strategy_config(config.strategy, config.gradient_accumulation_steps)
 
 
-def strategy_config(strategy: str, config: Any = None) -> dict[str, Any]:
+def strategy_config(
+    strategy: str, gradient_accumulation_steps: int | None = None
+) -> dict[str, Any]:
     """The part of accelerate's configuration that says how processes share a model."""
     if strategy == "fsdp2":
         return {
@@ -130,90 +137,90 @@ def strategy_config(strategy: str, config: Any = None) -> dict[str, Any]:
             },
         }
     if strategy in ("zero2", "zero3"):
-        stage = {
+        deepspeed: dict[str, Any] = {
             "zero_stage": int(strategy[-1]),
             "gradient_clipping": 1.0,
             "zero3_init_flag": False,
         }
-        if isinstance(config, TrainConfig):
-            stage["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-        return {
-            "distributed_type": "DEEPSPEED",
-            "deepspeed_config": {
-                **stage,
-                **({"zero3_save_16bit_model": True} if strategy == "zero3" else {}),
-            },
-        }
+        if gradient_accumulation_steps is not None:
+            deepspeed["gradient_accumulation_steps"] = gradient_accumulation_steps
+        if strategy == "zero3":
+            deepspeed["zero3_save_16bit_model"] = True
+        return {"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}
     return {}
 
 
-def _check(config: Config) -> None:
-    """Raises where the machine cannot run so many processes, or not in this way."""
+def _check_resources(config: LaunchableConfig) -> None:
+    """Raise if this machine lacks the GPUs or the package that the run needs."""
     import torch
 
     from vlmdpo.models.load import pick_device
 
-    here = config.num_processes // config.num_machines
-    if pick_device(config.device).type == "cuda" and here > torch.cuda.device_count():
+    workers = _local_workers(config)
+    if pick_device(config.device).type == "cuda" and workers > torch.cuda.device_count():
         raise ConfigError(
-            f"--num-processes: {here} on this machine, which has {torch.cuda.device_count()} GPUs"
+            f"--num-processes: {workers} on this machine, which has {torch.cuda.device_count()} "
+            "GPUs"
         )
     if isinstance(config, TrainConfig) and config.strategy.startswith("zero"):
         from importlib.util import find_spec
 
         if find_spec("deepspeed") is None:
             raise MissingDependencyError(
-                f"--strategy {config.strategy} needs DeepSpeed: {install_command(extra='deepspeed')}"
+                f"--strategy {config.strategy} needs DeepSpeed: "
+                f"{install_command(extra='deepspeed')}"
             )
 
 
+def _local_workers(options: ProcessOptions) -> int:
+    return options.num_processes // options.num_machines
+
+
 def _free_port() -> int:
-    with socket.socket() as open_one:
-        open_one.bind(("127.0.0.1", 0))
-        return int(open_one.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
-def _environment(config: Config, folder: Path) -> Iterator[None]:
-    """What the processes inherit: the parent's folder, and threads that do not get in each other's
-    way.
-    """
-    here = config.num_processes // config.num_machines
-    threads = str(max(1, (os.cpu_count() or 1) // here))
-    changes = {FOLDER: str(folder), "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+def _worker_environment(options: ProcessOptions, folder: Path) -> Iterator[None]:
+    """Inside, what workers inherit: the parent's folder, and a fair share of the CPU's cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // _local_workers(options)))
+    changes = {RUN_FOLDER: str(folder), "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(
-        {name: value for name, value in changes.items() if name == FOLDER or before[name] is None}
-    )
+    for name, value in changes.items():
+        if name == RUN_FOLDER or before[name] is None:
+            os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
+        for name, old in before.items():
+            if old is None:
                 os.environ.pop(name, None)
             else:
-                os.environ[name] = value
+                os.environ[name] = old
 
 
-def _launched(arguments: list[str]) -> dict[int, int]:
-    """Start and await the processes; exit codes of those that failed, by rank.
+def _run_workers(arguments: list[str]) -> dict[int, int]:
+    """Start the workers and wait for them; returns the exit codes of those that failed, by rank.
 
     accelerate runs in a thread: there torch's launcher leaves signals to this module, which gives
-    processes all the time that they need to save, where the launcher would kill them after 30
-    seconds.
+    workers all the time that they need to save. Otherwise it would kill them after 30 seconds.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _hush("torch.distributed", "accelerate")  # their advice is to those who write launchers
-    failed: dict[int, int] = {}
+    _silence_loggers("torch.distributed", "accelerate")  # their advice is for authors of launchers
+    exit_codes: dict[int, int] = {}
     raised: list[BaseException] = []
 
     def work() -> None:
         try:
             launch_command(launch_command_parser().parse_args(arguments))
         except ChildFailedError as problem:
-            failed.update({rank: failure.exitcode for rank, failure in problem.failures.items()})
+            exit_codes.update(
+                {rank: failure.exitcode for rank, failure in problem.failures.items()}
+            )
         except Exception as problem:  # noqa: BLE001 - raised again in the thread that waits
             raised.append(problem)
 
@@ -222,21 +229,19 @@ def _launched(arguments: list[str]) -> dict[int, int]:
     while thread.is_alive():
         thread.join(0.2)  # in short turns, so that signals are handled
     if raised:
-        raise ProcessError(
-            f"the processes cannot be started: {str(raised[0]).strip().splitlines()[0]}"
-        ) from raised[0]
-    return failed
+        reason = str(raised[0]).strip().splitlines()[0]
+        raise ProcessError(f"cannot start the processes: {reason}") from raised[0]
+    return exit_codes
 
 
-def _hush(*families: str) -> None:
-    """Silence loggers, their descendants too: torch's launcher sets levels on its own, which
-    outrank their family's.
+def _silence_loggers(*families: str) -> None:
+    """Silence loggers and their descendants, whose levels torch's launcher sets one by one.
 
-    Among what it says there: on several machines its agents await each other at the end through a
-    store that the first one keeps. Where that one is gone first, all work is done and the exit code
-    is 0, but a traceback would be printed.
+    Some of what they would print: with several machines the agents wait for each other at the end
+    through a store that the first machine holds. If that one leaves first, the work is done and the
+    exit code is 0, but a traceback is printed.
     """
-    import torch.distributed.run  # noqa: F401 - makes the loggers, which are silenced only once they are there
+    import torch.distributed.run  # noqa: F401 - creates the loggers, which must exist by now
 
     for name in (*families, *logging.root.manager.loggerDict):
         if any(name == family or name.startswith(f"{family}.") for family in families):
@@ -244,20 +249,21 @@ def _hush(*families: str) -> None:
 
 
 @contextmanager
-def _signals_handed_on() -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the processes, which are not in the terminal's group; this one waits
-    for how they end.
+def _forward_signals() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM are sent to the workers; this process waits for how they end.
+
+    Workers are not in the terminal's process group, so they get no signal by themselves.
     """
     import psutil
 
-    def hand_on(number: int, frame: Any) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for child in psutil.Process().children():
             child.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -265,86 +271,92 @@ def _signals_handed_on() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _problem(folder: Path, died: dict[int, int], go_on: str) -> VlmDpoError | None:
-    """Why the run ended, where it did not end well: the first cause, not what it did to the other
-    processes.
-    """
-    told = sorted(
+def _run_error(
+    folder: Path, exit_codes: dict[int, int], how_to_continue: str
+) -> VlmDpoError | None:
+    """Why the run failed, or None: the first cause, not what it did to the other workers."""
+    errors: list[WorkerError] = sorted(
         (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")),
-        key=lambda e: e["at"],
+        key=lambda error: error["at"],
     )
-    causes = [error for error in told if error["kind"] != PeerLost.__name__]
-    # The launcher ends the others by SIGTERM.
-    killed = {rank: -code for rank, code in died.items() if code < 0 and -code != signal.SIGTERM}
-    broken = {rank: code for rank, code in died.items() if code > 0 and code != PeerLost.exit_code}
+    causes = [error for error in errors if error["kind"] != PeerLost.__name__]
+    # The launcher ends the other workers by SIGTERM, so that is never the cause.
+    killed = {
+        rank: -code for rank, code in exit_codes.items() if code < 0 and -code != signal.SIGTERM
+    }
+    failed = {
+        rank: code for rank, code in exit_codes.items() if code > 0 and code != PeerLost.exit_code
+    }
     if causes:
-        return _again(causes[0])
-    if broken:
-        rank, code = next(iter(broken.items()))
-        return ProcessError(f"process {rank} ended with exit code {code}; what it said is above")
+        return _rebuild_error(causes[0])
+    if failed:
+        rank, code = next(iter(failed.items()))
+        return ProcessError(f"process {rank} ended with exit code {code}; its output is above")
     if killed:
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name
-        why = ", as one is that runs out of memory" if number == signal.SIGKILL else ""
+        hint = ", probably out of memory" if number == signal.SIGKILL else ""
         return ProcessError(
-            f"process {rank} was killed ({name}{why}); the others were stopped; {go_on}"
+            f"process {rank} was killed ({name}{hint}); the others were stopped; {how_to_continue}"
         )
-    if told:
-        return _again(told[0])
-    return ProcessError(f"the processes ended with exit codes {died}") if died else None
+    if errors:
+        return _rebuild_error(errors[0])
+    return ProcessError(f"the processes ended with exit codes {exit_codes}") if exit_codes else None
 
 
-def _again(error: dict[str, Any]) -> VlmDpoError:
-    """The error that a process left behind, as itself again."""
-    kinds: dict[str, Callable[[str], VlmDpoError]] = {
-        kind.__name__: kind for kind in _kinds(VlmDpoError)
+def _rebuild_error(error: WorkerError) -> VlmDpoError:
+    """The error that a worker left behind, as an exception of its own class."""
+    classes: dict[str, Callable[[str], VlmDpoError]] = {
+        cls.__name__: cls for cls in _error_classes(VlmDpoError)
     }
-    return kinds[error["kind"]](error["message"])
+    return classes[error["kind"]](error["message"])
 
 
-def _kinds(kind: type[VlmDpoError]) -> Iterator[type[VlmDpoError]]:
-    yield kind
-    for below in kind.__subclasses__():
-        yield from _kinds(below)
+def _error_classes(cls: type[VlmDpoError]) -> Iterator[type[VlmDpoError]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _error_classes(subclass)
 
 
-# In the processes themselves.
+# Called in the workers.
 
 
-def is_child() -> bool:
-    """Whether this process was started by `run` of another one."""
-    return FOLDER in os.environ and "WORLD_SIZE" in os.environ
+def is_worker() -> bool:
+    """Whether this process was started by `run` in another one."""
+    return RUN_FOLDER in os.environ and "WORLD_SIZE" in os.environ
 
 
-def deliver(report: dict[str, Any]) -> None:
-    """Hand the report to the parent; the first process of each machine does."""
+def send_report(report: dict[str, Any]) -> None:
+    """Leave the report for the parent, if this is the first worker of its machine."""
     if os.environ["LOCAL_RANK"] == "0":
-        _write(Path(os.environ[FOLDER]) / _REPORT, report)
+        _write(Path(os.environ[RUN_FOLDER]) / _REPORT, report)
 
 
-def tell(problem: VlmDpoError) -> None:
-    """Hand an error to the parent, which says it once for all processes."""
-    error = {"kind": type(problem).__name__, "message": str(problem), "at": time.time()}
-    _write(Path(os.environ[FOLDER]) / f"error-{os.environ['RANK']}.json", error)
+def send_error(problem: VlmDpoError) -> None:
+    """Leave an error for the parent, which prints one for all workers."""
+    error: WorkerError = {
+        "kind": type(problem).__name__,
+        "message": str(problem),
+        "at": time.time(),
+    }
+    _write(Path(os.environ[RUN_FOLDER]) / f"error-{os.environ['RANK']}.json", dict(error))
 
 
-def begin() -> None:
-    """Only the first process speaks; and a parent that dies is a SIGTERM to this process, which
-    saves and ends.
-    """
+def start_worker() -> None:
+    """Mute all workers but the first, and stop this one by SIGTERM, saved, if its parent dies."""
     if os.environ["RANK"] != "0":
         ui.mute()
     parent = os.getppid()
 
-    def watch() -> None:
+    def watch_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch_parent, daemon=True).start()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(content, default=str), encoding="utf-8")
-    part.replace(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, default=str), encoding="utf-8")
+    partial.replace(path)

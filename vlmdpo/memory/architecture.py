@@ -1,9 +1,8 @@
-"""Real architectures at real size without weights: their configurations, counts on the meta device,
-shallow copies.
+"""Architectures at real size without weights: configurations, parameter counts, shallow copies.
 
 For models in the registry nothing is downloaded: their sizes are in `models/architectures.json`,
 and a processor of the same family with a small tokenizer (a token is a letter) makes batches of the
-real shape. Other models bring their own.
+real shape. Other models bring their own files.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from vlmdpo.memory.fast import architectures
+from vlmdpo.memory.fast import known_architectures
 from vlmdpo.models import families, load, registry
 from vlmdpo.tiny import random_models as small
 
-_PART_NAMES = {
+# Part names of `families.parts` → of the registry.
+_REGISTRY_PARTS = {
     "vision": "vision",
     "connector": "connector",
     "head": "embed/head",
@@ -37,51 +37,55 @@ class Architecture:
 
 
 def public_config(alias: str) -> Any:
-    """The transformers configuration of a registry entry, token ids aside."""
-    entry = architectures()[alias]
+    """The transformers configuration of a registry entry, without its token ids."""
+    entry = known_architectures()[alias]
     model_class = getattr(transformers, entry["class"])
     return model_class.config_class(**copy.deepcopy(entry["config"]))
 
 
-def architecture(
+def load_architecture(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Architecture:
-    """What a model looks like, from the registry, or from its own files. Raises ModelError,
-    MissingDependencyError.
+    """A model's architecture, from the registry or else from its own files.
+
+    Raises ModelError, MissingDependencyError.
     """
     known = registry.known(model)
-    if known is not None and known.alias in architectures():
-        return _stand_in(known.alias)
-    return from_files(model, revision=revision, trust_remote_code=trust_remote_code)
+    if known is not None and known.alias in known_architectures():
+        return _from_registry(known.alias)
+    return load_architecture_from_files(
+        model, revision=revision, trust_remote_code=trust_remote_code
+    )
 
 
-def config_of(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The configuration alone, which is all that counting needs. Raises ModelError."""
+def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration alone, which is enough for counting. Raises ModelError."""
     known = registry.known(model)
-    if known is not None and known.alias in architectures():
+    if known is not None and known.alias in known_architectures():
         return public_config(known.alias)
     return load.check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def from_files(
+def load_architecture_from_files(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Architecture:
-    """Likewise, from a model's own files, whether the registry knows it or not."""
+    """A model's architecture from its own files, even if the registry knows it.
+
+    Raises ModelError, MissingDependencyError.
+    """
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     return Architecture(load.check_is_vlm(model, **origin), load.load_processor(model, **origin))
 
 
-def _stand_in(alias: str) -> Architecture:
-    """The registry entry's sizes in the small family's configuration, which fits the small
-    processor's token ids.
-    """
-    facts = architectures()[alias]
+def _from_registry(alias: str) -> Architecture:
+    """The registry entry's sizes, with token ids and processor of the family's tiny model."""
+    facts = known_architectures()[alias]
     family, sizes = facts["family"], copy.deepcopy(facts["config"])
     text, vision = sizes.pop("text_config"), sizes.pop("vision_config")
     heads = text["num_attention_heads"]
     text.setdefault("head_dim", text["hidden_size"] // heads)
     text.setdefault("num_key_value_heads", heads)
-    if family == "gemma3":  # every sixth layer sees all
+    if family == "gemma3":  # every sixth layer has full attention
         text["layer_types"] = [
             "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
             for i in range(text["num_hidden_layers"])
@@ -91,9 +95,8 @@ def _stand_in(alias: str) -> Architecture:
     if "perceiver_config" in sizes:
         perceiver = sizes.pop("perceiver_config")
         more |= {"latents": perceiver.pop("resampler_n_latents"), "perceiver": perceiver}
-    side = vision.pop(
-        "image_size", 3584
-    )  # Qwen's processors limit the area, to 3584 pixels squared
+    # Qwen's processors limit the area, to 3584 pixels squared.
+    side = vision.pop("image_size", 3584)
     config, processor = small.FAMILIES[family](text, vision, side, **more)
     for key, value in sizes.items():
         setattr(config, key, value)
@@ -103,9 +106,11 @@ def _stand_in(alias: str) -> Architecture:
     return Architecture(config, processor)
 
 
-def on_meta(config: Any, *, lora_r: int | None = None) -> Any:
-    """The model on the meta device, with an adapter on all linear layers where `lora_r` is given;
-    takes no memory.
+def build_on_meta(config: Any, *, lora_r: int | None = None) -> Any:
+    """The model on the meta device, which takes no memory.
+
+    Args:
+        lora_r: rank of an adapter on all linear layers; None for no adapter.
     """
     with torch.device("meta"), no_init_weights():
         model = transformers.AutoModelForImageTextToText.from_config(config)
@@ -117,35 +122,33 @@ def on_meta(config: Any, *, lora_r: int | None = None) -> Any:
         return get_peft_model(model, LoraConfig(r=lora_r, target_modules="all-linear"))
 
 
-def counts(model: Any) -> dict[str, int]:
-    """Parameters by the registry's part names, weights tied to each other once, adapters left out."""
-    found = dict.fromkeys(registry.PARTS, 0)
+def count_parameters(model: Any) -> dict[str, int]:
+    """Parameters by the registry's part names, tied weights once, without adapters."""
+    counts = dict.fromkeys(registry.PARTS, 0)
     for part, name, parameter in families.parts(model):
         if "lora_" not in name:
-            found[_PART_NAMES[part]] += parameter.numel()
-    return found
+            counts[_REGISTRY_PARTS[part]] += parameter.numel()
+    return counts
 
 
-def adapter_size(model: Any, lora_r: int, scope: str) -> int:
-    """Parameters of an adapter on the linear layers in `--lora-scope`, of a model on the meta
-    device.
-    """
+def count_adapter_parameters(model: Any, lora_r: int, scope: str) -> int:
+    """Parameters of an adapter on the linear layers within `--lora-scope`."""
     linear = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     head = model.get_output_embeddings()
-    wanted = (
+    adapted = (
         families.linear_layers(model, scope)
         if scope != "all"
-        else [n for n, m in linear.items() if m is not head]
+        else [name for name, module in linear.items() if module is not head]
     )
-    return sum(lora_r * (linear[name].in_features + linear[name].out_features) for name in wanted)
+    return sum(lora_r * (linear[name].in_features + linear[name].out_features) for name in adapted)
 
 
-def linear_weights(model: Any) -> int:
-    """Weights that 4-bit quantization takes: those of all linear layers but the head."""
+def count_quantized_weights(model: Any) -> int:
+    """Weights that 4-bit quantization covers: of all linear layers except the head."""
     head = model.get_output_embeddings()
     return sum(
         m.weight.numel()
@@ -154,16 +157,14 @@ def linear_weights(model: Any) -> int:
     )
 
 
-def layers_of(config: Any) -> tuple[int, int]:
+def count_layers(config: Any) -> tuple[int, int]:
     """(language layers, vision layers)."""
     text, vision = config.get_text_config(), config.vision_config
     return text.num_hidden_layers, getattr(vision, "depth", None) or vision.num_hidden_layers
 
 
-def shallow(config: Any, text_layers: int, vision_layers: int) -> Any:
-    """The same architecture with so many layers; what names single layers is kept to those that are
-    left.
-    """
+def make_shallow(config: Any, text_layers: int, vision_layers: int) -> Any:
+    """The same architecture with fewer layers; settings that name layers name remaining ones."""
     cut = copy.deepcopy(config)
     text, vision = cut.get_text_config(), cut.vision_config
     text.num_hidden_layers = text_layers

@@ -1,9 +1,9 @@
-"""Tensors without storage: a training step runs for real but for its floating-point numbers, and
-its bytes are counted.
+"""Tensors without storage: a step runs for real but for its floating-point numbers, and its bytes
+are counted.
 
-Integers and truth values (token ids, masks, positions) stay real, since shapes depend on them; so
-do small constants and pixels. All else is fake: shapes, data types and lifetimes without memory.
-Knows nothing of models or trainers.
+Integers and booleans (token ids, masks, positions) stay real, since shapes depend on them; so do
+small constants and pixels. All else is fake: shapes, data types and lifetimes without memory. Knows
+nothing of models or trainers.
 """
 
 from __future__ import annotations
@@ -17,45 +17,53 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmdpo.memory.measure import Ledger
+from vlmdpo.memory.measure import AllocationLedger
 
 _OPS = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _UNFILLED = (_OPS.empty.memory_format, _OPS.empty_strided.default)
-_SMALL = 4096  # numbers in a constant that stays real
-_SOME_NUMBER = 0.5  # what reading a fake number gives: only metrics are read
+_INDEXING = (
+    *(_OPS.index.Tensor, _OPS.index_put.default),
+    *(_OPS.index_put_.default, _OPS._index_put_impl_.default),
+)
+_SMALL_CONSTANT = 4096  # numbers in a constant that stays real
+_FAKE_FLOAT = 0.5  # what reading a fake number gives: only metrics are read
 
 
-class Shadow(TorchDispatchMode):
-    """While open, floating-point work is fake and everything's bytes are counted in `ledger`.
+class SimulationMode(TorchDispatchMode):
+    """While open, floating-point work is fake, and the bytes of all tensors are counted.
 
-    With `small=0` constants are fake whatever their size: for making models, whose every parameter
-    must be.
+    Args:
+        small_constant: constants with more numbers are fake. 0 makes all of them fake, for building
+            models, whose every parameter must be.
+        ledger: where bytes are counted; None for nowhere.
+        fake_mode: to continue with the fake tensors of an earlier one.
     """
 
     def __init__(
         self,
         *,
-        small: int = _SMALL,
-        ledger: Ledger | None = None,
-        fake: FakeTensorMode | None = None,
+        small_constant: int = _SMALL_CONSTANT,
+        ledger: AllocationLedger | None = None,
+        fake_mode: FakeTensorMode | None = None,
     ) -> None:
         super().__init__()
-        self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
-        self.small, self.ledger = small, ledger
+        self.fake_mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self.small_constant, self.ledger = small_constant, ledger
 
+    # Nothing is compiled here, and PyTorch's guard against it costs a third of the time.
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and to keep it from being so costs a third of the time."""
         return False
 
+    # Every operation of the step passes here: it runs fake or real, and its results are counted.
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # asked three times for every operation
             return args[0].fake_device
         out = self._run(func, args, kwargs or {})
         if self.ledger is not None:
             for tensor in _tensors(out):
-                self.ledger.count(tensor.untyped_storage())
+                self.ledger.add(tensor.untyped_storage())
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -65,60 +73,49 @@ class Shadow(TorchDispatchMode):
         ]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func is _OPS._local_scalar_dense.default:
-                return _read(args[0])
-            args = _with_counted_indices(func, args)
-            with self.fake:
+                return _read_scalar(args[0])
+            args = _with_index_positions(func, args)
+            with self.fake_mode:
                 return func(*args, **kwargs)
         if tensors or not self._is_fake_constant(func, args, kwargs):
             return func(*args, **kwargs)
-        with self.fake:
+        with self.fake_mode:
             return func(*args, **kwargs)
 
     def _is_fake_constant(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether what is made of no tensor holds floating-point numbers, and many of them or none
-        yet.
-        """
+        """Whether a tensor made from no other holds floating-point numbers: many, or none yet."""
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         sizes = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
         count = 1
         for size in sizes:
             count *= int(size)
-        return dtype.is_floating_point and bool(args) and (count > self.small or func in _UNFILLED)
+        is_large = count > self.small_constant or func in _UNFILLED
+        return dtype.is_floating_point and bool(args) and is_large
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors of an operator's arguments or results: they lie in tuples and lists at most."""
+def _tensors(value: object) -> list[torch.Tensor]:
+    """The tensors of an operator's arguments or results, which lie in tuples and lists at most."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return (
-        [tensor for part in value for tensor in _tensors(part)]
-        if isinstance(value, (tuple, list))
-        else []
-    )
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
 
 
-def _read(fake: torch.Tensor) -> Any:
+def _read_scalar(fake: torch.Tensor) -> bool | int | float:
     if fake.dtype is torch.bool:
         return True
-    return _SOME_NUMBER if fake.dtype.is_floating_point else 1
+    return _FAKE_FLOAT if fake.dtype.is_floating_point else 1
 
 
-def _with_counted_indices(func: Any, args: Any) -> Any:
-    """Real masks as the places they name, since a fake operation cannot count them."""
-    if func not in (
-        _OPS.index.Tensor,
-        _OPS.index_put.default,
-        _OPS.index_put_.default,
-        _OPS._index_put_impl_.default,
-    ):
+def _with_index_positions(func: Any, args: Any) -> Any:
+    """Replace real masks by the positions they select, which a fake operation cannot count."""
+    if func not in _INDEXING:
         return args
-    indices: list[Any] = []
+    indices: list[torch.Tensor | None] = []
     for index in args[1]:
-        if (
-            isinstance(index, torch.Tensor)
-            and index.dtype is torch.bool
-            and not isinstance(index, FakeTensor)
-        ):
+        is_mask = isinstance(index, torch.Tensor) and index.dtype is torch.bool
+        if is_mask and not isinstance(index, FakeTensor):
             indices += list(index.nonzero(as_tuple=True))
         else:
             indices.append(index)
@@ -126,9 +123,9 @@ def _with_counted_indices(func: Any, args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def not_traced() -> Iterator[None]:
-    """Inside, transformers does not take fake tensors for a traced model: it would keep masks that
-    a run leaves out.
+def hide_fake_tensors() -> Iterator[None]:
+    """Inside, transformers does not take fake tensors for tracing: it would keep masks that a real
+    run leaves out.
     """
     with mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
         yield

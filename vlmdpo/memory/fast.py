@@ -1,5 +1,6 @@
-"""A step's memory from a closed formula, for `--fast`: no torch, at once, some per cent off. The
-simulation is exact.
+"""A step's memory from a closed formula, for `--fast`: instant, without torch, some percent off.
+
+The simulation (`training.simulate`) is the exact way.
 """
 
 from __future__ import annotations
@@ -10,44 +11,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypedDict
 
-# The largest difference from the simulation over all models of the registry, in per cent of the
-# whole peak, at one picture of default size and answers of 250 tokens; `docs/memory.md` says how it
-# was found.
-ERROR_PER_CENT = 14
+# The largest difference from the simulation over all models of the registry, as a percentage of the
+# whole peak, with one image of default size and answers of 250 tokens. See docs/memory.md.
+MAX_ERROR_PERCENT = 14
+
+
+ArchitectureEntry = TypedDict(
+    "ArchitectureEntry", {"family": str, "class": str, "config": dict[str, Any]}
+)
 
 
 @cache
-def architectures() -> dict[str, Any]:
-    """The configuration values of the registry's models, by alias: {family, class, config}."""
+def known_architectures() -> dict[str, ArchitectureEntry]:
+    """The configurations of the registry's models, by alias."""
     text = (
         resources.files("vlmdpo.models").joinpath("architectures.json").read_text(encoding="utf-8")
     )
-    found: dict[str, Any] = json.loads(text)
-    return found
+    entries: dict[str, ArchitectureEntry] = json.loads(text)
+    return entries
 
 
-def default_side(alias: str) -> int:
-    """The longest image side that `prepare` keeps for this model, in pixels: half the limit where
-    smaller ones stay so.
+def default_image_side(alias: str) -> int:
+    """The longest image side that `prepare` keeps for this model, in pixels.
+
+    Half the processor's limit where smaller images keep their size.
     """
-    entry = architectures()[alias]
-    side: int = entry["config"]["vision_config"].get(
-        "image_size", 3584
-    )  # Qwen's limit is an area, 3584 squared
+    entry = known_architectures()[alias]
+    # Qwen's limit is an area, 3584 squared.
+    side: int = entry["config"]["vision_config"].get("image_size", 3584)
     if entry["family"] in ("idefics3", "smolvlm"):
-        return side  # its processor takes twice the tower's side, and half of that is kept
-    return (
-        side // 2 if entry["family"] == "idefics2" or entry["family"].startswith("qwen") else side
-    )
+        return side  # half of what its processor takes, which is twice the tower's side
+    is_upper_bound = entry["family"] == "idefics2" or entry["family"].startswith("qwen")
+    return side // 2 if is_upper_bound else side
 
 
 def image_tokens(alias: str, image: tuple[int, int]) -> tuple[int, int]:
-    """(tokens in the language model, patches in the vision tower) of one picture, in pixels,
-    without image splitting.
+    """(tokens in the language model, patches in the vision tower) of one image, without splitting.
+
+    Args:
+        image: (width, height) in pixels.
     """
-    entry = architectures()[alias]
+    entry = known_architectures()[alias]
     config = entry["config"]
     vision = config["vision_config"]
     patch, side = vision["patch_size"], vision.get("image_size", 0)
@@ -60,10 +66,8 @@ def image_tokens(alias: str, image: tuple[int, int]) -> tuple[int, int]:
         units = math.prod(max(1, round(edge / (2 * patch))) for edge in image)
         return units, 4 * units
     patches = (side // patch) ** 2
-    if (
-        entry["family"] == "llava_next"
-    ):  # the picture whole, and cut into parts, less what pads them
-        height, width = _best_cut(config["image_grid_pinpoints"], image)
+    if entry["family"] == "llava_next":  # the whole image, and tiles of it without their padding
+        height, width = _best_resolution(config["image_grid_pinpoints"], image)
         tiles = 1 + height * width // side**2
         scale = min(width / image[0], height / image[1])
         columns, rows = (round(edge * scale / patch) for edge in image)
@@ -73,9 +77,10 @@ def image_tokens(alias: str, image: tuple[int, int]) -> tuple[int, int]:
     return config.get("mm_tokens_per_image", patches), patches
 
 
-def _best_cut(pinpoints: list[list[int]], image: tuple[int, int]) -> tuple[int, int]:
-    """The resolution (height, width) that LLaVA-NeXT cuts a picture in: it keeps most of it, and
-    wastes least of the rest.
+def _best_resolution(pinpoints: list[list[int]], image: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) that LLaVA-NeXT tiles an image at: it keeps the most and pads the least.
+
+    The same rule as `select_best_resolution` in transformers.
     """
 
     def fit(resolution: list[int]) -> tuple[int, int]:
@@ -89,31 +94,36 @@ def _best_cut(pinpoints: list[list[int]], image: tuple[int, int]) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a closed formula needs to know of an architecture: widths, depths, vocabulary."""
+class ModelShape:
+    """Widths and depths of an architecture, as the formula needs them.
+
+    Attributes:
+        attention: width of all attention heads together.
+        wide_connector: whether the connector is as wide as a language layer, sees every patch, and
+            does not recompute.
+        live_layers: how many layers' activations are alive at once while layers recompute.
+    """
 
     hidden: int
-    inner: int
+    mlp: int
     layers: int
-    heads_width: int
+    attention: int
     vocabulary: int
     vision_hidden: int
-    vision_inner: int
+    vision_mlp: int
     vision_layers: int
-    wide_connector: (
-        bool  # one as wide as a language layer, over every patch, that does not recompute
-    )
-    at_once: float
+    wide_connector: bool
+    live_layers: float
 
     @staticmethod
-    def of(alias: str) -> Sizes:
-        """Of one of the registry's models."""
-        entry = architectures()[alias]
+    def of_model(alias: str) -> ModelShape:
+        """The shape of a model in the registry."""
+        entry = known_architectures()[alias]
         config: Mapping[str, Mapping[str, Any]] = entry["config"]
         text, vision = config["text_config"], config["vision_config"]
         width = vision.get("embed_dim") or vision["hidden_size"]
         heads = text["num_attention_heads"]
-        return Sizes(
+        return ModelShape(
             text["hidden_size"],
             text["intermediate_size"],
             text["num_hidden_layers"],
@@ -123,55 +133,52 @@ class Sizes:
             vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4),
             vision.get("depth") or vision["num_hidden_layers"],
             "perceiver_config" in config,
-            _AT_ONCE_QWEN if entry["family"].startswith("qwen") else _AT_ONCE,
+            _LIVE_LAYERS_QWEN if entry["family"].startswith("qwen") else _LIVE_LAYERS,
         )
 
 
-# How many layers' worth of activations live at once while layers recompute, and of what is kept
-# without: fitted to simulated steps of the registry's models.
-_AT_ONCE, _AT_ONCE_QWEN, _CONNECTOR, _KEPT, _HEAD = 3, 1.6, 2, 0.9, 7
-_HEAD_CHUNK = 32768  # words that TRL's head scores at a time
+# Fitted to simulated steps of the registry's models.
+_LIVE_LAYERS, _LIVE_LAYERS_QWEN = 3, 1.6  # with recomputation
+_KEPT_SHARE = 0.9  # of the layers' activations, without recomputation
+_CONNECTOR_FACTOR, _HEAD_FACTOR = 2, 7
+_HEAD_CHUNK = 32768  # vocabulary entries that TRL's head scores at a time
 
 
-def activations(
-    sizes: Sizes,
+def activation_bytes(
+    shape: ModelShape,
     tokens: int,
-    answers: int,
+    answer_tokens: int,
     patches: int,
     width: int,
     *,
     checkpointing: bool,
     lora: bool,
 ) -> int:
-    """A closed formula of a step's activations in bytes, for `--fast`; the simulation is the exact
-    way.
+    """A step's activations in bytes, by a closed formula.
 
     Args:
-        tokens, answers, patches: of the whole batch: in the language model, those that are scored,
-        in the vision tower.
+        tokens: in the language model, of the whole batch.
+        answer_tokens: of these, the ones that are scored.
+        patches: in the vision tower, of the whole batch.
         width: bytes of a number in the forward pass.
-        checkpointing: only each layer's input is kept, and one layer is computed anew at a time.
-        lora: adapters keep a float32 copy of each linear layer's input.
+        checkpointing: whether only each layer's input is kept, and layers recompute one by one.
+        lora: whether adapters keep a float32 copy of each linear layer's input.
     """
 
-    def layer(hidden: int, inner: int, heads: int) -> int:
-        kept = (
-            4 * hidden + 4 * heads + 3 * inner
-        )  # norms, queries to values, attention's output, the gated inner width
-        return kept * width + (4 * (4 * hidden + inner) if lora else 0)
+    def per_token(hidden: int, mlp: int, attention: int) -> int:
+        # Norms; queries, keys, values and attention's output; the gated MLP.
+        kept = 4 * hidden + 4 * attention + 3 * mlp
+        return kept * width + (4 * (4 * hidden + mlp) if lora else 0)
 
-    one = layer(sizes.hidden, sizes.inner, sizes.heads_width)
-    text = one * tokens
-    vision = layer(sizes.vision_hidden, sizes.vision_inner, sizes.vision_hidden) * patches
-    head = _HEAD * 4 * answers * min(sizes.vocabulary, _HEAD_CHUNK)
-    connector = _CONNECTOR * sizes.wide_connector * one * patches
+    language_token = per_token(shape.hidden, shape.mlp, shape.attention)
+    language = language_token * tokens
+    vision = per_token(shape.vision_hidden, shape.vision_mlp, shape.vision_hidden) * patches
+    head = _HEAD_FACTOR * 4 * answer_tokens * min(shape.vocabulary, _HEAD_CHUNK)
+    connector = _CONNECTOR_FACTOR * shape.wide_connector * language_token * patches
     if not checkpointing:
-        return (
-            round(_KEPT * (text * sizes.layers + vision * sizes.vision_layers))
-            + connector
-            + head // 2
-        )
+        layers = language * shape.layers + vision * shape.vision_layers
+        return round(_KEPT_SHARE * layers) + connector + head // 2
     inputs = width * (
-        tokens * sizes.hidden * sizes.layers + patches * sizes.vision_hidden * sizes.vision_layers
+        tokens * shape.hidden * shape.layers + patches * shape.vision_hidden * shape.vision_layers
     )
-    return inputs + max(round(sizes.at_once * text) + connector, head)
+    return inputs + max(round(shape.live_layers * language) + connector, head)

@@ -1,4 +1,4 @@
-"""Memory of GPUs people train on, and how people write an amount of memory. Standard library only."""
+"""The memory of common GPUs, and amounts such as "24GiB". Standard library only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from vlmdpo.errors import ConfigError, nearest
 
 _GIB = 2**30
-# What `nvidia-smi` calls the total, in GiB: a little below the name on the box where the driver
-# keeps some for itself.
+# The total that `nvidia-smi` reports, in GiB: a little below the advertised size where the driver
+# reserves some.
 GPUS: dict[str, float] = {
     "t4": 15.0,
     "v100-16gb": 16.0,
@@ -32,7 +32,7 @@ _AMOUNT = re.compile(r"^\s*([\d.]+)\s*(gib|gb|mib|mb)\s*$", re.IGNORECASE)
 
 
 def capacity_bytes(gpu: str) -> int:
-    """Bytes of a GPU by its name, or of an amount such as "24GiB" or "24GB". Raises ConfigError."""
+    """Bytes of a GPU given by name, or of an amount such as "24GiB". Raises ConfigError."""
     name = gpu.strip().lower().replace("_", "-").replace(" ", "-")
     if name in GPUS:
         return round(GPUS[name] * _GIB)
@@ -41,6 +41,6 @@ def capacity_bytes(gpu: str) -> int:
         return round(float(amount.group(1)) * _UNITS[amount.group(2).lower()])
     hint = nearest(name, GPUS)
     raise ConfigError(
-        f"--gpu: '{gpu}' is no GPU known here, and no amount such as 24GiB.{hint} Known: "
+        f"--gpu: '{gpu}' is neither a known GPU nor an amount such as 24GiB.{hint} Known: "
         f"{', '.join(GPUS)}"
     )

@@ -1,7 +1,6 @@
-"""The memory of weights, reference, gradients and optimizer: pure arithmetic on counts of
-parameters.
+"""The memory of weights, reference, gradients and optimizer: arithmetic on parameter counts.
 
-Says nothing of activations, the framework's own memory or fragmentation, and touches no model.
+Activations, the framework's own memory and fragmentation are not in it, and no model is loaded.
 """
 
 from __future__ import annotations
@@ -9,19 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MOMENT_BYTES = {"8bit": 1}  # bitsandbytes' 8-bit optimizers; its few block constants are left out
-_NF4 = 0.5  # bytes a weight
-_NF4_BLOCK = 64  # weights that share one constant
-_DOUBLE_BLOCK = 256  # constants that share one of their own
-CONTEXT_BYTES = (
-    600 * 2**20
-)  # CUDA's context and cuBLAS workspace on recent drivers; not measured here
+_8BIT_MOMENT_BYTES = 1  # bitsandbytes' optimizers; their few block constants are left out
+_NF4_BYTES = 0.5  # per weight
+_NF4_BLOCK = 64  # weights that share one quantization constant
+_DOUBLE_QUANT_BLOCK = 256  # constants that share one of their own
+# CUDA's context and cuBLAS' workspace on recent drivers; not measured here.
+CONTEXT_BYTES = 600 * 2**20
 
 
 @dataclass(frozen=True)
 class Component:
-    """One line of the table: its name, size in bytes, the calculation in words, why it is so, and
-    whether it was checked.
+    """One line of the memory table.
+
+    Attributes:
+        formula: the calculation as text.
+        why: the reason for the size, where it needs one.
+        validated: whether the size was checked against a measurement.
     """
 
     name: str
@@ -31,11 +33,13 @@ class Component:
     validated: bool = True
 
 
-def components(parameters: int, trainable: int, dtype: str, *, lora: bool) -> list[Component]:
+def article_components(
+    parameters: int, trainable: int, dtype: str, *, lora: bool
+) -> list[Component]:
     """The article's N×P table, exactly: weights, reference, gradients, AdamW's two moments.
 
-    With LoRA the base weights are counted without the adapter, as the article counts them;
-    everything is in `dtype`.
+    With LoRA the base weights are counted without the adapter, as in the article. Everything is in
+    `dtype`.
     """
     width = DTYPE_BYTES[dtype]
     grads = trainable if lora else parameters
@@ -49,23 +53,24 @@ def components(parameters: int, trainable: int, dtype: str, *, lora: bool) -> li
 
 @dataclass(frozen=True)
 class Shards:
-    """Over how many GPUs weights, gradients and optimizer states are split."""
+    """How many GPUs weights, gradients and optimizer states are split over."""
 
     weights: int = 1
     gradients: int = 1
     optimizer: int = 1
 
     @staticmethod
-    def of(strategy: str, gpus: int) -> Shards:
-        """ddp splits nothing, zero2 gradients and optimizer, fsdp and zero3 everything (Rajbhandari
-        et al. 2020).
+    def for_strategy(strategy: str, gpus: int) -> Shards:
+        """ddp splits nothing, zero2 gradients and optimizer, fsdp2 and zero3 everything.
+
+        See Rajbhandari et al. 2020, arXiv 1910.02054.
         """
         if strategy == "zero2":
             return Shards(1, gpus, gpus)
         return Shards(gpus, gpus, gpus) if strategy in ("fsdp2", "zero3") else Shards()
 
 
-def allocated(
+def allocated_components(
     parameters: int,
     adapter: int,
     dtype: str,
@@ -76,21 +81,21 @@ def allocated(
     nf4_weights: int = 0,
     shards: Shards | None = None,
 ) -> list[Component]:
-    """What vlmdpo allocates for weights, reference, gradients and optimizer, and why it is not the
-    article's table.
+    """What vlmdpo allocates for weights, reference, gradients and optimizer, and why.
 
     Args:
         parameters: of the base model.
-        adapter: of the LoRA adapter, all of which trains; 0 without.
+        adapter: parameters of the LoRA adapter, all of which train; 0 without.
         dtype: of the base weights.
-        lora, cached: whether an adapter trains, and whether reference log-probs are kept on disk.
-        optim: transformers' name of the optimizer.
-        nf4_weights: how many weights are quantized to 4 bits, with double quantization.
-        shards: how the parts are split over GPUs.
+        lora: whether an adapter trains.
+        cached: whether reference log-probs are cached on disk.
+        optim: the optimizer's name in transformers.
+        nf4_weights: weights quantized to 4 bits, with double quantization.
+        shards: how the parts are split over GPUs; None for not at all.
     """
     split, width = shards or Shards(), DTYPE_BYTES[dtype]
     trainable, grad_width = (adapter, 4) if lora else (parameters, width)
-    moment = _MOMENT_BYTES["8bit"] if "8bit" in optim else grad_width
+    moment = _8BIT_MOMENT_BYTES if "8bit" in optim else grad_width
     sharded = split != Shards()
 
     def line(
@@ -109,13 +114,13 @@ def allocated(
         )
         return Component(name, size, formula if count else "0", why, checked and not sharded)
 
-    nf4_width = _NF4 + (1 + 4 / _DOUBLE_BLOCK) / _NF4_BLOCK
-    nf4_why = "4 bits, and a constant for 64 in 8 bits"
-    second = 0 if lora or cached else parameters
+    nf4_width = _NF4_BYTES + (1 + 4 / _DOUBLE_QUANT_BLOCK) / _NF4_BLOCK
+    nf4_why = "4 bits, and an 8-bit constant per 64 weights"
+    reference = 0 if lora or cached else parameters
     reference_why = (
         "same weights, adapter off"
         if lora
-        else "log-probs are on disk"
+        else "log-probs are cached on disk"
         if cached
         else "a second model"
     )
@@ -125,9 +130,9 @@ def allocated(
         line(
             "Model to train, in nf4", nf4_weights, nf4_width, split.weights, nf4_why, checked=False
         ),
-        line("Adapter", adapter if lora else 0, 4, split.weights, "float32, as PEFT keeps it"),
-        line("Reference model", second, width, split.weights, reference_why),
-        line("Gradients", trainable, grad_width, split.gradients, "only of what trains"),
+        line("Adapter", adapter if lora else 0, 4, split.weights, "float32, as PEFT creates it"),
+        line("Reference model", reference, width, split.weights, reference_why),
+        line("Gradients", trainable, grad_width, split.gradients, "of trained weights only"),
         line(
             "Optimizer states",
             trainable,
@@ -141,10 +146,10 @@ def allocated(
     return [c for c in lines if c.bytes or c.name == "Reference model"]
 
 
-def as_in_article(
+def rounded_article_table(
     parameters: int, trainable: int, dtype: str, *, lora: bool
 ) -> list[tuple[str, float, str]]:
-    """The same table with the article's rounding: (name, GB, calculation).
+    """The article's table with its rounding: (name, GB, calculation) per line.
 
     The article counts in whole billions (8.4 G is 8 G) and whole millions (55.3 M is 55 M), and
     rounds small terms to 0.1 GB. Models under a billion are counted in whole millions.

@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 
 from vlmdpo import ui
 from vlmdpo.errors import ConfigError
-from vlmdpo.memory.measure import peak_bytes
-from vlmdpo.training.sharding import recomputing_layers
+from vlmdpo.memory.measure import measure_peak_bytes
+from vlmdpo.training.sharding import checkpointable_layers
 from vlmdpo.training.trainer import PairTrainer
 
 _OF_DEVICE = 0.9  # of a GPU's memory, where stock TRL's step does not fit it and so sets no bound
@@ -45,7 +45,7 @@ def apply(trainer: PairTrainer, wanted: str, examples: list[dict[str, Any]]) -> 
     Raises ConfigError for a number larger than the model has layers, or "auto" with weights spread
     over processes.
     """
-    layers = len(recomputing_layers(trainer.model))
+    layers = len(checkpointable_layers(trainer.model))
     if wanted == "all":
         return
     if wanted == "auto":
@@ -110,7 +110,9 @@ def step_peak(trainer: PairTrainer, layers: int, examples: list[dict[str, Any]])
 
     try:
         with _as_if_nothing_happened(trainer):
-            return peak_bytes(run, [*model.parameters(), *model.buffers()], trainer.args.device)
+            return measure_peak_bytes(
+                run, [*model.parameters(), *model.buffers()], trainer.args.device
+            )
     except torch.OutOfMemoryError:
         return math.inf
     finally:

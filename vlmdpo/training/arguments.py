@@ -74,7 +74,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         ) from problem
 
 
-def evaluate_every(args: DPOConfig, steps: float | None) -> None:
+def enable_evaluation(args: DPOConfig, steps: float | None) -> None:
     """Let a run evaluate on its test split: so often, or ten times; in batches of as many pairs as
     it trains in.
     """

@@ -184,7 +184,7 @@ def _reversed_answer(batch: dict[str, Any]) -> dict[str, Any]:
 
 def checkup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
     """What must hold before a run: see each check's name. `examples` are a few rows of the dataset."""
-    collate = trainer.plain_collator
+    collate = trainer.pair_collator
     batch, first = collate([dict(example) for example in examples]), collate([dict(examples[0])])
     return [
         _loss_at_start(trainer, batch),
@@ -277,7 +277,7 @@ def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -
     """Does the adapter just saved in `folder` say what the live one says? It is loaded beside it,
     then removed.
     """
-    batch = trainer.plain_collator([dict(example)])
+    batch = trainer.pair_collator([dict(example)])
     live = token_logps(trainer, batch)
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.load_adapter(str(folder), "saved")

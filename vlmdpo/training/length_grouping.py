@@ -1,4 +1,4 @@
-"""In which order rows are visited where rows of like length go into one batch."""
+"""The order in which rows are visited when rows of similar length share a batch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
-class LengthGrouped(Sampler[int]):
-    """Rows of like length together, otherwise at random; a new order every epoch.
+class LengthGroupedSampler(Sampler[int]):
+    """Rows of similar length together, otherwise at random; a new order every epoch.
 
-    The order depends on seed and epoch alone: transformers' own sampler draws from the global
+    The order depends on seed and epoch alone. transformers' own sampler draws from the global
     generator, which differs between processes and after a resume, so that rows would be visited
     twice or never.
 
     Args:
         lengths: tokens of each row.
-        batch: rows of an optimizer step, over all processes: the order is the same however they are
-            dealt out.
+        batch_size: rows of an optimizer step over all processes: the order is the same however
+            they are distributed.
         seed: of the run.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed = list(lengths), batch, seed
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Told by the trainer before each epoch."""
+        """Called by the trainer before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -36,4 +36,4 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))

@@ -31,7 +31,7 @@ WEIGHT = 3.0  # of TRL's mean over 3B pairs, which makes it the sum of the three
 _AREA = (0.01, 0.2)  # the share of a picture that its corrupted copy shows, as in the paper
 
 
-def corrupted(picture: Image.Image, seed: str) -> Image.Image:
+def corrupt_image(picture: Image.Image, seed: str) -> Image.Image:
     """A random part of the picture, 1% to 20% of its area, at the picture's own size: the same for
     the same seed.
     """
@@ -48,7 +48,7 @@ def corrupted(picture: Image.Image, seed: str) -> Image.Image:
 
 
 @dataclass
-class ConditionalCollator(PairCollator):
+class MdpoCollator(PairCollator):
     """B examples → the packed pairs of B rows and of their corrupted copies, shown to TRL as 3B
     pairs.
 
@@ -70,7 +70,7 @@ class ConditionalCollator(PairCollator):
                 f"{self.seed}/{example['row']}/{number}" for number in range(len(example["images"]))
             )
             pictures = [
-                corrupted(picture, seed)
+                corrupt_image(picture, seed)
                 for picture, seed in zip(example["images"], seeds, strict=True)
             ]
             copies.append({**example, "images": pictures, "row": self.rows + example["row"]})

@@ -18,7 +18,7 @@ from vlmdpo.config import PER_CALL, EstimateMemoryConfig, TrainConfig
 from vlmdpo.errors import ModelError
 
 
-class Foreseeing:
+class MemoryForecast:
     """What `estimate-memory` says of a run on its own data, once it is done.
 
     A process of its own: a simulation sets accelerate's state, of which a process has one, to the
@@ -113,7 +113,7 @@ def plan(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> di
     """What `estimate-memory` says of this run on its own data, for a GPU of so many bytes. Raises
     ModelError.
     """
-    foreseeing = Foreseeing(config, data, dtype, capacity_bytes)
+    foreseeing = MemoryForecast(config, data, dtype, capacity_bytes)
     try:
         return foreseeing.wait()
     except ModelError as problem:

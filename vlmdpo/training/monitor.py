@@ -36,7 +36,7 @@ class Foreseen(Protocol):
     def settle(self) -> None: ...
 
 
-class Watch(TrainerCallback):
+class TrainingMonitor(TrainerCallback):
     """Shows progress, appends to the metrics file, and turns Ctrl-C and SIGTERM into a checkpoint
     and a clean stop.
 

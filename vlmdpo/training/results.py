@@ -16,7 +16,7 @@ from typing import Any
 from vlmdpo.config import PER_CALL, TrainConfig, recipes
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.registry import hub_id
-from vlmdpo.training import setup as engine_room
+from vlmdpo.training import setup as training_setup
 
 CURVES = "learning_curves.png"
 PAGE = "run.html"
@@ -28,7 +28,7 @@ def finish(
     setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig
 ) -> dict[str, Any]:
     """Save the model and what was seen on the way; returns the report."""
-    from vlmdpo.training.sharding import strategy_of, whole_weights
+    from vlmdpo.training.sharding import active_strategy, gather_full_weights
 
     trainer, watch = setup.trainer, setup.watch
     found = _diagnosed(watch, config)
@@ -43,7 +43,7 @@ def finish(
         "learning_rate": config.peak_learning_rate,
         **_last_metrics(watch.lines[-1]),
         "num_processes": trainer.args.world_size,
-        "strategy": strategy_of(trainer),
+        "strategy": active_strategy(trainer),
         "pairs_per_s": outcome["train_samples_per_second"],
         "elapsed_s": outcome["train_runtime"],
         "engine": "shared" if trainer.engine == "shared" else "stock",
@@ -63,7 +63,7 @@ def finish(
             **{name: version(name) for name in _VERSIONS},
         },
     }
-    weights = whole_weights(trainer)
+    weights = gather_full_weights(trainer)
     if trainer.args.process_index == 0:
         _leave(setup, weights, report, folder, config)
     trainer.accelerator.wait_for_everyone()
@@ -92,7 +92,7 @@ def _leave(
             setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config
         )
         setup.processor.save_pretrained(made)
-        engine_room.check_saved(setup, weights, made, config)
+        training_setup.check_saved(setup, weights, made, config)
         curves.draw(setup.watch.lines, setup.watch.evaluations, _title(config), made / CURVES)
         for path in sorted(made.iterdir()):
             if (folder / path.name).is_dir():
@@ -122,7 +122,7 @@ def _diagnosed(watch: Any, config: TrainConfig) -> list[Any]:
     )
 
 
-def show_as_it_goes(setup: Any, folder: Path, config: TrainConfig) -> None:
+def attach_samples_and_page(setup: Any, folder: Path, config: TrainConfig) -> None:
     """Let the run answer samples and keep its page: at every checkpoint, and however it ends.
 
     Raises ConfigError for samples under DeepSpeed's ZeRO-3.

@@ -37,9 +37,9 @@ class Setup:
     @property
     def is_sharded(self) -> bool:
         """Whether no process has all of the model, so that a pass needs them all."""
-        from vlmdpo.distributed.processes import IN_PARTS, sharding
+        from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
 
-        return sharding() in IN_PARTS
+        return launched_strategy() in SHARDED_STRATEGIES
 
     def examples(self, count: int = _ROWS_CHECKED) -> list[dict[str, Any]]:
         """A few rows to check on: of the first ones those with long answers, where a mistake in one
@@ -54,13 +54,13 @@ class Setup:
         return [self.trainer.train_dataset[row] for row in longest]
 
 
-def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
+def set_up_training(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     """Load, wrap, and choose the engine. Raises ConfigError, DataError, ModelError."""
-    from vlmdpo.distributed.processes import IN_PARTS, sharding
+    from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
     from vlmdpo.engine.lengths import row_lengths
     from vlmdpo.models.load import load_model, load_processor
     from vlmdpo.training import activation_checkpointing
-    from vlmdpo.training.arguments import evaluate_every, lora_config
+    from vlmdpo.training.arguments import enable_evaluation, lora_config
     from vlmdpo.training.sharding import check_sharding, shard_language_layers
     from vlmdpo.training.trainer import make_trainer
 
@@ -75,16 +75,16 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     dataset, over_length = _within(config, dataset, processor, data)
     if held_out is not None:
         held_out, _ = _within(config, held_out, processor, data)
-        evaluate_every(args, config.eval_steps)
+        enable_evaluation(args, config.eval_steps)
     how: dict[str, Any] = {
         "dtype": config.dtype,
         "device": config.device,
         "attention": config.attn_implementation,
         **origin,
     }
-    shared = sharding()
+    shared = launched_strategy()
     whole_on_cpu = (
-        {"device": "cpu"} if shared in IN_PARTS else {}
+        {"device": "cpu"} if shared in SHARDED_STRATEGIES else {}
     )  # it may fit no GPU before it is shared out
     model = load_model(config.model, quantization=config.quantization, **{**how, **whole_on_cpu})
     _freeze(model, config)
@@ -121,7 +121,7 @@ def set_up(config: TrainConfig, args: Any, data: Path, watch: Any) -> Setup:
     if config.feature_cache:
         _keep_features(setup, data)
     if config.auto_batch_size:
-        trainer.halve_when_full()
+        trainer.enable_auto_batch()
     if config.gradient_checkpointing:
         activation_checkpointing.apply(
             trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size)
@@ -237,7 +237,7 @@ def _references(
     """
     from importlib.metadata import version
 
-    from vlmdpo.distributed.processes import sharding
+    from vlmdpo.distributed.processes import launched_strategy
     from vlmdpo.engine import reference_cache
     from vlmdpo.models import digest
 
@@ -246,7 +246,7 @@ def _references(
     if args.sync_ref_model:
         ui.warn("no reference cache: sync_ref_model moves the reference while it trains")
         return None
-    if not config.lora and sharding():
+    if not config.lora and launched_strategy():
         ui.warn(
             "no reference cache: full fine-tuning under FSDP or DeepSpeed keeps a reference model "
             "of its own"
@@ -408,11 +408,11 @@ def _engine_findings(setup: Setup) -> list[Any]:
     ]
 
 
-def no_number(setup: Setup, problem: Any, folder: Path) -> ModelError:
+def explain_non_finite_loss(setup: Setup, problem: Any, folder: Path) -> ModelError:
     """The error for a loss that is no number: which rows make it so, and what to do."""
     from vlmdpo.training import checkpoints
 
-    last = next(iter(reversed(checkpoints.found(folder))), None)
+    last = next(iter(reversed(checkpoints.list_checkpoints(folder))), None)
     on = (
         f"lower --learning-rate and go on from {last.name} with --resume"
         if last
@@ -456,7 +456,7 @@ def _rows_without_number(setup: Setup, rows: list[int]) -> list[int]:
 
     def has_number(row: int) -> bool:
         part, place = at[row]
-        batch = trainer.plain_collator([dict(part[place])])
+        batch = trainer.pair_collator([dict(part[place])])
         return all(bool(tokens.isfinite().all()) for tokens in doctor.token_logps(trainer, batch))
 
     return [row for row in rows if not has_number(row)] or rows

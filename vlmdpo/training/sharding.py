@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmdpo.config import TrainConfig
-from vlmdpo.distributed.processes import IN_PARTS
+from vlmdpo.distributed.processes import SHARDED_STRATEGIES
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
 
 _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
-def recomputing_layers(model: Any) -> list[Any]:
+def checkpointable_layers(model: Any) -> list[Any]:
     """The language model's layers that can recompute their activations, in order."""
     decoder = base_of(model).base_model.get_decoder()
     return [
@@ -40,7 +40,7 @@ def check_sharding(shared: str, config: TrainConfig, dataset: Any) -> None:
         raise ConfigError(
             "--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2"
         )
-    if shared in IN_PARTS and (config.feature_cache or config.checkpointing == "auto"):
+    if shared in SHARDED_STRATEGIES and (config.feature_cache or config.checkpointing == "auto"):
         name = "--feature-cache" if config.feature_cache else "--checkpointing auto"
         raise ConfigError(
             f"{name} measures the model before training, which no process has whole; use "
@@ -68,7 +68,7 @@ def shard_language_layers(trainer: Any) -> None:
     """
     plugin, prepare = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.prepare
     plugin.transformer_cls_names_to_wrap = sorted(
-        {type(layer).__name__ for layer in recomputing_layers(trainer.model)}
+        {type(layer).__name__ for layer in checkpointable_layers(trainer.model)}
     )
 
     def prepare_without_embeddings(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def shard_language_layers(trainer: Any) -> None:
     trainer.accelerator.prepare = prepare_without_embeddings
 
 
-def strategy_of(trainer: Any) -> str:
+def active_strategy(trainer: Any) -> str:
     """How the processes of a run share the model, as the model itself shows: single, ddp, fsdp2,
     zero2 or zero3.
     """
@@ -97,7 +97,7 @@ def strategy_of(trainer: Any) -> str:
     )
 
 
-def whole_weights(trainer: Any) -> dict[str, Any] | None:
+def gather_full_weights(trainer: Any) -> dict[str, Any] | None:
     """All weights on the CPU, brought together from the processes that share them; None where each
     has them whole.
 

@@ -28,9 +28,9 @@ from vlmdpo.data import store
 from vlmdpo.data.pairs import message
 from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.reference_cache import ReferenceCache
-from vlmdpo.memory.architecture import Architecture, layers_of, shallow
-from vlmdpo.memory.fake_tensors import Shadow, not_traced
-from vlmdpo.memory.measure import Ledger
+from vlmdpo.memory.architecture import Architecture, count_layers, make_shallow
+from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
+from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.trainer import PairTrainer, make_trainer
@@ -56,7 +56,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Foresight:
+class SimulatedPeak:
     """Bytes that live: `static`, weights and buffers before the step, and the peak of each phase,
     static included.
     """
@@ -69,9 +69,9 @@ class Foresight:
         return max(self.static, *self.phases.values())
 
 
-def foresee(
+def estimate_peak(
     architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
-) -> Foresight:
+) -> SimulatedPeak:
     """The step's memory on the whole model, from shallow copies where it is deep.
 
     Args:
@@ -80,13 +80,13 @@ def foresee(
         rows: the batch.
         dtype: of the base weights.
     """
-    text, vision = layers_of(architecture.config)
+    text, vision = count_layers(architecture.config)
     (t0, v0), (t1, _), (_, v1) = _SHALLOW
     if text <= t1 and vision <= v1:
         return simulate(architecture, config, rows, dtype=dtype)
     runs = []
     for t, v in _SHALLOW:
-        cut = dataclasses.replace(architecture, config=shallow(architecture.config, t, v))
+        cut = dataclasses.replace(architecture, config=make_shallow(architecture.config, t, v))
         runs.append(simulate(cut, config, rows, dtype=dtype))
 
     def whole(base: float, deeper_text: float, deeper_vision: float) -> float:
@@ -97,35 +97,37 @@ def foresee(
         )
 
     phases = {name: whole(*(run.phases[name] for run in runs)) for name in runs[0].phases}
-    return Foresight(whole(*(run.static for run in runs)), phases)
+    return SimulatedPeak(whole(*(run.static for run in runs)), phases)
 
 
 def simulate(
     architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
-) -> Foresight:
+) -> SimulatedPeak:
     """One steady step (optimizer states are there; with accumulation, gradients too) of exactly
     this architecture.
     """
-    building = Shadow(small=0)
+    building = SimulationMode(small_constant=0)
     with tempfile.TemporaryDirectory() as name, _quick(building):
         trainer = _trainer(architecture, config, rows, Path(name), dtype)
-    ledger = Ledger()
+    ledger = AllocationLedger()
     kept = [*trainer.model.parameters(), *trainer.model.buffers()]
     if trainer.ref_model is not None:
         kept += [*trainer.ref_model.parameters(), *trainer.ref_model.buffers()]
     for tensor in kept:
-        ledger.count(tensor.untyped_storage())
-    static = ledger.now
-    with not_traced(), Shadow(ledger=ledger, fake=building.fake):
-        return Foresight(static, _phases(trainer, config, ledger))
+        ledger.add(tensor.untyped_storage())
+    static = ledger.current_bytes
+    with hide_fake_tensors(), SimulationMode(ledger=ledger, fake_mode=building.fake_mode):
+        return SimulatedPeak(static, _phases(trainer, config, ledger))
 
 
-def _phases(trainer: PairTrainer, config: TrainConfig, ledger: Ledger) -> dict[str, float]:
+def _phases(
+    trainer: PairTrainer, config: TrainConfig, ledger: AllocationLedger
+) -> dict[str, float]:
     phases: dict[str, float] = {}
 
     def ends(phase: str) -> None:
-        phases[phase] = ledger.peak
-        ledger.start()
+        phases[phase] = ledger.peak_bytes
+        ledger.reset_peak()
 
     with _unmoved():
         model = trainer.accelerator.prepare_model(trainer.model)  # autocast, where it is on
@@ -141,7 +143,7 @@ def _phases(trainer: PairTrainer, config: TrainConfig, ledger: Ledger) -> dict[s
     batch = trainer._prepare_inputs(
         trainer.data_collator([dict(row) for row in trainer.train_dataset])
     )
-    ledger.start()
+    ledger.reset_peak()
     models = [one for one in (model, trainer.ref_model) if one is not None]
     hooks = [
         one.register_forward_hook(lambda *_: ends(f"forward {len(phases) + 1}")) for one in models
@@ -172,7 +174,7 @@ def _give_states(optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
     optimizer.zero_grad()
 
 
-def as_on_a_gpu() -> Any:
+def gpu_loss_head() -> Any:
     """Inside, TRL's head scores the answers' tokens only, as it does where Triton is; on a CPU it
     scores every token.
     """
@@ -180,7 +182,7 @@ def as_on_a_gpu() -> Any:
 
 
 @contextlib.contextmanager
-def _quick(shadow: Shadow) -> Iterator[None]:
+def _quick(shadow: SimulationMode) -> Iterator[None]:
     """Models are made without numbers: initial values are not computed, and nothing is moved to a
     device or data type.
     """
@@ -220,7 +222,7 @@ def _trainer(
         lora=lora_config(config, policy),
         references=references,
     )
-    trainer.numbers_are_real = False
+    trainer.has_real_values = False
     return trainer
 
 
@@ -253,7 +255,7 @@ def longest_rows(processor: Any, folder: Path, count: int = 64) -> Dataset:
     return dataset.select([length.row for length in lengths[:count]])
 
 
-def rows_of(processor: Any, workload: Workload, count: int) -> Dataset:
+def synthetic_rows(processor: Any, workload: Workload, count: int) -> Dataset:
     """Rows with gray pictures and as many tokens as the workload says; a template's own tokens come
     on top.
     """

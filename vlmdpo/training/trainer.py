@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo import ui
-from vlmdpo.distributed.processes import sharding
+from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
 from vlmdpo.engine.collate import PairCollator, row_ids
 from vlmdpo.engine.feature_cache import FeatureCache
@@ -29,10 +29,10 @@ from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, AutoBatch, keep_uncollated
-from vlmdpo.training.length_grouping import LengthGrouped
-from vlmdpo.training.mdpo import ConditionalCollator
-from vlmdpo.training.monitor import Watch
-from vlmdpo.training.sharding import recomputing_layers
+from vlmdpo.training.length_grouping import LengthGroupedSampler
+from vlmdpo.training.mdpo import MdpoCollator
+from vlmdpo.training.monitor import TrainingMonitor
+from vlmdpo.training.sharding import checkpointable_layers
 
 # transformers asks `_get_output_dir` where a checkpoint goes, and passes nothing of ours to it.
 # Set while a checkpoint is being written.
@@ -41,7 +41,7 @@ _unfinished_checkpoint: contextvars.ContextVar[Path | None] = contextvars.Contex
 )
 
 
-class NotANumber(Exception):
+class NonFiniteLoss(Exception):
     """The loss of a batch is no finite number; `rows` are its rows, `step` the optimizer step it
     belongs to, or after which it was `evaluated`.
     """
@@ -91,7 +91,7 @@ class PairTrainer(DPOTrainer):
             None  # None: all (ours: but the last), where checkpointing is on
         )
         self.shared_forwards: list[SharedForward] = []
-        self.numbers_are_real = True  # a simulated step has none, and its losses mean nothing
+        self.has_real_values = True  # a simulated step has none, and its losses mean nothing
         if references is not None and not isinstance(self.model, PeftModel):
             self.ref_model = (
                 None  # it was a stand-in; the policy itself fills the cache before it trains
@@ -104,7 +104,7 @@ class PairTrainer(DPOTrainer):
         """
         self.is_fsdp_enabled: bool
         super().create_accelerator_and_postprocess()
-        if sharding() == "fsdp2" and not self.is_fsdp_enabled:
+        if launched_strategy() == "fsdp2" and not self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             # Both: accelerate copies the one onto the other whenever it likes.
             self.accelerator.state.distributed_type = PartialState().distributed_type = (
@@ -121,7 +121,7 @@ class PairTrainer(DPOTrainer):
         self.engine, self.shared_forwards = engine, []
         processor, limit = self.processing_class, self.args.max_length
         collator: Any = PairCollator(processor, max_length=limit, share=engine == "shared")
-        self.plain_collator = (
+        self.pair_collator = (
             StockCollator(processor, max_length=limit) if engine == "stock" else collator
         )
         if self.conditional:
@@ -129,10 +129,10 @@ class PairTrainer(DPOTrainer):
                 raise ConfigError(
                     "--loss mdpo needs the shared engine, which this model or --engine cannot have"
                 )
-            collator = ConditionalCollator(
+            collator = MdpoCollator(
                 processor, max_length=limit, rows=self.conditional, seed=self.args.seed
             )
-        self.data_collator = self.plain_collator if engine == "stock" else collator
+        self.data_collator = self.pair_collator if engine == "stock" else collator
         if engine == "stock":
             return
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
@@ -162,7 +162,7 @@ class PairTrainer(DPOTrainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size
         )
-        return LengthGrouped(self.lengths, batch, self.args.seed)
+        return LengthGroupedSampler(self.lengths, batch, self.args.seed)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """transformers'; but a run that is resumed where it had ended takes no further step."""
@@ -181,9 +181,9 @@ class PairTrainer(DPOTrainer):
         """
         folder = Path(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        if (folder / checkpoints.name_of(self.state.global_step)).is_dir():
+        if (folder / checkpoints.checkpoint_name(self.state.global_step)).is_dir():
             return  # of this very step: the run stopped where it had begun
-        with checkpoints.written(
+        with checkpoints.atomic_checkpoint(
             folder, self.state.global_step, self.args.save_total_limit, self.accelerator
         ) as partial:
             token = _unfinished_checkpoint.set(partial)
@@ -192,7 +192,7 @@ class PairTrainer(DPOTrainer):
             finally:
                 _unfinished_checkpoint.reset(token)
 
-    def halve_when_full(self) -> None:
+    def enable_auto_batch(self) -> None:
         """From now on a batch that does not fit memory is computed in parts; see `autobatch`."""
         self.auto_batch = AutoBatch(self, super().training_step)
 
@@ -245,7 +245,7 @@ class PairTrainer(DPOTrainer):
             "use_reentrant"
         ):
             self.shared_forwards[0].remove_input_gradient_hooks()
-        layers = recomputing_layers(self.model)
+        layers = checkpointable_layers(self.model)
         wanted = self.checkpointed_layers
         if wanted is None and self.engine == "shared":
             # The last layer's activations are needed first: to drop them is to make them again at
@@ -254,18 +254,18 @@ class PairTrainer(DPOTrainer):
         for layer in layers[wanted:] if wanted is not None else ():
             layer.gradient_checkpointing = False
         found = self._loss_of(model, inputs, return_outputs)
-        if self.numbers_are_real and not bool((found[0] if return_outputs else found).isfinite()):
+        if self.has_real_values and not bool((found[0] if return_outputs else found).isfinite()):
             raise self._no_number(rows)
         return found
 
-    def _no_number(self, rows: Any) -> NotANumber:
+    def _no_number(self, rows: Any) -> NonFiniteLoss:
         numbers = [] if rows is None else rows.tolist()
         evaluated = (
             bool(numbers)
             and self.eval_dataset is not None
             and numbers[0] in set(self.eval_dataset["row"])
         )
-        return NotANumber(
+        return NonFiniteLoss(
             numbers, self.state.global_step + (0 if evaluated else 1), evaluated=evaluated
         )
 
@@ -309,7 +309,7 @@ class PairTrainer(DPOTrainer):
             ), "the policy is no reference any more"
             known = self.compute_ref_log_probs(self.ref_model or model, inputs)
             known = mdpo.by_answer(*known) if self.conditional else known
-            if self.numbers_are_real and not all(bool(logps.isfinite().all()) for logps in known):
+            if self.has_real_values and not all(bool(logps.isfinite().all()) for logps in known):
                 raise self._no_number(rows)
             if self.references is not None:
                 self.references.put(rows, *known)
@@ -389,7 +389,7 @@ def make_trainer(
     held_out: Any = None,
     args: DPOConfig,
     lora: LoraConfig | None,
-    watch: Watch | None = None,
+    watch: TrainingMonitor | None = None,
     references: ReferenceCache | None = None,
     conditional: int = 0,
 ) -> PairTrainer:
