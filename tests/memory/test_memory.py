@@ -300,7 +300,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--gpu", "voodoo-2"], 2, "is neither a known GPU nor an amount"),
         (["--image-size", "big"], 2, "as in 490 or 640x480"),
         (["--quantization", "nf4"], 2, "needs --lora"),
-        (["--fast", "--dataset", "x"], 3, "'x' is no folder that vlmdpo prepare wrote"),
+        (["--fast", "--dataset", "x"], 3, "'x' was not written by vlmdpo prepare"),
         (["--fast", "--image-splitting"], 2, "--fast knows no --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
@@ -339,7 +339,5 @@ def test_what_to_switch_on_first_is_a_command(vlmdpo):
     assert code == 0, err
     out = " ".join(out.split())
     assert "2GiB: does not fit" in out
-    assert (
-        "Switch on first: --dtype bfloat16 --lora, as in: vlmdpo train --model smolvlm-256m" in out
-    )
+    assert "First try --dtype bfloat16 --lora: vlmdpo train --model smolvlm-256m" in out
     assert "--per-device-train-batch-size 1 --gradient-accumulation-steps 64" in out
