@@ -62,7 +62,7 @@ def _show_allocated(report: dict[str, Any]) -> None:
             line["name"],
             line["formula"],
             *_gb_and_gib(line["bytes"]),
-            line["why"] + _unvalidated_mark(line),
+            line["why"] + ("" if line["validated"] else " *"),
         ]
         for line in lines
     ]
@@ -81,7 +81,7 @@ def _show_allocated(report: dict[str, Any]) -> None:
                 "Activations and buffers",
                 _step_settings(report),
                 *_gb_and_gib(rest),
-                "when the most is alive",
+                "at the peak",
             ]
         )
         rows.append(["Peak", "", *_gb_and_gib(peak), how])
