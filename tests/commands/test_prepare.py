@@ -426,7 +426,7 @@ def test_nothing_is_uploaded_unless_asked_and_then_with_a_card(tmp_path, vlmdpo,
         (["--test-size", "1.5"], 2, "a share below 1, or a whole number"),
         (["--num-proc", "0"], 2, "give 1 or more"),
         (["--streaming", "--split", "train[:5]"], 2, "give --limit instead"),
-        (["--over-length", "cut"], 2, "Known: drop, trim"),
+        (["--over-length", "cut"], 2, "Choices: drop, trim"),
     ],
 )
 def test_refusals(arguments, code, says, tmp_path, vlmdpo):

@@ -79,7 +79,7 @@ def test_refusals(arguments, code, says, vlmdpo):
 def test_a_gpu_is_named_for_a_dry_run_only(vlmdpo):
     code, _, err = vlmdpo("train", "--gpu", "h100")
     assert code == 2
-    assert "--gpu is for --dry-run" in err
+    assert "--gpu needs --dry-run" in err
 
 
 def test_processes_count_as_gpus_and_keep_their_strategy(vlmdpo):

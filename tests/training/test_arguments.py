@@ -140,17 +140,17 @@ def test_attention_by_name(data, vlmdpo):
     ("options", "code", "says"),
     [
         (["--quantization", "nf4", "--device", "cpu"], 4, "--quantization nf4 needs an NVIDIA GPU"),
-        (["--quantization", "nf4", "--no-lora"], 2, "weights in 4 bits cannot be trained"),
-        (["--loss", "mdpo,sft"], 2, "cannot be joined with other losses"),
+        (["--quantization", "nf4", "--no-lora"], 2, "4-bit weights cannot be trained"),
+        (["--loss", "mdpo,sft"], 2, "cannot be combined with other losses"),
         (["--loss", "sigmod"], 2, "Did you mean 'sigmoid'?"),
         (["--loss", "mdpo", "--engine", "stock"], 2, "needs the shared engine"),
         (["--loss", "sigmoid,sft", "--loss-weights", "1"], 2, "1 weights for 2 losses"),
-        (["--loss", "sigmoid,sft", "--loss-weights", "1,x"], 2, "is no list of numbers"),
+        (["--loss", "sigmoid,sft", "--loss-weights", "1,x"], 2, "cannot read '1,x' as numbers"),
         (["--label-smoothing", "0.1"], 2, "has no effect on --loss-type sigmoid"),
-        (["--freeze", "vision"], 2, "--freeze is for --no-lora"),
-        (["--no-lora", "--freeze", "eyes"], 2, "Known: vision, connector, language, head"),
+        (["--freeze", "vision"], 2, "--freeze needs --no-lora"),
+        (["--no-lora", "--freeze", "eyes"], 2, "Choices: vision, connector, language, head"),
         (["--learning-rate", "0"], 2, "a number above 0"),
-        (["--attn-implementation", "flash"], 2, "Known: auto, sdpa, eager, flash_attention_2"),
+        (["--attn-implementation", "flash"], 2, "Choices: auto, sdpa, eager, flash_attention_2"),
     ],
 )
 def test_refusals(options, code, says, data, vlmdpo):
