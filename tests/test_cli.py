@@ -186,7 +186,7 @@ def test_mistakes_get_one_line_and_their_exit_code(arguments, code, says, vlmdpo
         ("lora_r: 2.5", "--lora-r: expected int, got 2.5"),
         ("lora: maybe", "--lora: expected bool"),
         ("- a\n- b", "option: value"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
     ],
 )
 def test_bad_recipes_name_the_key(text, says, tmp_path, vlmdpo):
@@ -203,5 +203,5 @@ def test_configs_are_frozen_and_build_from_plain_values():
     assert built.set == ("a=1",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         built.beta = 1.0
-    with pytest.raises(ConfigError, match="no number"):
+    with pytest.raises(ConfigError, match="not a number"):
         recipes.build(config.TrainConfig, {"beta": "much"})

@@ -55,7 +55,7 @@ def test_an_error_fits_80_columns_and_says_where_and_what_next(wrong, capfd):
 
 def test_a_command_at_the_end_of_an_error_can_be_copied(capfd):
     ui.error(
-        f"stopped at step 3 of 10; go on with: vlmdpo train --config {_LONG}recipe.yaml --resume"
+        f"stopped at step 3 of 10; continue with: vlmdpo train --config {_LONG}recipe.yaml --resume"
     )
     err = capfd.readouterr().err
     assert err.splitlines()[-1].strip() == f"vlmdpo train --config {_LONG}recipe.yaml --resume"

@@ -263,7 +263,7 @@ def _command(name: str) -> Callable[..., None]:
 
     kinds = recipes.field_types(cls)
     parameters = [
-        *(_parameter(cls, field, kinds[field.name]) for field in dataclasses.fields(cls)),
+        *(_parameter(cls, field, kinds[field.name]) for field in cf.ordered_fields(cls)),
         *_general_parameters(bool(_common_options(cls))),
     ]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -365,7 +365,8 @@ def _usage_error(message: str, arguments: list[str]) -> str:
     known = named or not arguments or "Did you mean" in message
     hint = "" if known else nearest(arguments[0], COMMANDS)
     stop = "" if message.rstrip(".").endswith("?") else "."
-    return f"{message.rstrip('.')}{stop}{hint} See: {' '.join(['vlmdpo', *([named] if named else []), '--help'])}"
+    command = " ".join(["vlmdpo", *([named] if named else []), "--help"])
+    return f"{message.rstrip('.')}{stop}{hint} See: {command}"
 
 
 def main() -> None:

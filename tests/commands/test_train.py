@@ -166,7 +166,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(trained, few_pairs, vlmdpo):
         "train", "--dataset", few_pairs, "--output-dir", folder, "--max-steps", "1"
     )
     assert code == 3
-    assert "add --resume, --overwrite, or give another folder" in err
+    assert "add --resume or --overwrite, or choose another folder" in err
 
 
 def test_a_text_model_is_no_vlm(tmp_path, vlmdpo):

@@ -65,7 +65,7 @@ def test_data_that_is_here_is_counted(vlmdpo):
     ("arguments", "code", "says"),
     [
         (["--model", "idefics2-8c"], 4, "Did you mean 'idefics2-8b'?"),
-        (["--model", "./nowhere"], 4, "no folder './nowhere'"),
+        (["--model", "./nowhere"], 4, "folder './nowhere' does not exist"),
         (["--set", "max_grad=1"], 2, "DPOConfig has no field 'max_grad'"),
         (["--config", "absent.yaml"], 2, "cannot read 'absent.yaml'"),
     ],

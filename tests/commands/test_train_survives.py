@@ -123,7 +123,7 @@ def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_
     handler = signal.getsignal(signal.SIGTERM)
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out")
     assert code == 75, err
-    assert "SIGTERM outside training; what checkpoints there are stay" in err.splitlines()[-1]
+    assert "SIGTERM outside training; checkpoints are kept" in err.splitlines()[-1]
     assert not Path("out").exists()
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
         "train", *_FEW, "--output-dir", "out", "--max-steps", "3", "--save-steps", "2", "--resume"
     )
     assert code == 0, err
-    assert "going on from checkpoint-1" in err
+    assert "resuming from checkpoint-1" in err
     assert not list(Path("out").rglob("training_args.bin"))
 
 
@@ -297,7 +297,7 @@ def test_resume_with_other_settings_is_warned_of_and_an_ended_run_takes_no_step(
     )
     assert code == 0, err
     assert (
-        "--resume with other settings than the run was begun with: max_steps 2 → 3, beta 0.1 → 0.2"
+        "--resume with other settings than the run started with: max_steps 2 → 3, beta 0.1 → 0.2"
         in err
     )
 

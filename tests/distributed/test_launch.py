@@ -339,7 +339,7 @@ def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
     _, err = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 75, err
     assert (
-        "go on with: vlmdpo train --config out/recipe.yaml --resume"
+        "continue with: vlmdpo train --config out/recipe.yaml --resume"
         in unfolded(err).splitlines()[-1]
     )
     assert "Traceback" not in err

@@ -120,11 +120,11 @@ def test_rates_suit_the_way_of_training(data, vlmdpo):
     code, _, err = vlmdpo(*SHORT, *here, "--learning-rate", "2e-2")
     assert code == 0
     assert (
-        "--learning-rate 0.02: an adapter usually learns between 1e-06 and 0.0005; 5e-05 is the "
-        "default" in err
+        "--learning-rate 0.02: LoRA usually takes 1e-06 to 0.0005; the default is "
+        "5e-05" in err
     )
     _, _, err = vlmdpo(*SHORT, *here, "--overwrite")
-    assert "usually learns" not in err
+    assert "usually takes" not in err
 
 
 def test_attention_by_name(data, vlmdpo):

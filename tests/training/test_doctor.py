@@ -133,7 +133,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
     code, out, _ = vlmdpo("train", "--dataset", few, "--doctor")
     assert code == 0
     assert "the saved adapter says what the live one says" in out
-    assert "All 8 checks hold" in out
+    assert "All 8 checks passed" in out
 
 
 def test_a_wrong_shared_forward_is_noticed_and_the_run_goes_on_without_it(

@@ -1,6 +1,4 @@
-"""`vlmdpo demo`: prepare, estimate, train, infer and evaluate in one run, offline, on the embedded
-model.
-"""
+"""`vlmdpo demo`: prepare, estimate, train, infer and evaluate, offline, on the embedded model."""
 
 from __future__ import annotations
 
@@ -17,19 +15,17 @@ from vlmdpo.models.registry import recipe
 from vlmdpo.training import results
 
 _MARK = "demo.json"
-_QUESTION = "Is there a moon in this image?"  # there is none: the picture shows crosses and squares
+_QUESTION = "Is there a moon in this image?"  # the truth is no: it shows crosses and squares
 
 
 def run(config: cf.DemoConfig) -> dict[str, Any]:
-    """All five steps; each prints its own result as it comes. Returns the reports by step. Raises
-    DataError.
-    """
+    """Run all five steps, printing as they go. Returns their reports. Raises DataError."""
     folder = config.output_dir
     _clear(folder)
     ui.step("1/5 prepare: preference pairs, checked and stored")
     prepared = prepare.run(cf.PrepareConfig(output_dir=folder / "data"))
     prepare.show(prepared)
-    ui.step("2/5 estimate-memory: what DPO would need, here and at full size")
+    ui.step("2/5 estimate-memory: the memory of DPO, here and at full size")
     estimates = [
         estimate_memory.run(cf.EstimateMemoryConfig()),
         estimate_memory.run(
@@ -46,7 +42,7 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     trained = train.run(recipes.build(cf.TrainConfig, recipe("tiny", "train"), layer))
     train.show(trained)
     adapter = Path(trained["output_dir"])
-    ui.step("4/5 infer: one picture, before and after")
+    ui.step("4/5 infer: one image, before and after")
     answered = infer.run(cf.InferConfig(adapter=adapter, compare=True, question=_QUESTION))
     infer.show(answered)
     ui.step("5/5 eval-amber: held-out questions, before and after")
@@ -65,15 +61,16 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier demo; refuse anything else."""
+    """Remove an earlier demo. Raises DataError if the folder holds anything else."""
     if folder.is_file():
         raise DataError(f"--output-dir: '{folder}' is a file")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file():
         raise DataError(
-            f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+            f"--output-dir: '{folder}' holds something else; choose an empty or new folder"
         )
     try:
-        shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / _MARK).write_text(
             '{"what": "a vlmdpo demo; the next one replaces this folder"}\n', encoding="utf-8"
@@ -83,18 +80,18 @@ def _clear(folder: Path) -> None:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The closing table, and where everything is."""
+    """Print the scores, and where everything is."""
     eval_amber.show_flips(report["eval"]["comparison"], 6)
     eval_amber.show(report["eval"])
     folder = report["output_dir"]
-    rows = [
+    written = [
         ["prepared pairs", f"{folder}/data"],
         ["adapter and processor", f"{folder}/adapter"],
         ["curves and diagnosis", f"{folder}/adapter/{results.PAGE}"],
         ["answers and scores", f"{folder}/amber"],
     ]
     ui.result("What the demo wrote:")
-    for what, where in rows:
+    for what, where in written:
         ui.result(f"  {what:<22} {where}")
-    ui.result(f"Look and vote:  vlmdpo compare --adapter {folder}/adapter --amber {folder}/amber")
+    ui.result(f"Compare and vote: vlmdpo compare --adapter {folder}/adapter --amber {folder}/amber")
     ui.result("At full size: vlmdpo train --model idefics2-8b --dataset rlaif-v")

@@ -1,6 +1,4 @@
-"""`vlmdpo env`: what a bug report needs, and nothing secret: versions, GPUs, memory, the settings
-that change what happens.
-"""
+"""`vlmdpo env`: what a bug report needs, without secrets: versions, GPUs, memory, settings."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ _SETTINGS = (
 
 
 def run(config: EnvConfig) -> dict[str, Any]:
-    """Look around; nothing is downloaded, and no model loaded."""
+    """The report. Downloads nothing and loads no model."""
     import psutil
     import torch
 
@@ -118,7 +116,8 @@ def _commit(source: Path) -> dict[str, Any]:
 
 def _gpu(torch: Any, number: int) -> str:
     facts = torch.cuda.get_device_properties(number)
-    return f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, compute capability {facts.major}.{facts.minor}"
+    capability = f"compute capability {facts.major}.{facts.minor}"
+    return f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {capability}"
 
 
 def show(report: dict[str, Any]) -> None:
@@ -135,7 +134,5 @@ def show(report: dict[str, Any]) -> None:
         ui.result(f"- {name}: {report[name]}")
     ui.result(f"- CUDA of PyTorch: {report['cuda'] or 'none (a CPU build)'}")
     ui.result(f"- GPUs: {'; '.join(report['gpus']) or 'none'}")
-    ui.result(
-        "- environment: "
-        f"{', '.join(f'{name}={value}' for name, value in report['settings'].items()) or 'nothing set'}"
-    )
+    settings = ", ".join(f"{name}={value}" for name, value in report["settings"].items())
+    ui.result(f"- environment: {settings or 'nothing set'}")

@@ -1,6 +1,4 @@
-"""`vlmdpo train --dry-run`: everything that can be known without a network, a GPU or the model,
-before anything is paid for.
-"""
+"""`vlmdpo train --dry-run`: what a run would be, without a network, a GPU or the model."""
 
 from __future__ import annotations
 
@@ -14,7 +12,14 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.commands import estimate_memory
-from vlmdpo.config import PER_CALL, EstimateMemoryConfig, TrainConfig
+from vlmdpo.config import (
+    PER_CALL,
+    DataOptions,
+    EstimateMemoryConfig,
+    LoraOptions,
+    RunOptions,
+    TrainConfig,
+)
 from vlmdpo.data import store
 from vlmdpo.data.hub import DATASETS
 from vlmdpo.data.sources import Streamed, bounds
@@ -22,31 +27,31 @@ from vlmdpo.errors import ConfigError, ModelError
 from vlmdpo.memory import fast
 from vlmdpo.models import registry
 
-_PUBLISHED_ROWS = {"openbmb/RLAIF-V-Dataset": 83_132}  # as its card on the Hub says
-_SHARED = {field.name for field in dataclasses.fields(EstimateMemoryConfig)} & {
+_PUBLISHED_ROWS = {"openbmb/RLAIF-V-Dataset": 83_132}  # source: the dataset's card on the Hub
+_COMMON_OPTIONS = {field.name for field in dataclasses.fields(EstimateMemoryConfig)} & {
     field.name for field in dataclasses.fields(TrainConfig)
 }
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
-    """What the run would be. Nothing is loaded, downloaded or written.
+    """The plan of a run. Nothing is loaded, downloaded or written.
 
     Raises:
         ConfigError: settings that TRL refuses.
-        DataError, ModelError: data or a model folder that is named by its path and is not there.
+        DataError, ModelError: a data or model path that does not exist.
     """
     from vlmdpo.models.load import pick_device
     from vlmdpo.training.arguments import dpo_config
 
     with tempfile.TemporaryDirectory() as folder:
         dpo_config(config, Path(folder), pick_device("cpu"))
-    gpus, gpu = _gpus(config.gpu)
+    gpus, gpu = _parse_gpus(config.gpu)
     gpus = config.num_processes if config.num_processes > 1 else gpus
-    rows, known_by = _rows(config)
+    rows, rows_known_by = _training_rows(config)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus
-    losses, weights, conditional = config.losses()
-    known = _model(config.model)
-    whole = (
+    losses, weights, is_mdpo = config.losses()
+    known = _registry_entry(config.model)
+    has_counted_adapter = (
         config.lora
         and config.lora_scope == "all"
         and config.lora_target_modules == "all-linear"
@@ -57,39 +62,42 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "model": config.model,
         "hub_id": registry.hub_id(config.model),
         "parameters": known.parameters if known else None,
-        "trainable": known.lora_per_rank * config.lora_r if known and whole else None,
+        "trainable": known.lora_per_rank * config.lora_r if known and has_counted_adapter else None,
         "dataset": config.dataset,
         "rows": rows,
-        "rows_known_by": known_by,
+        "rows_known_by": rows_known_by,
         "gpus": gpus,
         "effective_batch": batch,
-        "steps": _steps(config, rows, batch),
+        "steps": _optimizer_steps(config, rows, batch),
         "learning_rate": config.peak_learning_rate,
-        "losses": ["mdpo"] if conditional else losses,
-        "loss_weights": None if conditional else weights,
-        "how": _how(config),
-        "memory": _memory(config, gpus, gpu),
+        "losses": ["mdpo"] if is_mdpo else losses,
+        "loss_weights": None if is_mdpo else weights,
+        "how": _what_trains(config),
+        "memory": _memory_by_formula(config, gpus, gpu),
         "estimate": _estimate_command(config, gpus, gpu),
     }
 
 
-def _gpus(asked: str | None) -> tuple[int, str | None]:
+def _parse_gpus(gpu: str | None) -> tuple[int, str | None]:
     """(number, kind) of "8xh100" or "h100"."""
-    counted = re.fullmatch(r"(\d+)x(.+)", asked or "")
-    return (int(counted[1]), counted[2]) if counted else (1, asked)
+    counted = re.fullmatch(r"(\d+)x(.+)", gpu or "")
+    return (int(counted[1]), counted[2]) if counted else (1, gpu)
 
 
-def _model(model: str) -> registry.Entry | None:
+def _registry_entry(model: str) -> registry.Entry | None:
+    """The model's entry, or None for a folder or another Hub model. Raises ModelError if it can be
+    neither.
+    """
     known = registry.known(model)
     if known is None and "/" not in model and not Path(model).exists():
         registry.entry(model)  # raises, naming the nearest alias
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise ModelError(f"--model: no folder '{model}'")
+        raise ModelError(f"--model: folder '{model}' does not exist")
     return known
 
 
-def _rows(config: TrainConfig) -> tuple[int | None, str]:
-    """How many rows would train, and how that is known; None where only a download would tell."""
+def _training_rows(config: DataOptions) -> tuple[int | None, str]:
+    """(number of rows, how it is known); None if it takes a download to know."""
     folder = Path(config.dataset)
     manifest = store.read_manifest(folder)
     if manifest is not None:
@@ -97,20 +105,21 @@ def _rows(config: TrainConfig) -> tuple[int | None, str]:
     if config.dataset == "scenes":
         from vlmdpo.tiny import pairs
 
-        return _cut(pairs.source().count, config), "embedded"
+        return _rows_of_split(pairs.source().count, config), "embedded"
     if folder.expanduser().exists():
         from vlmdpo.data.hub import open_source
 
-        return _cut(
+        return _rows_of_split(
             open_source(config.dataset, config.split).count, config
         ), "counted, before checks"
     repo = DATASETS.get(config.dataset, config.dataset)
     if repo in _PUBLISHED_ROWS:
-        return _cut(_PUBLISHED_ROWS[repo], config), "published, before checks"
+        return _rows_of_split(_PUBLISHED_ROWS[repo], config), "published, before checks"
     return None, "not known without a download"
 
 
-def _cut(count: int | None, config: TrainConfig) -> int | None:
+def _rows_of_split(count: int | None, config: DataOptions) -> int | None:
+    """The rows that `--split` selects of `count`."""
     if count is None:
         return None
     source = Streamed(
@@ -120,13 +129,13 @@ def _cut(count: int | None, config: TrainConfig) -> int | None:
     return (count if last is None else last) - first
 
 
-def _steps(config: TrainConfig, rows: int | None, batch: int) -> int | None:
+def _optimizer_steps(config: RunOptions, rows: int | None, batch: int) -> int | None:
     if config.max_steps > 0:
         return config.max_steps
     return None if rows is None else math.ceil(config.num_train_epochs * math.ceil(rows / batch))
 
 
-def _how(config: TrainConfig) -> str:
+def _what_trains(config: LoraOptions) -> str:
     if not config.lora:
         frozen = f" but {config.freeze}" if config.freeze else ""
         return f"all weights{frozen}"
@@ -136,11 +145,13 @@ def _how(config: TrainConfig) -> str:
     return f"{kind} r={config.lora_r} on {where}" + (f" ({', '.join(more)})" if more else "")
 
 
-def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
+def _estimate_options(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
+    """The options of `estimate-memory` for this run."""
     strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     shared = {
-        name: getattr(config, name) for name in _SHARED - {"dataset", "dtype", "gpu", *PER_CALL}
+        name: getattr(config, name)
+        for name in _COMMON_OPTIONS - {"dataset", "dtype", "gpu", *PER_CALL}
     }
     prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
     return {
@@ -153,18 +164,16 @@ def _estimate(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]
     }
 
 
-def _memory(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] | None:
-    """What the closed formula says of a GPU's memory; None where it does not know the model or the
-    setting.
-    """
+def _memory_by_formula(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] | None:
+    """The peak of one GPU by formula; None for a model or setting without one."""
     known = registry.known(config.model)
     if known is None or known.alias not in fast.known_architectures():
         return None
     try:
         report = estimate_memory.run(
-            EstimateMemoryConfig(**_estimate(config, gpus, gpu), fast=True)
+            EstimateMemoryConfig(**_estimate_options(config, gpus, gpu), fast=True)
         )
-    except ConfigError:  # a setting that the formula does not know, and the simulation does
+    except ConfigError:  # a setting that only the simulation knows
         return None
     return {name: report.get(name) for name in ("peak_bytes", "verdict", "gpu", "error_per_cent")}
 
@@ -172,7 +181,7 @@ def _memory(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] |
 def _estimate_command(config: TrainConfig, gpus: int, gpu: str | None) -> str:
     default = EstimateMemoryConfig()
     words = ["vlmdpo", "estimate-memory"]
-    for name, value in sorted(_estimate(config, gpus, gpu).items()):
+    for name, value in sorted(_estimate_options(config, gpus, gpu).items()):
         if value == getattr(default, name):
             continue
         flag = f"--{name.replace('_', '-')}"
@@ -192,25 +201,25 @@ def show(report: dict[str, Any]) -> None:
     ui.result(f"Data      {report['dataset']}: {rows} ({report['rows_known_by']})")
     trains = f": {report['trainable']:,} parameters train" if report["trainable"] else ""
     ui.result(f"Training  {report['how']}{trains}; learning rate {report['learning_rate']:g}")
-    weighed = report["loss_weights"] and any(weight != 1 for weight in report["loss_weights"])
-    weights = (
-        f", weights {', '.join(f'{weight:g}' for weight in report['loss_weights'])}"
-        if weighed
-        else ""
-    )
+    weights = ""
+    if report["loss_weights"] and any(weight != 1 for weight in report["loss_weights"]):
+        weights = f", weights {', '.join(f'{weight:g}' for weight in report['loss_weights'])}"
     ui.result(f"Loss      {', '.join(report['losses'])}{weights}")
-    steps = f"{report['steps']:,}" if report["steps"] is not None else "as many as the data gives"
+    steps = f"{report['steps']:,}" if report["steps"] is not None else "unknown"
     on = f" over {report['gpus']} GPUs" if report["gpus"] > 1 else ""
     ui.result(f"Steps     {steps}, {report['effective_batch']} pairs each{on}")
     ui.result(f"Memory    {_memory_line(report['memory'])}")
-    ui.result(f"          to the byte, by simulation: {report['estimate']}")
+    ui.result(f"          for a simulation, run: {report['estimate']}")
     ui.result("Nothing was loaded, downloaded or written; leave out --dry-run to train.")
 
 
 def _memory_line(memory: dict[str, Any] | None) -> str:
     if memory is None or memory["peak_bytes"] is None:
         return "no formula for this model or setting"
-    line = f"about {memory['peak_bytes'] / 2**30:.1f} GiB a GPU at the peak, by formula, {memory['error_per_cent']}% off or less"
+    line = (
+        f"peak of about {memory['peak_bytes'] / 2**30:.1f} GiB per GPU, by formula, within "
+        f"{memory['error_per_cent']}%"
+    )
     return line + (
         f"; {memory['gpu']['name']}: {memory['verdict']}"
         if memory["verdict"]

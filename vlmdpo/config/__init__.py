@@ -5,7 +5,7 @@ no second list of options to keep in step. Later layers win: the defaults here, 
 recipe (only the embedded model has one), the `--config` file, the flags.
 """
 
-from vlmdpo.config.common import ATTENTIONS, DTYPES, PER_CALL, STRATEGIES, ProcessOptions
+from vlmdpo.config.common import ATTENTIONS, DTYPES, STRATEGIES, ProcessOptions
 from vlmdpo.config.compare import CompareConfig
 from vlmdpo.config.demo import DemoConfig
 from vlmdpo.config.env import EnvConfig
@@ -13,7 +13,14 @@ from vlmdpo.config.estimate_memory import EstimateMemoryConfig
 from vlmdpo.config.eval_amber import DIMENSIONS, EvalAmberConfig
 from vlmdpo.config.export import ExportConfig
 from vlmdpo.config.infer import InferConfig
-from vlmdpo.config.options import GROUPS, Options, flag_name, group_of
+from vlmdpo.config.options import (
+    GROUPS,
+    PER_CALL,
+    Options,
+    flag_name,
+    group_of,
+    ordered_fields,
+)
 from vlmdpo.config.prepare import PrepareConfig
 from vlmdpo.config.train import DEFAULT_RATES, USUAL_RATES, TrainConfig
 from vlmdpo.config.training import (
@@ -65,4 +72,5 @@ __all__ = [
     "TrainProcessOptions",
     "flag_name",
     "group_of",
+    "ordered_fields",
 ]

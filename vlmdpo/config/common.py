@@ -13,8 +13,6 @@ ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3",
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 LORA_SCOPES = ("language", "connector", "all")
 OVER_LENGTH = ("drop", "trim")
-# Options of one call rather than of what it makes: recipes and cache keys leave them out.
-PER_CALL = ("json", "quiet", "yes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,10 @@ def option(
     return dataclasses.field(default=default, metadata={**described, **shown})
 
 
+# Options of one call rather than of what it makes: recipes and cache keys leave them out.
+PER_CALL = ("json", "quiet", "yes")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """A group of options. A command's config inherits from the groups it has, so its fields stay
@@ -67,6 +71,16 @@ def group_of(config: type[Options], field: dataclasses.Field[Any]) -> str:
         return str(field.metadata["group"])
     declares = next(cls for cls in config.__mro__ if field.name in inspect.get_annotations(cls))
     return str(vars(declares)["group"])
+
+
+def ordered_fields(config: type[Options]) -> list[dataclasses.Field[Any]]:
+    """The fields in the order of `--help`: by group, the common ones first, as declared."""
+
+    def place(field: dataclasses.Field[Any]) -> tuple[int, bool, bool]:
+        group = GROUPS.index(group_of(config, field))
+        return group, not field.metadata["common"], field.name in PER_CALL
+
+    return sorted(dataclasses.fields(config), key=place)
 
 
 def flag_name(field: str) -> str:

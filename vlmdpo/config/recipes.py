@@ -1,17 +1,14 @@
-"""From plain values to a command's settings: layers of defaults, recipe file and flags, each key
-checked and converted.
-"""
+"""From plain values to a config: defaults, recipe file and flags in layers, each key checked."""
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmdpo.config import flag_name
+from vlmdpo.config import Options, flag_name, ordered_fields
 from vlmdpo.errors import ConfigError, nearest
 
 Config = TypeVar("Config")
@@ -23,8 +20,9 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
-    """A config from layers of plain values, later ones winning. Raises ConfigError on an unknown
-    key or wrong type.
+    """A config from layers of plain values, later ones winning.
+
+    Raises ConfigError for an unknown key or a value of the wrong type.
     """
     types_of = field_types(cls)
     values: dict[str, Any] = {}
@@ -36,21 +34,20 @@ def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
     return cls(**values)
 
 
-def plain(config: Any, *, without: Collection[str] = ()) -> dict[str, Any]:
-    """A config as the values that a recipe, a JSON file or a report holds; `build` reads them back."""
+def plain(config: Options, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """A config as plain values for a recipe, JSON file or report; `build` reads them back."""
     values = {
         field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
+        for field in ordered_fields(type(config))
         if field.name not in without
     }
-    return {
-        name: str(value)
-        if isinstance(value, Path)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for name, value in values.items()
-    }
+    return {name: _plain_value(value) for name, value in values.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -63,7 +60,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config: cannot read '{path}': {problem.strerror}") from problem
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         reason = " ".join(str(problem).split())
-        raise ConfigError(f"--config: '{path}' is no valid YAML: {reason}") from problem
+        raise ConfigError(f"--config: '{path}' is not valid YAML: {reason}") from problem
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
@@ -74,8 +71,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _coerce(wanted: Any, value: Any, key: str) -> Any:
-    """`value` as the field's type, or a ConfigError that names the key. YAML reads 5e-5 as text; we
-    read it as a number.
+    """`value` as the field's type. Raises ConfigError, naming the key, if it cannot be.
+
+    YAML reads 5e-5 as text; here it is a number.
     """
     options = (
         typing.get_args(wanted)
@@ -102,6 +100,6 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
             if kind is float or number == int(number):
                 return kind(number)
         except (ValueError, OverflowError) as problem:
-            raise ConfigError(f"{flag_name(key)}: '{value}' is no number") from problem
+            raise ConfigError(f"{flag_name(key)}: '{value}' is not a number") from problem
     name = getattr(kind, "__name__", str(kind))
     raise ConfigError(f"{flag_name(key)}: expected {name}, got {value!r}")
