@@ -119,10 +119,7 @@ def test_rates_suit_the_way_of_training(data, vlmdpo):
     here = ["--model", source_of("tiny")]
     code, _, err = vlmdpo(*SHORT, *here, "--learning-rate", "2e-2")
     assert code == 0
-    assert (
-        "--learning-rate 0.02: LoRA usually takes 1e-06 to 0.0005; the default is "
-        "5e-05" in err
-    )
+    assert "--learning-rate 0.02: LoRA usually takes 1e-06 to 0.0005; the default is 5e-05" in err
     _, _, err = vlmdpo(*SHORT, *here, "--overwrite")
     assert "usually takes" not in err
 

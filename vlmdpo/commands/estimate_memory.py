@@ -15,7 +15,7 @@ from vlmdpo.config import EstimateMemoryConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.memory import fast
-from vlmdpo.memory.fit import Line, largest_batch, verdict
+from vlmdpo.memory.fit import PeakByBatch, largest_batch_size, verdict
 from vlmdpo.memory.gpus import capacity_bytes
 from vlmdpo.memory.terms import (
     CONTEXT_BYTES,
@@ -28,7 +28,7 @@ from vlmdpo.memory.terms import (
 from vlmdpo.models import registry
 
 if TYPE_CHECKING:
-    from vlmdpo.training.simulate import Foresight
+    from vlmdpo.training.simulate import SimulatedPeak
 
 __all__ = ["run", "show"]
 
@@ -84,8 +84,8 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
 def _article_report(config: EstimateMemoryConfig, counts: _ParameterCounts) -> dict[str, Any]:
     """Settings, parameter counts, and the article's table: exact, and rounded as published."""
     trainable = counts.adapter if config.lora else counts.total
-    exact = components(counts.total, trainable, config.dtype, lora=config.lora)
-    article = as_in_article(counts.total, trainable, config.dtype, lora=config.lora)
+    exact = article_components(counts.total, trainable, config.dtype, lora=config.lora)
+    article = rounded_article_table(counts.total, trainable, config.dtype, lora=config.lora)
     settings = (*TRAIN_OPTIONS, "images", "prompt_tokens", "answer_tokens", "dataset")
     return {
         "model": counts.name,
@@ -159,7 +159,7 @@ def _count_parameters(config: EstimateMemoryConfig) -> _ParameterCounts:
 
 def _static_components(config: EstimateMemoryConfig, counts: _ParameterCounts) -> list[Component]:
     """What stays allocated through a step: weights, gradients, optimizer states."""
-    return allocated(
+    return allocated_components(
         counts.total,
         counts.adapter,
         config.dtype,
@@ -192,14 +192,14 @@ def _by_formula(
     config: EstimateMemoryConfig, counts: _ParameterCounts, static: list[Component]
 ) -> dict[str, Any]:
     """The peak by `memory.fast`; None for a model without a formula."""
-    if counts.name not in fast.architectures():
+    if counts.name not in fast.known_architectures():
         return {"peak_bytes": None, "verdict": None, "phases": None}
-    image = _image_size(config, fast.default_side(counts.name))
+    image = _image_size(config, fast.default_image_side(counts.name))
     tokens, patches = fast.image_tokens(counts.name, image)
     rows = config.per_device_train_batch_size * (1 if config.engine == "shared" else 2)
     answers = config.answer_tokens * (2 if config.engine == "shared" else 1)
-    activation_bytes = fast.activations(
-        fast.Sizes.of(counts.name),
+    activation_bytes = fast.activation_bytes(
+        fast.ModelShape.of_model(counts.name),
         rows * (config.images * tokens + config.prompt_tokens + answers),
         rows * answers,
         rows * config.images * patches,
@@ -239,7 +239,7 @@ def _by_simulation(
 def _plan(
     config: EstimateMemoryConfig,
     simulator: _StepSimulator,
-    step: Foresight,
+    step: SimulatedPeak,
     shift: int,
     capacity: int,
 ) -> dict[str, Any]:
@@ -282,22 +282,24 @@ class _StepSimulator:
             "trust_remote_code": config.trust_remote_code,
         }
         if config.dataset is None:
-            self.architecture = arch.architecture(config.model, **origin)
+            self.architecture = arch.load_architecture(config.model, **origin)
             self.image = _image_size(config, default_image_side(self.architecture.processor))
             answer = config.answer_tokens
             work = simulate.Workload(
                 self.image, config.images, config.prompt_tokens, answer, answer
             )
-            self._rows = lambda count: simulate.rows_of(self.architecture.processor, work, count)
+            self._rows = lambda count: simulate.synthetic_rows(
+                self.architecture.processor, work, count
+            )
         else:
-            self.architecture = arch.from_files(config.model, **origin)
+            self.architecture = arch.load_architecture_from_files(config.model, **origin)
             rows = simulate.longest_rows(self.architecture.processor, Path(config.dataset))
             self.image = rows[0]["images"][0].size if rows[0]["images"] else (0, 0)
             self._rows = lambda count: rows.select([i % len(rows) for i in range(count)])
         if hasattr(self.architecture.processor.image_processor, "do_image_splitting"):
             self.architecture.processor.image_processor.do_image_splitting = config.image_splitting
 
-    def at_batch(self, batch: int) -> Foresight:
+    def at_batch(self, batch: int) -> SimulatedPeak:
         """The simulated step with this many pairs per device."""
         from vlmdpo.training import simulate
 
@@ -307,8 +309,8 @@ class _StepSimulator:
         # `_static_difference` makes its states smaller.
         optim = settings["optim"]
         settings["optim"] = "adamw_torch" if "8bit" in optim else optim
-        with simulate.as_on_a_gpu():
-            return simulate.foresee(
+        with simulate.gpu_loss_head():
+            return simulate.estimate_peak(
                 self.architecture, TrainConfig(**settings), self._rows(batch), dtype=self.dtype
             )
 

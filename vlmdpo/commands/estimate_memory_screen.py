@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.config import TrainConfig, flag_name
-from vlmdpo.memory.fit import BAND
+from vlmdpo.memory.fit import ERROR_BAND
 from vlmdpo.memory.terms import CONTEXT_BYTES
 
 _GIB = 2**30
@@ -116,7 +116,7 @@ def _show_verdict(report: dict[str, Any]) -> None:
     room = found["free_bytes"] / _GIB
     rest = f"{room:.1f} GiB to spare" if room >= 0 else f"{-room:.1f} GiB short"
     band = (
-        f" (closer than the estimate's error of {100 * BAND:.0f}%)"
+        f" (closer than the estimate's error of {100 * ERROR_BAND:.0f}%)"
         if report["verdict"] == "tight"
         else ""
     )

@@ -65,8 +65,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         _plan_batch(config, args, data)
     with _memory_forecast(config, args, data) as forecast:
         with train_folder.removed_if_empty(output_dir):
-            watch = Watch(output_dir / METRICS, foreseen=forecast)
-            setup = training_setup.set_up(config, args, data, watch)
+            monitor = TrainingMonitor(output_dir / METRICS, foreseen=forecast)
+            setup = training_setup.set_up_training(config, args, data, monitor)
         return _run(setup, config, output_dir)
 
 
@@ -77,7 +77,7 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
         train_folder.start(output_dir, config, setup.over_length)
     trainer.accelerator.wait_for_everyone()
     training_setup.check(setup, config)
-    results.show_as_it_goes(setup, output_dir, config)
+    results.attach_samples_and_page(setup, output_dir, config)
     _say_plan(trainer, config, len(setup.dataset))
     last = train_folder.last_checkpoint(output_dir) if config.resume else None
     with _translate_errors(setup, output_dir), setup.watch.catching_signals():
@@ -104,8 +104,8 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
     trainer = setup.trainer
     try:
         yield
-    except NotANumber as problem:
-        raise training_setup.no_number(setup, problem, folder) from problem
+    except NonFiniteLoss as problem:
+        raise training_setup.explain_non_finite_loss(setup, problem, folder) from problem
     except torch.OutOfMemoryError as problem:
         batch = trainer.args.per_device_train_batch_size
         raise MemoryBudgetError(
@@ -162,9 +162,9 @@ def _memory_forecast(config: TrainConfig, args: Any, data: Path) -> Iterator[Any
         "num_processes": args.world_size,
         "num_machines": 1,
         "machine_rank": 0,
-        "strategy": (sharding() if args.world_size > 1 else "") or "ddp",
+        "strategy": (launched_strategy() if args.world_size > 1 else "") or "ddp",
     }
-    forecast = memory_forecast.Foreseeing(
+    forecast = memory_forecast.MemoryForecast(
         dataclasses.replace(config, auto_batch_size=False, **as_it_is),
         data,
         _dtype_name(config, args),
@@ -211,8 +211,8 @@ def _doctor(config: TrainConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         args = dpo_config(config, folder, pick_device(config.device))
-        watch = Watch(folder / METRICS)
-        setup = training_setup.set_up(config, args, _prepared(config), watch)
+        monitor = TrainingMonitor(folder / METRICS)
+        setup = training_setup.set_up_training(config, args, _prepared(config), monitor)
         return training_setup.examine(setup, config)
 
 

@@ -80,7 +80,7 @@ def start(folder: Path, config: TrainConfig, over_length: list[dict[str, Any]]) 
         if config.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.tidy(folder)
+        checkpoints.remove_partial(folder)
         # The recipe comes first: from now on the folder is recognized as a run.
         part = folder / f".{RECIPE}.partial"
         part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -98,7 +98,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The last complete checkpoint, or None; says which it is, or that there is none."""
     from vlmdpo.training import checkpoints
 
-    found = checkpoints.found(folder)
+    found = checkpoints.list_checkpoints(folder)
     if not found:
         ui.say(f"no checkpoint in '{folder}' yet: starting from the beginning")
         return None
