@@ -116,11 +116,11 @@ def test_answers_of_another_model_are_not_mixed(question_file, tmp_path, vlmdpo)
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"id": 1, "image": "absent.png", "question": "q"}', "1 pictures are missing: absent.png"),
+        ('{"id": 1, "image": "absent.png", "question": "q"}', "1 images are missing: absent.png"),
         ('{"id": 1, "image": "../x.png", "question": "q"}', "points outside"),
         ('{"id": 1, "question": "q"}', "must hold id, image and question; found id, question"),
-        ("{", "line 1 is no valid JSON"),
-        ("", "holds no question"),
+        ("{", "line 1 is not valid JSON"),
+        ("", "contains no questions"),
     ],
 )
 def test_bad_question_files(line, says, tmp_path, vlmdpo):

@@ -1,6 +1,4 @@
-"""`vlmdpo compare`: base and tuned side by side on a page of this machine; votes become preference
-data.
-"""
+"""`vlmdpo compare`: a local page with base and tuned side by side; votes become data."""
 
 from __future__ import annotations
 
@@ -21,18 +19,19 @@ import yaml
 from vlmdpo import ui
 from vlmdpo.config import CompareConfig
 from vlmdpo.errors import ConfigError, DataError, MissingDependencyError, install_command
+from vlmdpo.models.configured import configured_model, configured_processor
 
 SHIPPED = Path(str(resources.files("vlmdpo.tiny").joinpath("assets", "adapter")))
 FLIPS = "flips.json"  # beside the shipped adapter: some of the answers it changed
-_BETA = 0.1
+_DEFAULT_BETA = 0.1
 
 
 def run(config: CompareConfig) -> dict[str, Any]:
-    """Serve until Ctrl-C or SIGTERM; returns where it was, and the votes of this time.
+    """Serve until Ctrl-C or SIGTERM. Returns the address, and the number of votes.
 
     Raises:
         MissingDependencyError: gradio is not installed.
-        ConfigError: a port that is taken, a relay that cannot be reached.
+        ConfigError: a port in use, a relay that cannot be reached.
         DataError, ModelError: examples, adapter or model that cannot be used.
     """
     if importlib.util.find_spec("gradio") is None:
@@ -41,7 +40,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         "Make the page public: anyone with the link can ask this model?", otherwise=True
     ):
         raise ConfigError("not shared; leave out --share to serve on this machine alone")
-    _warn_of_others(config.host)
+    _warn_if_reachable_by_others(config.host)
     _check_votes(config.votes)
     with tempfile.TemporaryDirectory(prefix="vlmdpo-compare-") as name:
         page = _page(config, Path(name))
@@ -51,21 +50,11 @@ def run(config: CompareConfig) -> dict[str, Any]:
 
 def _page(config: CompareConfig, folder: Path) -> Any:
     from vlmdpo.engine.side_by_side import SideBySide
-    from vlmdpo.models import load
 
     adapter = config.adapter or SHIPPED
-    examples = _examples(config, adapter, folder)  # before anything is loaded: they may be wrong
-    origin: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    how: dict[str, Any] = {
-        "dtype": config.dtype,
-        "device": config.device,
-        "attention": config.attn_implementation,
-    }
-    model = load.load_model(config.model, adapter=adapter, **how, **origin)
-    processor = load.load_processor(config.model, image_splitting=config.image_splitting, **origin)
+    examples = _examples(config, adapter, folder)  # before the model: they may be unreadable
+    model = configured_model(config, adapter=adapter)
+    processor = configured_processor(config)
     from vlmdpo.web.app import Page
 
     names = (
@@ -80,7 +69,7 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     from vlmdpo.web import examples
 
     found = []
-    amber = config.amber or _evaluated(adapter)
+    amber = config.amber or _latest_evaluation(adapter)
     if amber is not None:
         found += examples.of_amber(amber, folder)
     elif config.model == "tiny":
@@ -92,8 +81,8 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     return found
 
 
-def _evaluated(adapter: Path) -> Path | None:
-    """Where eval-amber, left to itself, wrote of this adapter; the latest of several."""
+def _latest_evaluation(adapter: Path) -> Path | None:
+    """The latest folder that eval-amber wrote by default for this adapter; None without one."""
     found = Path("outputs", "amber").glob(f"*-{glob.escape(adapter.resolve().name)}/scores.json")
     return max(
         (path.parent for path in found), key=lambda folder: folder.stat().st_mtime, default=None
@@ -101,27 +90,28 @@ def _evaluated(adapter: Path) -> Path | None:
 
 
 def _beta(adapter: Path) -> float:
+    """The beta that the adapter was trained with, or the default for one from elsewhere."""
     try:
         recipe = yaml.safe_load((adapter / "recipe.yaml").read_text(encoding="utf-8"))
         return float(recipe["beta"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):  # an adapter from elsewhere
-        return _BETA
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return _DEFAULT_BETA
 
 
-def _warn_of_others(host: str) -> None:
+def _warn_if_reachable_by_others(host: str) -> None:
     try:
-        alone = ipaddress.ip_address(host).is_loopback
+        is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        alone = host == "localhost"
-    if not alone:
+        is_local = host == "localhost"
+    if not is_local:
         ui.warn(
-            f"--host {host}: everyone who can reach this machine can use the page; 127.0.0.1 is "
-            "for you alone"
+            f"--host {host}: everyone who can reach this machine can use the page; 127.0.0.1 keeps "
+            "it private"
         )
 
 
 def _check_votes(file: Path) -> None:
-    """Raise DataError where votes could not be written: better now than after the first one."""
+    """Raise DataError if votes could not be written, before anyone votes."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
@@ -129,11 +119,11 @@ def _check_votes(file: Path) -> None:
     except OSError as problem:
         raise DataError(f"--votes: cannot write '{file}': {problem.strerror}") from problem
     if file.is_dir():
-        raise DataError(f"--votes: '{file}' is a folder; give a file")
+        raise DataError(f"--votes: '{file}' is a folder; name a file")
 
 
 def _serve(config: CompareConfig, page: Any) -> str:
-    """Launch, say where, and wait for the end."""
+    """Start the page, print its address, and wait until it is stopped. Returns the address."""
     from vlmdpo.web.app import CSS, THEME
 
     app = page.build()
@@ -157,26 +147,26 @@ def _serve(config: CompareConfig, page: Any) -> str:
             f"{' '.join(str(problem).split())}"
         ) from problem
     url = str(shared or local)
-    # No Event: its lock may be held by the very lines that the signal interrupts.
-    over: list[int] = []
-    before = {
-        number: signal.signal(number, lambda which, _: over.append(which))
+    # Not an Event: the signal may interrupt a line that holds its lock.
+    stopped: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda which, _: stopped.append(which))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         (ui.say if config.json else ui.result)(f"Base and tuned side by side: {url}")
-        ui.say(f"votes go to {config.votes}; Ctrl-C ends it")
-        while not over:
+        ui.say(f"votes go to {config.votes}; stop with Ctrl-C")
+        while not stopped:
             time.sleep(0.2)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         app.close(verbose=False)
     return url
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print how many votes there were, and what can be done with them."""
+    """Print how many votes there were, and how to train on them."""
     if report["votes"]:
         ui.result(f"{report['votes']} votes written to {report['file']}")
         ui.result(

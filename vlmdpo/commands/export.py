@@ -1,18 +1,21 @@
-"""`vlmdpo export`: an adapter merged into its base as a standalone model, checked to answer the
-same; uploads if asked.
-"""
+"""`vlmdpo export`: merge an adapter into its base, check the answers, upload if asked."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmdpo import ui
 from vlmdpo.config import ExportConfig
 from vlmdpo.errors import DataError, ModelError
+from vlmdpo.models.configured import configured_model, configured_processor
 from vlmdpo.models.registry import short_name
+
+if TYPE_CHECKING:
+    import torch
 
 _QUESTIONS = (
     "Describe this image.",
@@ -20,20 +23,24 @@ _QUESTIONS = (
     "What colour is it?",
     "How many are there?",
 )
-_SAME = {
-    "torch.float32": 1e-4,
-    "torch.bfloat16": 0.05,
-    "torch.float16": 0.01,
-}  # of logits, by what rounding makes of them
+# Largest difference of logits, relative to their norm, that rounding explains.
+_TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.05, "torch.float16": 0.01}
+
+
+class _Responses(NamedTuple):
+    """What a model makes of `_QUESTIONS` about one image."""
+
+    logits: list[torch.Tensor]  # (V,) of each answer's first token
+    answers: list[str]
+    dtype: str
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Merge, check, save, and upload where asked. Returns the report.
+    """Merge, check, save, and upload if asked. Returns the report.
 
     Raises:
         DataError: an output folder that holds something else, a full disk, an upload that fails.
-        ModelError: no adapter, another base than it was trained on, or a merged model that answers
-            otherwise.
+        ModelError: no adapter, a base it was not trained on, or a merged model that differs.
     """
     assert config.adapter is not None
     named = base_of_adapter(config.adapter)
@@ -59,7 +66,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 
 def base_of_adapter(adapter: Path) -> str:
-    """The base model that an adapter names. Raises ModelError where the folder holds none."""
+    """The base model that an adapter names. Raises ModelError if the folder holds no adapter."""
     from vlmdpo.models.load import check_adapter
 
     check_adapter(adapter)
@@ -72,38 +79,30 @@ def base_of_adapter(adapter: Path) -> str:
 
 
 def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dict[str, Any]:
-    """Write base and adapter as one model to `folder`, which appears once it is whole and was
+    """Write base and adapter as one model to `folder`, which appears once it is complete and
     checked.
     """
-    from vlmdpo.models import load
     from vlmdpo.report import model_card
 
-    _usable(folder, config.overwrite)
-    origin: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    processor = load.load_processor(model, **origin)
-    how: dict[str, Any] = {
-        "dtype": config.dtype,
-        "device": config.device,
-        "attention": config.attn_implementation,
-    }
-    apart = load.load_model(model, adapter=adapter, **how, **origin)
-    before = _said(apart, processor)
-    merged = apart.merge_and_unload()
+    _check_output(folder, config.overwrite)
+    options = dataclasses.replace(config, model=model)
+    processor = configured_processor(options)
+    with_adapter = configured_model(options, adapter=adapter)
+    before = _respond(with_adapter, processor)
+    merged = with_adapter.merge_and_unload()
     part = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         merged.save_pretrained(part, safe_serialization=True)
         processor.save_pretrained(part)
-        del apart, merged
-        agreement = _agreement(
-            before, _said(load.load_model(str(part.absolute()), **how), processor)
+        del with_adapter, merged
+        saved = dataclasses.replace(
+            options, model=str(part.absolute()), revision=None, trust_remote_code=False
         )
-        kept = (model_card.REPORT, model_card.RECIPE, model_card.AMBER, "learning_curves.png")
-        for name in kept:
+        agreement = _agreement(before, _respond(configured_model(saved), processor))
+        copied = (model_card.REPORT, model_card.RECIPE, model_card.AMBER, "learning_curves.png")
+        for name in copied:
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, part / name)
         if (part / model_card.REPORT).is_file():
@@ -118,52 +117,51 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
     return agreement
 
 
-def _usable(folder: Path, overwrite: bool) -> None:
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Raise DataError for an output folder that may not be replaced."""
     if folder.is_file():
         raise DataError(f"--output-dir: '{folder}' is a file")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.json").is_file():
             raise DataError(
-                f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+                f"--output-dir: '{folder}' holds something else; choose an empty or new folder"
             )
         if not overwrite and not ui.confirm(f"'{folder}' holds a model. Replace it?"):
             raise DataError(
-                f"--output-dir: '{folder}' holds a model; add --overwrite or give another folder"
+                f"--output-dir: '{folder}' holds a model; add --overwrite or choose another folder"
             )
 
 
-def _said(model: Any, processor: Any) -> tuple[list[Any], list[str], str]:
-    """What a model makes of some questions to one picture: the first answer token's logits (V,),
-    the answers, its type.
-    """
+def _respond(model: Any, processor: Any) -> _Responses:
+    """Ask the questions about a made-up image."""
     import torch
     from PIL import Image
 
     from vlmdpo.engine.generate import answer, model_inputs
 
-    picture = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
+    image = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
     logits = []
     with torch.no_grad():
         for question in _QUESTIONS:
             logits.append(
-                model(**model_inputs(model, processor, [picture], [question]))
+                model(**model_inputs(model, processor, [image], [question]))
                 .logits[0, -1]
                 .float()
                 .cpu()
             )
-    answers = answer(model, processor, [picture] * len(_QUESTIONS), list(_QUESTIONS), 12)
-    return logits, answers, str(next(model.parameters()).dtype)
+    answers = answer(model, processor, [image] * len(_QUESTIONS), list(_QUESTIONS), 12)
+    return _Responses(logits, answers, str(next(model.parameters()).dtype))
 
 
-def _agreement(
-    before: tuple[list[Any], list[str], str], after: tuple[list[Any], list[str], str]
-) -> dict[str, Any]:
-    """How far the merged model is from base and adapter. Raises ModelError where that is more than
-    rounding.
+def _agreement(before: _Responses, after: _Responses) -> dict[str, Any]:
+    """How much the merged model differs from base and adapter.
+
+    Raises ModelError if rounding does not explain it.
     """
-    apart = max(float((a - b).norm() / b.norm()) for a, b in zip(after[0], before[0], strict=True))
-    same = sum(a == b for a, b in zip(after[1], before[1], strict=True))
-    if not apart <= _SAME[after[2]]:
+    pairs = zip(after.logits, before.logits, strict=True)
+    apart = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    same = sum(a == b for a, b in zip(after.answers, before.answers, strict=True))
+    if not apart <= _TOLERANCE[after.dtype]:  # also for NaN
         raise ModelError(
             f"the merged model differs from base and adapter by {100 * apart:.2g}% of its logits; "
             "merge in another --dtype"
@@ -172,7 +170,7 @@ def _agreement(
         "logits_apart": apart,
         "same_answers": same,
         "of": len(_QUESTIONS),
-        "dtype": after[2].removeprefix("torch."),
+        "dtype": after.dtype.removeprefix("torch."),
     }
 
 
@@ -185,12 +183,11 @@ def show(report: dict[str, Any]) -> None:
             f"{report['output_dir']} ({found['dtype']})"
         )
         ui.result(
-            f"  reloaded, it gives {found['same_answers']} of {found['of']} answers alike; logits "
-            "apart by "
-            f"{found['logits_apart']:.1e} of their size"
+            f"  reloaded, it gives {found['same_answers']} of {found['of']} identical answers; "
+            f"logits differ by {found['logits_apart']:.1e} of their norm"
         )
         ui.result(
-            f"  use it as any model: vlmdpo infer --model {report['output_dir']} --image FILE "
+            f"  use it like any model: vlmdpo infer --model {report['output_dir']} --image FILE "
             "--question TEXT"
         )
     if report.get("url"):

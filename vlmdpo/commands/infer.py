@@ -1,6 +1,4 @@
-"""`vlmdpo infer`: ask a model, or the base and the tuned model side by side, or a whole file of
-questions.
-"""
+"""`vlmdpo infer`: ask a model, or base and tuned side by side, or a whole file of questions."""
 
 from __future__ import annotations
 
@@ -17,81 +15,66 @@ from vlmdpo import ui
 from vlmdpo.config import InferConfig
 from vlmdpo.data.images import BadImage, inside, open_file
 from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.models.configured import configured_model, configured_processor
 
-_DESCRIBE = "Describe this image."
+_DEFAULT_QUESTION = "Describe this image."
+_NAMED_MISSING = 5  # missing images named in the error
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Question:
     """One line of a question file."""
 
     id: str | int
     image: str
-    question: str
+    text: str
     path: Path
 
 
 def run(config: InferConfig) -> dict[str, Any]:
     """Answer one question, or a file of them. Raises ConfigError, DataError, ModelError."""
-    return _one(config) if config.input is None else _many(config)
-
-
-def _load(config: InferConfig) -> tuple[Any, Any]:
-    from vlmdpo.models import load
-
-    origin: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    how: dict[str, Any] = {
-        "dtype": config.dtype,
-        "device": config.device,
-        "attention": config.attn_implementation,
-    }
-    model = load.load_model(config.model, adapter=config.adapter, **how, **origin)
-    return model, load.load_processor(
-        config.model, image_splitting=config.image_splitting, **origin
-    )
+    return _answer_one(config) if config.input is None else _answer_file(config)
 
 
 def _record(
     config: InferConfig, number: str | int, image: str, question: str, answer: str
 ) -> dict[str, Any]:
-    adapter = str(config.adapter) if config.adapter else None
+    """An answer as a line of `--output`."""
     return {
         "id": number,
         "image": image,
         "question": question,
         "answer": answer,
         "model": config.model,
-        "adapter": adapter,
+        "adapter": str(config.adapter) if config.adapter else None,
     }
 
 
-def _one(config: InferConfig) -> dict[str, Any]:
-    name, picture = _picture(config)
-    question = config.question or _DESCRIBE
-    model, processor = _load(config)
+def _answer_one(config: InferConfig) -> dict[str, Any]:
+    name, image = _image(config)
+    question = config.question or _DEFAULT_QUESTION
+    model = configured_model(config, adapter=config.adapter)
+    processor = configured_processor(config)
     from vlmdpo.engine.generate import answer
 
-    tuned = answer(model, processor, [picture], [question], config.max_new_tokens)[0]
+    tokens = config.max_new_tokens
+    tuned = answer(model, processor, [image], [question], tokens)[0]
     report = _record(config, 0, name, question, tuned)
     if config.compare:
         with model.disable_adapter():
-            report["base_answer"] = answer(
-                model, processor, [picture], [question], config.max_new_tokens
-            )[0]
+            report["base_answer"] = answer(model, processor, [image], [question], tokens)[0]
     return report
 
 
-def _picture(config: InferConfig) -> tuple[str, Image.Image]:
+def _image(config: InferConfig) -> tuple[str, Image.Image]:
+    """(name, image) of `--image`, or of a scene of the embedded set."""
     if config.image is not None:
         try:
             return str(config.image), open_file(config.image)
         except BadImage as problem:
             raise DataError(f"--image: '{config.image}': {problem}") from problem
     if config.model != "tiny":
-        raise ConfigError("--image FILE is needed: which picture shall the model look at?")
+        raise ConfigError("--image FILE is needed: only the embedded model has an image of its own")
     from vlmdpo.tiny import evaluation
 
     name = evaluation.first_picture()
@@ -99,9 +82,9 @@ def _picture(config: InferConfig) -> tuple[str, Image.Image]:
     return name, evaluation.picture(name)
 
 
-def _many(config: InferConfig) -> dict[str, Any]:
-    """Each process answers every so many-th batch, the same batches that one process would make,
-    into a file of its own.
+def _answer_file(config: InferConfig) -> dict[str, Any]:
+    """Answer a file of questions. Of several processes each takes every n-th batch, the same
+    batches that one process would make, and writes a file of its own.
     """
     from vlmdpo.distributed.processes import join_process_group
 
@@ -112,33 +95,33 @@ def _many(config: InferConfig) -> dict[str, Any]:
         ui.mute()
     source, output = config.input, config.output
     config = dataclasses.replace(config, device=processes.device, num_processes=1)
-    tasks = _read_tasks(source, config.image_root or source.parent)
+    questions = _read_questions(source, config.image_root or source.parent)
     if processes.index == 0:
-        _collect(output)
-        _finished(config)
+        _collect_parts(output)
+        _answered_ids(config)  # also removes a line cut short, before the others read
     processes.barrier()
-    done = _finished(config)
-    left = [task for task in tasks if task.id not in done]
-    batches = [
-        left[start : start + config.batch_size] for start in range(0, len(left), config.batch_size)
-    ]
-    mine = batches[processes.index :: processes.count]
+    answered = _answered_ids(config)
+    unanswered = [question for question in questions if question.id not in answered]
+    size = config.batch_size
+    batches = [unanswered[start : start + size] for start in range(0, len(unanswered), size)]
+    own_batches = batches[processes.index :: processes.count]
     processes.barrier()  # no process writes before all have read
-    if mine:
-        model, processor = _load(config)
+    if own_batches:
+        model = configured_model(config, adapter=config.adapter)
+        processor = configured_processor(config)
         path = output if processes.count == 1 else _part(output, processes.index)
-        _answer_all(config, model, processor, mine, path)
+        _answer_batches(config, model, processor, own_batches, path)
     processes.barrier()
     if processes.index == 0:
-        _collect(output)
-        _in_order(output, tasks)
+        _collect_parts(output)
+        _sort_answers(output, questions)
     processes.barrier()
     processes.destroy()
     return {
         "output": str(config.output),
-        "questions": len(tasks),
-        "answered_now": len(left),
-        "answered_before": len(tasks) - len(left),
+        "questions": len(questions),
+        "answered_now": len(unanswered),
+        "answered_before": len(questions) - len(unanswered),
         "model": config.model,
         "adapter": str(config.adapter) if config.adapter else None,
     }
@@ -149,13 +132,10 @@ def _part(output: Path, process: int) -> Path:
     return output.with_name(f".{output.name}.part-{process}")
 
 
-def _collect(output: Path) -> None:
-    """Put what several processes have answered, whole lines only, behind what the file holds, and
-    remove their own files.
-    """
-    parts = sorted(output.parent.glob(f".{output.name}.part-*"))
+def _collect_parts(output: Path) -> None:
+    """Append the complete lines of all processes' files to `output`, and remove those files."""
     try:
-        for part in parts:
+        for part in sorted(output.parent.glob(f".{output.name}.part-*")):
             text = part.read_text(encoding="utf-8")
             with output.open("a", encoding="utf-8") as file:
                 file.write(text[: text.rfind("\n") + 1])
@@ -164,23 +144,22 @@ def _collect(output: Path) -> None:
         raise DataError(f"--output: cannot write '{output}': {problem.strerror}") from problem
 
 
-def _in_order(output: Path, tasks: list[_Task]) -> None:
-    """The answers in the order of the questions, each once, as one process writes them."""
+def _sort_answers(output: Path, questions: list[_Question]) -> None:
+    """Put the answers into the order of the questions, as one process would have written them."""
     if not output.exists():
         return
-    by_id = {
-        json.loads(line)["id"]: line for line in output.read_text(encoding="utf-8").split("\n")[:-1]
-    }
-    wanted = [by_id.pop(task.id) for task in tasks if task.id in by_id]
-    text = "".join(line + "\n" for line in [*by_id.values(), *wanted])
-    if text != output.read_text(encoding="utf-8"):
+    text = output.read_text(encoding="utf-8")
+    by_id = {json.loads(line)["id"]: line for line in text.split("\n")[:-1]}
+    in_order = [by_id.pop(question.id) for question in questions if question.id in by_id]
+    ordered = "".join(line + "\n" for line in [*by_id.values(), *in_order])
+    if ordered != text:
         part = output.with_name(f".{output.name}.partial")
-        part.write_text(text, encoding="utf-8")
+        part.write_text(ordered, encoding="utf-8")
         part.replace(output)
 
 
-def _answer_all(
-    config: InferConfig, model: Any, processor: Any, batches: list[list[_Task]], path: Path
+def _answer_batches(
+    config: InferConfig, model: Any, processor: Any, batches: list[list[_Question]], path: Path
 ) -> None:
     from vlmdpo.engine.generate import answer
 
@@ -194,63 +173,54 @@ def _answer_all(
             ) from problem
         bar = stack.enter_context(ui.progress("answer", sum(map(len, batches))))
         for batch in batches:
-            pictures = [_open_task(task) for task in batch]
-            texts = answer(
-                model, processor, pictures, [task.question for task in batch], config.max_new_tokens
-            )
-            for task, text in zip(batch, texts, strict=True):
-                file.write(
-                    json.dumps(
-                        _record(config, task.id, task.image, task.question, text),
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
-            file.flush()  # a stop loses at most the batch in hand
+            images = [_open_image(question) for question in batch]
+            texts = [question.text for question in batch]
+            answers = answer(model, processor, images, texts, config.max_new_tokens)
+            for question, text in zip(batch, answers, strict=True):
+                record = _record(config, question.id, question.image, question.text, text)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()  # so that a kill loses at most one batch
             bar.advance(len(batch))
 
 
-def _open_task(task: _Task) -> Image.Image:
+def _open_image(question: _Question) -> Image.Image:
     try:
-        return open_file(task.path)
+        return open_file(question.path)
     except BadImage as problem:
-        raise DataError(f"question {task.id!r}: '{task.path}': {problem}") from problem
+        raise DataError(f"question {question.id!r}: '{question.path}': {problem}") from problem
 
 
-def _read_tasks(path: Path, root: Path) -> list[_Task]:
-    tasks: list[_Task] = []
-    missing = []
+def _read_questions(path: Path, root: Path) -> list[_Question]:
+    """The questions of `--input`. Raises DataError, naming the line, before any model is loaded."""
+    questions: list[_Question] = []
     for number, line in enumerate(_read_text(path, "--input").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"--input: '{path}' line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as problem:
-            raise DataError(f"{where} is no valid JSON: {problem}") from problem
-        wanted = ("id", "image", "question")
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(key), (str, int)) for key in wanted
-        ):
-            found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise DataError(f"{where} must hold id, image and question; found {found}")
-        try:
-            file = inside(root, str(entry["image"]))
-        except BadImage as problem:
-            raise DataError(f"{where}: {problem}") from problem
-        if not file.is_file():
-            missing.append(str(entry["image"]))
-        tasks.append(_Task(entry["id"], str(entry["image"]), str(entry["question"]), file))
+        if line.strip():
+            questions.append(_parse_question(line, f"--input: '{path}' line {number}", root))
+    missing = [question.image for question in questions if not question.path.is_file()]
     if missing:
-        raise DataError(
-            f"'{root}': {len(missing)} pictures are missing: {', '.join(missing[:5])}; see "
-            "--image-root"
-        )
-    if len({task.id for task in tasks}) < len(tasks):
-        raise DataError(f"--input: '{path}' uses an id twice; ids tell which answers are done")
-    if not tasks:
-        raise DataError(f"--input: '{path}' holds no question")
-    return tasks
+        named = ", ".join(missing[:_NAMED_MISSING])
+        raise DataError(f"'{root}': {len(missing)} images are missing: {named}; see --image-root")
+    if len({question.id for question in questions}) < len(questions):
+        raise DataError(f"--input: '{path}' has an id twice; ids tell which answers are done")
+    if not questions:
+        raise DataError(f"--input: '{path}' contains no questions")
+    return questions
+
+
+def _parse_question(line: str, where: str, root: Path) -> _Question:
+    try:
+        entry = json.loads(line)
+    except ValueError as problem:
+        raise DataError(f"{where} is not valid JSON: {problem}") from problem
+    keys = ("id", "image", "question")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(k), (str, int)) for k in keys):
+        found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise DataError(f"{where} must hold id, image and question; found {found}")
+    image = str(entry["image"])
+    try:
+        return _Question(entry["id"], image, str(entry["question"]), inside(root, image))
+    except BadImage as problem:
+        raise DataError(f"{where}: {problem}") from problem
 
 
 def _read_text(path: Path, flag: str) -> str:
@@ -262,41 +232,43 @@ def _read_text(path: Path, flag: str) -> str:
         ) from problem
 
 
-def _finished(config: InferConfig) -> set[str | int]:
-    """Ids answered by an earlier run into the same file; a line cut short by a kill is removed and
-    asked again.
+def _answered_ids(config: InferConfig) -> set[str | int]:
+    """Ids that an earlier run answered in `--output`. A line cut short by a kill is removed.
+
+    Raises DataError for a file of other content, or with answers of another model or adapter.
     """
     assert config.output is not None
     if not config.output.exists():
         return set()
     text = _read_text(config.output, "--output")
-    whole = text[: text.rfind("\n") + 1]
+    complete = text[: text.rfind("\n") + 1]
     ids = set()
     adapter = str(config.adapter) if config.adapter else None
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(complete.splitlines(), start=1):
         try:
             entry = json.loads(line)
             ids.add(entry["id"])
-            same = (entry["model"], entry["adapter"]) == (config.model, adapter)
+            is_same = (entry["model"], entry["adapter"]) == (config.model, adapter)
         except (ValueError, KeyError, TypeError) as problem:
             raise DataError(
-                f"--output: '{config.output}' line {number} is no answer of ours; give another file"
+                f"--output: '{config.output}' line {number} was not written by vlmdpo infer; "
+                "choose another file"
             ) from problem
-        if not same:
+        if not is_same:
             raise DataError(
                 f"--output: '{config.output}' holds answers of {entry['model']} with adapter "
-                f"{entry['adapter']}; "
-                "give another file"
+                f"{entry['adapter']}; choose another file"
             )
-    if whole != text:
-        config.output.write_text(whole, encoding="utf-8")
+    if complete != text:
+        config.output.write_text(complete, encoding="utf-8")
     return ids
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the answer, both answers, or where the file of answers is."""
     if "output" in report:
-        before = f", {report['answered_before']} from before" if report["answered_before"] else ""
+        found = report["answered_before"]
+        before = f", {found} found from before" if found else ""
         ui.result(f"{report['answered_now']} answers written{before}: {report['output']}")
     elif "base_answer" in report:
         title = f"{report['image']}: {report['question']}"
