@@ -137,7 +137,7 @@ def test_a_killed_parent_takes_its_processes_along_and_the_work_goes_on(tmp_path
     assert not Path("out").exists()
     code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "out")
     assert code == 0, err
-    assert "going on where an earlier call stopped" in err
+    assert "continuing where an earlier call stopped" in err
     assert store.read_manifest(Path("out"))["rows_out"] == 898
 
 

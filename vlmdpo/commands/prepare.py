@@ -1,6 +1,4 @@
-"""`vlmdpo prepare`: preference pairs from any source, every row checked, images bounded, tokens
-counted, stored once.
-"""
+"""`vlmdpo prepare`: check preference pairs from any source, bound their images, store them."""
 
 from __future__ import annotations
 
@@ -26,27 +24,28 @@ from vlmdpo.data.sources import Source, as_stored, bounds
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 
-_ROWS_A_PROCESS = 4_000  # fewer are done before another process has imported its libraries
-_MOST_PROCESSES = 32
-_LOUD = 0.05  # the share of dropped rows that is warned of
+_ROWS_PER_PROCESS = 4_000  # fewer are done before another process has imported its libraries
+_MAX_PROCESSES = 32
+_WARN_DROPPED_SHARE = 0.05
 REPORT, LENGTHS = "report.html", "lengths.png"
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
-    """Prepare the data, or find it prepared. Returns the manifest with `path`, `reused` and an
-    `example` row.
+    """Prepare the data, or find it prepared.
+
+    Returns the manifest with `path`, `reused` and an `example` row.
 
     Raises:
         DataError: unreadable source, unknown format, no usable row, a full disk, an output folder
-            that holds something else, an upload that fails.
-        ModelError: the model whose processor bounds the images and counts tokens cannot be found.
+            that holds something else, a failed upload.
+        ModelError: no processor of `--model`, which bounds the images and counts tokens.
     """
     if config.output_dir is not None and config.output_dir.is_file():
         raise DataError(f"--output-dir: '{config.output_dir}' is a file")
-    source = _open(config)
+    source = _open_source(config)
     first, last = bounds(source, config.split, config.limit)
     schema = _schema(config, source)
-    num_proc = config.num_proc or _processes(first, last)
+    num_proc = config.num_proc or _default_processes(first, last)
     work.context(num_proc, ["vlmdpo.engine.lengths"])
     from vlmdpo.engine.lengths import counter_of
     from vlmdpo.models.digest import processor_digest
@@ -54,7 +53,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
     counter = counter_of(config.model, config.revision, config.trust_remote_code)
     side = config.max_image_side or default_image_side(counter.processor)
-    facts = _facts(config, source, schema, first, last, side) | {
+    facts = _key_facts(config, source, schema, first, last, side) | {
         "processor": processor_digest(counter.processor)
     }
     folder = (
@@ -73,7 +72,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
             )
         assert manifest is not None
         if config.report and not (folder / REPORT).is_file():  # prepared with --no-report
-            _write_report(folder, manifest, _sides(folder, manifest))
+            _write_report(folder, manifest, _count_image_sides(folder, manifest))
     if config.push_to_hub:
         from vlmdpo import hub
 
@@ -86,7 +85,8 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def _open(config: PrepareConfig) -> Source:
+def _open_source(config: PrepareConfig) -> Source:
+    """The source of `--dataset`. Raises DataError."""
     if config.dataset == "scenes":
         from vlmdpo.tiny import pairs
 
@@ -102,7 +102,7 @@ def _open(config: PrepareConfig) -> Source:
 
 
 def _schema(config: PrepareConfig, source: Source) -> Schema:
-    """The source's schema: as --map says, else recognised; said before the work starts."""
+    """The source's format, by `--map` or recognized, printed before the work starts."""
     row, where = source.first_row(), f"'{source.name}'"
     mapping = config.mapping()
     schema = (
@@ -110,23 +110,24 @@ def _schema(config: PrepareConfig, source: Source) -> Schema:
         if mapping
         else schemas.detect(source.columns, row, where)
     )
-    count = f"{source.count:,} rows" if source.count is not None else "rows not counted"
+    count = f"{source.count:,} rows" if source.count is not None else "number of rows unknown"
     ui.say(
         f"{source.name}: {count}, format {schema.line}"
-        + ("" if mapping else "; --map tells it otherwise")
+        + ("" if mapping else "; if that is wrong, name the columns with --map")
     )
     return schema
 
 
-def _processes(first: int, last: int | None) -> int:
+def _default_processes(first: int, last: int | None) -> int:
+    """Worker processes for these rows; `last` is None for a source of unknown length."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    wanted = cores if last is None else (last - first) // _ROWS_A_PROCESS
-    return max(1, min(cores, wanted, _MOST_PROCESSES))
+    wanted = cores if last is None else (last - first) // _ROWS_PER_PROCESS
+    return max(1, min(cores, wanted, _MAX_PROCESSES))
 
 
-def _facts(
+def _key_facts(
     config: PrepareConfig,
     source: Source,
     schema: Schema,
@@ -134,7 +135,7 @@ def _facts(
     last: int | None,
     side: int | None,
 ) -> dict[str, Any]:
-    """All that changes the result: what names it, and what the manifest tells."""
+    """Everything that changes the result: hashed into the key, and kept in the manifest."""
     own = ("on_bad", "max_length", "over_length", "test_size", "shuffle", "seed")
     return {
         "dataset": source.name,
@@ -157,11 +158,12 @@ def _prepare(
     folder: Path,
     config: PrepareConfig,
 ) -> dict[str, Any]:
+    """Process all rows into `folder`, which appears when it is complete. Returns the manifest."""
     from vlmdpo.engine.lengths import counter_of
 
     key = store.key_of(facts)
-    place = folder.with_name(f".{folder.name}.partial")
-    _workplace(place, key)
+    work_folder = folder.with_name(f".{folder.name}.partial")
+    _open_work_folder(work_folder, key)
     job = work.Job(
         source=source,
         schema=schema,
@@ -169,7 +171,7 @@ def _prepare(
         max_length=config.max_length,
         over_length=config.over_length,
         on_bad=config.on_bad,
-        folder=place / "units",
+        folder=work_folder / "units",
         make_measure=functools.partial(
             counter_of, config.model, config.revision, config.trust_remote_code
         ),
@@ -179,43 +181,44 @@ def _prepare(
         units = work.do_all(job, source.units(*rows), num_proc, counter, bar.advance)
     order = assemble.Order(test_size=config.test_size, shuffle=config.shuffle, seed=config.seed)
     plan = assemble.plan(job.folder, units, order, config.on_bad)
-    made = place / "result"
-    size = assemble.write(job.folder, plan, made, key)
+    result = work_folder / "result"
+    size = assemble.write(job.folder, plan, result, key)
     manifest = {
         **facts,
         "key": key,
         "split": config.split,
         "model": config.model,
-        **_outcome(plan, made, size),
+        **_outcome(plan, result, size),
     }
     try:
         if config.report:
-            _write_report(made, manifest, plan.sides)
-        (made / store.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        store.replace(folder, made)
+            _write_report(result, manifest, plan.sides)
+        (result / store.MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        store.replace(folder, result)
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(work_folder, ignore_errors=True)
     return manifest
 
 
-def _workplace(place: Path, key: str) -> None:
-    """The hidden folder that units are done in: with what an interrupted call of the same kind
-    left, or empty.
+def _open_work_folder(folder: Path, key: str) -> None:
+    """Make the hidden folder in which units are processed. What an interrupted call with the same
+    key left in it is kept; anything else is removed.
     """
-    mark = place / "key"
+    key_file = folder / "key"
     try:
-        if place.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
-            shutil.rmtree(place)
-        elif place.exists():
-            ui.say("going on where an earlier call stopped")
-        place.mkdir(parents=True, exist_ok=True)
-        mark.write_text(key, encoding="utf-8")
+        is_ours = key_file.is_file() and key_file.read_text(encoding="utf-8") == key
+        if is_ours:
+            ui.say("continuing where an earlier call stopped")
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        key_file.write_text(key, encoding="utf-8")
     except OSError as problem:
-        raise DataError(f"cannot write '{place}': {problem.strerror or problem}") from problem
+        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
 
 
-def _outcome(plan: assemble.Plan, made: Path, size: int) -> dict[str, Any]:
+def _outcome(plan: assemble.Plan, folder: Path, size: int) -> dict[str, Any]:
     splits = {split: len(rows) for split, rows in plan.splits.items()}
     return {
         "rows_in": plan.tally.rows_in,
@@ -224,18 +227,18 @@ def _outcome(plan: assemble.Plan, made: Path, size: int) -> dict[str, Any]:
         "dropped": dict(sorted(plan.tally.dropped.items())),
         "dropped_examples": dict(sorted(plan.tally.examples.items())),
         "changed": dict(sorted(plan.tally.changed.items())),
-        "lengths": _length_summary(made, list(splits)),
+        "lengths": _length_summary(folder, list(splits)),
         "bytes": size,
         "versions": _versions(),
     }
 
 
-def _length_summary(made: Path, splits: list[str]) -> dict[str, dict[str, float]]:
-    """Smallest, median, 95th percentile and largest number of tokens, by kind."""
+def _length_summary(folder: Path, splits: list[str]) -> dict[str, dict[str, float]]:
+    """Minimum, median, 95th percentile and maximum number of tokens, by kind."""
     import numpy
 
     counted = {
-        name: numpy.concatenate([_column(made, split, name) for split in splits])
+        name: numpy.concatenate([_column(folder, split, name) for split in splits])
         for name in store.COUNTS
     }
     longest = counted["prompt_tokens"] + numpy.maximum(
@@ -252,8 +255,9 @@ def _length_summary(made: Path, splits: list[str]) -> dict[str, dict[str, float]
     }
 
 
-def _column(made: Path, split: str, name: str) -> Any:
-    return store.load(made, split).with_format("numpy")[name][:]
+def _column(folder: Path, split: str, name: str) -> Any:
+    """A column as a numpy array."""
+    return store.load(folder, split).with_format("numpy")[name][:]
 
 
 def _versions() -> dict[str, str]:
@@ -267,8 +271,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, int]:
-    """How many pictures of a finished folder have which longer side, in pixels."""
+def _count_image_sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, int]:
+    """{longer side in pixels: number of images} of a finished folder."""
     rows = (row for split in manifest["splits"] for row in as_stored(store.load(folder, split)))
     return Counter(
         max(Image.open(io.BytesIO(stored["bytes"])).size)
@@ -277,25 +281,26 @@ def _sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, int]:
     )
 
 
-def _write_report(made: Path, manifest: dict[str, Any], sides: Mapping[int, int]) -> None:
+def _write_report(folder: Path, manifest: dict[str, Any], sides: Mapping[int, int]) -> None:
+    """report.html and its histogram of lengths."""
     from vlmdpo.report import prepare_page
 
-    dataset = store.load(made)
-    columns = {name: _column(made, "train", name) for name in store.COUNTS}
-    prepare_page.draw_lengths(columns, made / LENGTHS)
-    part = made / f".{REPORT}.partial"
-    part.write_text(prepare_page.page(manifest, dataset, made / LENGTHS, sides), encoding="utf-8")
-    part.replace(made / REPORT)
+    columns = {name: _column(folder, "train", name) for name in store.COUNTS}
+    prepare_page.draw_lengths(columns, folder / LENGTHS)
+    page = prepare_page.page(manifest, store.load(folder), folder / LENGTHS, sides)
+    part = folder / f".{REPORT}.partial"
+    part.write_text(page, encoding="utf-8")
+    part.replace(folder / REPORT)
 
 
 def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
-    """One row as the model will read it. Raises DataError for a row that is not there."""
+    """One row as the model will read it. Raises DataError if there is no such row."""
     from vlmdpo.engine.preview import preview
 
     dataset = store.load(folder)
     if number >= len(dataset):
         raise DataError(
-            f"--show: row {number} is not among the {len(dataset)} prepared rows, counted from 0"
+            f"--show: there is no row {number}; the {len(dataset)} prepared rows are counted from 0"
         )
     return {
         "row": number,
@@ -305,7 +310,7 @@ def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print what came out, what was dropped or changed and why, how long rows are, and one example."""
+    """Print the result, what was dropped or changed and why, token counts, and an example row."""
     done = "Found prepared" if report["reused"] else "Prepared"
     ui.result(
         f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in "
@@ -315,10 +320,10 @@ def show(report: dict[str, Any]) -> None:
         ui.result(
             "  "
             + ", ".join(f"{split} {rows:,}" for split, rows in report["splits"].items())
-            + "; no image is in both"
+            + "; no image is in both splits"
         )
     side = (
-        f"at most {report['max_image_side']} px a side"
+        f"at most {report['max_image_side']} px per side"
         if report["max_image_side"]
         else "not bounded"
     )
@@ -332,27 +337,29 @@ def show(report: dict[str, Any]) -> None:
             [reason, f"{count:,}", report["dropped_examples"][reason][0]]
             for reason, count in report["dropped"].items()
         ]
-        ui.table("Dropped", ["Reason", "Rows", "First of them"], rows, text=(0, 2))
+        ui.table("Dropped rows", ["Reason", "Rows", "First one"], rows, text=(0, 2))
     if report["changed"]:
         changed = ", ".join(f"{name} {count:,}" for name, count in report["changed"].items())
-        ui.result(f"  put right or noted, in rows: {changed}")
+        ui.result(f"  corrected or noted, by number of rows: {changed}")
     _show_lengths(report)
     dropped = sum(report["dropped"].values())
-    if dropped > _LOUD * report["rows_in"]:
+    if dropped > _WARN_DROPPED_SHARE * report["rows_in"]:
         worst = max(report["dropped"], key=lambda reason: report["dropped"][reason])
         ui.warn(
             f"{100 * dropped / report['rows_in']:.0f}% of the rows were dropped, most for "
-            f"{worst}; look at why before you train"
+            f"{worst}; find out why before training"
         )
     _show_example(report)
 
 
 def _show_lengths(report: dict[str, Any]) -> None:
-    names = {
-        name: name.removesuffix("_tokens").replace("image", "of it images") for name in store.COUNTS
+    labels = {
+        "prompt_tokens": "prompt",
+        "image_tokens": "of which images",
+        "chosen_tokens": "chosen",
+        "rejected_tokens": "rejected",
+        "longest_tokens": "longer sequence",
     }
-    order = ("prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens")
-    shown = {**{name: names[name] for name in order}, "longest_tokens": "longer sequence"}
     rows = [
         [
             label,
@@ -361,11 +368,11 @@ def _show_lengths(report: dict[str, Any]) -> None:
                 for figure in ("min", "median", "p95", "max")
             ),
         ]
-        for name, label in shown.items()
+        for name, label in labels.items()
     ]
     ui.table(
-        f"Tokens of a row, as {report['model']} reads it",
-        ["", "Least", "Median", "95%", "Most"],
+        f"Tokens per row, by the processor of {report['model']}",
+        ["", "Min", "Median", "95%", "Max"],
         rows,
     )
 
@@ -378,8 +385,8 @@ def _show_example(report: dict[str, Any]) -> None:
         f"it, image {sizes}:"
     )
     if ui.draws_pictures():
-        for picture in store.load(Path(report["path"]))[example["row"]]["images"]:
-            ui.picture(picture)
+        for image in store.load(Path(report["path"]))[example["row"]]["images"]:
+            ui.picture(image)
     ui.tokens(
         "prompt",
         [example["prompt"]],
