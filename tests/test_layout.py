@@ -41,7 +41,8 @@ MAY_BE_HEAVY = {
     *("tiny/build", "tiny/random_models", "tiny/sample_pairs"),
     *("memory/architecture", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
-    *("training/doctor", "training/length_grouping", "training/mdpo", "training/monitor"),
+    *("training/doctor", "training/length_grouping", "training/make_trainer", "training/mdpo"),
+    *("training/monitor", "training/preflight"),
     *("training/samples", "training/sharding", "training/simulate", "training/trainer"),
 }
 

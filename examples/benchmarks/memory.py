@@ -34,8 +34,9 @@ from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import own_chat_template
 from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
+from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.simulate import Workload, simulate, synthetic_rows
-from vlmdpo.training.trainer import PairTrainer, make_trainer
+from vlmdpo.training.trainer import PairTrainer
 
 TEXT = {
     "hidden_size": 128,
@@ -145,17 +146,17 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
     trainer = make_trainer(
         engine=case.engine,
         model=model,
-        reference=None
+        reference_model=None
         if case.lora or case.cached
         else AutoModelForImageTextToText.from_config(shape.config, dtype=dtype),
         processor=shape.processor,
-        dataset=rows,
+        train_dataset=rows,
         args=dpo_config(config, folder, torch.device("cpu")),
-        lora=lora_config(config, model),
-        references=references,
+        lora_config=lora_config(config, model),
+        reference_cache=references,
     )
     if references is not None and not case.lora:
-        trainer.compute_references()
+        trainer.fill_reference_cache()
     return trainer
 
 

@@ -44,7 +44,8 @@ from vlmdpo.memory.measure import measure_peak_bytes
 from vlmdpo.tiny import random_models
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
-from vlmdpo.training.trainer import PairTrainer, make_trainer
+from vlmdpo.training.make_trainer import make_trainer
+from vlmdpo.training.trainer import PairTrainer
 
 
 @dataclass(frozen=True)
@@ -238,12 +239,12 @@ def trainer_of(
     trainer = make_trainer(
         engine=engine,
         model=model,
-        reference=None,
+        reference_model=None,
         processor=processor,
-        dataset=rows,
+        train_dataset=rows,
         args=args,
-        lora=lora_config(settings, model),
-        references=cache,
+        lora_config=lora_config(settings, model),
+        reference_cache=cache,
     )
     activation_checkpointing.enable(trainer.model)
     torch.manual_seed(1)
@@ -262,7 +263,7 @@ def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
 
     def run() -> float:
         if forget:
-            trainer.references._values.fill_(math.nan)
+            trainer.reference_cache._values.fill_(math.nan)
         for parameter in trainer.model.parameters():
             parameter.grad = None
         loss = trainer.compute_loss(trainer.model, dict(batch))

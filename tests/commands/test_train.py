@@ -326,7 +326,7 @@ def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done
         "train", "--dataset", "pairs.jsonl", "--max-length", "10", "--output-dir", "none"
     )
     assert code == 3
-    assert "no row is that short" in err
+    assert "every row is longer" in err
     assert not (tmp_path / "none").exists()
 
 

@@ -119,7 +119,7 @@ def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_
                 "Failed to import a module because of the following error"
             ) from problem
 
-    monkeypatch.setattr("vlmdpo.training.setup.set_up_training", told)
+    monkeypatch.setattr("vlmdpo.training.build.build_setup", told)
     handler = signal.getsignal(signal.SIGTERM)
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out")
     assert code == 75, err
@@ -161,12 +161,12 @@ def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch,
     monkeypatch.setattr(
         sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True)
     )
-    watch = TrainingMonitor(Path("metrics.jsonl"))
-    with watch.catching_signals():
+    monitor = TrainingMonitor(Path("metrics.jsonl"))
+    with monitor.catching_signals():
         ui.say("step 1/150: loss 0.6931")
-    assert watch.stopped_by == signal.SIGTERM
+    assert monitor.stopped_by == signal.SIGTERM
     assert lines == [b"step 1/150: loss 0.6931\n"]
-    assert capfd.readouterr().err == "warning: SIGTERM: keeping a checkpoint\n"
+    assert capfd.readouterr().err == "warning: SIGTERM: saving a checkpoint\n"
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
@@ -195,8 +195,8 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert code == 3, err
-    assert "cannot write checkpoint-2 below 'out': writing stopped short (" in err.splitlines()[-1]
-    assert "checkpoint-1 stays whole, and --resume goes on from it" in err.splitlines()[-1]
+    assert "cannot write checkpoint-2 in 'out': the write was cut short (" in err.splitlines()[-1]
+    assert "checkpoint-1 is intact; continue from it with --resume" in err.splitlines()[-1]
     assert [path.name for path in Path("out").glob("*checkpoint*")] == ["checkpoint-1"]
     assert not list(Path("out").glob(".*"))
     code, _, err = vlmdpo(
@@ -226,7 +226,7 @@ def test_a_row_that_makes_the_loss_no_number_is_named(data, vlmdpo, monkeypatch)
     )
     assert code == 4, err
     said = err.splitlines()[-1]
-    assert f"is no number, because of row {bad} (look at it: vlmdpo prepare --show {bad})" in said
+    assert f"is not finite, because of row {bad} (look at it: vlmdpo prepare --show {bad})" in said
     code, _, err = vlmdpo(
         "train", *_FEW, "--output-dir", "out", "--overwrite"
     )  # the reference's own log-probs
@@ -254,13 +254,13 @@ def test_a_learning_rate_that_breaks_the_weights_is_said(data, vlmdpo):
     ]
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", *settings)
     assert code == 4, err
-    said = "after step 1 the loss on the test split is no number, in 2 of the 2 rows of a batch, its row 0 first"
+    said = "after step 1 the loss on the test split is not finite, in 2 of the 2 rows of a batch"
     assert said in err.splitlines()[-1]
     code, _, err = vlmdpo(
         "train", *_FEW, "--output-dir", "out", *settings, "--eval-steps", "0", "--overwrite"
     )
     assert code == 4, err
-    assert "is no number, for every row of its batch" in err.splitlines()[-1]
+    assert "is not finite, for every row of its batch" in err.splitlines()[-1]
     assert "lower --learning-rate and go on from checkpoint-1 with --resume" in err.splitlines()[-1]
 
 

@@ -29,7 +29,7 @@ def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
     cache = FeatureCache(tmp_path, "k")
     made = trainer(family, engine, rows, tmp_path, lora=LANGUAGE)
     expected = step(made)
-    made.features = cache
+    made.feature_cache = cache
     made.use_engine(engine)
     first = step(made)
     assert cache.known() == sum(images[i % len(images)] > 0 for i in range(3))
@@ -46,7 +46,7 @@ def test_a_damaged_file_is_reported_and_made_anew(tmp_path, capfd):
     rows = pairs(2)
     cache = FeatureCache(tmp_path, "k")
     made = trainer("llava", "shared", rows, tmp_path, lora=LANGUAGE)
-    made.features = cache
+    made.feature_cache = cache
     made.use_engine("shared")
     loss = step(made)[0]
     file = next(cache.path.rglob("1.safetensors"))

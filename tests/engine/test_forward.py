@@ -188,17 +188,17 @@ def test_the_self_check_catches_planted_mistakes_in_bfloat16(
 ):
     rows = pairs(1, seed=11, answer=30)
     made = trainer(family, "shared", rows, tmp_path, bf16=True)
-    assert doctor.self_check(made, rows[0]).passed, "no false alarm"
+    assert doctor.check_shared_forward(made, rows[0]).passed, "no false alarm"
     if mistake == "swapped image":
         collate = doctor.PairCollator.__call__
         monkeypatch.setattr(
             doctor.PairCollator,
             "__call__",
-            lambda self, rows: doctor.other_image(collate(self, rows)),
+            lambda self, rows: doctor.change_images(collate(self, rows)),
         )
     else:
         monkeypatch.setattr(forward, "PairLayout", planted(mistake))
-    assert not doctor.self_check(made, rows[0]).passed
+    assert not doctor.check_shared_forward(made, rows[0]).passed
 
 
 def test_rows_grouped_by_length_need_less_padding(tmp_path):
@@ -214,5 +214,5 @@ def test_rows_grouped_by_length_need_less_padding(tmp_path):
         return sum(4 * max(batch) - sum(batch) for batch in batches)
 
     random = padding()
-    made.lengths = lengths
+    made.row_lengths = lengths
     assert padding() < random / 4

@@ -86,11 +86,15 @@ def test_the_key_follows_every_weight():
 def test_cached_reference_gives_the_same_step(engine, tmp_path):
     rows = pairs(3)
     plain = step(trainer("llava", engine, rows, tmp_path))
-    made = trainer("llava", engine, rows, tmp_path, references=ReferenceCache(tmp_path, "k", 3))
+    made = trainer(
+        "llava", engine, rows, tmp_path, reference_cache=ReferenceCache(tmp_path, "k", 3)
+    )
     first, second = step(made), step(made)
-    made.save_references()
+    made.save_reference_cache()
     calls = []
-    later = trainer("llava", engine, rows, tmp_path, references=ReferenceCache(tmp_path, "k", 3))
+    later = trainer(
+        "llava", engine, rows, tmp_path, reference_cache=ReferenceCache(tmp_path, "k", 3)
+    )
     later.compute_ref_log_probs = lambda *inputs: calls.append(inputs)
     third = step(later)
     assert not calls

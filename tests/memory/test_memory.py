@@ -301,7 +301,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--image-size", "big"], 2, "as in 490 or 640x480"),
         (["--quantization", "nf4"], 2, "needs --lora"),
         (["--fast", "--dataset", "x"], 3, "'x' was not written by vlmdpo prepare"),
-        (["--fast", "--image-splitting"], 2, "--fast knows no --image-splitting"),
+        (["--fast", "--image-splitting"], 2, "--fast has no formula for --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
         (["--dataset", "absent"], 3, "absent"),

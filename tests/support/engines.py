@@ -53,9 +53,9 @@ def trainer(
     *,
     lora="all-linear",
     bf16=False,
-    references=None,
+    reference_cache=None,
     build=None,
-    conditional=0,
+    mdpo_rows=0,
     **settings,
 ):
     """A PairTrainer on a tiny model of `family`, its adapter moved off zero so that policy and
@@ -87,8 +87,8 @@ def trainer(
         args=args,
         train_dataset=rows,
         peft_config=config,
-        references=references,
-        conditional=conditional,
+        reference_cache=reference_cache,
+        mdpo_rows=mdpo_rows,
     )
     torch.manual_seed(1)
     for name, parameter in made.model.named_parameters():

@@ -55,10 +55,10 @@ def test_a_halved_batch_learns_the_same(after, tmp_path, monkeypatch, capfd):
     assert losses == pytest.approx(expected, rel=1e-4)
     for name, weight in weights.items():
         assert torch.allclose(weight, plain[name], rtol=1e-3, atol=1e-5), name
-    assert (made.auto_batch.parts, made.auto_batch.per_device_train_batch_size) == (2, 2)
+    assert (made.auto_batch.num_parts, made.auto_batch.per_device_train_batch_size) == (2, 2)
     assert log[0] == 4
     assert max(log[1:]) == 2, "once halved, it stays so"
-    assert "going on with batch 2 and 4 accumulation steps" in " ".join(
+    assert "continuing with batch 2 and 4 accumulation steps" in " ".join(
         capfd.readouterr().err.split()
     )
 
@@ -71,7 +71,7 @@ def test_metrics_count_every_pair_once(tmp_path, monkeypatch):
     }
     plain, _, _ = run(tmp_path, "plain", monkeypatch, **settings)
     halved, _, _ = run(tmp_path, "halved", monkeypatch, limit=1, after=1, **settings)
-    assert halved.auto_batch.parts == 4
+    assert halved.auto_batch.num_parts == 4
     for one, other in zip(plain.state.log_history, halved.state.log_history, strict=True):
         if "loss" not in one:
             continue
@@ -158,10 +158,10 @@ def test_all_processes_agree_when_one_runs_out(tmp_path):
             assert other[metric] == pytest.approx(one[metric], rel=1e-3, abs=1e-5), metric
 
 
-def test_foreseen_beside_measured_in_words():
+def test_estimated_beside_measured_peak():
     assert (
-        monitor.compared(21 * 2**30, 20 * 2**30)
-        == "peak memory: 21.00 GiB foreseen, 20.00 GiB measured (+5.0%)"
+        monitor.compare_peaks(21 * 2**30, 20 * 2**30)
+        == "peak memory: 21.00 GiB estimated, 20.00 GiB measured (+5.0%)"
     )
 
 
@@ -176,11 +176,11 @@ def test_the_batch_is_planned_on_the_runs_own_data(tmp_path):
     prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
     before = dict(PartialState._shared_state)
     config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    found = memory_forecast.plan(config, tmp_path / "few", 2 * 2**30, "bfloat16")
+    found = memory_forecast.plan_batch(config, tmp_path / "few", 2 * 2**30, "bfloat16")
     assert found["plan"]["per_device_train_batch_size"] == 8
     assert found["image"] == [72, 72]
     assert dict(PartialState._shared_state) == before, (
         "the simulation leaves this process as it was"
     )
-    with pytest.raises(ModelError, match="no batch can be foreseen"):
-        memory_forecast.plan(config, tmp_path / "absent", 2**30, "bfloat16")
+    with pytest.raises(ModelError, match="cannot estimate a batch size"):
+        memory_forecast.plan_batch(config, tmp_path / "absent", 2**30, "bfloat16")

@@ -27,7 +27,7 @@ def sound(tmp_path):
 
 
 def findings(made):
-    return {check.name: check for check in doctor.checkup(made, list(made.train_dataset))}
+    return {check.name: check for check in doctor.check_setup(made, list(made.train_dataset))}
 
 
 def test_a_sound_setup_passes_everything(sound):
@@ -74,20 +74,20 @@ def test_image_tokens_that_do_not_match(sound):
     image = sound.model.get_base_model().config.image_token_id
     batch["pair_ids"] = batch["pair_ids"].clone()
     batch["pair_ids"][0, (batch["pair_ids"][0] == image).nonzero()[0]] = 7
-    check = doctor._image_tokens(sound, batch)
+    check = doctor._check_image_tokens(sound, batch)
     assert check.passed is False
     assert "--max-length" in check.cause
 
 
 def test_an_empty_answer():
-    check = doctor._no_empty_answer({"completion_mask": torch.tensor([[0, 1, 1], [0, 0, 0]])})
+    check = doctor._check_no_empty_answer({"completion_mask": torch.tensor([[0, 1, 1], [0, 0, 0]])})
     assert check.passed is False
 
 
 def test_nothing_to_train(sound):
     for parameter in sound.model.parameters():
         parameter.requires_grad_(False)
-    assert doctor._trainable(sound.model).passed is False
+    assert doctor._check_trainable(sound.model).passed is False
 
 
 def test_a_saved_adapter_is_compared_with_the_live_one(sound, tmp_path):
@@ -97,20 +97,20 @@ def test_a_saved_adapter_is_compared_with_the_live_one(sound, tmp_path):
                 parameter.normal_(std=0.1)
     row = dict(sound.train_dataset[0])
     sound.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    assert doctor.adapter_check(sound, row, tmp_path / "adapter").passed
+    assert doctor.check_saved_adapter(sound, row, tmp_path / "adapter").passed
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(file).items()}, file)
-    assert doctor.adapter_check(sound, row, tmp_path / "adapter").passed is False
+    assert doctor.check_saved_adapter(sound, row, tmp_path / "adapter").passed is False
     assert "saved" not in sound.model.peft_config
 
 
 def test_saved_weights_are_compared_to_the_bit(sound):
     live = sound.model.get_base_model()
-    assert doctor.weights_check(live, live).passed
+    assert doctor.check_saved_model(live, live).passed
     other = trainer("llava", "stock", pairs(1), ".").model.get_base_model()
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
-    assert doctor.weights_check(live, other).passed is False
+    assert doctor.check_saved_model(live, other).passed is False
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
     assert not (tmp_path / "outputs").exists()
     code, out, _ = vlmdpo("train", "--dataset", few, "--doctor")
     assert code == 0
-    assert "the saved adapter says what the live one says" in out
+    assert "the saved adapter equals the live one" in out
     assert "All 8 checks passed" in out
 
 

@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_the_papers(family, tmp_path):
         "shared",
         rows,
         tmp_path,
-        conditional=COUNT,
+        mdpo_rows=COUNT,
         loss_type=["sigmoid"],
         loss_weights=[3.0],
         beta=BETA,
@@ -95,7 +95,7 @@ def test_metrics_are_of_the_rows_own_answers(tmp_path):
     rows = pairs(COUNT, seed=4)
     plain = step(trainer("idefics2", "shared", rows, tmp_path, beta=BETA))[1]
     made = trainer(
-        "idefics2", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0], beta=BETA
+        "idefics2", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0], beta=BETA
     )
     conditional = step(made)[1]
     for name in (
@@ -111,7 +111,7 @@ def test_metrics_are_of_the_rows_own_answers(tmp_path):
 
 def test_a_batch_runs_each_picture_and_answer_once(tmp_path):
     rows = pairs(COUNT, seed=5)
-    made = trainer("idefics2", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0])
+    made = trainer("idefics2", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0])
     batch = made.data_collator([rows[i] for i in range(COUNT)])
     assert batch["pixel_values"].shape[0] == 2 * COUNT
     assert len(batch["input_ids"]) == 6 * COUNT
@@ -125,10 +125,10 @@ def test_a_batch_runs_each_picture_and_answer_once(tmp_path):
 
 def test_kept_references_give_the_same_loss(tmp_path):
     rows = pairs(COUNT, seed=6)
-    settings = {"conditional": COUNT, "loss_weights": [3.0]}
+    settings = {"mdpo_rows": COUNT, "loss_weights": [3.0]}
     without = step(trainer("llava", "shared", rows, tmp_path, **settings))[0]
     cache = ReferenceCache(tmp_path, "k", 2 * COUNT)
-    made = trainer("llava", "shared", rows, tmp_path, references=cache, **settings)
+    made = trainer("llava", "shared", rows, tmp_path, reference_cache=cache, **settings)
     assert step(made)[0] == pytest.approx(without, rel=1e-5)
     assert cache.holds(range(2 * COUNT))
     made.compute_ref_log_probs = lambda *_: pytest.fail("computed again")
@@ -137,7 +137,7 @@ def test_kept_references_give_the_same_loss(tmp_path):
 
 def test_at_the_start_every_term_is_ln_2(tmp_path):
     rows = pairs(COUNT, seed=7)
-    made = trainer("smolvlm", "shared", rows, tmp_path, conditional=COUNT, loss_weights=[3.0])
+    made = trainer("smolvlm", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0])
     for name, parameter in made.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)

@@ -297,7 +297,7 @@ def test_samples_of_a_model_in_parts_are_for_those_who_ask_and_not_under_zero3()
             None,
             asked.append,
         )
-        setup = SimpleNamespace(trainer=trainer, watch=None, is_sharded=True)
+        setup = SimpleNamespace(trainer=trainer, monitor=None, is_sharded=True)
         results.attach_samples_and_page(setup, Path("out"), TrainConfig(sample_every=every))
         return asked
 
@@ -333,18 +333,19 @@ def test_the_foreseen_peak_stands_beside_the_run(vlmdpo, scenes):
 
 
 def test_memory_is_shown_against_what_was_foreseen():
-    watch = TrainingMonitor(Path("metrics.jsonl"), foreseen=SimpleNamespace(peak_bytes=3 * 2**28))
-    shown = watch._memory(SimpleNamespace(device=SimpleNamespace(type="cpu")))
-    assert re.fullmatch(r"process \d+\.\d\d GiB, tensors foreseen 0\.75", shown)
+    monitor = TrainingMonitor(Path("metrics.jsonl"), forecast=SimpleNamespace(peak_bytes=3 * 2**28))
+    shown = monitor._memory(SimpleNamespace(device=SimpleNamespace(type="cpu")))
+    assert re.fullmatch(r"process \d+\.\d\d GiB, tensors estimated 0\.75", shown)
 
 
 def test_a_peak_that_cannot_be_foreseen_costs_a_warning_and_no_run(capfd, scenes):
     made = memory_forecast.MemoryForecast(TrainConfig(), Path("nowhere"), "bfloat16")
     try:
-        made.settle()
+        made.wait_or_warn()
         assert made.peak_bytes is None
         assert re.search(
-            r"no peak memory foreseen: .*nowhere' is damaged", unfolded(capfd.readouterr().err)
+            r"no estimate of the peak memory: .*nowhere' is damaged",
+            unfolded(capfd.readouterr().err),
         )
     finally:
         made.close()

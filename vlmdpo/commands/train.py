@@ -18,8 +18,7 @@ from vlmdpo.data import store
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
 from vlmdpo.models.registry import short_name
-from vlmdpo.training import memory_forecast, results
-from vlmdpo.training import setup as training_setup
+from vlmdpo.training import build, memory_forecast, non_finite, results
 from vlmdpo.training.preemption import preempted_by_sigterm
 
 # Options that `vlmdpo prepare` takes too, for data that is not prepared yet.
@@ -48,7 +47,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.models.load import pick_device
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS, TrainingMonitor
+    from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
 
     name = f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
     output_dir = config.output_dir or Path("outputs") / name
@@ -65,33 +64,35 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         _plan_batch(config, args, data)
     with _memory_forecast(config, args, data) as forecast:
         with train_folder.removed_if_empty(output_dir):
-            monitor = TrainingMonitor(output_dir / METRICS, foreseen=forecast)
-            setup = training_setup.set_up_training(config, args, data, monitor)
+            monitor = TrainingMonitor(output_dir / METRICS_FILE, forecast=forecast)
+            setup = build.build_setup(config, args, data, monitor)
         return _run(setup, config, output_dir)
 
 
 def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
     """Check, train, and save the results."""
+    from vlmdpo.training import preflight
+
     trainer, args = setup.trainer, setup.trainer.args
     if args.process_index == 0:
         train_folder.start(output_dir, config, setup.over_length)
     trainer.accelerator.wait_for_everyone()
-    training_setup.check(setup, config)
+    preflight.check_before_training(setup, config)
     results.attach_samples_and_page(setup, output_dir, config)
     _say_plan(trainer, config, len(setup.dataset))
     last = train_folder.last_checkpoint(output_dir) if config.resume else None
-    with _translate_errors(setup, output_dir), setup.watch.catching_signals():
+    with _translate_errors(setup, output_dir), setup.monitor.catching_signals():
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.save_references()
+    trainer.save_reference_cache()
     state = trainer.state
-    if setup.watch.stopped_by and state.global_step < state.max_steps:
+    if setup.monitor.stopped_by and state.global_step < state.max_steps:
         recipe = str(output_dir / train_folder.RECIPE)
         command = shlex.join(["vlmdpo", "train", "--config", recipe, "--resume"])
-        error = Interrupted if setup.watch.stopped_by == signal.SIGINT else Preempted
+        error = Interrupted if setup.monitor.stopped_by == signal.SIGINT else Preempted
         raise error(
             f"stopped at step {state.global_step} of {state.max_steps}; continue with: {command}"
         )
-    return results.finish(setup, outcome.metrics, output_dir, config)
+    return results.save_results(setup, outcome.metrics, output_dir, config)
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
     try:
         yield
     except NonFiniteLoss as problem:
-        raise training_setup.explain_non_finite_loss(setup, problem, folder) from problem
+        raise non_finite.explain_non_finite_loss(setup, problem, folder) from problem
     except torch.OutOfMemoryError as problem:
         batch = trainer.args.per_device_train_batch_size
         raise MemoryBudgetError(
@@ -186,7 +187,7 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
         ui.say(f"no GPU to plan for: starting with batch {args.per_device_train_batch_size}")
         return
     total = torch.cuda.get_device_properties(args.device).total_memory
-    report = memory_forecast.plan(config, data, total, _dtype_name(config, args))
+    report = memory_forecast.plan_batch(config, data, total, _dtype_name(config, args))
     plan = report["plan"]
     if plan["per_device_train_batch_size"] is None:
         raise MemoryBudgetError(
@@ -205,15 +206,16 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
 def _doctor(config: TrainConfig) -> dict[str, Any]:
     """Everything up to the first step, in a temporary folder; returns the findings."""
     from vlmdpo.models.load import pick_device
+    from vlmdpo.training import preflight
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS, TrainingMonitor
+    from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         args = dpo_config(config, folder, pick_device(config.device))
-        monitor = TrainingMonitor(folder / METRICS)
-        setup = training_setup.set_up_training(config, args, _prepared(config), monitor)
-        return training_setup.examine(setup, config)
+        monitor = TrainingMonitor(folder / METRICS_FILE)
+        setup = build.build_setup(config, args, _prepared(config), monitor)
+        return preflight.run_doctor(setup, config)
 
 
 def _prepared(config: TrainConfig) -> Path:

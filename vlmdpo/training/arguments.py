@@ -1,13 +1,11 @@
-"""TRL's and PEFT's own arguments, made from a `TrainConfig`; what they refuse becomes one clear
-line.
-"""
+"""TRL's and PEFT's own arguments, made from our options; what they refuse is a ConfigError."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -15,12 +13,15 @@ from peft import LoraConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
-from vlmdpo.config import TrainConfig, flag_name
+from vlmdpo.config import LoraOptions, TrainConfig, flag_name
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.families import linear_layers
 
+if TYPE_CHECKING:
+    from vlmdpo.models.protocols import VisionLanguageModel
+
 # Fields that have the same name and meaning in TrainConfig and DPOConfig.
-_SHARED = (
+_SAME_FIELDS = (
     *(
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -38,15 +39,16 @@ _SHARED = (
     ),
     *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"),
 )
-_OWN = {field.name for field in dataclasses.fields(TrainConfig)}
+_OUR_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> DPOConfig:
-    """TRL's arguments for a run. Raises ConfigError where TRL refuses them or `--set` names no
-    field of theirs.
+    """TRL's arguments for a run.
+
+    Raises ConfigError if TRL refuses them, or `--set` names an unknown field.
     """
     gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    values: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+    values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_FIELDS}
     losses, weights, _ = config.losses()
     values |= {
         "learning_rate": config.peak_learning_rate,
@@ -75,17 +77,20 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
 
 
 def enable_evaluation(args: DPOConfig, steps: float | None) -> None:
-    """Let a run evaluate on its test split: so often, or ten times; in batches of as many pairs as
-    it trains in.
+    """Evaluate on the test split, in batches as large as in training.
+
+    Args:
+        steps: optimizer steps between two evaluations, or a share of the run; None for ten times.
     """
     args.eval_strategy = IntervalStrategy.STEPS
     args.eval_steps = 0.1 if steps is None else steps
     args.per_device_eval_batch_size = args.per_device_train_batch_size
 
 
-def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, Any]:
+def _extra_fields(settings: tuple[str, ...], computed: dict[str, Any]) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
-    found: dict[str, Any] = {}
+    """The fields of `--set`. Raises ConfigError for one that is unknown or not theirs to set."""
+    extra: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
         key = key.strip().replace("-", "_")
@@ -93,56 +98,53 @@ def _extra_fields(settings: tuple[str, ...], ours: dict[str, Any]) -> dict[str, 
             raise ConfigError(
                 f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5"
             )
-        if key in ours or key in _OWN:
-            where = (
-                flag_name(key)
-                if key in _OWN
-                else "an option of vlmdpo's own, or vlmdpo itself, for it"
-            )
-            raise ConfigError(f"--set: '{key}' is not set here; use {where}")
+        if key in computed or key in _OUR_FIELDS:
+            if key in _OUR_FIELDS:
+                raise ConfigError(f"--set: use {flag_name(key)} for '{key}'")
+            raise ConfigError(f"--set: '{key}' is determined by vlmdpo's own options")
         if key not in fields:
             raise ConfigError(f"--set: DPOConfig has no field '{key}'.{nearest(key, fields)}")
-        found[key] = _value(text)
-    return found
+        extra[key] = _parsed(text)
+    return extra
 
 
-def _value(text: str) -> Any:
+def _parsed(text: str) -> Any:
     try:
         return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):  # plain text then: a name, a path
+    except (ValueError, yaml.YAMLError):  # plain text, such as a name or a path
         return yaml.safe_load(text) if text.lower() in ("true", "false") else text
 
 
-def lora_config(config: TrainConfig, model: Any) -> LoraConfig | None:
+def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig | None:
     """PEFT's configuration of the adapter, or None for full fine-tuning.
 
-    Raises ConfigError where `--lora-scope` and `--lora-target-modules` leave no layer.
+    Raises ConfigError if no layer matches both `--lora-scope` and `--lora-target-modules`.
     """
-    if not config.lora:
+    if not options.lora:
         return None
-    targets: str | list[str] = config.lora_target_modules
-    names = [name.strip() for name in config.lora_target_modules.split(",") if name.strip()]
+    targets: str | list[str] = options.lora_target_modules
+    names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
     if targets != "all-linear":
         targets = names
-    if config.lora_scope != "all":
-        within = linear_layers(model, config.lora_scope)
-        wanted = [
+    if options.lora_scope != "all":
+        layers = linear_layers(model, options.lora_scope)
+        adapted = [
             layer
-            for layer in within
+            for layer in layers
             if targets == "all-linear" or layer.rsplit(".", 1)[-1] in names
         ]
-        if not wanted:
+        if not adapted:
             raise ConfigError(
-                f"--lora-target-modules: no layer '{', '.join(names)}' in --lora-scope "
-                f"{config.lora_scope}"
+                f"--lora-target-modules: no layer '{', '.join(names)}' within --lora-scope "
+                f"{options.lora_scope}"
             )
-        targets = wanted
+        targets = adapted
     return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
         target_modules=targets,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
         bias="none",
     )

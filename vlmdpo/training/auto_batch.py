@@ -1,10 +1,10 @@
-"""Training that survives running out of memory: the batch is halved, the accumulation doubled, and
-nothing is lost.
+"""Training that survives running out of memory, by computing each batch in parts.
 
-The data loader hands on raw rows, so the order of the data never changes; a batch that does not fit
-is computed in two parts whose gradients add up to the same, and so are all that follow. What the
-parts of the broken step had done is undone: gradients are made anew from the rows of the whole
-optimizer step, metrics are counted once. Under several processes all agree.
+When memory runs out, the batch is halved and the accumulation doubled. The data loader passes on
+raw rows, so the order of the data never changes; a batch that does not fit is computed in two
+parts whose gradients add up to the same, and so are all batches that follow. What was done of the
+failed step is undone: gradients are computed again from the rows of the whole optimizer step, and
+metrics are counted once. With several processes all of them agree.
 """
 
 from __future__ import annotations
@@ -12,148 +12,168 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from vlmdpo import ui
 from vlmdpo.errors import MemoryBudgetError
 
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
 Rows = list[dict[str, Any]]
-
-
 LOSS_WEIGHT = "loss_weight"  # the model input that says which share of a batch's loss a part is
 
 
-def keep_uncollated(examples: Rows) -> dict[str, Any]:
+def keep_uncollated(examples: Rows) -> dict[str, Rows]:
     """The data loader's collator under auto batch size: how many rows a forward pass takes is known
     only when it runs.
     """
     return {"examples": examples}
 
 
+@dataclass(frozen=True)
+class _Metrics:
+    """What TRL has counted so far: values since the last log, by mode and name, and tokens."""
+
+    values: dict[str, dict[str, list[float]]]
+    tokens: int
+
+
 class AutoBatch:
-    """Runs the trainer's steps in as many parts as memory demands.
+    """Runs the trainer's steps in as many parts as memory requires.
 
     Args:
         trainer: the `PairTrainer`, whose collator makes a batch of rows.
-        plain: the trainer's own `training_step` of one collated batch, which computes gradients and
+        training_step: the trainer's own step of one collated batch, which computes gradients and
             returns the loss.
     """
 
-    def __init__(self, trainer: Any, plain: Callable[..., torch.Tensor]) -> None:
-        self.trainer, self.plain = trainer, plain
-        self.parts = 1  # how many a batch of the data loader is computed in
+    def __init__(self, trainer: DPOTrainer, training_step: Callable[..., Tensor]) -> None:
+        self.trainer, self._training_step = trainer, training_step
+        self.num_parts = 1  # how many parts a batch of the data loader is computed in
         self._window: list[Rows] = []  # the rows of this optimizer step so far
 
     @property
     def per_device_train_batch_size(self) -> int:
         """Pairs in a forward pass now."""
-        return -(-self.trainer.args.per_device_train_batch_size // self.parts)
+        return -(-self.trainer.args.per_device_train_batch_size // self.num_parts)
 
-    def step(self, model: Any, examples: Rows, num_items_in_batch: Any) -> torch.Tensor:
-        """Gradients of these rows, and their loss. Raises MemoryBudgetError where a single pair
-        does not fit.
+    def step(self, model: nn.Module, examples: Rows, num_items_in_batch: Tensor | None) -> Tensor:
+        """Compute gradients of these rows; returns their loss.
+
+        Raises MemoryBudgetError if not even a single pair fits.
         """
-        accelerator = self.trainer.accelerator
-        before, broken = list(self._window), False
+        earlier, failed = list(self._window), False
         self._window.append(examples)
-        kept = self._metrics()
+        before = self._read_metrics()
         while True:
             loss, problem = self._try(
-                model, before if broken else [], examples, kept, num_items_in_batch
+                model, earlier if failed else [], examples, before, num_items_in_batch
             )
-            if not self._anywhere(problem is not None):
+            if not self._any_process(problem is not None):
                 break
             self._halve(len(examples), problem)
             model.zero_grad(set_to_none=True)
-            self._put_metrics(kept)
-            broken = True
+            self._restore_metrics(before)
+            failed = True
         assert loss is not None
-        self._as_one(kept, len(examples))
-        self._share_metrics(kept)
-        if accelerator.sync_gradients:
-            self._share_gradients(model)
+        self._merge_metrics_of_parts(before, len(examples))
+        self._average_metrics_over_processes(before)
+        if self.trainer.accelerator.sync_gradients:
+            self._average_gradients_over_processes(model)
             self._window.clear()
         return loss
 
     def _try(
-        self, model: Any, before: list[Rows], examples: Rows, kept: Any, num_items: Any
-    ) -> tuple[torch.Tensor | None, str | None]:
-        """(loss, None), or (None, what was said when memory ran out)."""
+        self,
+        model: nn.Module,
+        earlier: list[Rows],
+        examples: Rows,
+        metrics_before: _Metrics,
+        num_items: Tensor | None,
+    ) -> tuple[Tensor | None, str | None]:
+        """(loss, None), or (None, PyTorch's message) if memory ran out."""
         try:
-            with self._alone(model):
-                for rows in before:  # their gradients went with the broken step
-                    self._run(model, rows, num_items)
-                    self._put_metrics(kept)
-                return self._run(model, examples, num_items), None
+            with self._without_communication(model):
+                for rows in earlier:  # their gradients were lost with the failed step
+                    self._run_in_parts(model, rows, num_items)
+                    self._restore_metrics(metrics_before)
+                return self._run_in_parts(model, examples, num_items), None
         except torch.OutOfMemoryError as problem:
             return None, str(problem).splitlines()[0]
 
-    def _run(self, model: Any, rows: Rows, num_items: Any) -> torch.Tensor:
-        size = -(-len(rows) // self.parts)
-        losses = []
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            batch = self.trainer.data_collator([dict(row) for row in some])
-            batch[LOSS_WEIGHT] = len(some) / len(rows)
-            losses.append(self.plain(model, batch, num_items))
+    def _part_sizes(self, rows: int) -> list[int]:
+        size = -(-rows // self.num_parts)
+        return [min(size, rows - start) for start in range(0, rows, size)]
+
+    def _run_in_parts(self, model: nn.Module, rows: Rows, num_items: Tensor | None) -> Tensor:
+        losses, start = [], 0
+        for size in self._part_sizes(len(rows)):
+            part = rows[start : start + size]
+            batch = self.trainer.data_collator([dict(row) for row in part])
+            batch[LOSS_WEIGHT] = size / len(rows)
+            losses.append(self._training_step(model, batch, num_items))
+            start += size
         return torch.stack(losses).sum()
 
     def _halve(self, rows: int, problem: str | None) -> None:
-        if self.parts >= rows:
+        if self.num_parts >= rows:
             raise MemoryBudgetError(
                 f"a single pair does not fit into memory ({problem or 'on another process'}); see "
                 "vlmdpo estimate-memory --gpu"
             )
-        self.parts *= 2
+        self.num_parts *= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        step, accumulated = (
-            self.trainer.state.global_step + 1,
-            self.trainer.args.gradient_accumulation_steps * self.parts,
-        )
+        accumulation = self.trainer.args.gradient_accumulation_steps * self.num_parts
         ui.warn(
-            f"out of memory at step {step}: going on with batch "
-            f"{self.per_device_train_batch_size} and {accumulated} "
-            "accumulation steps; the effective batch is the same"
+            f"out of memory at step {self.trainer.state.global_step + 1}: continuing with batch "
+            f"{self.per_device_train_batch_size} and {accumulation} accumulation steps; the "
+            "effective batch stays the same"
         )
 
-    # Several processes: one that ran out of memory must not leave the others waiting in a
+    # With several processes, one that ran out of memory must not leave the others waiting in a
     # collective call. So there is none while a step is computed; afterwards gradients and metrics
-    # are brought together as they would have been.
+    # are averaged as they would have been.
 
     @property
-    def _many(self) -> bool:
+    def _is_distributed(self) -> bool:
         return bool(self.trainer.accelerator.num_processes > 1)
 
-    def _anywhere(self, here: bool) -> bool:
-        if not self._many:
+    def _any_process(self, here: bool) -> bool:
+        """Whether this holds in any process."""
+        if not self._is_distributed:
             return here
         flag = torch.tensor(float(here), device=self.trainer.accelerator.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 
     @contextlib.contextmanager
-    def _alone(self, model: Any) -> Iterator[None]:
-        if not self._many:
+    def _without_communication(self, model: nn.Module) -> Iterator[None]:
+        """Inside, no process waits for another."""
+        if not self._is_distributed:
             yield
             return
         accelerator = self.trainer.accelerator
-        if hasattr(
-            model, "broadcast_buffers"
-        ):  # DDP would send them, which are constants here, with every forward pass
-            model.broadcast_buffers = False
-        found = accelerator.gather, accelerator.gather_for_metrics
+        if hasattr(model, "broadcast_buffers"):
+            # DDP would send buffers, which are constants here, in every forward pass.
+            model.broadcast_buffers = False  # type: ignore[assignment]
+        gathering = accelerator.gather, accelerator.gather_for_metrics
+        # TRL gathers metrics in the middle of a step.
         accelerator.gather = accelerator.gather_for_metrics = lambda value, *a, **k: value
         try:
-            with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+            no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # DDP's
+            with no_sync():
                 yield
         finally:
-            accelerator.gather, accelerator.gather_for_metrics = found
+            accelerator.gather, accelerator.gather_for_metrics = gathering
 
-    def _share_gradients(self, model: Any) -> None:
-        if not self._many:
+    def _average_gradients_over_processes(self, model: nn.Module) -> None:
+        if not self._is_distributed:
             return
         count = self.trainer.accelerator.num_processes
         for parameter in model.parameters():
@@ -161,39 +181,36 @@ class AutoBatch:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= count
 
-    def _metrics(self) -> tuple[Any, int]:
-        return copy.deepcopy(self.trainer._metrics), self.trainer._total_train_tokens
+    def _read_metrics(self) -> _Metrics:
+        return _Metrics(copy.deepcopy(self.trainer._metrics), self.trainer._total_train_tokens)
 
-    def _put_metrics(self, kept: tuple[Any, int]) -> None:
-        self.trainer._metrics, self.trainer._total_train_tokens = copy.deepcopy(kept[0]), kept[1]
+    def _restore_metrics(self, metrics: _Metrics) -> None:
+        self.trainer._metrics = copy.deepcopy(metrics.values)
+        self.trainer._total_train_tokens = metrics.tokens
 
-    def _as_one(self, kept: tuple[Any, int], rows: int) -> None:
-        """The metrics of the parts as if they had been one batch, so that TRL's averages weigh
-        every batch alike.
-        """
-        size = -(-rows // self.parts)
-        shares = [min(size, rows - start) / rows for start in range(0, rows, size)]
+    def _merge_metrics_of_parts(self, before: _Metrics, rows: int) -> None:
+        """Replace the parts' metrics by those of the batch: TRL's averages weigh entries alike."""
+        shares = [size / rows for size in self._part_sizes(rows)]
         for name, values in self.trainer._metrics["train"].items():
-            before = kept[0]["train"][name]
-            fresh = values[len(before) :]
-            if len(fresh) == len(shares) > 1:
-                whole = sum(share * value for share, value in zip(shares, fresh, strict=True))
-                self.trainer._metrics["train"][name] = [*before, whole]
+            old = before.values["train"][name]
+            new = values[len(old) :]
+            if len(new) == len(shares) > 1:
+                whole = sum(share * value for share, value in zip(shares, new, strict=True))
+                self.trainer._metrics["train"][name] = [*old, whole]
 
-    def _share_metrics(self, kept: tuple[Any, int]) -> None:
-        if not self._many:
+    def _average_metrics_over_processes(self, before: _Metrics) -> None:
+        if not self._is_distributed:
             return
         from accelerate.utils import gather_object
 
-        trainer, (metrics, tokens) = self.trainer, kept
-        fresh = {
-            name: values[len(metrics["train"][name]) :]
-            for name, values in trainer._metrics["train"].items()
-        }
-        everyone = gather_object([(fresh, trainer._total_train_tokens - tokens)])
-        trainer._total_train_tokens = tokens + sum(count for _, count in everyone)
-        for name, values in fresh.items():
-            theirs = [one[name] for one, _ in everyone if len(one.get(name, ())) == len(values)]
-            averages = [sum(column) / len(theirs) for column in zip(*theirs, strict=True)]
-            trainer._metrics["train"][name] = [*metrics["train"][name], *averages]
+        trainer, old = self.trainer, before.values["train"]
+        new = {name: values[len(old[name]) :] for name, values in trainer._metrics["train"].items()}
+        gathered = gather_object([(new, trainer._total_train_tokens - before.tokens)])
+        trainer._total_train_tokens = before.tokens + sum(tokens for _, tokens in gathered)
+        for name, values in new.items():
+            columns = [
+                theirs[name] for theirs, _ in gathered if len(theirs.get(name, ())) == len(values)
+            ]
+            averages = [sum(column) / len(columns) for column in zip(*columns, strict=True)]
+            trainer._metrics["train"][name] = [*old[name], *averages]
         trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]

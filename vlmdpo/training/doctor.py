@@ -1,9 +1,10 @@
-"""Checks on the real model and the real data before a run is paid for: is the engine exact, is the
-setup sane?
+"""Checks on the real model and data before a run is paid for: is the engine exact, is all sound?
 
-The engine's self-check compares with stock rows, and with engines broken on purpose: it must agree
-with stock ten times better than they do, so that neither rounding in bfloat16 fails it nor an error
-hides in it.
+The engine is compared with stock rows, and so are engines broken on purpose: it must agree with
+stock ten times better than they do. Then neither bfloat16's rounding fails the check, nor can an
+error hide in a tolerance.
+
+Shapes: B pairs of a batch; 2B answers, chosen first; A tokens of one answer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,13 +28,22 @@ from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.models import families
 from vlmdpo.training.trainer import PairTrainer
 
-_MARGIN = 10.0
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmdpo.models.protocols import Processor, VisionLanguageModel
+
+_MARGIN = 10.0  # how many times smaller than a broken engine's the error must be
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was checked, whether it holds (None: nothing to hold), what was seen, and
-    the likely cause.
+    """One finding.
+
+    Attributes:
+        passed: None if the check does not apply.
+        seen: the measured values, as text.
+        cause: the likely cause of a failure.
     """
 
     name: str
@@ -41,241 +52,256 @@ class Check:
     cause: str = ""
 
 
-class _Leaking(PairLayout):
+class _LeakingLayout(PairLayout):
     """Broken on purpose: the rejected answer sees the chosen one."""
 
     def seen_by_rejected(self, span: Span, device: torch.device) -> Tensor:
         return torch.ones(span.length, dtype=torch.bool, device=device)
 
 
-class _Shifted(PairLayout):
-    """Broken on purpose: the rejected answer's positions go on where the chosen one's end."""
+class _ShiftedLayout(PairLayout):
+    """Broken on purpose: the rejected answer's positions continue the chosen one's."""
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        found = super().from_rows(rows).clone()
+        positions = super().from_rows(rows).clone()
         for span in self.spans:
             start = span.start + span.prefix + span.chosen
-            found[..., start : start + span.rejected] += span.chosen
-        return found
+            positions[..., start : start + span.rejected] += span.chosen
+        return positions
 
 
 @torch.no_grad()
 def token_logps(
     trainer: PairTrainer, batch: dict[str, Any], *, reference: bool = False
 ) -> list[Tensor]:
-    """Log-probs of each answer's tokens, chosen rows first, under the policy (or, with `reference`,
-    without adapter).
-    """
+    """Log-probs (A,) of each of the 2B answers' tokens, under the policy or without adapter."""
     inputs = dict(trainer._prepare_inputs(batch))
     inputs.pop("row", None)
     labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
     with (
-        _evaluating(trainer.model),
+        _evaluation_mode(trainer.model),
         trainer.accelerator.autocast(),
-        _adapter(trainer, off=reference),
+        _reference_mode(trainer) if reference else contextlib.nullcontext(),
     ):
-        found = trainer.model(
+        # TRL's head, as in its loss: only the answers' tokens are scored.
+        logps = trainer.model(
             **inputs, labels=labels, use_cache=False, fused_lm_head=True
         ).log_probs
-    return [row[label[1:] != -100].float().cpu() for row, label in zip(found, labels, strict=True)]
+    return [row[label[1:] != -100].float().cpu() for row, label in zip(logps, labels, strict=True)]
 
 
-def _adapter(trainer: PairTrainer, *, off: bool) -> Any:
-    if not (off and hasattr(trainer.model, "peft_config")):
-        return contextlib.nullcontext()
-    return use_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter_name=None)
+def _reference_mode(trainer: PairTrainer) -> AbstractContextManager[None]:
+    """Inside, the model runs without its adapter, if it has one."""
+    context: AbstractContextManager[None] = contextlib.nullcontext()
+    if hasattr(trainer.model, "peft_config"):
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        context = use_adapter(model, adapter_name=None)
+    return context
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train(was_training)
 
 
-def self_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
-    """Does the shared forward say what two stock rows would, for this pair? See the module's
-    docstring.
+def _mean_difference(answers: list[Tensor], others: list[Tensor]) -> list[float]:
+    """The mean difference of each answer's log-probs, in nats per token."""
+    return [(a - b).abs().mean().item() for a, b in zip(answers, others, strict=True)]
+
+
+def _max_difference(answers: list[Tensor], others: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(answers, others, strict=True))
+
+
+def check_shared_forward(trainer: PairTrainer, example: dict[str, Any]) -> Check:
+    """Does the shared forward give this pair the log-probs of two stock rows?
+
+    Measured against the errors of engines broken on purpose; see the module's docstring.
     """
     processor = trainer.processing_class
-    pair = PairCollator(processor)
+    collate = PairCollator(processor)
     shared = trainer.shared_forwards[0]
-
-    def error(batch: dict[str, Any], expected: list[Tensor]) -> float:
-        found = token_logps(trainer, batch)
-        return sum((f - e).abs().mean().item() for f, e in zip(found, expected, strict=True)) / len(
-            found
-        )
-
     stock = token_logps(trainer, stock_batch(processor, example))
-    found = error(pair([dict(example)]), stock)
-    broken = {}
-    for name, layout in (("leaking mask", _Leaking), ("shifted positions", _Shifted)):
-        batch = pair([dict(example)])
+
+    def error(batch: dict[str, Any]) -> float:
+        differences = _mean_difference(token_logps(trainer, batch), stock)
+        return sum(differences) / len(differences)
+
+    own_error = error(collate([dict(example)]))
+    broken_errors = {}
+    for name, layout in (
+        ("leaking mask", _LeakingLayout),
+        ("shifted positions", _ShiftedLayout),
+    ):
+        batch = collate([dict(example)])
         batch[BATCH_CONTEXT] = shared.new_batch(layout_class=layout)
-        broken[name] = error(batch, stock)
+        broken_errors[name] = error(batch)
     if example.get("images"):
-        broken["other image"] = error(other_image(pair([dict(example)])), stock)
-    turned = token_logps(trainer, _reversed_answer(pair([dict(example)])))
-    moved = (turned[1] - token_logps(trainer, pair([dict(example)]))[1]).abs().mean().item()
-    least = min(broken.values())
-    passed = math.isfinite(found) and max(found, moved) * _MARGIN <= least
-    seen = f"agrees with stock rows to {found:.1e} a token ({', '.join(f'{k} {v:.1e}' for k, v in broken.items())})"
-    return Check(
-        "shared forward",
-        passed,
-        seen,
-        f"it differs from stock rows by {max(found, moved):.1e} a token",
+        broken_errors["other image"] = error(change_images(collate([dict(example)])))
+    # The rejected answer must not depend on the chosen one.
+    with_reversed = token_logps(trainer, _reverse_chosen(collate([dict(example)])))
+    rejected_moved = (
+        (with_reversed[1] - token_logps(trainer, collate([dict(example)]))[1]).abs().mean().item()
     )
+    worst = max(own_error, rejected_moved)
+    passed = math.isfinite(own_error) and worst * _MARGIN <= min(broken_errors.values())
+    broken = ", ".join(f"{name} {value:.1e}" for name, value in broken_errors.items())
+    seen = f"agrees with stock rows to {own_error:.1e} per token ({broken})"
+    cause = f"it differs from stock rows by {worst:.1e} per token"
+    return Check("shared forward", passed, seen, cause)
 
 
-def rows_check(trainer: PairTrainer, example: dict[str, Any]) -> Check:
-    """Do rows with each image encoded once say what stock rows do? Measured against another image's
-    effect.
+def check_images_once(trainer: PairTrainer, example: dict[str, Any]) -> Check:
+    """Do rows with each image encoded once give the log-probs of stock rows?
+
+    Measured against the effect of another image.
     """
-    rows = PairCollator(trainer.processing_class, share=False)
+    collate = PairCollator(trainer.processing_class, share=False)
     stock = token_logps(trainer, stock_batch(trainer.processing_class, example))
 
     def error(batch: dict[str, Any]) -> float:
-        return max(
-            (f - e).abs().mean().item()
-            for f, e in zip(token_logps(trainer, batch), stock, strict=True)
-        )
+        return max(_mean_difference(token_logps(trainer, batch), stock))
 
-    found = error(rows([dict(example)]))
-    other = error(other_image(rows([dict(example)]))) if example.get("images") else math.inf
-    seen = f"agree with stock rows to {found:.1e} a token (other image {other:.1e})"
+    own_error = error(collate([dict(example)]))
+    other_error = math.inf
+    if example.get("images"):
+        other_error = error(change_images(collate([dict(example)])))
     return Check(
         "rows with images once",
-        found * _MARGIN <= other,
-        seen,
-        f"they differ from stock rows by {found:.1e} a token",
+        own_error * _MARGIN <= other_error,
+        f"agree with stock rows to {own_error:.1e} per token (other image {other_error:.1e})",
+        f"they differ from stock rows by {own_error:.1e} per token",
     )
 
 
-def stock_batch(processor: Any, example: dict[str, Any]) -> dict[str, Any]:
+def stock_batch(processor: Processor, example: dict[str, Any]) -> dict[str, Any]:
     """One pair as stock TRL lays it out: two rows, everything twice."""
-    if (
-        families.own_chat_template(processor) is not None
-    ):  # stock's collator cannot make PaliGemma's rows
+    if families.own_chat_template(processor) is not None:  # TRL's collator cannot make such rows
         batch = PairCollator(processor, share=False)([dict(example)])
         copies = batch.pop("image_copies")
         return {**batch, "pixel_values": batch["pixel_values"].repeat(copies, 1, 1, 1)}
     return StockCollator(processor)([dict(example)])
 
 
-def other_image(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with other pictures of the same size: upside down, and negative."""
+def change_images(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with other images of the same size: upside down, and negative."""
     pixels = batch["pixel_values"]
     return {**batch, "pixel_values": -pixels.flip(0 if pixels.ndim == 2 else -2)}
 
 
-def _reversed_answer(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch of one pair with its chosen answer back to front; all else stays where it is."""
+def _reverse_chosen(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch of one pair with the tokens of its chosen answer reversed."""
     prompt, chosen, _ = batch["pairs"][0]
-    ids, row = batch["pair_ids"].clone(), batch["input_ids"].clone()
-    ids[0, prompt : prompt + chosen] = ids[0, prompt : prompt + chosen].flip(0)
-    row[0, 1 : 1 + chosen] = row[0, 1 : 1 + chosen].flip(0)
-    return {**batch, "pair_ids": ids, "input_ids": row}
+    packed_ids, row_ids = batch["pair_ids"].clone(), batch["input_ids"].clone()
+    packed_ids[0, prompt : prompt + chosen] = packed_ids[0, prompt : prompt + chosen].flip(0)
+    row_ids[0, 1 : 1 + chosen] = row_ids[0, 1 : 1 + chosen].flip(0)
+    return {**batch, "pair_ids": packed_ids, "input_ids": row_ids}
 
 
-def checkup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
-    """What must hold before a run: see each check's name. `examples` are a few rows of the dataset."""
+def check_setup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
+    """What must hold before a run, by each check's name; that of the loss comes first.
+
+    Args:
+        examples: a few rows of the dataset.
+    """
     collate = trainer.pair_collator
     batch, first = collate([dict(example) for example in examples]), collate([dict(examples[0])])
     return [
-        _loss_at_start(trainer, batch),
-        *([_image_matters(trainer, first)] if examples[0].get("images") else []),
-        _answers_end(trainer, batch),
-        _no_empty_answer(batch),
-        *([_image_tokens(trainer, batch)] if "pixel_values" in batch else []),
-        _trainable(trainer.model),
+        _check_first_loss(trainer, batch),
+        *([_check_image_matters(trainer, first)] if examples[0].get("images") else []),
+        _check_answers_end(trainer, batch),
+        _check_no_empty_answer(batch),
+        *([_check_image_tokens(trainer, batch)] if "pixel_values" in batch else []),
+        _check_trainable(trainer.model),
     ]
 
 
-def _loss_at_start(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+def _check_first_loss(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     policy, reference = token_logps(trainer, batch), token_logps(trainer, batch, reference=True)
-    apart = max((p.sum() - r.sum()).abs().item() for p, r in zip(policy, reference, strict=True))
-    loss = math.log1p(math.exp(min(trainer.beta * 2 * apart, 50.0)))
+    largest = max((p.sum() - r.sum()).abs().item() for p, r in zip(policy, reference, strict=True))
+    loss = math.log1p(math.exp(min(trainer.beta * 2 * largest, 50.0)))
     cause = "the adapter does not start at zero, or dropout is on"
     return Check("loss at step 0 is ln 2", loss - math.log(2) < 0.05, f"{loss:.4f}", cause)
 
 
-def _image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
-    before, after = token_logps(trainer, batch), token_logps(trainer, other_image(batch))
-    moved = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
-    cause = "pixels do not reach the language model: look at the chat template's image tokens with vlmdpo prepare"
+def _check_image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+    before, after = token_logps(trainer, batch), token_logps(trainer, change_images(batch))
+    moved = _max_difference(after, before)
     return Check(
-        "another image changes the log-probs", moved > 1e-6, f"by up to {moved:.2g} a token", cause
+        "another image changes the log-probs",
+        moved > 1e-6,
+        f"by up to {moved:.2g} per token",
+        "pixels do not reach the language model: look at the chat template's image tokens with "
+        "vlmdpo prepare",
     )
 
 
-def _answers_end(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+def _check_answers_end(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     tokenizer = trainer.processing_class.tokenizer
-    told = families.base_of(trainer.model).generation_config.eos_token_id
-    ends = {
+    configured = families.base_of(trainer.model).generation_config.eos_token_id
+    end_tokens = {
         tokenizer.eos_token_id,
         *tokenizer.all_special_ids,
-        *(told if isinstance(told, list) else [told]),
+        *(configured if isinstance(configured, list) else [configured]),
     }
     answers = [
         ids[mask.bool()]
         for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
     ]
-    without = sum(not ends.intersection(answer[-3:].tolist()) for answer in answers)
-    cause = "the chat template does not close the assistant's turn: the tuned model will not learn to stop"
+    without_end = sum(not end_tokens.intersection(answer[-3:].tolist()) for answer in answers)
     return Check(
         "answers end in an end token",
-        without == 0,
-        f"{len(answers) - without} of {len(answers)}",
-        cause,
+        without_end == 0,
+        f"{len(answers) - without_end} of {len(answers)}",
+        "the chat template does not close the assistant's turn: the tuned model will not learn to "
+        "stop",
     )
 
 
-def _no_empty_answer(batch: dict[str, Any]) -> Check:
+def _check_no_empty_answer(batch: dict[str, Any]) -> Check:
     lengths = batch["completion_mask"].sum(dim=1)
-    cause = "--max-length leaves no room, or the chat template drops the answer"
     return Check(
         "no answer is empty",
         bool((lengths > 0).all()),
         f"{int(lengths.min())} to {int(lengths.max())} tokens",
-        cause,
+        "--max-length leaves no room, or the chat template drops the answer",
     )
 
 
-def _image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
-    base = families.base_of(trainer.model)
-    ids = batch.get("pair_ids", batch["input_ids"])
-    tokens = int((ids == base.config.image_token_id).sum())
+def _check_image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+    name = "image tokens match image features"
     cause = "--max-length cut image tokens, or processor and model are of different versions"
+    ids = batch.get("pair_ids", batch["input_ids"])
+    count = int((ids == families.base_of(trainer.model).config.image_token_id).sum())
     try:
         token_logps(trainer, batch)
-    except ValueError as problem:
-        return Check(
-            "image tokens match image features", False, str(problem).splitlines()[0], cause
-        )
-    return Check("image tokens match image features", tokens > 0, f"{tokens} tokens", cause)
+    except ValueError as problem:  # transformers compares the two in its forward pass
+        return Check(name, False, str(problem).splitlines()[0], cause)
+    return Check(name, count > 0, f"{count} tokens", cause)
 
 
-def _trainable(model: Any) -> Check:
+def _check_trainable(model: VisionLanguageModel) -> Check:
     counts = dict.fromkeys(families.PARTS, 0)
     for part, _, parameter in families.parts(model):
         counts[part] += families.size_of(parameter) if parameter.requires_grad else 0
-    seen = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    trainable = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
     return Check(
         "trainable parameters",
-        bool(seen),
-        seen or "none",
-        "no layer is in --lora-scope and --lora-target-modules",
+        bool(trainable),
+        trainable or "none",
+        "no layer matches both --lora-scope and --lora-target-modules",
     )
 
 
-def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -> Check:
-    """Does the adapter just saved in `folder` say what the live one says? It is loaded beside it,
-    then removed.
+def check_saved_adapter(trainer: PairTrainer, example: dict[str, Any], folder: Path) -> Check:
+    """Does the adapter saved in `folder` give the live one's log-probs?
+
+    It is loaded beside the live adapter, then removed.
     """
     batch = trainer.pair_collator([dict(example)])
     live = token_logps(trainer, batch)
@@ -283,67 +309,57 @@ def adapter_check(trainer: PairTrainer, example: dict[str, Any], folder: Path) -
     model.load_adapter(str(folder), "saved")
     try:
         model.set_adapter("saved")
-        again = token_logps(trainer, batch)
+        saved = token_logps(trainer, batch)
     finally:
         model.set_adapter("default")
         model.delete_adapter("saved")
-    apart = max((a - b).abs().max().item() for a, b in zip(live, again, strict=True))
-    cause = "weights were not saved, or PEFT loads them under other names"
+    difference = _max_difference(live, saved)
     return Check(
-        "the saved adapter says what the live one says",
-        apart < 1e-3,
-        f"apart {apart:.1e} a token",
-        cause,
+        "the saved adapter equals the live one",
+        difference < 1e-3,
+        f"they differ by {difference:.1e} per token",
+        "weights were not saved, or PEFT loads them under other names",
     )
 
 
-def files_check(
-    trainer: PairTrainer, weights: dict[str, Any], folder: Path, *, adapter: bool
+def check_saved_files(
+    trainer: PairTrainer, weights: dict[str, Tensor], folder: Path, *, adapter: bool
 ) -> Check:
-    """Are the tensors in the saved files, to the bit, the weights that were brought together from
-    all processes?
-    """
+    """Are the tensors in the saved files bitwise equal to the gathered weights?"""
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    live = (
-        get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-        if adapter
-        else weights
-    )
+    live = weights
+    if adapter:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        live = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     saved = {
         name: value
         for path in folder.glob("*.safetensors")
         for name, value in load_file(path).items()
     }
-    differ = [
+    differing = [
         name
         for name, value in saved.items()
         if name not in live or not torch.equal(value, live[name].cpu())
     ]
-    passed = bool(saved) and not differ and (len(saved) == len(live) or not adapter)
-    seen = f"{len(saved) - len(differ)} of {len(saved)} tensors, {len(live)} live"
-    return Check(
-        "the saved weights are the live ones",
-        passed,
-        seen,
-        f"first that differs: {(differ or ['none'])[0]}",
-    )
+    is_complete = bool(saved) and (len(saved) == len(live) or not adapter)
+    seen = f"{len(saved) - len(differing)} of {len(saved)} tensors, {len(live)} live"
+    return _saved_weights_check(is_complete and not differing, seen, differing)
 
 
-def weights_check(live: Any, saved: Any) -> Check:
-    """Are the saved model's weights, loaded anew, the live ones to the bit?"""
-    kept = saved.state_dict()
-    differ = [
+def check_saved_model(live: VisionLanguageModel, saved: VisionLanguageModel) -> Check:
+    """Are the weights of the saved model, loaded again, bitwise equal to the live ones?"""
+    saved_weights = saved.state_dict()
+    differing = [
         name
         for name, value in live.state_dict().items()
-        if not torch.equal(value.cpu(), kept[name].to(value.dtype).cpu())
+        if not torch.equal(value.cpu(), saved_weights[name].to(value.dtype).cpu())
     ]
-    seen = f"{len(kept) - len(differ)} of {len(kept)} tensors"
-    return Check(
-        "the saved weights are the live ones",
-        not differ,
-        seen,
-        f"first that differs: {(differ or ['none'])[0]}",
-    )
+    seen = f"{len(saved_weights) - len(differing)} of {len(saved_weights)} tensors"
+    return _saved_weights_check(not differing, seen, differing)
+
+
+def _saved_weights_check(passed: bool, seen: str, differing: list[str]) -> Check:
+    first = differing[0] if differing else "none"
+    return Check("the saved weights equal the live ones", passed, seen, f"first to differ: {first}")

@@ -1,18 +1,19 @@
-"""mDPO (Wang et al. 2024, arXiv 2406.11839): preference over pictures too, and an anchor for the
-chosen answer's reward.
+"""mDPO (Wang et al. 2024, arXiv 2406.11839): preference over images too, and an anchored reward.
 
-With r(y | m) = beta * (log pi(y | m, x) - log pi_ref(y | m, x)), for picture m, its corrupted copy
-m', question x:
+With r(y | m) = beta * (log pi(y | m, x) - log pi_ref(y | m, x)) for image m, its corrupted copy m'
+and question x:
 
-    L = -log sigmoid(r(chosen | m) - r(rejected | m))    preference over answers (DPO) -log
-        sigmoid(r(chosen | m) - r(chosen | m'))     conditional preference: the same answer, another
-        picture -log sigmoid(r(chosen | m) - 0)                  anchor: the chosen answer's own
-        reward is above zero
+    L = -log sigmoid(r(chosen | m) - r(rejected | m))    preference over answers (DPO)
+        -log sigmoid(r(chosen | m) - r(chosen | m'))     the same answer, another image
+        -log sigmoid(r(chosen | m) - 0)                  anchor: the chosen answer's reward above 0
 
-Each term is TRL's sigmoid loss of a pair: (chosen, rejected), (chosen, chosen of m'), (chosen,
-nothing, whose reward is zero). So a batch of B rows is given to TRL as 3B pairs, and its mean
-counts three times. The model runs only what differs: the packed pair of m, and m' with the chosen
-answer. This module knows nothing of models.
+Each term is TRL's sigmoid loss of one pair: (chosen, rejected), (chosen, chosen given m'), (chosen,
+no answer, whose reward is zero). So a batch of B rows is given to TRL as 3B pairs, and its mean is
+weighted by three. The model runs only what differs: the packed pair given m, and the chosen answer
+given m'. This module knows nothing of models.
+
+Shapes: B rows of a batch; 2B rows and their corrupted copies ("answers"); 3B pairs as TRL sees them
+("terms"); 6B rows of those pairs, chosen ones first.
 """
 
 from __future__ import annotations
@@ -27,37 +28,33 @@ from torch import Tensor
 
 from vlmdpo.engine.collate import PairCollator
 
-WEIGHT = 3.0  # of TRL's mean over 3B pairs, which makes it the sum of the three terms' means
-_AREA = (0.01, 0.2)  # the share of a picture that its corrupted copy shows, as in the paper
+_SHOWN_AREA = (0.01, 0.2)  # the share of an image that its corrupted copy shows, as in the paper
 
 
-def corrupt_image(picture: Image.Image, seed: str) -> Image.Image:
-    """A random part of the picture, 1% to 20% of its area, at the picture's own size: the same for
-    the same seed.
-    """
-    chance = random.Random(seed)
-    scale = chance.uniform(*_AREA) ** 0.5
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+def corrupt_image(image: Image.Image, seed: str) -> Image.Image:
+    """A random crop of 1% to 20% of the image's area, scaled to its size; determined by `seed`."""
+    rng = random.Random(seed)
+    scale = rng.uniform(*_SHOWN_AREA) ** 0.5
+    width, height = (max(1, round(side * scale)) for side in image.size)
     left, top = (
-        chance.randint(0, whole - part)
-        for whole, part in zip(picture.size, (width, height), strict=True)
+        rng.randint(0, whole - part)
+        for whole, part in zip(image.size, (width, height), strict=True)
     )
-    return picture.crop((left, top, left + width, top + height)).resize(
-        picture.size, Image.Resampling.BICUBIC
+    return image.crop((left, top, left + width, top + height)).resize(
+        image.size, Image.Resampling.BICUBIC
     )
 
 
 @dataclass
 class MdpoCollator(PairCollator):
-    """B examples → the packed pairs of B rows and of their corrupted copies, shown to TRL as 3B
-    pairs.
+    """B examples → the packed pairs of B rows and their corrupted copies, as 3B pairs for TRL.
 
-    `order` (6B,) says which of the packed answers each of TRL's rows is; of `row` (2B,), the
-    copies' have `rows` added.
+    `order` (6B,) says which packed answer each of TRL's rows is. In `row` (2B,) the copies' numbers
+    have `rows` added.
 
     Args:
-        rows: how many rows the dataset has.
-        seed: of what the copies show.
+        rows: the number of rows in the dataset.
+        seed: determines what the copies show.
     """
 
     rows: int = 0
@@ -69,11 +66,11 @@ class MdpoCollator(PairCollator):
             seeds = (
                 f"{self.seed}/{example['row']}/{number}" for number in range(len(example["images"]))
             )
-            pictures = [
-                corrupt_image(picture, seed)
-                for picture, seed in zip(example["images"], seeds, strict=True)
+            images = [
+                corrupt_image(image, seed)
+                for image, seed in zip(example["images"], seeds, strict=True)
             ]
-            copies.append({**example, "images": pictures, "row": self.rows + example["row"]})
+            copies.append({**example, "images": images, "row": self.rows + example["row"]})
         return super().__call__([*examples, *copies])
 
     def _packed(
@@ -84,61 +81,70 @@ class MdpoCollator(PairCollator):
         types: dict[str, list[Tensor]],
     ) -> dict[str, Any]:
         count = len(prompts) // 2
-        none = [answer[:0] for answer in rejected[count:]]
-        batch = super()._packed(prompts, chosen, [*rejected[:count], *none], types)
-        order = rows_of_terms(count)
+        no_answers = [answer[:0] for answer in rejected[count:]]
+        batch = super()._packed(prompts, chosen, [*rejected[:count], *no_answers], types)
+        order = term_order(count)
         for name in ("input_ids", "attention_mask", "completion_mask"):
             batch[name] = batch[name][order]
-        batch["completion_mask"][5 * count :] = 0  # the anchor's rejected answer is none
+        batch["completion_mask"][5 * count :] = 0  # the anchor has no rejected answer
         for repeated in (slice(count, 3 * count), slice(5 * count, None)):
-            batch["attention_mask"][repeated] = 0  # which only says how many tokens are counted
+            batch["attention_mask"][repeated] = 0  # TRL only counts tokens by it
         return {**batch, "order": order}
 
 
-def rows_of_terms(count: int) -> Tensor:
-    """(6B,) for each row of TRL's the packed answer it is: those are chosen (2B) of rows and
-    copies, then rejected (2B).
+def term_order(count: int) -> Tensor:
+    """(6B,) the packed answer that each of TRL's rows is, for B = `count`.
+
+    Packed answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
     """
-    one = torch.arange(count)
-    return torch.cat([one, one, one, one + 2 * count, one + count, one])
+    row_B = torch.arange(count)
+    chosen_3B = [row_B, row_B, row_B]
+    rejected_3B = [row_B + 2 * count, row_B + count, row_B]
+    return torch.cat([*chosen_3B, *rejected_3B])
 
 
-def by_answer(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs (3B,), (3B,) of TRL's rows → (2B,), (2B,) of rows and copies, which have no
-    rejected answer: 0.
+def terms_to_answers(chosen_3B: Tensor, rejected_3B: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of TRL's pairs → (2B,), (2B,) of rows and copies.
+
+    Copies have no rejected answer, so theirs are 0.
     """
-    count = len(chosen) // 3
-    first, copies = rejected[:count], rejected[count : 2 * count]
-    return torch.cat([chosen[:count], copies]), torch.cat([first, torch.zeros_like(first)])
+    count = len(chosen_3B) // 3
+    rejected_B, copies_B = rejected_3B[:count], rejected_3B[count : 2 * count]
+    chosen_2B = torch.cat([chosen_3B[:count], copies_B])
+    return chosen_2B, torch.cat([rejected_B, torch.zeros_like(rejected_B)])
 
 
-def by_term(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back: log-probs of rows and copies (2B,), (2B,) → of TRL's rows (3B,), (3B,)."""
-    count = len(chosen) // 2
-    first, copies = chosen.split(count)
-    return torch.cat([first] * 3), torch.cat([rejected[:count], copies, torch.zeros_like(first)])
+def answers_to_terms(chosen_2B: Tensor, rejected_2B: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse: log-probs of rows and copies → (3B,), (3B,) of TRL's pairs."""
+    count = len(chosen_2B) // 2
+    chosen_B, copies_B = chosen_2B.split(count)
+    rejected_3B = torch.cat([rejected_2B[:count], copies_B, torch.zeros_like(chosen_B)])
+    return torch.cat([chosen_B] * 3), rejected_3B
 
 
-def metrics(policy: Tensor, reference: tuple[Tensor, Tensor], beta: float) -> dict[str, Tensor]:
-    """What is logged, (B,) each: the rewards of the rows' own answers, and how far the two other
-    terms are satisfied.
+def mdpo_metrics(
+    policy_6B: Tensor, reference_3B: tuple[Tensor, Tensor], beta: float
+) -> dict[str, Tensor]:
+    """Metrics by TRL's names, (B,) each: rewards of the rows' own answers, and the two other terms.
 
     Args:
-        policy: (6B,) log-probs of TRL's rows.
-        reference: (3B,), (3B,) the reference's.
+        policy_6B: the policy's log-probs of TRL's rows.
+        reference_3B: the reference's, chosen and rejected.
     """
-    chosen, rejected = policy.chunk(2)
-    count = len(chosen) // 3
-    rewards = [beta * (p - r) for p, r in zip((chosen, rejected), reference, strict=True)]
-    good, bad, copy = rewards[0][:count], rewards[1][:count], rewards[1][count : 2 * count]
+    chosen_3B, rejected_3B = policy_6B.chunk(2)
+    count = len(chosen_3B) // 3
+    chosen_rewards_3B = beta * (chosen_3B - reference_3B[0])
+    rejected_rewards_3B = beta * (rejected_3B - reference_3B[1])
+    chosen_B, rejected_B = chosen_rewards_3B[:count], rejected_rewards_3B[:count]
+    copy_B = rejected_rewards_3B[count : 2 * count]
     return {
-        "rewards/chosen": good,
-        "rewards/rejected": bad,
-        "rewards/accuracies": (good > bad).float(),
-        "rewards/margins": good - bad,
-        "rewards/conditional_accuracies": (good > copy).float(),
-        "rewards/conditional_margins": good - copy,
-        "rewards/anchored": (good > 0).float(),
-        "logps/chosen": chosen[:count],
-        "logps/rejected": rejected[:count],
+        "rewards/chosen": chosen_B,
+        "rewards/rejected": rejected_B,
+        "rewards/accuracies": (chosen_B > rejected_B).float(),
+        "rewards/margins": chosen_B - rejected_B,
+        "rewards/conditional_accuracies": (chosen_B > copy_B).float(),
+        "rewards/conditional_margins": chosen_B - copy_B,
+        "rewards/anchored": (chosen_B > 0).float(),
+        "logps/chosen": chosen_3B[:count],
+        "logps/rejected": rejected_3B[:count],
     }

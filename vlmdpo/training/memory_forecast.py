@@ -1,4 +1,4 @@
-"""The memory of a run, foreseen by `estimate-memory` in a process of its own while the run goes on."""
+"""The memory of a run, estimated by `estimate-memory` in a process beside it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlmdpo.errors import ModelError
 
 
 class MemoryForecast:
-    """What `estimate-memory` says of a run on its own data, once it is done.
+    """What `estimate-memory` reports of a run on its own data, once it is done.
 
-    A process of its own: a simulation sets accelerate's state, of which a process has one, to the
-    CPU.
+    In a process of its own, because a simulation sets accelerate's state, of which a process has
+    one, to the CPU.
 
     Args:
-        config: of the run.
+        config: the run's options.
         data: its prepared folder.
         dtype: of the base weights, by name.
         capacity_bytes: of the GPU, for a verdict and a plan; None for the peak alone.
@@ -47,16 +47,9 @@ class MemoryForecast:
         settings["gpu"] = f"{capacity_bytes // 2**20}MiB" if capacity_bytes else None
         recipe = Path(self._folder.name) / "estimate.yaml"
         recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "vlmdpo",
-            "estimate-memory",
-            "--config",
-            str(recipe),
-            "--json",
-        ]
-        alone = {
+        command = [sys.executable, "-m", "vlmdpo", "estimate-memory"]
+        command += ["--config", str(recipe), "--json"]
+        single_process = {
             name: value
             for name, value in os.environ.items()
             if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
@@ -67,59 +60,58 @@ class MemoryForecast:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**alone, "CUDA_VISIBLE_DEVICES": ""},
-            start_new_session=True,  # Ctrl-C is for the run
+            env={**single_process, "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,  # Ctrl-C is meant for the run
         )
-        self._found: dict[str, Any] | None = None
-        self._settled = False
+        self._report: dict[str, Any] | None = None
+        self._is_done = False
 
     def wait(self) -> dict[str, Any]:
-        """The estimate's report. Raises ModelError where there can be none."""
-        told, talk = self._process.communicate()
+        """The report of `estimate-memory`. Raises ModelError if it failed."""
+        stdout, stderr = self._process.communicate()
         if self._process.returncode:
-            lines = talk.partition("error: ")[2].split()
-            raise ModelError(" ".join(lines) or "no reason given")
-        found: dict[str, Any] = json.loads(told)
-        return found
+            words = stderr.partition("error: ")[2].split()
+            raise ModelError(" ".join(words) or "no reason given")
+        report: dict[str, Any] = json.loads(stdout)
+        return report
 
-    def settle(self) -> None:
-        """Wait until the peak is known, or known not to be; a run goes on without it, having said
-        why.
-        """
-        if self._settled:
+    def wait_or_warn(self) -> None:
+        """Wait for the estimate; if it failed, warn, since the run does not depend on it."""
+        if self._is_done:
             return
-        self._settled = True
+        self._is_done = True
         try:
-            self._found = self.wait()
+            self._report = self.wait()
         except ModelError as problem:
-            ui.warn(f"no peak memory foreseen: {problem}")
+            ui.warn(f"no estimate of the peak memory: {problem}")
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak foreseen; None as long as it is not known."""
+        """The estimated peak; None while it is not known, or if the estimate failed."""
         if self._process.poll() is not None:
-            self.settle()
-        return self._found["peak_bytes"] if self._found else None
+            self.wait_or_warn()
+        return self._report["peak_bytes"] if self._report else None
 
     def close(self) -> None:
-        """End the process, done or not."""
+        """Stop the process, whether it is done or not."""
         self._process.kill()
-        if not self._settled:
+        if not self._is_done:
             self._process.communicate()
         self._folder.cleanup()
 
 
-def plan(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> dict[str, Any]:
-    """What `estimate-memory` says of this run on its own data, for a GPU of so many bytes. Raises
-    ModelError.
+def plan_batch(config: TrainConfig, data: Path, capacity_bytes: int, dtype: str) -> dict[str, Any]:
+    """The report of `estimate-memory` for this run on its own data and a GPU of this capacity.
+
+    Raises ModelError.
     """
-    foreseeing = MemoryForecast(config, data, dtype, capacity_bytes)
+    forecast = MemoryForecast(config, data, dtype, capacity_bytes)
     try:
-        return foreseeing.wait()
+        return forecast.wait()
     except ModelError as problem:
         raise ModelError(
-            f"--auto-batch-size: no batch can be foreseen ({problem}); leave it out, or see "
-            "vlmdpo estimate-memory"
+            f"--auto-batch-size: cannot estimate a batch size ({problem}); leave the option out, "
+            "or see vlmdpo estimate-memory"
         ) from problem
     finally:
-        foreseeing.close()
+        forecast.close()

@@ -1,5 +1,6 @@
-"""What a training run leaves behind: adapter or model, processor, curves, report, card; checked
-before they get their names.
+"""What a training run leaves behind: adapter or model, processor, curves, report and card.
+
+All of it is checked in a hidden folder before it gets its name.
 """
 
 from __future__ import annotations
@@ -11,29 +12,44 @@ import shutil
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmdpo.config import PER_CALL, TrainConfig, recipes
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.registry import hub_id
-from vlmdpo.training import setup as training_setup
+from vlmdpo.training.setup import TrainingSetup
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from vlmdpo.report.diagnosis import Finding
+    from vlmdpo.training.monitor import TrainingMonitor
+    from vlmdpo.training.trainer import PairTrainer
 
 CURVES = "learning_curves.png"
 PAGE = "run.html"
 _VERSIONS = ("vlmdpo", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-_MADE = ".result.partial"  # where everything is written first
+_PARTIAL = ".result.partial"  # where everything is written first
 
 
-def finish(
-    setup: Any, outcome: dict[str, float], folder: Path, config: TrainConfig
+def save_results(
+    setup: TrainingSetup, outcome: dict[str, float], folder: Path, config: TrainConfig
 ) -> dict[str, Any]:
-    """Save the model and what was seen on the way; returns the report."""
+    """Save the model and all that describes the run; returns the report.
+
+    Args:
+        outcome: what `Trainer.train` returned: runtime and speed.
+    """
     from vlmdpo.training.sharding import active_strategy, gather_full_weights
 
-    trainer, watch = setup.trainer, setup.watch
-    found = _diagnosed(watch, config)
-    if config.foresee_memory and watch.foreseen is not None:
-        watch.foreseen.settle()  # it was asked for, and the run was shorter
+    trainer, monitor = setup.trainer, setup.monitor
+    findings = _diagnose(monitor, config)
+    forecast = monitor.forecast
+    if config.foresee_memory and forecast is not None:
+        forecast.wait_or_warn()  # the user asked for it, and the run was shorter
     report = {
         "output_dir": str(folder),
         "model": config.model,
@@ -41,7 +57,7 @@ def finish(
         "data": str(setup.data),
         "steps": trainer.state.global_step,
         "learning_rate": config.peak_learning_rate,
-        **_last_metrics(watch.lines[-1]),
+        **_last_metrics(monitor.lines[-1]),
         "num_processes": trainer.args.world_size,
         "strategy": active_strategy(trainer),
         "pairs_per_s": outcome["train_samples_per_second"],
@@ -53,11 +69,11 @@ def finish(
         "over_length": dict(Counter(row["done"] for row in setup.over_length)),
         "per_device_train_batch_size": _batch_size(trainer),
         "peak_bytes": _peak_bytes(trainer.args.device),
-        "foreseen_peak_bytes": watch.foreseen.peak_bytes if watch.foreseen is not None else None,
+        "foreseen_peak_bytes": forecast.peak_bytes if forecast is not None else None,
         "curves": str(folder / CURVES),
         "page": str(folder / PAGE),
-        "eval": _last_metrics(watch.evaluations[-1]) if watch.evaluations else None,
-        "diagnosis": [dataclasses.asdict(finding) for finding in found],
+        "eval": _last_metrics(monitor.evaluations[-1]) if monitor.evaluations else None,
+        "diagnosis": [dataclasses.asdict(finding) for finding in findings],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in _VERSIONS},
@@ -65,46 +81,47 @@ def finish(
     }
     weights = gather_full_weights(trainer)
     if trainer.args.process_index == 0:
-        _leave(setup, weights, report, folder, config)
+        _write_results(setup, weights, report, folder, config)
     trainer.accelerator.wait_for_everyone()
     return report
 
 
-def _leave(
-    setup: Any,
-    weights: dict[str, Any] | None,
+def _write_results(
+    setup: TrainingSetup,
+    weights: dict[str, Tensor] | None,
     report: dict[str, Any],
     folder: Path,
     config: TrainConfig,
 ) -> None:
-    """All that a run leaves, checked in a hidden folder before any of it gets its name; the report
-    comes last.
-    """
+    """Write everything to a hidden folder, check it, then rename it; the report comes last."""
     from safetensors import SafetensorError
 
     from vlmdpo.report import curves, model_card
+    from vlmdpo.training import preflight
 
-    made = folder / _MADE
+    partial = folder / _PARTIAL
     try:
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         _save_weights(
-            setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, made, config
+            setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, partial, config
         )
-        setup.processor.save_pretrained(made)
-        training_setup.check_saved(setup, weights, made, config)
-        curves.draw(setup.watch.lines, setup.watch.evaluations, _title(config), made / CURVES)
-        for path in sorted(made.iterdir()):
+        setup.processor.save_pretrained(partial)
+        preflight.check_saved(setup, weights, partial, config)
+        curves.draw(
+            setup.monitor.lines, setup.monitor.evaluations, _title(config), partial / CURVES
+        )
+        for path in sorted(partial.iterdir()):
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
             path.replace(folder / path.name)
-        made.rmdir()
-        part = folder / f".{model_card.REPORT}.partial"
-        part.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        part.replace(folder / model_card.REPORT)
+        partial.rmdir()
+        partial_report = folder / f".{model_card.REPORT}.partial"
+        partial_report.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        partial_report.replace(folder / model_card.REPORT)
         model_card.write(folder)
     except (OSError, SafetensorError) as problem:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise DataError(
             f"cannot write '{folder}': {getattr(problem, 'strerror', None) or problem}"
         ) from problem
@@ -114,33 +131,38 @@ def _title(config: TrainConfig) -> str:
     return f"{config.model} · {config.dataset} · DPO"
 
 
-def _diagnosed(watch: Any, config: TrainConfig) -> list[Any]:
+def _diagnose(monitor: TrainingMonitor, config: TrainConfig) -> list[Finding]:
     from vlmdpo.report.diagnosis import diagnose
 
     return diagnose(
-        watch.lines, watch.evaluations, learning_rate=config.peak_learning_rate, beta=config.beta
+        monitor.lines,
+        monitor.evaluations,
+        learning_rate=config.peak_learning_rate,
+        beta=config.beta,
     )
 
 
-def attach_samples_and_page(setup: Any, folder: Path, config: TrainConfig) -> None:
-    """Let the run answer samples and keep its page: at every checkpoint, and however it ends.
+def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainConfig) -> None:
+    """Let the run generate samples, and write its page at every checkpoint and at its end.
 
     Raises ConfigError for samples under DeepSpeed's ZeRO-3.
     """
     from vlmdpo.report import run_page
-    from vlmdpo.training.samples import SAMPLES, Samples
+    from vlmdpo.training.samples import SAMPLES_FILE, SampleAnswers
 
-    trainer, watch = setup.trainer, setup.watch
-    in_parts = setup.is_sharded
-    if in_parts and trainer.is_deepspeed_enabled and config.sample_every:
+    trainer, monitor = setup.trainer, setup.monitor
+    is_sharded = setup.is_sharded
+    if is_sharded and trainer.is_deepspeed_enabled and config.sample_every:
         raise ConfigError(
-            "--sample-every cannot ask a model that ZeRO-3 shares out; use --strategy fsdp2, ddp "
-            "or zero2"
+            "--sample-every cannot generate with weights that ZeRO-3 shards; use --strategy fsdp2, "
+            "ddp or zero2"
         )
     samples = None
-    # In parts, layers are brought together for every token: too costly for who did not ask.
-    if config.sample_every or (config.sample_every is None and not in_parts):
-        samples = Samples(folder / SAMPLES, config.sample_every, trainer, together=in_parts)
+    # Sharded layers are gathered for every token, which is too slow to do by default.
+    if config.sample_every or (config.sample_every is None and not is_sharded):
+        samples = SampleAnswers(
+            folder / SAMPLES_FILE, config.sample_every, trainer, all_processes=is_sharded
+        )
         trainer.add_callback(samples)
     if trainer.args.process_index:
         return
@@ -151,24 +173,24 @@ def attach_samples_and_page(setup: Any, folder: Path, config: TrainConfig) -> No
         text = run_page.page(
             title=_title(config),
             steps=(state.global_step, state.max_steps),
-            lines=watch.lines,
-            evaluations=watch.evaluations,
+            lines=monitor.lines,
+            evaluations=monitor.evaluations,
             samples=[] if samples is None else samples.records,
             pictures=pictures,
             settings=recipes.plain(config, without=PER_CALL),
-            findings=_diagnosed(watch, config),
+            findings=_diagnose(monitor, config),
         )
-        part = folder / f".{PAGE}.partial"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / PAGE)
+        partial = folder / f".{PAGE}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / PAGE)
 
-    watch.page = write
+    monitor.write_page = write
 
 
-def _batch_size(trainer: Any) -> int:
-    """Pairs in a forward pass at the end: fewer than asked for where memory ran out on the way."""
-    size = trainer.auto_batch or trainer.args
-    return int(size.per_device_train_batch_size)
+def _batch_size(trainer: PairTrainer) -> int:
+    """Pairs in a forward pass at the end: fewer than asked for if memory ran out on the way."""
+    source = trainer.auto_batch or trainer.args
+    return int(source.per_device_train_batch_size)
 
 
 def _last_metrics(line: dict[str, Any]) -> dict[str, Any]:
@@ -176,28 +198,30 @@ def _last_metrics(line: dict[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in names}
 
 
-def _peak_bytes(device: Any) -> int | None:
-    """The most that PyTorch had allocated on a CUDA device; None elsewhere, where nothing counts
-    it.
-    """
+def _peak_bytes(device: torch.device) -> int | None:
+    """The most that PyTorch had allocated on a CUDA device; None on other devices."""
     import torch
 
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
 def _save_weights(
-    model: Any, weights: dict[str, Any] | None, folder: Path, config: TrainConfig
+    model: PreTrainedModel | PeftModel,
+    weights: dict[str, Tensor] | None,
+    folder: Path,
+    config: TrainConfig,
 ) -> None:
-    """Adapter or model as safetensors. Not `trainer.save_model`: that leaves training_args.bin, a
-    pickle, beside it.
+    """Write adapter or model as safetensors.
+
+    Not by `trainer.save_model`, which adds training_args.bin, a pickle.
     """
     if not config.lora:
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         return
-    # The adapter names its base as the user would: the embedded model's folder means nothing on
-    # another machine.
+    # The adapter names its base model as the user did: the embedded model's folder means nothing
+    # on another machine.
     model.peft_config["default"].base_model_name_or_path = hub_id(config.model)
-    # Embeddings never train here; left to find out, PEFT would ask the Hub about the base model.
+    # Embeddings never train here. To find out, PEFT would ask the Hub about the base model.
     model.save_pretrained(
         folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False
     )

@@ -1,25 +1,44 @@
-"""Models of which each process holds a part (FSDP2, DeepSpeed): what they are made of, what is
-whole, what cannot be.
-"""
+"""Models that several processes share (FSDP2, DeepSpeed): their units, limits, and full weights."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
 
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmdpo.config import TrainConfig
 from vlmdpo.distributed.processes import SHARDED_STRATEGIES
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import base_of
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from trl import DPOTrainer
+
+    from vlmdpo.models.protocols import VisionLanguageModel
+
 _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
-def checkpointable_layers(model: Any) -> list[Any]:
+class ShardingOptions(Protocol):
+    """The options that not every strategy supports, of `SpeedOptions` and `LossOptions`."""
+
+    @property
+    def auto_batch_size(self) -> bool: ...
+    @property
+    def feature_cache(self) -> bool: ...
+    @property
+    def checkpointing(self) -> str: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def loss_type(self) -> str: ...
+
+
+def checkpointable_layers(model: VisionLanguageModel) -> list[GradientCheckpointingLayer]:
     """The language model's layers that can recompute their activations, in order."""
     decoder = base_of(model).base_model.get_decoder()
     return [
@@ -27,44 +46,49 @@ def checkpointable_layers(model: Any) -> list[Any]:
     ]
 
 
-def check_sharding(shared: str, config: TrainConfig, dataset: Any) -> None:
-    """Raise ConfigError for what cannot work where no process has all of the model."""
-    if not shared:
+def check_sharding(strategy: str, options: ShardingOptions, dataset: Dataset) -> None:
+    """Raise ConfigError for what cannot work if processes share the model.
+
+    Args:
+        strategy: of the launcher; "" if each process has the whole model.
+    """
+    if not strategy:
         return
-    if config.auto_batch_size:
+    if options.auto_batch_size:
         raise ConfigError(
-            "--auto-batch-size needs whole weights on each GPU; under FSDP or DeepSpeed give the "
+            "--auto-batch-size needs the whole model on each GPU; under FSDP or DeepSpeed set the "
             "batch size"
         )
-    if config.loss_type == "mdpo" and shared != "zero2":
+    if options.loss_type == "mdpo" and strategy != "zero2":
         raise ConfigError(
-            "--loss-type mdpo is not tried with sharded weights; use --strategy ddp or zero2"
+            "--loss-type mdpo is untested with sharded weights; use --strategy ddp or zero2"
         )
-    if shared in SHARDED_STRATEGIES and (config.feature_cache or config.checkpointing == "auto"):
-        name = "--feature-cache" if config.feature_cache else "--checkpointing auto"
+    if strategy in SHARDED_STRATEGIES and (
+        options.feature_cache or options.checkpointing == "auto"
+    ):
+        name = "--feature-cache" if options.feature_cache else "--checkpointing auto"
         raise ConfigError(
-            f"{name} measures the model before training, which no process has whole; use "
+            f"{name} measures the whole model before training, and here no process has it; use "
             "--strategy ddp"
         )
-    if shared == "zero3" or (shared == "fsdp2" and config.engine == "stock"):
-        pictured = [bool(tokens) for tokens in dataset["image_tokens"]]
-        if any(pictured) and not all(pictured):
+    if strategy == "zero3" or (strategy == "fsdp2" and options.engine == "stock"):
+        has_image = [bool(tokens) for tokens in dataset["image_tokens"]]
+        if any(has_image) and not all(has_image):
+            setting = "DeepSpeed ZeRO-3" if strategy == "zero3" else "--engine stock"
             raise ConfigError(
-                f"{pictured.count(False):,} of {len(pictured):,} rows have no picture: under "
-                f"{'DeepSpeed ZeRO-3' if shared == 'zero3' else '--engine stock'} processes would "
-                "wait for the vision tower of "
-                "others; use --strategy fsdp2 and the shared engine, or zero2"
+                f"{has_image.count(False):,} of {len(has_image):,} rows have no image: under "
+                f"{setting} processes would wait forever for each other's vision tower; use "
+                "--strategy fsdp2 with the shared engine, or zero2"
             )
 
 
-def shard_language_layers(trainer: Any) -> None:
-    """FSDP's units: the language model's layers. All else is gathered once a pass, by every
-    process.
+def shard_language_layers(trainer: DPOTrainer) -> None:
+    """Make the language model's layers FSDP's units. All else is gathered once per forward pass.
 
-    Were vision layers units too, a process whose batch has no picture would never ask for them, and
-    the others would wait. Nor may the head be one, which accelerate would make it: TRL's loss reads
-    its weights without calling it, and gradients of a unit that is never called are not brought
-    together.
+    If vision layers were units too, a process whose batch has no image would never ask for them,
+    and the others would wait. The head must not be a unit either, which accelerate would make it:
+    TRL's loss reads its weights without calling it, and FSDP does not synchronize gradients of a
+    unit that is never called.
     """
     plugin, prepare = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.prepare
     plugin.transformer_cls_names_to_wrap = sorted(
@@ -79,34 +103,28 @@ def shard_language_layers(trainer: Any) -> None:
                 )
             return prepare(*args, **kwargs)
 
+    # accelerate has no option for it: it finds embeddings and head by these two methods.
     trainer.accelerator.prepare = prepare_without_embeddings
 
 
-def active_strategy(trainer: Any) -> str:
-    """How the processes of a run share the model, as the model itself shows: single, ddp, fsdp2,
-    zero2 or zero3.
-    """
+def active_strategy(trainer: DPOTrainer) -> str:
+    """How processes share the model, read off the model: single, ddp, fsdp2, zero2 or zero3."""
     if trainer.args.world_size == 1:
         return "single"
     if trainer.is_deepspeed_enabled:
         return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
-    return (
-        "fsdp2"
-        if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-        else "ddp"
-    )
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    return "fsdp2" if is_sharded else "ddp"
 
 
-def gather_full_weights(trainer: Any) -> dict[str, Any] | None:
-    """All weights on the CPU, brought together from the processes that share them; None where each
-    has them whole.
+def gather_full_weights(trainer: DPOTrainer) -> dict[str, Tensor] | None:
+    """All weights on the CPU, gathered from all processes; None if each has the whole model.
 
     Every process must call this.
     """
+    weights: dict[str, Tensor] | None = None
     if trainer.is_deepspeed_enabled:
-        found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        return found
-    if trainer.is_fsdp_enabled:
-        found = trainer.accelerator.get_state_dict(trainer.model)
-        return found
-    return None
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    elif trainer.is_fsdp_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+    return weights

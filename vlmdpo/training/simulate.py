@@ -1,9 +1,9 @@
-"""The peak memory of a training step, foreseen: the trainer's own step at real size, without its
+"""The peak memory of a training step, simulated: the trainer's own step at real size, without its
 floating-point numbers.
 
-A step is simulated in the phases it has: forward (policy and reference), backward, optimizer. Three
-runs of shallow copies give each phase's peak as a line in language and in vision layers, from which
-the whole model's follows.
+A step is simulated in its phases: forward (policy and reference), backward, optimizer. Three runs
+of shallow copies give each phase's peak as a line in language and in vision layers, from which the
+whole model's follows.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -33,19 +34,27 @@ from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
 from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
-from vlmdpo.training.trainer import PairTrainer, make_trainer
+from vlmdpo.training.make_trainer import make_trainer
+from vlmdpo.training.trainer import PairTrainer
 
-_SHALLOW = (
-    (3, 3),
-    (4, 3),
-    (3, 4),
-)  # (language, vision) layers of the three runs; Qwen3-VL injects three of vision
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
+    from vlmdpo.models.protocols import Processor
+
+# (language, vision) layers of the three runs. Qwen3-VL needs three vision layers, which it injects.
+_SHALLOW = ((3, 3), (4, 3), (3, 4))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a batch: pictures in pixels, and tokens of question and answers, as the longest
-    rows have them.
+    """The size of the longest rows.
+
+    Attributes:
+        image: (width, height) of each image, in pixels.
+        images: images per row.
+        prompt, chosen, rejected: tokens of text.
     """
 
     image: tuple[int, int]
@@ -57,8 +66,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class SimulatedPeak:
-    """Bytes that live: `static`, weights and buffers before the step, and the peak of each phase,
-    static included.
+    """Live bytes.
+
+    Attributes:
+        static: weights and buffers, before the step.
+        phases: the peak in each phase of a step, `static` included.
     """
 
     static: float
@@ -72,71 +84,73 @@ class SimulatedPeak:
 def estimate_peak(
     architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
 ) -> SimulatedPeak:
-    """The step's memory on the whole model, from shallow copies where it is deep.
+    """The step's memory on the whole model, extrapolated from shallow copies if it is deep.
 
     Args:
         architecture: configuration at real size, and processor.
-        config: as `vlmdpo train` would have it; its device is not used.
+        config: options of `vlmdpo train`; its device is not used.
         rows: the batch.
         dtype: of the base weights.
     """
-    text, vision = count_layers(architecture.config)
-    (t0, v0), (t1, _), (_, v1) = _SHALLOW
-    if text <= t1 and vision <= v1:
+    language, vision = count_layers(architecture.config)
+    (language_0, vision_0), (language_1, _), (_, vision_1) = _SHALLOW
+    if language <= language_1 and vision <= vision_1:
         return simulate(architecture, config, rows, dtype=dtype)
     runs = []
-    for t, v in _SHALLOW:
-        cut = dataclasses.replace(architecture, config=make_shallow(architecture.config, t, v))
-        runs.append(simulate(cut, config, rows, dtype=dtype))
+    for layers in _SHALLOW:
+        shallow = make_shallow(architecture.config, *layers)
+        shallow_architecture = dataclasses.replace(architecture, config=shallow)
+        runs.append(simulate(shallow_architecture, config, rows, dtype=dtype))
 
-    def whole(base: float, deeper_text: float, deeper_vision: float) -> float:
+    def extrapolate(base: float, deeper_language: float, deeper_vision: float) -> float:
         return (
             base
-            + (deeper_text - base) / (t1 - t0) * (text - t0)
-            + (deeper_vision - base) / (v1 - v0) * (vision - v0)
+            + (deeper_language - base) / (language_1 - language_0) * (language - language_0)
+            + (deeper_vision - base) / (vision_1 - vision_0) * (vision - vision_0)
         )
 
-    phases = {name: whole(*(run.phases[name] for run in runs)) for name in runs[0].phases}
-    return SimulatedPeak(whole(*(run.static for run in runs)), phases)
+    phases = {name: extrapolate(*(run.phases[name] for run in runs)) for name in runs[0].phases}
+    return SimulatedPeak(extrapolate(*(run.static for run in runs)), phases)
 
 
 def simulate(
     architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
 ) -> SimulatedPeak:
-    """One steady step (optimizer states are there; with accumulation, gradients too) of exactly
-    this architecture.
+    """One step in the steady state, of exactly this architecture.
+
+    Optimizer states exist and, with accumulation, gradients too.
     """
     building = SimulationMode(small_constant=0)
-    with tempfile.TemporaryDirectory() as name, _quick(building):
-        trainer = _trainer(architecture, config, rows, Path(name), dtype)
+    with tempfile.TemporaryDirectory() as name, _build_fake(building):
+        trainer = _make_fake_trainer(architecture, config, rows, Path(name), dtype)
     ledger = AllocationLedger()
-    kept = [*trainer.model.parameters(), *trainer.model.buffers()]
+    weights = [*trainer.model.parameters(), *trainer.model.buffers()]
     if trainer.ref_model is not None:
-        kept += [*trainer.ref_model.parameters(), *trainer.ref_model.buffers()]
-    for tensor in kept:
+        weights += [*trainer.ref_model.parameters(), *trainer.ref_model.buffers()]
+    for tensor in weights:
         ledger.add(tensor.untyped_storage())
     static = ledger.current_bytes
     with hide_fake_tensors(), SimulationMode(ledger=ledger, fake_mode=building.fake_mode):
-        return SimulatedPeak(static, _phases(trainer, config, ledger))
+        return SimulatedPeak(static, _phase_peaks(trainer, config, ledger))
 
 
-def _phases(
+def _phase_peaks(
     trainer: PairTrainer, config: TrainConfig, ledger: AllocationLedger
 ) -> dict[str, float]:
     phases: dict[str, float] = {}
 
-    def ends(phase: str) -> None:
+    def end_phase(phase: str) -> None:
         phases[phase] = ledger.peak_bytes
         ledger.reset_peak()
 
-    with _unmoved():
+    with _keep_device_and_dtype():
         model = trainer.accelerator.prepare_model(trainer.model)  # autocast, where it is on
     trainer.create_optimizer()
     if config.gradient_checkpointing:
         activation_checkpointing.enable(model)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _give_states(trainer.optimizer, trained)  # they are there from the second step on
+    _fill_optimizer_state(trainer.optimizer, trained)
     if config.gradient_accumulation_steps > 1:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -144,25 +158,29 @@ def _phases(
         trainer.data_collator([dict(row) for row in trainer.train_dataset])
     )
     ledger.reset_peak()
-    models = [one for one in (model, trainer.ref_model) if one is not None]
+    models = [model] + ([trainer.ref_model] if trainer.ref_model is not None else [])
     hooks = [
-        one.register_forward_hook(lambda *_: ends(f"forward {len(phases) + 1}")) for one in models
+        each.register_forward_hook(lambda *_: end_phase(f"forward {len(phases) + 1}"))
+        for each in models
     ]
     loss = trainer.compute_loss(model, batch)
-    ends("loss")
+    end_phase("loss")
     for hook in hooks:
         hook.remove()
     del batch
     loss.backward()
-    ends("backward")
+    end_phase("backward")
     torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
-    ends("optimizer")
+    end_phase("optimizer")
     return phases
 
 
-def _give_states(optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
-    """What an optimizer holds after its first step; AdamW's is known, of others a step is taken."""
+def _fill_optimizer_state(optimizer: Optimizer, trained: list[torch.nn.Parameter]) -> None:
+    """Give an optimizer the state that it has after its first step.
+
+    AdamW's is known; others take a step.
+    """
     if type(optimizer) is torch.optim.AdamW and not optimizer.defaults["amsgrad"]:
         for parameter in trained:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -174,79 +192,72 @@ def _give_states(optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
     optimizer.zero_grad()
 
 
-def gpu_loss_head() -> Any:
-    """Inside, TRL's head scores the answers' tokens only, as it does where Triton is; on a CPU it
-    scores every token.
-    """
+def gpu_loss_head() -> AbstractContextManager[object]:
+    """Inside, TRL's head scores only the answers' tokens, as on a GPU; on a CPU it scores all."""
     return mock.patch("trl.trainer.utils._use_triton", return_value=True)
 
 
 @contextlib.contextmanager
-def _quick(shadow: SimulationMode) -> Iterator[None]:
-    """Models are made without numbers: initial values are not computed, and nothing is moved to a
-    device or data type.
-    """
-    with no_init_weights(), _unmoved(), shadow:
+def _build_fake(mode: SimulationMode) -> Iterator[None]:
+    """Inside, models are built from fake tensors, without computing initial values."""
+    with no_init_weights(), _keep_device_and_dtype(), mode:
         yield
 
 
-def _unmoved() -> Any:
-    """Inside, modules stay on their device and in their data type: fake tensors cannot be swapped."""
+def _keep_device_and_dtype() -> AbstractContextManager[object]:
+    """Inside, modules keep their device and data type: fake tensors cannot be replaced."""
     return mock.patch.object(torch.nn.Module, "to", lambda self, *a, **k: self)
 
 
-def _trainer(
+def _make_fake_trainer(
     architecture: Architecture, config: TrainConfig, rows: Dataset, folder: Path, dtype: torch.dtype
 ) -> PairTrainer:
     config = dataclasses.replace(config, device="cpu")
 
-    def model() -> Any:
-        made = AutoModelForImageTextToText.from_config(architecture.config, dtype=dtype)
-        made.tie_weights()
-        return made
+    def build_model() -> PreTrainedModel:
+        model = AutoModelForImageTextToText.from_config(architecture.config, dtype=dtype)
+        model.tie_weights()
+        return model
 
-    policy = model()
-    cached = config.reference_cache
-    # Full fine-tuning fills its cache before the first step, LoRA in the first epoch, which is the
-    # one that peaks.
-    references = (
-        _Foreseen(folder, "foreseen", len(rows), filled=not config.lora) if cached else None
-    )
+    policy = build_model()
+    cache = None
+    if config.reference_cache:
+        # Full fine-tuning fills its cache before the first step, LoRA in the first epoch, which is
+        # the one that peaks.
+        cache = _FakeReferenceCache(folder, "simulated", len(rows), filled=not config.lora)
     trainer = make_trainer(
         engine=config.engine,
         model=policy,
-        reference=None if config.lora or cached else model(),
+        reference_model=None if config.lora or cache is not None else build_model(),
         processor=architecture.processor,
-        dataset=rows,
+        train_dataset=rows,
         args=dpo_config(config, folder, torch.device("cpu")),
-        lora=lora_config(config, policy),
-        references=references,
+        lora_config=lora_config(config, policy),
+        reference_cache=cache,
     )
     trainer.has_real_values = False
     return trainer
 
 
-class _Foreseen(ReferenceCache):
-    """A cache that holds everything, or nothing yet and keeps nothing."""
+class _FakeReferenceCache(ReferenceCache):
+    """A cache that holds everything or, while it is being filled, nothing; it keeps nothing."""
 
     def __init__(self, folder: Path, key: str, rows: int, *, filled: bool) -> None:
         super().__init__(folder, key, rows)
         self._filled = filled
 
     def get(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Any numbers, as many as rows."""
-        return (
-            (torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0))
-            if self._filled
-            else None
-        )
+        """Arbitrary log-probs (B,) for each answer."""
+        if not self._filled:
+            return None
+        return torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0)
 
     def put(self, rows: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-        """Numbers that are none are not kept."""
+        """Fake log-probs are not kept."""
 
 
-def longest_rows(processor: Any, folder: Path, count: int = 64) -> Dataset:
-    """The longest rows of a prepared dataset, longest first. Raises DataError where there is none."""
+def longest_rows(processor: Processor, folder: Path, count: int = 64) -> Dataset:
+    """The longest rows of a prepared dataset, longest first. Raises DataError if there is none."""
     dataset = store.load(folder)
     lengths = sorted(
         row_lengths(processor, dataset, store.read_manifest(folder)),
@@ -255,20 +266,18 @@ def longest_rows(processor: Any, folder: Path, count: int = 64) -> Dataset:
     return dataset.select([length.row for length in lengths[:count]])
 
 
-def synthetic_rows(processor: Any, workload: Workload, count: int) -> Dataset:
-    """Rows with gray pictures and as many tokens as the workload says; a template's own tokens come
-    on top.
-    """
+def synthetic_rows(processor: Processor, workload: Workload, count: int) -> Dataset:
+    """Rows with gray images and text of the workload's length; the template adds its own."""
     tokenizer = processor.tokenizer
 
-    def words(tokens: int) -> str:
+    def text(tokens: int) -> str:
         per_word = len(tokenizer(" a" * 64, add_special_tokens=False)["input_ids"]) / 64
         return ("a " * max(1, round(tokens / per_word))).strip()
 
     row = {
         "images": [Image.new("RGB", workload.image, "gray") for _ in range(workload.images)],
-        "prompt": [message("user", words(workload.prompt), workload.images)],
-        "chosen": [message("assistant", words(workload.chosen))],
-        "rejected": [message("assistant", words(workload.rejected))],
+        "prompt": [message("user", text(workload.prompt), workload.images)],
+        "chosen": [message("assistant", text(workload.chosen))],
+        "rejected": [message("assistant", text(workload.rejected))],
     }
     return Dataset.from_list([row] * count, features=store.pair_features())

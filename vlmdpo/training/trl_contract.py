@@ -158,7 +158,7 @@ _TRANSFORMERS_TRAINER = (
         breaks="--resume of a finished run would train one step too many",
     ),
     *overridden(
-        "training/monitor training/samples training/trainer training/setup",
+        "training/monitor training/samples training/make_trainer training/preflight",
         f"transformers.TrainerCallback.on_train_begin{_EVENT}",
         f"transformers.TrainerCallback.on_train_end{_EVENT}",
         f"transformers.TrainerCallback.on_epoch_end{_EVENT}",
@@ -370,7 +370,7 @@ _PEFT = (
         breaks="adapters of the embedded model would name a folder of this machine",
     ),
     *messages(
-        "training/trainer",
+        "training/make_trainer",
         "peft.tuners.tuners_utils:Target modules",
         why="a wrong --lora-target-modules is recognized by these words",
         breaks="a clear message for it",

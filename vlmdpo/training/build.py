@@ -1,0 +1,207 @@
+"""From options to a `TrainingSetup`: data, model, engine, caches and trainer, checked and wired up.
+
+Imports torch only inside functions, so that importing the command above stays fast.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmdpo import ui
+from vlmdpo.config import DataOptions, LoraOptions, RunOptions, TrainConfig
+from vlmdpo.data import store
+from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.training.setup import TrainingSetup
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    from vlmdpo.models.protocols import Processor, VisionLanguageModel
+    from vlmdpo.training.monitor import TrainingMonitor
+
+
+def build_setup(
+    config: TrainConfig, args: DPOConfig, data: Path, monitor: TrainingMonitor
+) -> TrainingSetup:
+    """Load everything, choose the engine, and check it.
+
+    Args:
+        args: TRL's arguments, made from `config`.
+        data: the prepared folder.
+
+    Raises ConfigError, DataError, ModelError.
+    """
+    from vlmdpo.distributed.processes import launched_strategy
+    from vlmdpo.models.load import load_processor
+    from vlmdpo.training import caches, engine_choice
+    from vlmdpo.training.arguments import enable_evaluation, lora_config
+    from vlmdpo.training.make_trainer import make_trainer
+    from vlmdpo.training.sharding import check_sharding
+
+    dataset = store.load(data)
+    dataset = dataset.add_column("row", range(len(dataset)))
+    eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
+    processor = load_processor(
+        config.model,
+        image_splitting=config.image_splitting,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    dataset, over_length = _within_max_length(config, dataset, processor, data)
+    if eval_dataset is not None:
+        eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)
+        enable_evaluation(args, config.eval_steps)
+    model = _load_policy(config)
+    _freeze_parts(config, model)
+    check_sharding(launched_strategy(), config, dataset)
+    engine, fallback_reason = engine_choice.choose_engine(config, model)
+    reference_cache = caches.open_reference_cache(
+        config, args, data, model, processor, engine, total_rows
+    )
+    # An adapter's reference is the same weights with the adapter off; a cache's, what the policy
+    # said before it trained.
+    needs_reference_model = not config.lora and reference_cache is None
+    trainer = make_trainer(
+        engine=engine,
+        model=model,
+        reference_model=_load_reference_model(config) if needs_reference_model else None,
+        processor=processor,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        args=args,
+        lora_config=lora_config(config, model),
+        monitor=monitor,
+        reference_cache=reference_cache,
+        mdpo_rows=total_rows if config.losses().is_mdpo else 0,
+    )
+    setup = TrainingSetup(trainer, processor, dataset, monitor, fallback_reason, over_length, data)
+    _finish_setup(setup, config)
+    return setup
+
+
+def _finish_setup(setup: TrainingSetup, config: TrainConfig) -> None:
+    """What needs the trainer: the engine's self-check, and what is switched on in the trainer."""
+    from vlmdpo.engine.lengths import row_lengths
+    from vlmdpo.training import activation_checkpointing, caches, engine_choice, preflight
+    from vlmdpo.training.sharding import shard_language_layers
+
+    trainer = setup.trainer
+    if trainer.is_fsdp_enabled:
+        shard_language_layers(trainer)
+    if setup.is_sharded:  # no process could run its part of the model alone
+        trainer.add_callback(preflight.ShardedPreflight(setup))
+    else:
+        engine_choice.verify_engine(setup)
+    group_by_length = config.group_by_length
+    if group_by_length or (group_by_length is None and trainer.engine == "rows"):
+        manifest = store.read_manifest(setup.data)
+        lengths = row_lengths(setup.processor, setup.dataset, manifest)
+        trainer.row_lengths = [length.longest for length in lengths]
+    if config.feature_cache:
+        caches.attach_feature_cache(setup)
+    if config.auto_batch_size:
+        trainer.enable_auto_batch()
+    if config.gradient_checkpointing:
+        activation_checkpointing.apply(
+            trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size)
+        )
+
+
+def _load_policy(config: TrainConfig) -> VisionLanguageModel:
+    from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
+    from vlmdpo.models.load import load_model
+
+    options = _load_options(config)
+    if launched_strategy() in SHARDED_STRATEGIES:
+        options["device"] = "cpu"  # before it is sharded it may fit no GPU
+    model: VisionLanguageModel = load_model(
+        config.model, quantization=config.quantization, **options
+    )
+    return model
+
+
+def _load_reference_model(config: TrainConfig) -> VisionLanguageModel:
+    from vlmdpo.models.load import load_model
+
+    model: VisionLanguageModel = load_model(config.model, **_load_options(config))
+    return model
+
+
+def _load_options(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "dtype": config.dtype,
+        "device": config.device,
+        "attention": config.attn_implementation,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def _load_eval_dataset(
+    options: RunOptions, data: Path, train_rows: int
+) -> tuple[Dataset | None, int]:
+    """The test split if it is evaluated on, and the number of rows in both splits.
+
+    Its rows are numbered after the `train_rows` that train. Raises ConfigError for `--eval-steps`
+    without a test split.
+    """
+    if not store.has_test_split(data):
+        if options.eval_steps:
+            raise ConfigError(
+                "--eval-steps: this data has no test split; make one with vlmdpo prepare "
+                "--test-size 0.05"
+            )
+        return None, train_rows
+    test = store.load(data, "test")
+    total = train_rows + len(test)
+    if options.eval_steps == 0:
+        return None, total
+    return test.add_column("row", range(train_rows, total)), total
+
+
+def _freeze_parts(options: LoraOptions, model: VisionLanguageModel) -> None:
+    """Exclude the parts of `--freeze` from training. Raises ConfigError if nothing is left."""
+    from vlmdpo.models.families import parts
+
+    frozen = options.frozen_parts()
+    for part, _, parameter in parts(model) if frozen else ():
+        parameter.requires_grad_(part not in frozen)
+    if not options.lora and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"--freeze {options.freeze} leaves nothing to train")
+
+
+def _within_max_length(
+    options: DataOptions, dataset: Dataset, processor: Processor, data: Path
+) -> tuple[Dataset, list[dict[str, Any]]]:
+    """The rows that fit `--max-length` or can be trimmed to it, and a record of each other one.
+
+    Raises DataError if no row is left.
+    """
+    from vlmdpo.engine.lengths import row_lengths, sift
+
+    limit = options.max_length
+    if limit is None:
+        return dataset, []
+    lengths = row_lengths(processor, dataset, store.read_manifest(data))
+    kept, records = sift(lengths, limit, options.over_length)
+    if not kept:
+        shortest = min(
+            record["prompt"] + max(record["chosen"], record["rejected"]) for record in records
+        )
+        raise DataError(
+            f"--max-length {limit}: every row is longer; the shortest has {shortest} tokens with "
+            "its images"
+        )
+    if records:
+        counts = Counter(record["done"] for record in records)
+        done = " and ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+        rows = ", ".join(str(record["row"]) for record in records[:5])
+        more = " ..." if len(records) > 5 else ""
+        ui.warn(
+            f"{len(records):,} of {len(dataset):,} rows are over --max-length {limit}: {done} "
+            f"(rows {rows}{more})"
+        )
+    return dataset.select(kept), records

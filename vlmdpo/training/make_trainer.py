@@ -1,0 +1,92 @@
+"""A `PairTrainer` with our callbacks in place of TRL's."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from vlmdpo.errors import ConfigError
+from vlmdpo.training.trainer import PairTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from trl import DPOConfig
+
+    from vlmdpo.engine.reference_cache import ReferenceCache
+    from vlmdpo.models.protocols import Processor, VisionLanguageModel
+    from vlmdpo.training.monitor import TrainingMonitor
+
+
+class _ReferenceCacheSaver(TrainerCallback):
+    """Writes reference log-probs at every checkpoint and after every epoch."""
+
+    trainer: PairTrainer  # set once there is one
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.save_reference_cache()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.save_reference_cache()
+
+
+def make_trainer(
+    *,
+    engine: str,
+    model: VisionLanguageModel,
+    reference_model: VisionLanguageModel | None,
+    processor: Processor,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None = None,
+    args: DPOConfig,
+    lora_config: LoraConfig | None,
+    monitor: TrainingMonitor | None = None,
+    reference_cache: ReferenceCache | None = None,
+    mdpo_rows: int = 0,
+) -> PairTrainer:
+    """A `PairTrainer` that reports to `monitor` instead of showing TRL's progress bars.
+
+    Args:
+        eval_dataset: rows to evaluate on, with a column `row`.
+
+    Raises ConfigError if no layer matches the adapter's target modules.
+    """
+    if "row" not in train_dataset.column_names:
+        train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
+    saver = _ReferenceCacheSaver()
+    if reference_cache is not None and lora_config is None:
+        # Without an adapter TRL insists on a reference model, which the cache makes unnecessary. A
+        # second handle on the same weights, which takes no memory, stands in until `PairTrainer`
+        # drops it.
+        reference_model = copy.copy(model)
+    try:
+        trainer = PairTrainer(
+            engine=engine,
+            reference_cache=reference_cache,
+            mdpo_rows=mdpo_rows,
+            model=model,
+            ref_model=reference_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            peft_config=lora_config,
+            callbacks=[saver] if monitor is None else [saver, monitor],
+        )
+    except ValueError as problem:
+        if "Target modules" not in str(problem):  # PEFT's words
+            raise
+        raise ConfigError(f"--lora-target-modules: {str(problem).splitlines()[0]}") from problem
+    saver.trainer = trainer
+    if monitor is not None:
+        monitor.save_now = trainer.save_now
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
