@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,6 +18,11 @@ from transformers.initialization import no_init_weights
 from vlmdpo.memory.fast import known_architectures
 from vlmdpo.models import families, load, registry
 from vlmdpo.tiny import random_models as small
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from vlmdpo.models.protocols import Processor
 
 # Part names of `families.parts` → of the registry.
 _REGISTRY_PARTS = {
@@ -32,11 +37,11 @@ _REGISTRY_PARTS = {
 class Architecture:
     """A configuration at real size and a processor whose token ids it knows."""
 
-    config: Any
-    processor: Any
+    config: PreTrainedConfig
+    processor: Processor
 
 
-def public_config(alias: str) -> Any:
+def public_config(alias: str) -> PreTrainedConfig:
     """The transformers configuration of a registry entry, without its token ids."""
     entry = known_architectures()[alias]
     model_class = getattr(transformers, entry["class"])
@@ -58,7 +63,9 @@ def load_architecture(
     )
 
 
-def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_config(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The configuration alone, which is enough for counting. Raises ModelError."""
     known = registry.known(model)
     if known is not None and known.alias in known_architectures():
@@ -106,7 +113,7 @@ def _from_registry(alias: str) -> Architecture:
     return Architecture(config, processor)
 
 
-def build_on_meta(config: Any, *, lora_r: int | None = None) -> Any:
+def build_on_meta(config: PreTrainedConfig, *, lora_r: int | None = None) -> PreTrainedModel:
     """The model on the meta device, which takes no memory.
 
     Args:
@@ -122,7 +129,7 @@ def build_on_meta(config: Any, *, lora_r: int | None = None) -> Any:
         return get_peft_model(model, LoraConfig(r=lora_r, target_modules="all-linear"))
 
 
-def count_parameters(model: Any) -> dict[str, int]:
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameters by the registry's part names, tied weights once, without adapters."""
     counts = dict.fromkeys(registry.PARTS, 0)
     for part, name, parameter in families.parts(model):
@@ -131,7 +138,7 @@ def count_parameters(model: Any) -> dict[str, int]:
     return counts
 
 
-def count_adapter_parameters(model: Any, lora_r: int, scope: str) -> int:
+def count_adapter_parameters(model: PreTrainedModel, lora_r: int, scope: str) -> int:
     """Parameters of an adapter on the linear layers within `--lora-scope`."""
     linear = {
         name: module
@@ -147,7 +154,7 @@ def count_adapter_parameters(model: Any, lora_r: int, scope: str) -> int:
     return sum(lora_r * (linear[name].in_features + linear[name].out_features) for name in adapted)
 
 
-def count_quantized_weights(model: Any) -> int:
+def count_quantized_weights(model: PreTrainedModel) -> int:
     """Weights that 4-bit quantization covers: of all linear layers except the head."""
     head = model.get_output_embeddings()
     return sum(
@@ -157,13 +164,15 @@ def count_quantized_weights(model: Any) -> int:
     )
 
 
-def count_layers(config: Any) -> tuple[int, int]:
+def count_layers(config: PreTrainedConfig) -> tuple[int, int]:
     """(language layers, vision layers)."""
     text, vision = config.get_text_config(), config.vision_config
     return text.num_hidden_layers, getattr(vision, "depth", None) or vision.num_hidden_layers
 
 
-def make_shallow(config: Any, text_layers: int, vision_layers: int) -> Any:
+def make_shallow(
+    config: PreTrainedConfig, text_layers: int, vision_layers: int
+) -> PreTrainedConfig:
     """The same architecture with fewer layers; settings that name layers name remaining ones."""
     cut = copy.deepcopy(config)
     text, vision = cut.get_text_config(), cut.vision_config

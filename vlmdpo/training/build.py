@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmdpo import ui
-from vlmdpo.config import DataOptions, LoraOptions, RunOptions, TrainConfig
+from vlmdpo.config import DataOptions, LoraOptions, RunOptions, SpeedOptions, TrainConfig
+from vlmdpo.config.common import RuntimeOptions
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.training.setup import TrainingSetup
@@ -54,7 +55,7 @@ def build_setup(
     if eval_dataset is not None:
         eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)
         enable_evaluation(args, config.eval_steps)
-    model = _load_policy(config)
+    model = _load_policy(config, config.quantization)
     _freeze_parts(config, model)
     check_sharding(launched_strategy(), config, dataset)
     engine, fallback_reason = engine_choice.choose_engine(config, model)
@@ -78,11 +79,11 @@ def build_setup(
         mdpo_rows=total_rows if config.losses().is_mdpo else 0,
     )
     setup = TrainingSetup(trainer, processor, dataset, monitor, fallback_reason, over_length, data)
-    _finish_setup(setup, config)
+    _finish_setup(setup, config, config.per_device_train_batch_size)
     return setup
 
 
-def _finish_setup(setup: TrainingSetup, config: TrainConfig) -> None:
+def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) -> None:
     """What needs the trainer: the engine's self-check, and what is switched on in the trainer."""
     from vlmdpo.engine.lengths import row_lengths
     from vlmdpo.training import activation_checkpointing, caches, engine_choice, preflight
@@ -95,48 +96,45 @@ def _finish_setup(setup: TrainingSetup, config: TrainConfig) -> None:
         trainer.add_callback(preflight.ShardedPreflight(setup))
     else:
         engine_choice.verify_engine(setup)
-    group_by_length = config.group_by_length
+    group_by_length = options.group_by_length
     if group_by_length or (group_by_length is None and trainer.engine == "rows"):
         manifest = store.read_manifest(setup.data)
         lengths = row_lengths(setup.processor, setup.dataset, manifest)
         trainer.row_lengths = [length.longest for length in lengths]
-    if config.feature_cache:
+    if options.feature_cache:
         caches.attach_feature_cache(setup)
-    if config.auto_batch_size:
+    if options.auto_batch_size:
         trainer.enable_auto_batch()
-    if config.gradient_checkpointing:
-        activation_checkpointing.apply(
-            trainer, config.checkpointing, setup.examples(config.per_device_train_batch_size)
-        )
+    if options.gradient_checkpointing:
+        examples = setup.examples(batch_size)
+        activation_checkpointing.apply(trainer, options.checkpointing, examples)
 
 
-def _load_policy(config: TrainConfig) -> VisionLanguageModel:
+def _load_policy(options: RuntimeOptions, quantization: str) -> VisionLanguageModel:
     from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
     from vlmdpo.models.load import load_model
 
-    options = _load_options(config)
+    arguments = _load_arguments(options)
     if launched_strategy() in SHARDED_STRATEGIES:
-        options["device"] = "cpu"  # before it is sharded it may fit no GPU
-    model: VisionLanguageModel = load_model(
-        config.model, quantization=config.quantization, **options
-    )
+        arguments["device"] = "cpu"  # before it is sharded it may fit no GPU
+    model: VisionLanguageModel = load_model(options.model, quantization=quantization, **arguments)
     return model
 
 
-def _load_reference_model(config: TrainConfig) -> VisionLanguageModel:
+def _load_reference_model(options: RuntimeOptions) -> VisionLanguageModel:
     from vlmdpo.models.load import load_model
 
-    model: VisionLanguageModel = load_model(config.model, **_load_options(config))
+    model: VisionLanguageModel = load_model(options.model, **_load_arguments(options))
     return model
 
 
-def _load_options(config: TrainConfig) -> dict[str, Any]:
+def _load_arguments(options: RuntimeOptions) -> dict[str, Any]:
     return {
-        "dtype": config.dtype,
-        "device": config.device,
-        "attention": config.attn_implementation,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
+        "dtype": options.dtype,
+        "device": options.device,
+        "attention": options.attn_implementation,
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
     }
 
 

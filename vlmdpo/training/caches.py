@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vlmdpo import ui
-from vlmdpo.config import TrainConfig
+from vlmdpo.config import LossMix
 from vlmdpo.data import store
 from vlmdpo.errors import DataError
 from vlmdpo.training.setup import TrainingSetup
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
     from vlmdpo.models.protocols import Processor, VisionLanguageModel
 
 
+class ReferenceOptions(Protocol):
+    """The options that decide on a reference cache, of several groups."""
+
+    @property
+    def reference_cache(self) -> bool: ...
+    @property
+    def lora(self) -> bool: ...
+    def losses(self) -> LossMix: ...
+
+
 def open_reference_cache(
-    config: TrainConfig,
+    options: ReferenceOptions,
     args: DPOConfig,
     data: Path,
     model: VisionLanguageModel,
@@ -37,18 +47,18 @@ def open_reference_cache(
     from vlmdpo.engine import reference_cache
     from vlmdpo.models import digest
 
-    if not config.reference_cache:
+    if not options.reference_cache:
         return None
     if args.sync_ref_model:
         ui.warn("no reference cache: sync_ref_model changes the reference during training")
         return None
-    if not config.lora and launched_strategy():
+    if not options.lora and launched_strategy():
         ui.warn(
             "no reference cache: full fine-tuning under FSDP or DeepSpeed keeps a reference model"
         )
         return None
     manifest = store.read_manifest(data) or {}
-    is_mdpo = config.losses().is_mdpo
+    is_mdpo = options.losses().is_mdpo
     facts = {
         "weights": digest.weights_digest(model),
         "processor": digest.processor_digest(processor),

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmdpo.config import PER_CALL, TrainConfig, recipes
+from vlmdpo.config import PER_CALL, LoraOptions, TrainConfig, recipes
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.registry import hub_id
 from vlmdpo.training.setup import TrainingSetup
@@ -103,9 +103,8 @@ def _write_results(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _save_weights(
-            setup.trainer.accelerator.unwrap_model(setup.trainer.model), weights, partial, config
-        )
+        model = setup.trainer.accelerator.unwrap_model(setup.trainer.model)
+        _save_weights(model, weights, partial, config, base_model=config.model)
         setup.processor.save_pretrained(partial)
         preflight.check_saved(setup, weights, partial, config)
         curves.draw(
@@ -209,18 +208,20 @@ def _save_weights(
     model: PreTrainedModel | PeftModel,
     weights: dict[str, Tensor] | None,
     folder: Path,
-    config: TrainConfig,
+    options: LoraOptions,
+    *,
+    base_model: str,
 ) -> None:
     """Write adapter or model as safetensors.
 
     Not by `trainer.save_model`, which adds training_args.bin, a pickle.
     """
-    if not config.lora:
+    if not options.lora:
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         return
     # The adapter names its base model as the user did: the embedded model's folder means nothing
     # on another machine.
-    model.peft_config["default"].base_model_name_or_path = hub_id(config.model)
+    model.peft_config["default"].base_model_name_or_path = hub_id(base_model)
     # Embeddings never train here. To find out, PEFT would ask the Hub about the base model.
     model.save_pretrained(
         folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False
