@@ -68,8 +68,7 @@ class ProcessGroup:
 
 
 def launched_strategy() -> str:
-    """How the launcher asked processes to share the model: "fsdp2", "zero2", "zero3", or "" if each
-    has all of it.
+    """How processes share the model: "fsdp2", "zero2", "zero3", or "" if each has all of it.
 
     Read from the environment, because accelerate has no state yet. Raises ConfigError for FSDP's
     version 1, which cannot shard an adapter beside frozen weights of another dtype.

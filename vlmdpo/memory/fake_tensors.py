@@ -1,5 +1,4 @@
-"""Tensors without storage: a step runs for real but for its floating-point numbers, and its bytes
-are counted.
+"""Tensors without storage, to run a step without its floating-point numbers and count its bytes.
 
 Integers and booleans (token ids, masks, positions) stay real, since shapes depend on them; so do
 small constants and pixels. All else is fake: shapes, data types and lifetimes without memory. Knows
@@ -124,8 +123,9 @@ def _with_index_positions(func: Any, args: Any) -> Any:
 
 @contextlib.contextmanager
 def hide_fake_tensors() -> Iterator[None]:
-    """Inside, transformers does not take fake tensors for tracing: it would keep masks that a real
-    run leaves out.
+    """Inside, transformers does not mistake fake tensors for tracing.
+
+    If it did, it would keep attention masks that a real run leaves out.
     """
     with mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
         yield

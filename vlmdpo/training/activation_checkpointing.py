@@ -92,10 +92,9 @@ def _fewest_layers(trainer: PairTrainer, total: int, examples: list[dict[str, An
 
 
 def step_peak(trainer: PairTrainer, layers: int, examples: list[dict[str, Any]]) -> float:
-    """Peak bytes of one training step with this many recomputing layers, above what was allocated
-    before; inf if memory runs out.
+    """Peak bytes of one training step with this many recomputing layers; inf if memory runs out.
 
-    Leaves weights, random numbers and metrics as they were.
+    What was allocated before does not count. Weights, random numbers and metrics stay the same.
     """
     batch = trainer.data_collator([dict(example) for example in examples])
     model, layers_before = trainer.model, trainer.checkpointed_layers

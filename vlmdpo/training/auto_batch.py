@@ -29,9 +29,7 @@ LOSS_WEIGHT = "loss_weight"  # the model input that says which share of a batch'
 
 
 def keep_uncollated(examples: Rows) -> dict[str, Rows]:
-    """The data loader's collator under auto batch size: how many rows a forward pass takes is known
-    only when it runs.
-    """
+    """The data loader's collator: how many rows are collated is known only when a step runs."""
     return {"examples": examples}
 
 

@@ -14,6 +14,7 @@ from vlmdpo.config import DataOptions, LoraOptions, RunOptions, SpeedOptions, Tr
 from vlmdpo.config.common import RuntimeOptions
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.models.configured import configured_model, configured_processor
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def build_setup(
     Raises ConfigError, DataError, ModelError.
     """
     from vlmdpo.distributed.processes import launched_strategy
-    from vlmdpo.models.load import load_processor
     from vlmdpo.training import caches, engine_choice
     from vlmdpo.training.arguments import enable_evaluation, lora_config
     from vlmdpo.training.make_trainer import make_trainer
@@ -45,12 +45,7 @@ def build_setup(
     dataset = store.load(data)
     dataset = dataset.add_column("row", range(len(dataset)))
     eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
-    processor = load_processor(
-        config.model,
-        image_splitting=config.image_splitting,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    processor = configured_processor(config)
     dataset, over_length = _within_max_length(config, dataset, processor, data)
     if eval_dataset is not None:
         eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)
@@ -68,7 +63,7 @@ def build_setup(
     trainer = make_trainer(
         engine=engine,
         model=model,
-        reference_model=_load_reference_model(config) if needs_reference_model else None,
+        reference_model=configured_model(config) if needs_reference_model else None,
         processor=processor,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
@@ -114,28 +109,17 @@ def _load_policy(options: RuntimeOptions, quantization: str) -> VisionLanguageMo
     from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
     from vlmdpo.models.load import load_model
 
-    arguments = _load_arguments(options)
-    if launched_strategy() in SHARDED_STRATEGIES:
-        arguments["device"] = "cpu"  # before it is sharded it may fit no GPU
-    model: VisionLanguageModel = load_model(options.model, quantization=quantization, **arguments)
+    is_sharded = launched_strategy() in SHARDED_STRATEGIES
+    model: VisionLanguageModel = load_model(
+        options.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        dtype=options.dtype,
+        device="cpu" if is_sharded else options.device,  # before it is sharded it may fit no GPU
+        attention=options.attn_implementation,
+        quantization=quantization,
+    )
     return model
-
-
-def _load_reference_model(options: RuntimeOptions) -> VisionLanguageModel:
-    from vlmdpo.models.load import load_model
-
-    model: VisionLanguageModel = load_model(options.model, **_load_arguments(options))
-    return model
-
-
-def _load_arguments(options: RuntimeOptions) -> dict[str, Any]:
-    return {
-        "dtype": options.dtype,
-        "device": options.device,
-        "attention": options.attn_implementation,
-        "revision": options.revision,
-        "trust_remote_code": options.trust_remote_code,
-    }
 
 
 def _load_eval_dataset(

@@ -96,9 +96,7 @@ def _cannot_write(folder: Path, name: str, problem: Exception) -> str:
 
 
 def _sync_to_disk(folder: Path) -> None:
-    """Wait until the files are on the disk itself: if the machine crashes, no name may outlive its
-    content.
-    """
+    """Wait until the files are on the disk itself: no name may outlive its content in a crash."""
     for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -20,8 +20,10 @@ class SigtermReceived(BaseException):
 
 @contextlib.contextmanager
 def preempted_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises Preempted at once: there is nothing to save yet, or nothing left to
-    do. While it trains, the trainer's own handler saves a checkpoint first.
+    """Inside, SIGTERM raises Preempted at once.
+
+    For the time when there is nothing to save yet, or nothing left to do: during training the
+    trainer's own handler saves a checkpoint first.
     """
     received = False
 

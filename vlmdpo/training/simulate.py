@@ -1,9 +1,8 @@
-"""The peak memory of a training step, simulated: the trainer's own step at real size, without its
-floating-point numbers.
+"""The peak memory of a training step, simulated without its floating-point numbers.
 
-A step is simulated in its phases: forward (policy and reference), backward, optimizer. Three runs
-of shallow copies give each phase's peak as a line in language and in vision layers, from which the
-whole model's follows.
+It is the trainer's own step at real size, on tensors without storage, in its phases: forward
+(policy and reference), backward, optimizer. Three runs of shallow copies give each phase's peak as
+a line in language and in vision layers, from which the whole model's follows.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Every private or undocumented thing of another library that vlmdpo relies on; a new release fails
-here first.
+"""What vlmdpo relies on in other libraries without their promise: a new release fails here first.
 
 TRL, transformers, accelerate, PEFT and PyTorch promise what they document. vlmdpo needs a little
 more: it overrides methods of their trainers, replaces functions for a while, sets attributes and
