@@ -160,7 +160,7 @@ def test_refusals(arguments, code, says, few_pairs, tmp_path, vlmdpo):
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_earlier_run_is_not_overwritten_unasked(trained, few_pairs, vlmdpo):
+def test_an_earlier_run_is_not_overwritten_unless_asked(trained, few_pairs, vlmdpo):
     folder, _ = trained
     code, _, err = vlmdpo(
         "train", "--dataset", few_pairs, "--output-dir", folder, "--max-steps", "1"
@@ -169,7 +169,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(trained, few_pairs, vlmdpo):
     assert "add --resume or --overwrite, or choose another folder" in err
 
 
-def test_a_text_model_is_no_vlm(tmp_path, vlmdpo):
+def test_a_text_model_is_refused(tmp_path, vlmdpo):
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path / "llama")
@@ -360,7 +360,7 @@ def test_checkpointing_auto_stays_below_stock(few_pairs, tmp_path, vlmdpo):
         (["--over-length", "cut"], "unknown value 'cut'"),
     ],
 )
-def test_engine_options_that_cannot_be(arguments, says, few_pairs, tmp_path, vlmdpo):
+def test_engine_options_that_contradict_each_other(arguments, says, few_pairs, tmp_path, vlmdpo):
     code, _, err = vlmdpo(
         "train", "--dataset", few_pairs, "--output-dir", tmp_path / "new", *arguments
     )

@@ -1,6 +1,4 @@
-"""train when things go wrong: killed, told to stop, out of space, losses that are no numbers, a
-dead worker. Each is caused.
-"""
+"""train when things go wrong: kills, signals, full disks, non-finite losses, dead workers."""
 
 import io
 import json
@@ -106,7 +104,7 @@ def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adap
     assert ends.count("75") >= 3
 
 
-def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_error(
+def test_sigterm_is_preemption_even_if_a_library_turns_it_into_another_error(
     data, vlmdpo, monkeypatch
 ):
     def told(*_):
@@ -128,7 +126,7 @@ def test_sigterm_counts_wherever_it_comes_even_where_a_library_makes_it_another_
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_sigterm_counts_while_libraries_are_being_loaded():
+def test_sigterm_is_preemption_while_libraries_are_imported():
     program = """
         import os, signal, sys, time
         class Told:
@@ -146,7 +144,7 @@ def test_sigterm_counts_while_libraries_are_being_loaded():
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_said(monkeypatch, capfd):
+def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_reported(monkeypatch, capfd):
     class Terminal(io.RawIOBase):
         def writable(self):
             return True
@@ -207,7 +205,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
     assert not list(Path("out").rglob("training_args.bin"))
 
 
-def test_a_row_that_makes_the_loss_no_number_is_named(data, vlmdpo, monkeypatch):
+def test_a_row_that_makes_the_loss_non_finite_is_named(data, vlmdpo, monkeypatch):
     plain = PairCollator.__call__
     bad = max(
         range(16), key=lambda row: (-len(_answers(row)), row)
@@ -241,7 +239,7 @@ def _answers(row):
     return min(str(example["chosen"]), str(example["rejected"]), key=len)
 
 
-def test_a_learning_rate_that_breaks_the_weights_is_said(data, vlmdpo):
+def test_a_learning_rate_that_breaks_the_weights_is_an_error(data, vlmdpo):
     settings = [
         "--learning-rate",
         "1e20",

@@ -1,6 +1,4 @@
-"""Several processes: the same results as one, whatever the arrangement, and no hang. All with real
-processes.
-"""
+"""Several real processes: the same results as one in every arrangement, and no hang."""
 
 import json
 import os
@@ -160,7 +158,7 @@ def test_every_arrangement_of_processes_learns_the_same(data):
 
 
 @pytest.mark.parametrize("engine", ["shared", "stock"])
-def test_batches_without_pictures_do_not_hang_the_others(engine, vlmdpo):
+def test_batches_without_images_do_not_hang_the_others(engine, vlmdpo):
     Path("mixed").mkdir()
     for i in range(4):
         Path(f"mixed/{i}.png").write_bytes(noise((64, 64), seed=i, kind="PNG"))
@@ -188,7 +186,7 @@ def test_batches_without_pictures_do_not_hang_the_others(engine, vlmdpo):
             assert here == pytest.approx(there, rel=1e-3, abs=1e-5), name
 
 
-def test_sharded_settings_that_cannot_be_are_refused(data, monkeypatch, vlmdpo):
+def test_settings_that_sharding_rules_out_are_refused(data, monkeypatch, vlmdpo):
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
     for arguments, says in (
@@ -385,7 +383,7 @@ def test_infer_writes_the_file_of_one_process():
     assert not list(Path(".").glob(".two*"))
 
 
-def test_what_cannot_be_launched_is_said(monkeypatch):
+def test_what_cannot_be_launched_is_an_error(monkeypatch):
     with pytest.raises(ConfigError, match="--num-machines needs --main-process-ip"):
         TrainConfig(num_processes=2, num_machines=2)
     with pytest.raises(ConfigError, match="must be a multiple of --num-machines"):

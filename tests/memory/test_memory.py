@@ -26,7 +26,7 @@ PUBLIC = [entry for entry in registry.ENTRIES.values() if entry.alias != "tiny"]
 
 
 @pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry.alias)
-def test_every_number_of_the_registry_is_the_architectures(entry):
+def test_the_registrys_counts_are_those_of_the_architectures(entry):
     model = arch.build_on_meta(arch.public_config(entry.alias))
     assert arch.count_parameters(model) == dict(entry.by_part)
     assert sum(p.numel() for p in model.parameters()) == entry.parameters
@@ -37,7 +37,7 @@ def test_every_number_of_the_registry_is_the_architectures(entry):
     )
 
 
-def test_an_adapter_is_as_large_as_peft_makes_it():
+def test_adapter_parameters_are_counted_as_peft_creates_them():
     config = arch.public_config("smolvlm-256m")
     wrapped = arch.build_on_meta(config, lora_r=16)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -55,7 +55,7 @@ def test_the_embedded_model_is_counted_from_its_files():
     )
 
 
-def test_a_simulated_step_is_a_measured_one():
+def test_a_simulated_step_peaks_like_a_measured_one():
     settings = [
         "llava, shared, LoRA, batch 2 × 1",
         "gemma3",
@@ -84,7 +84,7 @@ def test_shallow_copies_give_the_whole_models_peak(engine):
     assert whole.peak > 1.1 * whole.static
 
 
-def test_a_ledger_counts_what_lives_and_forgets_what_is_gone():
+def test_a_ledger_counts_live_storages_only():
     ledger = AllocationLedger()
     with SimulationMode(ledger=ledger):
         first = torch.zeros(1000, 1000)
@@ -104,7 +104,7 @@ def test_a_ledger_counts_what_lives_and_forgets_what_is_gone():
     assert ledger.current_bytes < 100
 
 
-def test_what_is_allocated_by_hand():
+def test_allocations_computed_by_hand():
     lines = {
         c.name: c.bytes
         for c in allocated_components(

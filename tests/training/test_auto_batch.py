@@ -1,6 +1,4 @@
-"""Running out of memory, made to happen: the batch is halved, and the run learns what it would have
-learnt.
-"""
+"""Out of memory, provoked: the batch is halved, and the run learns the same."""
 
 import json
 
@@ -86,14 +84,14 @@ def test_metrics_count_every_pair_once(tmp_path, monkeypatch):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
-def test_a_pair_that_does_not_fit_is_said_so(tmp_path, monkeypatch):
+def test_a_single_pair_that_does_not_fit_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(MemoryBudgetError, match="a single pair does not fit into memory"):
         run(
             tmp_path, "out", monkeypatch, limit=0, per_device_train_batch_size=4, num_train_epochs=1
         )
 
 
-def test_the_command_goes_on_and_reports_its_batch(tmp_path, vlmdpo, monkeypatch):
+def test_the_command_continues_and_reports_its_batch(tmp_path, vlmdpo, monkeypatch):
     from vlmdpo.commands import prepare
     from vlmdpo.config import PrepareConfig
 

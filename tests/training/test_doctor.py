@@ -1,6 +1,4 @@
-"""Doctor: every check holds on a sound setup, and fails with its cause on the one mistake that it
-is for.
-"""
+"""Every check holds on a sound setup, and fails with its cause on the mistake it is for."""
 
 import json
 import re
@@ -49,7 +47,7 @@ def test_an_adapter_that_does_not_start_at_zero(sound):
     assert "adapter" in check.cause
 
 
-def test_pixels_that_go_nowhere(sound):
+def test_pixels_that_have_no_effect(sound):
     with torch.no_grad():
         for name, parameter in sound.model.named_parameters():
             if "multi_modal_projector" in name:
@@ -104,7 +102,7 @@ def test_a_saved_adapter_is_compared_with_the_live_one(sound, tmp_path):
     assert "saved" not in sound.model.peft_config
 
 
-def test_saved_weights_are_compared_to_the_bit(sound):
+def test_saved_weights_are_compared_bitwise(sound):
     live = sound.model.get_base_model()
     assert doctor.check_saved_model(live, live).passed
     other = trainer("llava", "stock", pairs(1), ".").model.get_base_model()
@@ -136,9 +134,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
     assert "All 8 checks passed" in out
 
 
-def test_a_wrong_shared_forward_is_noticed_and_the_run_goes_on_without_it(
-    few, tmp_path, vlmdpo, monkeypatch
-):
+def test_a_wrong_shared_forward_is_detected_and_not_used(few, tmp_path, vlmdpo, monkeypatch):
     monkeypatch.setattr(
         PairLayout, "seen_by_rejected", lambda self, span, device: torch.tensor(True, device=device)
     )
@@ -151,7 +147,7 @@ def test_a_wrong_shared_forward_is_noticed_and_the_run_goes_on_without_it(
     assert "no shared prefix" in err
 
 
-def test_a_recurrent_model_takes_the_middle_way(few, tmp_path, monkeypatch):
+def test_a_recurrent_model_uses_rows_with_images_once(few, tmp_path, monkeypatch):
     from vlmdpo.commands import train
     from vlmdpo.config import TrainConfig
     from vlmdpo.models import load

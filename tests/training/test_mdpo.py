@@ -1,6 +1,4 @@
-"""mDPO against the paper's equations, written out anew on plain rows; what its batches share, and
-what is kept.
-"""
+"""mDPO against the paper's equations on plain rows; what its batches share and cache."""
 
 import math
 
@@ -64,7 +62,7 @@ def _by_the_paper(made, rows):
 
 
 @pytest.mark.parametrize("family", ["idefics2", "llava", "qwen2_5_vl", "gemma3"])
-def test_loss_and_gradients_are_the_papers(family, tmp_path):
+def test_loss_and_gradients_equal_the_papers(family, tmp_path):
     rows = pairs(COUNT, seed=3)
     made = trainer(
         family,
@@ -109,7 +107,7 @@ def test_metrics_are_of_the_rows_own_answers(tmp_path):
         assert conditional[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-4), name
 
 
-def test_a_batch_runs_each_picture_and_answer_once(tmp_path):
+def test_a_batch_runs_each_image_and_answer_once(tmp_path):
     rows = pairs(COUNT, seed=5)
     made = trainer("idefics2", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0])
     batch = made.data_collator([rows[i] for i in range(COUNT)])
@@ -123,7 +121,7 @@ def test_a_batch_runs_each_picture_and_answer_once(tmp_path):
     assert batch["row"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_kept_references_give_the_same_loss(tmp_path):
+def test_cached_references_give_the_same_loss(tmp_path):
     rows = pairs(COUNT, seed=6)
     settings = {"mdpo_rows": COUNT, "loss_weights": [3.0]}
     without = step(trainer("llava", "shared", rows, tmp_path, **settings))[0]
@@ -144,7 +142,7 @@ def test_at_the_start_every_term_is_ln_2(tmp_path):
     assert step(made)[0] == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
-def test_a_corrupted_picture_is_a_small_part_of_the_same_size_and_repeats_itself():
+def test_a_corrupted_image_is_a_small_crop_of_the_same_size_and_reproducible():
     ramp = (
         Image.linear_gradient("L").convert("RGB").resize((200, 120))
     )  # every level tells where it came from

@@ -1,6 +1,4 @@
-"""What people see of a training: the dashboard, the page, samples, evaluation, and a diagnosis for
-runs made to show each.
-"""
+"""What people see of a training: dashboard, page, samples, evaluation, and diagnosis."""
 
 import io
 import json
@@ -167,7 +165,7 @@ def test_other_losses_are_judged_by_where_they_began():
     assert [finding.name for finding in diagnose(risen, learning_rate=1e-6)] == ["diverged"]
 
 
-def test_a_small_beta_makes_small_rewards_and_is_no_sign_of_standing_still():
+def test_small_rewards_of_a_small_beta_are_not_taken_for_no_progress():
     lines = [
         {
             "step": n,
@@ -186,9 +184,7 @@ def test_a_small_beta_makes_small_rewards_and_is_no_sign_of_standing_still():
     ]
 
 
-def test_the_test_split_is_evaluated_and_samples_are_kept_and_a_resumed_run_ends_alike(
-    vlmdpo, scenes
-):
+def test_evaluation_and_samples_are_the_same_after_a_resume(vlmdpo, scenes):
     settings = (
         "--max-steps",
         "8",
@@ -264,7 +260,7 @@ def test_each_row_of_the_test_split_counts_alike_whatever_the_batch(vlmdpo, scen
     assert answers[0] == answers[1] == answers[2], "asked by twos, or all at once"
 
 
-def test_evaluation_and_samples_change_nothing_that_is_learnt(vlmdpo, scenes):
+def test_evaluation_and_samples_do_not_change_the_training(vlmdpo, scenes):
     """But for what the data loader draws, which without dropout nothing sees."""
     plain = ("--max-steps", "4", "--lora-dropout", "0")
     _train(vlmdpo, scenes, *plain, "--eval-steps", "0", "--sample-every", "0")
@@ -285,7 +281,7 @@ def test_every_way_of_training_evaluates(vlmdpo, scenes, way):
     assert yaml.safe_load(Path("out/recipe.yaml").read_text())["eval_steps"] == 1
 
 
-def test_samples_of_a_model_in_parts_are_for_those_who_ask_and_not_under_zero3():
+def test_samples_of_a_sharded_model_are_opt_in_and_refused_under_zero3():
     def shown(deepspeed, every):
         asked = []
         trainer = SimpleNamespace(
@@ -327,18 +323,18 @@ def test_eval_steps_without_a_test_split_says_how_to_get_one(vlmdpo, made_to_sho
     assert not Path("out").exists()
 
 
-def test_the_foreseen_peak_stands_beside_the_run(vlmdpo, scenes):
+def test_the_report_has_the_estimated_peak(vlmdpo, scenes):
     report, _ = _train(vlmdpo, scenes, "--max-steps", "1", "--eval-steps", "0", "--foresee-memory")
     assert report["foreseen_peak_bytes"] > 10_000_000
 
 
-def test_memory_is_shown_against_what_was_foreseen():
+def test_memory_is_shown_beside_its_estimate():
     monitor = TrainingMonitor(Path("metrics.jsonl"), forecast=SimpleNamespace(peak_bytes=3 * 2**28))
     shown = monitor._memory(SimpleNamespace(device=SimpleNamespace(type="cpu")))
     assert re.fullmatch(r"process \d+\.\d\d GiB, tensors estimated 0\.75", shown)
 
 
-def test_a_peak_that_cannot_be_foreseen_costs_a_warning_and_no_run(capfd, scenes):
+def test_an_estimate_that_fails_is_a_warning(capfd, scenes):
     made = memory_forecast.MemoryForecast(TrainConfig(), Path("nowhere"), "bfloat16")
     try:
         made.wait_or_warn()
