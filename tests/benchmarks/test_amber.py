@@ -121,11 +121,11 @@ _QUERY = {"id": 5, "image": "a.png", "query": "Is it?"}
         (
             [_QUERY],
             [{"id": 5, "type": "relation", "truth": "maybe"}],
-            "annotation 5 is no yes/no question",
+            "annotation 5 is not of a yes/no question",
         ),
         ([{"id": 5}], [], "entry 0 .* lacks image, query"),
         ({"id": 5}, [], "must hold a JSON list"),
-        ([], [], "holds no question"),
+        ([], [], "contains no questions"),
     ],
 )
 def test_data_that_does_not_join_is_refused(queries, annotations, says, tmp_path):
@@ -137,10 +137,10 @@ def test_data_that_does_not_join_is_refused(queries, annotations, says, tmp_path
     ("content", "says"),
     [
         ('[{"id": 5, "response": 1}]', "must be {'id': number, 'response': text}"),
-        ('[{"id": 99, "response": "No"}]', "id 99 is no question"),
+        ('[{"id": 99, "response": "No"}]', "there is no question 99"),
         ('[{"id": 5}]', "lacks response"),
         ("[]", "answers none"),
-        ("[", "no valid JSON"),
+        ("[", "not valid JSON"),
     ],
 )
 def test_bad_answer_files(content, says, tmp_path, vlmdpo):
@@ -156,7 +156,7 @@ def test_a_folder_without_its_pictures_is_refused_before_a_model_is_loaded(tmp_p
     (tmp_path / "image").mkdir()
     code, _, err = vlmdpo("eval-amber", "--data", data, "--model", "nobody/nothing")
     assert code == 3
-    assert "holds none of the 1 pictures (a.png ...)" in err
+    assert "has none of the 1 images (a.png ...)" in err
     code, _, err = vlmdpo("eval-amber", "--data", tmp_path / "absent")
     assert (code, "cannot read" in err) == (3, True)
 
@@ -171,7 +171,7 @@ _TRUTH = {"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sea"]}
         ([_DESCRIBE], _TRUTH, {"sky": [], "sea": []}, None, "cannot read .*safe_words.txt"),
         ([_DESCRIBE], _TRUTH, None, "", "cannot read .*relation.json"),
         ([_DESCRIBE], _TRUTH, {"sky": "sea"}, "", "JSON object of lists of words"),
-        ([_DESCRIBE], _TRUTH, {"sky": []}, "", "names 'sea', which relation.json lacks"),
+        ([_DESCRIBE], _TRUTH, {"sky": []}, "", "names 'sea', which is not in relation.json"),
         (
             [_DESCRIBE],
             {**_TRUTH, "truth": "sky"},

@@ -181,7 +181,7 @@ def test_the_lexicon_finds_nouns_by_their_lemma():
     extractor = nouns.make("lexicon", {"dog", "person", "people", "tree", "leaf", "Sky"})
     found = extractor.nouns("Two DOGS, a tree's leaves; people under the sky. Doggerel!")
     assert found == ["dog", "tree", "leaf", "people", "Sky"]
-    assert extractor.alike("dog") == {"dog"}
+    assert extractor.similar("dog") == {"dog"}
 
 
 def test_the_official_extractor_says_how_to_get_it(monkeypatch, vlmdpo):
@@ -242,7 +242,7 @@ def test_the_official_extractor_is_nltk_and_spacy(monkeypatch):
         "dog",
         "cat",
     ]  # a verb is no noun, and boat is not in the vocabulary
-    assert extractor.alike("dog") == {"dog", "cat", "run"}
+    assert extractor.similar("dog") == {"dog", "cat", "run"}
     assert extractor.name == "official"
 
 

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vlmdpo.benchmarks.amber import ask
+from vlmdpo.benchmarks.amber import runner
 from vlmdpo.engine import generate
 from vlmdpo.engine.decode import OpenedImage
 from vlmdpo.tiny import evaluation
@@ -142,8 +142,8 @@ def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(
     report, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "b")
     assert report["engine"] == "plain"
     assert (
-        "is answered 'Perhaps' the shared way and 'Yes' the plain way; going on with the plain way"
-        in said
+        "is answered 'Perhaps' by the shared engine and 'Yes' by the plain one; continuing with the "
+        "plain engine" in said
     )
     assert report["scores"] == plain["scores"]
 
@@ -185,9 +185,9 @@ def test_answers_of_another_run_are_refused_and_overwritten_only_when_asked(
     before = (tmp_path / "out" / "answers_base.json").read_text()
     for more, says in (
         (["--data", small, "--adapter", adapter], "another run (adapter digest: None there"),
-        (["--data", small, "--max-new-tokens", "5"], "max new tokens: 8 there, 5 here"),
-        (["--data", small, "--dtype", "bfloat16"], "dtype: float32 there, bfloat16 here"),
-        ([], "(data: small there, scenes here)"),
+        (["--data", small, "--max-new-tokens", "5"], "max new tokens: 8 there, 5 now"),
+        (["--data", small, "--dtype", "bfloat16"], "dtype: float32 there, bfloat16 now"),
+        ([], "(data: small there, scenes now)"),
     ):
         _, said = run(vlmdpo, *out, *more, code=3)
         assert says in said
@@ -212,10 +212,10 @@ def test_a_killed_run_goes_on_without_loss(small, tmp_path, vlmdpo):
     run(vlmdpo, "--data", small, "--output-dir", whole)
     out = tmp_path / "out"
     slow = (
-        "import time\nfrom vlmdpo.benchmarks.answers import Answers\nput = Answers.put\n"
+        "import time\nfrom vlmdpo.benchmarks.answers import AnswerStore\nput = AnswerStore.put\n"
         "def slowly(self, *a):\n    put(self, *a)\n    print('kept', flush=True)\n    "
         "time.sleep(60)\n"
-        "Answers.put = slowly\nfrom vlmdpo import cli\n"
+        "AnswerStore.put = slowly\nfrom vlmdpo import cli\n"
         f"cli.run(['eval-amber', '--data', {str(small)!r}, '--output-dir', {str(out)!r}])\n"
     )
     with subprocess.Popen(
@@ -251,12 +251,12 @@ def test_bad_pictures_are_listed_and_the_run_goes_on(small, tmp_path, vlmdpo):
     (small / "image" / "SCENE_2.png").write_bytes(b"no picture")
     (small / "image" / "SCENE_3.png").unlink()
     report, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "out")
-    assert "1 of 4 pictures are missing: SCENE_3.png" in said
+    assert "1 of 4 images are missing: SCENE_3.png" in said
     assert "SCENE_2.png' cannot be read" in said
     assert set(report["bad_pictures"]) == {"SCENE_2.png", "SCENE_3.png"}
     assert 0.3 < report["coverage"] < 0.7
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "2 pictures could not be read" in page
+    assert "2 images could not be read" in page
     evaluation.picture("SCENE_2.png").save(small / "image" / "SCENE_2.png")
     again, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "out")
     assert again["coverage"] > report["coverage"], "what is there now is asked now"
@@ -309,7 +309,7 @@ def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(
         "nobody/none",
         code=3,
     )
-    assert "SCENE_2.png; --strict wants them all" in said
+    assert "SCENE_2.png; --strict requires all of them" in said
 
 
 def test_tasks_and_what_is_not_installed(small, tmp_path, vlmdpo):
@@ -321,7 +321,7 @@ def test_tasks_and_what_is_not_installed(small, tmp_path, vlmdpo):
     _, said = run(
         vlmdpo, "--data", small, "--output-dir", tmp_path / "c", "--task", "generative", code=3
     )
-    assert "holds no query/query_generative.json; give --task discriminative" in said
+    assert "has no query/query_generative.json; use --task discriminative" in said
     _, said = run(
         vlmdpo, "--data", small, "--output-dir", tmp_path / "d", "--engine", "vllm", code=6
     )
@@ -459,7 +459,7 @@ def test_the_real_amber_stands_beside_the_article_in_the_report(amber_data, tmp_
     page = (tmp_path / "out" / "report.html").read_text()
     for name in ("GPT-4o", "Idefics2+DPO", "Less-is-more", "VCD"):
         assert f"<td>{name}</td>" in page
-    assert "no picture at hand" in page
+    assert "image not available" in page
     again, _ = run(
         vlmdpo, "--data", amber_data, "--answers", golden, "--output-dir", tmp_path / "out"
     )
@@ -488,5 +488,5 @@ def test_an_adapter_of_another_model_is_refused(small, adapter, tmp_path, vlmdpo
 def test_ask_knows_whether_an_adapter_touches_the_picture(adapter, tiny_model_parts):
     from vlmdpo.models.load import load_model, with_adapter
 
-    assert not ask.touches_vision(tiny_model_parts[0])
-    assert not ask.touches_vision(with_adapter(load_model("tiny", device="cpu"), adapter))
+    assert not runner.adapts_vision(tiny_model_parts[0])
+    assert not runner.adapts_vision(with_adapter(load_model("tiny", device="cpu"), adapter))

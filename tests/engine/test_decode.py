@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from vlmdpo.benchmarks.amber.ask import touches_vision
+from vlmdpo.benchmarks.amber.runner import adapts_vision
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer
 from vlmdpo.models.families import own_chat_template
@@ -107,12 +107,12 @@ def test_base_and_adapter_never_serve_each_other(family, where):
         else "all-linear"
     )
     model, processor = made(family, lora=target)
-    assert touches_vision(model) == (where == "everywhere")
+    assert adapts_vision(model) == (where == "everywhere")
     with model.disable_adapter():
         base = one_by_one(model, processor, picture(0), QUESTIONS)
     tuned = one_by_one(model, processor, picture(0), QUESTIONS)
     assert base != tuned
-    decoder = PromptTreeDecoder(model, processor, keep_features=not touches_vision(model))
+    decoder = PromptTreeDecoder(model, processor, keep_features=not adapts_vision(model))
     with decoder.open(picture(0)) as opened:
         for _ in range(2):
             with model.disable_adapter():

@@ -1,36 +1,38 @@
-"""How sure a figure is: bootstrap over pictures, since questions about one picture are not
-independent, and McNemar.
+"""How certain a figure is: a bootstrap over images, and McNemar's test.
+
+Images are drawn, not questions, because questions about one image are not independent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy.typing
 
 Interval = tuple[float, float]
+Values: TypeAlias = "Sequence[float] | numpy.typing.NDArray[Any]"  # one per entry
 DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tuned against base. `delta_accuracy` and `ci95` are in percentage points; flips are counted
-    in questions.
-    """
+    """Tuned against base; `delta_accuracy` and `ci95` in percentage points."""
 
     delta_accuracy: float
     ci95: Interval
     mcnemar_p: float
-    fixed: int  # wrong before, right after
-    broken: int  # right before, wrong after
+    fixed: int  # questions that base answered wrong and tuned right
+    broken: int  # questions that base answered right and tuned wrong
 
 
 class Bootstrap:
-    """Draws of pictures, each with all that was asked of it; 95% intervals are percentiles over the
-    draws.
+    """Draws of images with all that was asked about them. 95% intervals are percentiles.
 
     Args:
-        image_of: the picture of each entry that figures are made of.
+        image_of: the image of each entry from which figures are computed.
         draws: bootstrap samples.
         seed: of the draws.
     """
@@ -41,36 +43,34 @@ class Bootstrap:
         _, self._group = np.unique(np.asarray(image_of), return_inverse=True)
         self._images = int(self._group.max()) + 1
         share = np.full(self._images, 1 / self._images)
-        self._times = (
+        self._counts = (
             np.random.default_rng(seed).multinomial(self._images, share, size=draws).astype(float)
         )
 
-    def drawn(self, values: Sequence[float]) -> Any:
-        """(draws,) the sum of one value per entry over each draw's pictures."""
+    def sums(self, values: Values) -> Any:
+        """(draws,) the sum over each draw's images of one value per entry."""
         import numpy as np
 
-        return self._times @ np.bincount(
+        return self._counts @ np.bincount(
             self._group, weights=np.asarray(values, dtype=float), minlength=self._images
         )
 
-    def per_cent(self, part: Sequence[float], whole: Sequence[float]) -> Any:
-        """(draws,) 100 × the sum of `part` over the sum of `whole`; not a number where a draw holds
-        nothing.
-        """
+    def percentages(self, part: Values, whole: Values) -> Any:
+        """(draws,) 100 × the sum of `part` over the sum of `whole`; NaN where that is 0 / 0."""
         import numpy as np
 
         with np.errstate(invalid="ignore", divide="ignore"):
-            return 100 * self.drawn(part) / self.drawn(whole)
+            return 100 * self.sums(part) / self.sums(whole)
 
     @staticmethod
     def interval(values: Any) -> Interval | None:
-        """The middle 95% of the draws; None where none of them is a number."""
+        """The middle 95% of the draws that are not NaN; None if there are none."""
         import numpy as np
 
-        known = values[~np.isnan(values)]
-        if not len(known):
+        numbers = values[~np.isnan(values)]
+        if not len(numbers):
             return None
-        low, high = np.percentile(known, [2.5, 97.5])
+        low, high = np.percentile(numbers, [2.5, 97.5])
         return float(low), float(high)
 
 
@@ -82,14 +82,13 @@ def compare(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Comparison:
-    """Difference in accuracy with a 95% paired bootstrap interval over images, and the exact
-    McNemar p-value.
+    """Difference in accuracy, its 95% paired bootstrap interval, and the exact McNemar p-value.
 
     McNemar's exact test (McNemar 1947; two-sided binomial on the flips) treats questions as
     independent.
 
     Args:
-        base_right, tuned_right, image_of: aligned, one entry a question.
+        base_right, tuned_right, image_of: aligned, one entry per question.
         draws: bootstrap samples.
         seed: of the draws.
     """
@@ -99,8 +98,8 @@ def compare(
     before, after = np.asarray(base_right, dtype=bool), np.asarray(tuned_right, dtype=bool)
     change = after.astype(float) - before.astype(float)
     bootstrap = Bootstrap(image_of, draws=draws, seed=seed)
-    interval = bootstrap.interval(bootstrap.per_cent(change.tolist(), [1.0] * len(change)))
-    assert interval is not None, "every draw holds questions"
+    interval = bootstrap.interval(bootstrap.percentages(change.tolist(), [1.0] * len(change)))
+    assert interval is not None, "every draw has questions"
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
     p = float(binomtest(fixed, fixed + broken, 0.5).pvalue) if fixed + broken else 1.0
     return Comparison(100 * float(change.mean()), interval, p, fixed, broken)

@@ -8,7 +8,14 @@ from typing import Any
 
 from vlmdpo import config as cf
 from vlmdpo import ui
-from vlmdpo.commands import estimate_memory, eval_amber, infer, prepare, train
+from vlmdpo.commands import (
+    estimate_memory,
+    eval_amber,
+    eval_amber_screen,
+    infer,
+    prepare,
+    train,
+)
 from vlmdpo.config import recipes
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import recipe
@@ -81,7 +88,7 @@ def _clear(folder: Path) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """Print the scores, and where everything is."""
-    eval_amber.show_flips(report["eval"]["comparison"], 6)
+    eval_amber_screen.show_flips(report["eval"]["comparison"], 6)
     eval_amber.show(report["eval"])
     folder = report["output_dir"]
     written = [

@@ -1,5 +1,6 @@
-"""What people look at after eval-amber: `report.html`, one file without network, and `report.md`.
-Every text is escaped.
+"""The reports of eval-amber: `report.html`, one file without network access, and `report.md`.
+
+All text is escaped.
 """
 
 from __future__ import annotations
@@ -14,47 +15,47 @@ from vlmdpo.benchmarks.verdict import verdict
 from vlmdpo.errors import DataError
 from vlmdpo.report import html as pages
 
-GALLERY = 24  # answers that are shown with their pictures; scores.json has all
+GALLERY = 24  # answers shown with their images; scores.json has all
 _FIGURES = (
     ("chair", "CHAIR", False),
     ("cover", "Cover", True),
     ("hal", "Hal", False),
     ("cog", "Cog", False),
 )
-_CLEAR = ("improvement", "decline")
+_SIGNIFICANT = ("improvement", "decline")
 _HEADLINE = {
-    "improvement": "The tuned model answers better, and the interval is clear of zero.",
-    "decline": "The tuned model answers worse, and the interval is clear of zero.",
-    "no difference shown": "No difference is shown: the interval holds zero.",
+    "improvement": "The tuned model answers better: the interval excludes zero.",
+    "decline": "The tuned model answers worse: the interval excludes zero.",
+    "no difference shown": "No difference is shown: the interval contains zero.",
 }
 
 
 def span(interval: Sequence[float] | None, *, sign: bool = False) -> str:
-    """An interval as text, or a dash where there is none."""
+    """An interval as text, or a dash for None."""
     if interval is None:
         return "-"
     return " to ".join(f"{end:+.1f}" if sign else f"{end:.1f}" for end in interval)
 
 
 def page(
-    report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]
+    report: Mapping[str, Any], benchmark: Benchmark, answers: Mapping[str, Mapping[int, str]]
 ) -> str:
-    """The page as one HTML text; pictures are embedded, reduced.
+    """The page as HTML, with reduced images embedded.
 
     Args:
         report: what `vlmdpo eval-amber` returns.
-        benchmark: what was asked, and what opens its pictures.
-        said: by model and id, the model's own words.
+        benchmark: what was asked, and how to open its images.
+        answers: by role and id, the answers in the model's own words.
     """
     thumbnail = _thumbnails(benchmark)
     return (
         pages.environment({"span": span})
         .get_template("amber.html")
         .render(
-            **_told(report),
+            **_context(report),
             gallery=[
                 {**flip, "picture": thumbnail(flip["image"])}
-                for flip in _gallery(report, benchmark, said)
+                for flip in _gallery(report, benchmark, answers)
             ],
             descriptions=[
                 {**one, "picture": thumbnail(one["image"])} for one in _changed_descriptions(report)
@@ -64,33 +65,33 @@ def page(
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The same figures as Markdown, without pictures."""
+    """The same figures as Markdown, without images."""
     jinja = pages.environment({"span": span, "cell": as_cell}, escape=False)
-    return jinja.get_template("amber.md").render(**_told(report)).strip() + "\n"
+    return jinja.get_template("amber.md").render(**_context(report)).strip() + "\n"
 
 
 def as_cell(value: Any) -> str:
-    """Text that breaks neither a Markdown table nor out of it: no bars, tags, links or line breaks."""
+    """Text that is safe in a Markdown table: without bars, tags, links and line breaks."""
     text = " ".join(str(value).split())
     for mark in "\\|`*_<>[]&":
         text = text.replace(mark, f"&#{ord(mark)};" if mark in "<>&" else f"\\{mark}")
     return text
 
 
-def _told(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What both forms tell, ready to print."""
+def _context(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What both templates need."""
     scores = report["scores"]
-    answered = [who for who in scores if "Discriminative" in scores[who]]
-    described = [who for who in scores if "Generative" in scores[who]]
+    answered = [role for role in scores if "Discriminative" in scores[role]]
+    described = [role for role in scores if "Generative" in scores[role]]
     comparison = report["comparison"] or None
     compared = report.get("generative_comparison", {})
     return {
         "report": report,
         "headline": _HEADLINE[comparison["verdict"]] if comparison else "",
-        "also": _of_descriptions(compared.get("figures", {})),
+        "also": _descriptions_headline(compared.get("figures", {})),
         "comparison": comparison,
         "answered": answered,
-        "names": [name for name in COVERS if any(name in scores[who] for who in answered)],
+        "names": [name for name in COVERS if any(name in scores[role] for role in answered)],
         "described": described,
         "figures": _FIGURES,
         "extractor": scores[described[0]]["Generative"]["extractor"] if described else "",
@@ -102,30 +103,28 @@ def _told(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_descriptions(figures: Mapping[str, Any]) -> str:
-    """What is shown of the descriptions, in a sentence; "" where they were not compared."""
+def _descriptions_headline(figures: Mapping[str, Any]) -> str:
+    """What the descriptions show, in a sentence; "" if they were not compared."""
     if not figures:
         return ""
-    shown = [
+    significant = [
         f"{label}: {figures[key]['verdict']}"
         for key, label, _ in _FIGURES
-        if figures[key]["verdict"] in _CLEAR
+        if figures[key]["verdict"] in _SIGNIFICANT
     ]
-    return f"Descriptions: {'; '.join(shown) or 'no difference shown in any figure'}."
+    return f"Descriptions: {'; '.join(significant) or 'no difference shown in any figure'}."
 
 
 def _gallery(
-    report: Mapping[str, Any], benchmark: Benchmark, said: Mapping[str, Mapping[int, str]]
+    report: Mapping[str, Any], benchmark: Benchmark, answers: Mapping[str, Mapping[int, str]]
 ) -> list[dict[str, Any]]:
-    """Answers that changed, for better and worse in the proportion they stand in; of a single
-    model, wrong answers.
-    """
+    """Answers that changed, good and bad in proportion; wrong answers if one model was asked."""
     if report["comparison"]:
         return pages.evenly(report["comparison"]["flips"], GALLERY)
     if len(report["scores"]) > 1:
         return []
-    [who] = report["scores"]
-    words = said[who]
+    [role] = report["scores"]
+    texts = answers[role]
     wrong = [
         {
             "id": q.id,
@@ -133,10 +132,10 @@ def _gallery(
             "dimension": q.dimension,
             "question": q.text,
             "truth": q.truth,
-            who: words[q.id],
+            role: texts[q.id],
         }
         for q in benchmark.questions
-        if q.id in words and (verdict(words[q.id]) or "").lower() != q.truth
+        if q.id in texts and (verdict(texts[q.id]) or "").lower() != q.truth
     ]
     return pages.evenly(wrong, GALLERY)
 
@@ -146,9 +145,7 @@ def _changed_descriptions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:
-    """What makes a picture's data URI, reduced; None for one that cannot be read, which the page
-    then says.
-    """
+    """A function from an image's name to its data URI, reduced; None if it cannot be read."""
     made: dict[str, str | None] = {}
 
     def thumbnail(name: str) -> str | None:
@@ -162,5 +159,5 @@ def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:
 def _data_uri(benchmark: Benchmark, name: str) -> str | None:
     try:
         return pages.thumbnail(benchmark.picture(name))
-    except DataError:  # scoring a response file needs no pictures
+    except DataError:  # scoring a response file needs no images
         return None

@@ -1,4 +1,4 @@
-"""Learning curves: what DPO's metrics did over the run, as one picture a person can read."""
+"""Learning curves: the metrics of DPO over a run, in one PNG."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 def draw(
     lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str, path: Path
 ) -> None:
-    """Loss, reward accuracy, rewards of both answers, and margin over steps, written as PNG.
+    """Write a PNG: loss, reward accuracy, rewards of both answers, and margin over steps.
 
     `lines` are the logged metrics, each with "step", "loss" and TRL's "rewards/..." keys;
-    `evaluations` are those of rows that do not train, where there are any.
+    `evaluations` are those of the test split, or empty.
     """
     import matplotlib
 
@@ -25,7 +25,7 @@ def draw(
     figure, ((loss, accuracy), (rewards, margin)) = pyplot.subplots(
         2, 2, figsize=(11, 7), sharex=True
     )
-    # By hand: a layout engine would draw all of it once more, to measure it.
+    # By hand, because a layout engine would draw everything a second time to measure it.
     figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.075, wspace=0.17, hspace=0.14)
     panels = (
         (loss, "Loss", [("loss", "loss", "tab:blue")], (0.6931, "ln 2: no preference yet")),
@@ -83,9 +83,7 @@ def draw(
     for axes in (rewards, margin):
         axes.set_xlabel("optimizer step")
     accuracy.set_ylim(-0.02, 1.02)
-    figure.suptitle(
-        f"{title}   (faint: as logged, strong: smoothed)", fontsize=11, x=0.01, ha="left"
-    )
+    figure.suptitle(f"{title}   (faint: as logged, bold: smoothed)", fontsize=11, x=0.01, ha="left")
     part = path.with_name(f".{path.name}.partial")
     figure.savefig(part, dpi=130, format="png")
     pyplot.close(figure)

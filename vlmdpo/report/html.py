@@ -32,7 +32,7 @@ def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True
 
 
 def evenly(entries: Sequence[Any], count: int) -> list[Any]:
-    """So many of the entries, evenly spaced, so that nobody picked them."""
+    """`count` of the entries, evenly spaced over all of them."""
     return (
         [entries[i * len(entries) // count] for i in range(count)]
         if len(entries) > count
@@ -46,7 +46,7 @@ def uri(data: bytes, kind: str) -> str:
 
 
 def thumbnail(picture: PillowImage.Image) -> str:
-    """A picture as a data URI, reduced: small ones without loss, others as JPEG."""
+    """An image as a data URI: small ones lossless, others reduced to JPEG."""
     kind = "PNG" if max(picture.size) <= SIDE_PX else "JPEG"
     small = picture.copy()
     small.thumbnail((SIDE_PX, SIDE_PX))

@@ -1,6 +1,4 @@
-"""Where the memory of a step goes, as stacked bars: the article's table beside what vlmdpo
-allocates.
-"""
+"""The memory of a step as stacked bars: the article's table beside what vlmdpo allocates."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ _GIB = 2**30
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Two bars in GiB, and the GPU's size as a line where one is given, written as PNG. Raises
-    DataError.
+    """Write a PNG: two bars in GiB, and the GPU's capacity as a line if one is given.
+
+    Raises DataError.
     """
     import matplotlib
 
@@ -30,7 +29,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     }
     if report["peak_bytes"] is not None:
         bars["vlmdpo"].append(
-            ("Activations and more", report["peak_bytes"] - report["allocated"]["total_bytes"])
+            ("Activations and buffers", report["peak_bytes"] - report["allocated"]["total_bytes"])
         )
     names = list(dict.fromkeys(name for parts in bars.values() for name, _ in parts))
     colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))

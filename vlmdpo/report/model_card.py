@@ -1,6 +1,4 @@
-"""The card of a trained model, README.md in its folder: data, settings, curves, AMBER where it was
-evaluated, versions.
-"""
+"""The card of a trained model: README.md with data, settings, curves, AMBER scores, versions."""
 
 from __future__ import annotations
 
@@ -20,12 +18,11 @@ _FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Acti
 
 
 def write(folder: Path, *, merged: bool = False) -> None:
-    """Write the card of a folder of `vlmdpo train`, or of what `export --merge` made of one. Raises
-    OSError.
+    """Write the card of a folder of `vlmdpo train` or `vlmdpo export --merge`. Raises OSError.
 
     Args:
-        folder: holds REPORT and RECIPE, and AMBER where the model was evaluated.
-        merged: whether the weights stand alone, or are an adapter.
+        folder: holds REPORT and RECIPE, and AMBER if the model was evaluated.
+        merged: whether the folder holds merged weights rather than an adapter.
     """
     part = folder / f".{CARD}.partial"
     part.write_text(text(folder, merged=merged), encoding="utf-8")
@@ -33,7 +30,7 @@ def write(folder: Path, *, merged: bool = False) -> None:
 
 
 def text(folder: Path, *, merged: bool) -> str:
-    """The card as Markdown with the Hub's metadata in front; every text from elsewhere is escaped."""
+    """The card as Markdown after the Hub's metadata; text from models and data is escaped."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     amber = (
@@ -48,7 +45,7 @@ def text(folder: Path, *, merged: bool) -> str:
         "library_name": "transformers" if standalone else "peft",
         "pipeline_tag": "image-text-to-text",
         "tags": ["vlmdpo", "dpo", "trl", *([] if standalone else ["lora"])],
-        # The Hub links these only where they are its own names.
+        # The Hub links a base model only by its own name.
         **({"base_model": base} if base.count("/") == 1 and not Path(base).exists() else {}),
     }
     jinja = environment({"span": span, "cell": as_cell}, escape=False)
@@ -70,25 +67,25 @@ def text(folder: Path, *, merged: bool) -> str:
 
 
 def _public(name: str) -> str:
-    """A dataset's or model's name without where it lies on this machine."""
+    """The name of a dataset or model without its path on this machine."""
     return Path(name).name if Path(name).expanduser().exists() else hub_id(name)
 
 
 def _settings(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not empty or off, and not this machine's own."""
-    told = {**recipe, "learning_rate": report["learning_rate"]}
-    told |= {name: _public(recipe[name]) for name in ("model", "dataset")}
+    """The settings that are neither empty nor off nor specific to this machine."""
+    settings = {**recipe, "learning_rate": report["learning_rate"]}
+    settings |= {name: _public(recipe[name]) for name in ("model", "dataset")}
     return {
         n: value
-        for n, value in told.items()
+        for n, value in settings.items()
         if value not in (None, [], "", False) and n not in ("output_dir", "device")
     }
 
 
 def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
-    """Keep AMBER's scores in the folder of the adapter that they are of, and write its card anew.
+    """Put AMBER's scores into an adapter's folder, and rewrite its card.
 
-    Returns False where the folder is none of `vlmdpo train`'s. Raises OSError.
+    Returns False if the folder was not written by `vlmdpo train`. Raises OSError.
     """
     if not (folder / REPORT).is_file() or not (folder / RECIPE).is_file():
         return False

@@ -1,5 +1,6 @@
-"""What people look at after prepare: `report.html`, one file without network, and a histogram of
-lengths. Texts are escaped.
+"""The report of prepare: `report.html`, one file without network access, and a histogram.
+
+All text is escaped.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from PIL import Image as PillowImage
 from vlmdpo.data.sources import as_stored
 from vlmdpo.report import html as pages
 
-SAMPLES = 24  # pairs that are shown, evenly spaced
+SAMPLES = 24  # pairs shown
 
 
 def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
-    """A histogram of tokens a row: prompt, both answers, and the longer whole sequence, as PNG.
+    """Write a PNG with histograms of tokens: answers, prompt, and the longer whole sequence.
 
     Args:
-        columns: arrays of `store.COUNTS`, one entry a row.
+        columns: arrays of `store.COUNTS`, one entry per row.
     """
     import matplotlib
     import numpy
@@ -44,23 +45,21 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
         axes.set_xlabel("tokens")
         axes.set_ylabel("rows")
-    figure.subplots_adjust(
-        left=0.08, right=0.99, top=0.9, bottom=0.17, wspace=0.2
-    )  # its own layout takes longer than all else
-    figure.savefig(
-        path, dpi=120, format="png", metadata={"Software": None}
-    )  # the same bytes from any version
+    # By hand: a layout engine takes longer than everything else here.
+    figure.subplots_adjust(left=0.08, right=0.99, top=0.9, bottom=0.17, wspace=0.2)
+    # Without the version of matplotlib, so that equal data gives equal bytes.
+    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     pyplot.close(figure)
 
 
 def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path, sides: Mapping[int, int]) -> str:
-    """The page as one HTML text; pictures are embedded, reduced.
+    """The page as HTML, with reduced images embedded.
 
     Args:
         manifest: what `prepare` found.
         dataset: the prepared training rows.
         lengths: the histogram of `draw_lengths`.
-        sides: how many pictures have which longer side, in pixels.
+        sides: {longer side in pixels: number of images}.
     """
     count = len(dataset)
     rows = sorted({i * count // min(SAMPLES, count) for i in range(min(SAMPLES, count))})
@@ -82,31 +81,30 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
         for turn in row["prompt"]
     ]
     answers = {side: row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")}
-    kept = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
+    copied = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
     return {
         "pictures": [_picture(stored) for stored in row["images"]],
         "turns": turns,
         **answers,
-    } | {name: row[name] for name in kept}
+    } | {name: row[name] for name in copied}
 
 
 def _picture(stored: Mapping[str, Any]) -> str:
     picture = PillowImage.open(io.BytesIO(stored["bytes"]))
-    picture.draft(
-        "RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX)
-    )  # decodes a JPEG not much larger than it needs
+    # Lets a JPEG be decoded at a size not much larger than needed.
+    picture.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))
     return pages.thumbnail(picture)
 
 
 def _sizes(sides: Mapping[int, int]) -> list[dict[str, Any]]:
-    """The longer sides in eight steps."""
+    """A histogram of longer sides with eight bins."""
     if not sides:
         return []
     low, high = min(sides), max(sides)
     step = max(1, -(-(high - low + 1) // 8))
     counts: dict[int, int] = {}
-    for side, pictures in sides.items():
-        counts[(side - low) // step] = counts.get((side - low) // step, 0) + pictures
+    for side, images in sides.items():
+        counts[(side - low) // step] = counts.get((side - low) // step, 0) + images
     most = max(counts.values())
     return [
         {

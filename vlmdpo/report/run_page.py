@@ -1,8 +1,6 @@
-"""What people look at while and after training: `run.html`, one file without network. Texts are
-escaped.
+"""The page of a training: `run.html`, one file without network access. All text is escaped.
 
-The page's script draws the curves from data in the page; it is allowed by its hash alone, so that
-nothing else can run.
+Its script draws the curves from data in the page. Only this script's hash is allowed to run.
 """
 
 from __future__ import annotations
@@ -17,8 +15,7 @@ from typing import Any
 from vlmdpo.report import html as pages
 from vlmdpo.report.diagnosis import Finding
 
-# (title, unit, [(metric, label, colour)], (level, its label)); metrics that a run lacks leave their
-# chart out.
+# (title, [(metric, label, colour)], (level, its label)); a chart without its metrics is left out.
 CHARTS: tuple[tuple[str, list[tuple[str, str, str]], tuple[float, str] | None], ...] = (
     ("Loss", [("loss", "loss", "blue")], (math.log(2), "ln 2: no preference yet")),
     ("Reward accuracy", [("rewards/accuracies", "accuracy", "green")], (0.5, "chance")),
@@ -54,14 +51,15 @@ def page(
     settings: Mapping[str, Any],
     findings: Sequence[Finding],
 ) -> str:
-    """The page as one HTML text.
+    """The page as HTML.
 
     Args:
-        steps: done, and in all. lines, evaluations: logged metrics, each with "step"; those of the
-        test split by the same names.
+        steps: (done, total).
+        lines, evaluations: logged metrics, each with "step"; those of the test split by the same
+            names.
         samples: records of `samples.jsonl`.
-        pictures: by row, the data URIs of its pictures.
-        settings: of the run.
+        pictures: by row, the data URIs of its images.
+        settings: the run's settings.
     """
     script = files("vlmdpo.report").joinpath("templates", _SCRIPT).read_text(encoding="utf-8")
     return (
@@ -86,7 +84,7 @@ def page(
 
 
 def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
-    """By row number, its pictures as data URIs. `rows` are of the prepared dataset, decoded."""
+    """{row number: its images as data URIs} of decoded rows of the prepared dataset."""
     return {
         row["row"]: [pages.thumbnail(picture) for picture in row["images"] or []] for row in rows
     }
@@ -103,16 +101,15 @@ def _data(
                 "label": label + more,
                 "colour": colour,
                 "dotted": bool(more),
-                "points": _points(found, name),
+                "points": _points(logged, name),
             }
             for name, label, colour in series
-            for found, more in ((lines, ""), (evaluations, ", test split"))
+            for logged, more in ((lines, ""), (evaluations, ", test split"))
         ]
         curves = [curve for curve in curves if curve["points"]]
         if curves:
-            exact = [name for name, _, _ in series] == [
-                "learning_rate"
-            ]  # it has no noise to smooth away
+            # The learning rate has no noise to smooth away.
+            exact = [name for name, _, _ in series] == ["learning_rate"]
             charts.append({"title": title, "curves": curves, "level": level, "exact": exact})
     return charts
 
@@ -128,7 +125,7 @@ def _points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, fl
 def _by_row(
     samples: Sequence[Mapping[str, Any]], pictures: Mapping[int, Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """Each row with its answers in the order of steps; those that are as before are told as such."""
+    """Each row with its answers by step; unchanged answers are marked."""
     rows: dict[int, dict[str, Any]] = {}
     for record in samples:
         row = rows.setdefault(

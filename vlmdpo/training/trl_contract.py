@@ -356,7 +356,7 @@ _ACCELERATE = (
 
 _PEFT = (
     *classes(
-        "benchmarks/amber/ask",
+        "benchmarks/amber/runner",
         "peft.tuners.tuners_utils.BaseTunerLayer",
         "peft.utils.other.AuxiliaryTrainingWrapper",
         why="tell whether an adapter changes what image features are made of",

@@ -1,11 +1,10 @@
-"""AMBER's generative scores: CHAIR, Cover, Hal and Cog of descriptions, counted as AMBER's own
-scorer counts.
+"""AMBER's generative scores: CHAIR, Cover, Hal and Cog, counted as its own scorer counts.
 
 A description's nouns are matched one by one: exactly or through AMBER's lists of words for the same
 thing, then by similarity. Each match marks the *first* entry that fits, synonyms before the entries
-themselves, so a thing that the annotation lists twice is covered once at most. Safe words count as
-nouns and are never hallucinated. A noun that is neither in the picture nor among its likely
-hallucinations is hallucinated all the same. Denominators start at 0.001.
+themselves, so a thing that the annotation lists twice is covered at most once. Safe words count as
+nouns and are never hallucinated. A noun that is neither in the image nor among its likely
+hallucinations counts as hallucinated too. Denominators start at 0.001.
 """
 
 from __future__ import annotations
@@ -22,22 +21,20 @@ FIGURES = ("chair", "cover", "hal", "cog")
 
 @dataclass(frozen=True)
 class Counts:
-    """One description: nouns named, those hallucinated, truths covered of all, likely
-    hallucinations named of all.
-    """
+    """Counts of one description."""
 
     nouns: int
     hallucinated: tuple[str, ...]
-    covered: int
-    truths: int
-    named_hallu: int
-    hallus: int
+    covered: int  # annotated things that are named
+    truths: int  # annotated things
+    named_hallu: int  # likely hallucinations that are named
+    hallus: int  # likely hallucinations
 
 
 def count(
     nouns: Sequence[str], asked: Description, vocabulary: Vocabulary, extractor: Extractor
 ) -> Counts:
-    """What one description names, `nouns` being words of the vocabulary in their order."""
+    """Count one description by its nouns: words of the vocabulary, in order."""
     truth, hallu = (_entries(words, vocabulary) for words in (asked.truth, asked.hallu))
     covered: set[int] = set()
     named: set[int] = set()
@@ -45,13 +42,13 @@ def count(
     for noun in nouns:
         if noun in vocabulary.safe:
             continue
-        exactly = frozenset((noun,))
-        if _mark(covered, truth, exactly):
+        exact = frozenset((noun,))
+        if _mark_first(covered, truth, exact):
             continue
-        _mark(named, hallu, exactly)
-        alike = extractor.alike(noun)
-        _mark(named, hallu, alike)
-        if not _mark(covered, truth, alike):
+        _mark_first(named, hallu, exact)
+        similar = extractor.similar(noun)
+        _mark_first(named, hallu, similar)
+        if not _mark_first(covered, truth, similar):
             hallucinated.append(noun)
     return Counts(
         len(nouns),
@@ -64,9 +61,7 @@ def count(
 
 
 def _entries(words: Sequence[str], vocabulary: Vocabulary) -> list[tuple[str, int]]:
-    """Each word that stands for an entry, and the entry's number: all synonyms first, as AMBER
-    looks them up.
-    """
+    """(word, index of its entry): all synonyms first, as AMBER looks them up."""
     synonyms = [
         (synonym, number)
         for number, word in enumerate(words)
@@ -75,8 +70,10 @@ def _entries(words: Sequence[str], vocabulary: Vocabulary) -> list[tuple[str, in
     return synonyms + [(word, number) for number, word in enumerate(words)]
 
 
-def _mark(marked: set[int], entries: Sequence[tuple[str, int]], wanted: frozenset[str]) -> bool:
-    """Mark the first entry with one of the wanted words; whether there is one."""
+def _mark_first(
+    marked: set[int], entries: Sequence[tuple[str, int]], wanted: frozenset[str]
+) -> bool:
+    """Mark the first entry that has one of the wanted words. Returns whether there is one."""
     for word, number in entries:
         if word in wanted:
             marked.add(number)
@@ -87,18 +84,20 @@ def _mark(marked: set[int], entries: Sequence[tuple[str, int]], wanted: frozense
 def figures(counts: Sequence[Counts]) -> dict[str, float]:
     """CHAIR, Cover, Hal and Cog in per cent, one decimal, as AMBER's scorer prints them."""
 
-    def per_cent(part: int, whole: int) -> float:
+    def percentage(part: int, whole: int) -> float:
         return part / (whole + _START) * 100
 
     clean = sum(not c.hallucinated for c in counts)
     return {
         "chair": round(
-            per_cent(sum(len(c.hallucinated) for c in counts), sum(c.nouns for c in counts)), 1
+            percentage(sum(len(c.hallucinated) for c in counts), sum(c.nouns for c in counts)), 1
         ),
-        "cover": round(per_cent(sum(c.covered for c in counts), sum(c.truths for c in counts)), 1),
-        "hal": round(100 - per_cent(clean, len(counts)), 1),
+        "cover": round(
+            percentage(sum(c.covered for c in counts), sum(c.truths for c in counts)), 1
+        ),
+        "hal": round(100 - percentage(clean, len(counts)), 1),
         "cog": round(
-            per_cent(sum(c.named_hallu for c in counts), sum(c.hallus for c in counts)), 1
+            percentage(sum(c.named_hallu for c in counts), sum(c.hallus for c in counts)), 1
         ),
     }
 
@@ -109,8 +108,9 @@ def count_all(
     vocabulary: Vocabulary,
     extractor: Extractor,
 ) -> list[tuple[int, Counts]]:
-    """(id, counts) of each response, in their order, one that stands twice counted twice. KeyError
-    for an unknown id.
+    """(id, counts) of each response, in order; one that occurs twice is counted twice.
+
+    Raises KeyError for an unknown id.
     """
     return [
         (n, count(extractor.nouns(text), descriptions[n], vocabulary, extractor))

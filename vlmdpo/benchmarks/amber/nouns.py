@@ -1,9 +1,8 @@
-"""Which of AMBER's nouns a description names, and which of them are alike. Two extractors, never
-under one name.
+"""Which of AMBER's nouns a description names, and which are similar. There are two extractors.
 
 "official" does what AMBER's own scorer does: nltk's tagger and lemmatizer, and spaCy's word
 vectors. "lexicon" needs no download: every word whose lemma is in AMBER's closed vocabulary counts,
-whatever its part of speech, and words are alike only where AMBER's own lists say so. Its figures
+whatever its part of speech, and words are similar only if AMBER's own lists say so. Its figures
 cannot be compared with published ones.
 """
 
@@ -18,7 +17,7 @@ from typing import Any
 from vlmdpo.errors import MissingDependencyError, install_command
 
 EXTRACTORS = ("lexicon", "official")
-SIMILARITY = 0.8  # AMBER's default: words whose vectors' cosine is above this are one thing
+SIMILARITY = 0.8  # AMBER's default: words with a higher cosine similarity are one thing
 _DOWNLOADS = (
     "python -m spacy download en_core_web_lg && "
     "python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
@@ -29,13 +28,11 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class Extractor:
-    """`nouns` of a text, in order, repeated as often as they stand there; `alike`: the words that
-    are one thing with a word.
-    """
+    """How nouns are found and matched."""
 
     name: str
-    nouns: Callable[[str], list[str]]
-    alike: Callable[[str], frozenset[str]]
+    nouns: Callable[[str], list[str]]  # of a text, in order, with repetitions
+    similar: Callable[[str], frozenset[str]]  # the words that mean the same thing as a word
 
 
 def make(name: str, vocabulary: Iterable[str]) -> Extractor:
@@ -47,12 +44,12 @@ def make(name: str, vocabulary: Iterable[str]) -> Extractor:
 def _lexicon(vocabulary: frozenset[str]) -> Extractor:
     import lemminflect
 
-    spelt = {word.lower(): word for word in vocabulary}
+    spelling = {word.lower(): word for word in vocabulary}
 
     @cache
     def noun_of(word: str) -> str | None:
         lemmas = (word, *lemminflect.getLemma(word, upos="NOUN"))
-        return next((spelt[lemma] for lemma in lemmas if lemma in spelt), None)
+        return next((spelling[lemma] for lemma in lemmas if lemma in spelling), None)
 
     def nouns(text: str) -> list[str]:
         found = (noun_of(word.lower()) for word in _WORD.findall(text))
@@ -69,12 +66,12 @@ def _official(vocabulary: frozenset[str]) -> Extractor:
 
         pipeline = spacy.load("en_core_web_lg")
         for data in _NLTK_DATA:
-            _need_nltk_data(nltk, data)
+            _require_nltk_data(nltk, data)
     except (ImportError, OSError, LookupError) as problem:
         reason = " ".join(str(problem).split())[:120]
         raise MissingDependencyError(
             f"--extractor official needs nltk, spaCy and their data ({reason}): "
-            f"{install_command(extra='amber')} && {_DOWNLOADS}; or give --extractor lexicon"
+            f"{install_command(extra='amber')} && {_DOWNLOADS}; or use --extractor lexicon"
         ) from problem
     lemmatizer = WordNetLemmatizer()
 
@@ -83,29 +80,29 @@ def _official(vocabulary: frozenset[str]) -> Extractor:
         lemmas = (lemmatizer.lemmatize(word) for word, tag in tagged if tag.startswith("NN"))
         return [lemma for lemma in lemmas if lemma in vocabulary]
 
-    table = similar_words(pipeline, vocabulary)
-    return Extractor("official", nouns, table.__getitem__)
+    similar = similar_words(pipeline, vocabulary)
+    return Extractor("official", nouns, similar.__getitem__)
 
 
-def _need_nltk_data(nltk: Any, path: str) -> None:
+def _require_nltk_data(nltk: Any, path: str) -> None:
+    """Raise LookupError if the data is not installed."""
     try:
         nltk.data.find(path)
-    except LookupError:  # some data lie unpacked, some as a zip file
+    except LookupError:  # some data is unpacked, some is a zip file
         nltk.data.find(f"{path}.zip")
 
 
 def similar_words(pipeline: Any, vocabulary: Iterable[str]) -> dict[str, frozenset[str]]:
-    """For each word those of the vocabulary that spaCy finds more than `SIMILARITY` alike, each
-    pair computed once.
+    """For each word, the words of the vocabulary with more than `SIMILARITY` to it.
 
     A word's vector does not depend on the pipeline's tagger or parser, so only its tokenizer runs.
     """
     docs = {word: pipeline.make_doc(word) for word in sorted(vocabulary)}
     words = list(docs)
-    alike: dict[str, set[str]] = {word: set() for word in words}
+    similar: dict[str, set[str]] = {word: set() for word in words}
     for i, word in enumerate(words):
         for other in words[i:]:
             if docs[word].similarity(docs[other]) > SIMILARITY:
-                alike[word].add(other)
-                alike[other].add(word)
-    return {word: frozenset(others) for word, others in alike.items()}
+                similar[word].add(other)
+                similar[other].add(word)
+    return {word: frozenset(others) for word, others in similar.items()}

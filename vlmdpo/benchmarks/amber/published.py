@@ -1,4 +1,4 @@
-"""Published figures to stand beside ours."""
+"""Published figures, shown beside ours."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ ARTICLE = (
 
 
 def beside_article(report: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """(name, accuracy, F1, whether it is ours) of the article's rows and this report's, best
-    accuracy first.
-    """
+    """(name, accuracy, F1, whether it is ours), the article's rows and ours, best first."""
     ours = [
         (
-            f"{report['model']} ({who}), here",
+            f"{report['model']} ({role}), here",
             table["Discriminative"]["accuracy"],
             table["Discriminative"]["f1"],
             True,
         )
-        for who, table in report["scores"].items()
+        for role, table in report["scores"].items()
         if "Discriminative" in table
     ]
     return sorted([*ours, *((*row, False) for row in ARTICLE)], key=lambda row: -row[1])

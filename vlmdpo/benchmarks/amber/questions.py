@@ -1,6 +1,4 @@
-"""AMBER's data: questions and descriptions joined to their annotations by id, and response files.
-No models, no scores.
-"""
+"""AMBER's data: questions and descriptions joined to annotations by id, and response files."""
 
 from __future__ import annotations
 
@@ -16,8 +14,7 @@ from PIL import Image
 from vlmdpo.data.images import BadImage, inside, open_whole, to_rgb
 from vlmdpo.errors import DataError
 
-# The dimension of a question by its AMBER type. A negative relation is typed plain "relation" in
-# AMBER's data.
+# AMBER's type of a question → its dimension. Negative relations have the type "relation".
 DIMENSION_OF = {
     "discriminative-hallucination": "Existence",
     "discriminative-attribute-state": "State",
@@ -35,7 +32,7 @@ _REAL_SIZE = (14216, 15220)  # discriminative questions and annotations of the p
 
 @dataclass(frozen=True)
 class Question:
-    """One yes/no question. `truth` is "yes" or "no"; `dimension` one of DIMENSION_OF's values."""
+    """One yes/no question: `truth` is "yes" or "no", `dimension` a value of DIMENSION_OF."""
 
     id: int
     image: str
@@ -46,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Description:
-    """One picture to describe: what is in it, and what models are wont to see there besides."""
+    """One image to describe: the things in it, and those that models often add (`hallu`)."""
 
     id: int
     image: str
@@ -57,25 +54,23 @@ class Description:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """AMBER's closed vocabulary: each annotated word with the words that may stand for it, and
-    words that never count.
-    """
+    """AMBER's closed vocabulary: synonyms of each annotated word, and words that never count."""
 
     association: Mapping[str, tuple[str, ...]]
     safe: frozenset[str]
 
     @property
     def words(self) -> frozenset[str]:
-        """Every word of the vocabulary (safe words only where they are among them)."""
+        """Every annotated word and synonym."""
         return frozenset(self.association).union(*self.association.values())
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A question set, what opens its pictures, and whether it is AMBER's own public data, whole.
+    """A set of questions and descriptions, and how to open its images.
 
-    `vocabulary` is None where the folder lacks the generative half. `digest` names all of the
-    folder's content.
+    `vocabulary` is None if the folder lacks the generative half; `is_amber` is whether this is all
+    of AMBER's public data; `digest` identifies the folder's content.
     """
 
     name: str
@@ -85,9 +80,8 @@ class Benchmark:
     picture: Callable[[str], Image.Image]
     is_amber: bool
     digest: str
-    other_ids: frozenset[int] = (
-        frozenset()
-    )  # annotated, but of a half that was not read; response files may hold them
+    # Annotated, but of a half that was not read; response files may contain them.
+    other_ids: frozenset[int] = frozenset()
 
     @property
     def asked(self) -> tuple[Question | Description, ...]:
@@ -96,22 +90,23 @@ class Benchmark:
 
     @property
     def pictures(self) -> tuple[str, ...]:
-        """The names of all pictures asked about, each once, in the questions' order."""
+        """The names of all images asked about, each once, in the order of the questions."""
         return tuple(dict.fromkeys(asked.image for asked in self.asked))
 
 
 def load(folder: Path, images: Path | None, *, generative: bool = True) -> Benchmark:
-    """An AMBER data folder; its generative half only where wanted and there. Raises DataError where
-    it does not join.
+    """Load an AMBER data folder, with its generative half if it has one and it is wanted.
+
+    Raises DataError if questions and annotations do not join.
     """
     queries = _read_list(folder / "query" / "query_discriminative.json", ("id", "image", "query"))
     annotations = _read_list(folder / "annotations.json", ("id", "type", "truth"))
     by_id = {entry["id"]: entry for entry in annotations}
     if len(by_id) < len(annotations):
-        raise DataError(f"'{folder}': annotations.json holds an id twice")
+        raise DataError(f"'{folder}': annotations.json has an id twice")
     questions = tuple(_question(folder, query, by_id.get(query["id"])) for query in queries)
     if not questions:
-        raise DataError(f"'{folder}': query/query_discriminative.json holds no question")
+        raise DataError(f"'{folder}': query/query_discriminative.json contains no questions")
     is_amber = (len(queries), len(annotations)) == _REAL_SIZE
     described = folder / "query" / "query_generative.json"
     vocabulary: Vocabulary | None = None
@@ -136,7 +131,7 @@ def load(folder: Path, images: Path | None, *, generative: bool = True) -> Bench
 
 
 def _digest(folder: Path) -> str:
-    """A hash of all files that questions, truths and vocabulary come from, whichever half was read."""
+    """A hash of all files of the data, whichever half was read."""
     digest = hashlib.sha256()
     for name in _FILES:
         if (folder / name).is_file():
@@ -151,7 +146,7 @@ def _question(
         raise DataError(f"'{folder}': question {query['id']} has no entry in annotations.json")
     if annotation["type"] not in DIMENSION_OF or annotation["truth"] not in ("yes", "no"):
         raise DataError(
-            f"'{folder}': annotation {query['id']} is no yes/no question "
+            f"'{folder}': annotation {query['id']} is not of a yes/no question "
             f"(type {annotation['type']!r}, truth {annotation['truth']!r})"
         )
     return Question(
@@ -182,7 +177,8 @@ def _description(
     unknown = [word for word in (*truth, *hallu) if word not in vocabulary.association]
     if unknown:
         raise DataError(
-            f"'{folder}': annotation {query['id']} names '{unknown[0]}', which relation.json lacks"
+            f"'{folder}': annotation {query['id']} names '{unknown[0]}', which is not in "
+            "relation.json"
         )
     return Description(query["id"], query["image"], query["query"], tuple(truth), tuple(hallu))
 
@@ -206,36 +202,37 @@ def _opener(folder: Path) -> Callable[[str], Image.Image]:
         try:
             return to_rgb(open_whole(inside(folder, name).read_bytes()))
         except (OSError, BadImage) as problem:
-            raise DataError(f"picture '{folder / name}' cannot be read: {problem}") from problem
+            raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
     return picture
 
 
 def missing_pictures(benchmark: Benchmark, folder: Path) -> list[str]:
-    """The names of pictures that are not there. Raises DataError where there is no such folder, or
-    none of them.
-    """
+    """The names of missing images. Raises DataError if all of them, or the folder, are missing."""
     if not folder.is_dir():
-        raise DataError(f"no folder '{folder}' with AMBER's pictures; give it as --images DIR")
-    missing = [name for name in benchmark.pictures if not _is_there(folder, name)]
+        raise DataError(
+            f"folder '{folder}' of AMBER's images does not exist; name it with --images DIR"
+        )
+    missing = [name for name in benchmark.pictures if not _exists(folder, name)]
     if len(missing) == len(benchmark.pictures):
         raise DataError(
-            f"'{folder}' holds none of the {len(missing)} pictures ({missing[0]} ...); give "
-            "theirs as --images DIR"
+            f"'{folder}' has none of the {len(missing)} images ({missing[0]} ...); name their "
+            "folder with --images DIR"
         )
     return missing
 
 
-def _is_there(folder: Path, name: str) -> bool:
+def _exists(folder: Path, name: str) -> bool:
     try:
         return inside(folder, name).is_file()
     except BadImage as problem:
-        raise DataError(f"picture '{name}': {problem}") from problem
+        raise DataError(f"image '{name}': {problem}") from problem
 
 
 def read_responses(path: Path) -> list[tuple[int, str]]:
-    """(id, response) of a response file in AMBER's form, in its order, duplicates kept. Raises
-    DataError.
+    """(id, response) of a response file in AMBER's form, in order, with duplicates.
+
+    Raises DataError.
     """
     responses = []
     for entry in _read_list(path, ("id", "response")):
@@ -261,7 +258,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except ValueError as problem:
-        raise DataError(f"'{path}' is no valid JSON: {problem}") from problem
+        raise DataError(f"'{path}' is not valid JSON: {problem}") from problem
 
 
 def _read_list(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""AMBER's discriminative scores, digit by digit as its own scorer prints them.
+"""AMBER's discriminative scores, to the digit as its own scorer prints them.
 
-The positive class is "No": precision and recall are of saying that something is not so.
+The positive class is "No": precision and recall are those of denying.
 Denominators start at 0.001, not 0; F1 is computed from precision and recall *after* rounding, with
 0.0001 added below (0.001 for existence). Only exact "Yes" and "No" count; any other response is
 wrong and is neither.
@@ -27,7 +27,9 @@ _START = 0.001
 
 
 @dataclass
-class _Tally:
+class _Counts:
+    """Counts of one dimension's responses."""
+
     asked: int = 0
     right: int = 0
     truly_no: int = 0
@@ -38,42 +40,41 @@ class _Tally:
 def score(
     questions: Mapping[int, Question], responses: Iterable[tuple[int, str]]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy, precision, recall and F1 in per cent, one decimal, for each name in COVERS that has
-    a response.
+    """Accuracy, precision, recall and F1 in per cent, one decimal, for each name with a response.
 
-    Like AMBER's, it goes through the *responses*: a question without one is not counted, one with
-    two counts twice. Raises KeyError for a response to no question.
+    Like AMBER's scorer it iterates over *responses*: a question without one is not counted, and one
+    with two counts twice. Raises KeyError for a response whose id is unknown.
     """
-    tallies = {dimension: _Tally() for dimension in COVERS["Discriminative"]}
+    counts = {dimension: _Counts() for dimension in COVERS["Discriminative"]}
     for number, response in responses:
         question = questions[number]
-        tally = tallies[question.dimension]
-        tally.asked += 1
-        tally.right += response.lower() == question.truth and response in ("Yes", "No")
-        tally.truly_no += question.truth == "no"
-        tally.said_no += response == "No"
-        tally.rightly_no += response == "No" and question.truth == "no"
+        count = counts[question.dimension]
+        count.asked += 1
+        count.right += response.lower() == question.truth and response in ("Yes", "No")
+        count.truly_no += question.truth == "no"
+        count.said_no += response == "No"
+        count.rightly_no += response == "No" and question.truth == "no"
     return {
-        name: _figures(name, [tallies[d] for d in dimensions])
+        name: _figures(name, [counts[d] for d in dimensions])
         for name, dimensions in COVERS.items()
-        if any(tallies[d].asked for d in dimensions)
+        if any(counts[d].asked for d in dimensions)
     }
 
 
-def _figures(name: str, tallies: list[_Tally]) -> dict[str, float]:
-    # AMBER adds up one counter a line, started at 0.001, but three for Attribute.
+def _figures(name: str, counts: list[_Counts]) -> dict[str, float]:
+    # AMBER sums counters that start at 0.001: one per name, but three for Attribute.
     start = (3 if name == "Attribute" else 1) * _START
 
-    def per_cent(part: int, whole: int) -> float:
+    def percentage(part: int, whole: int) -> float:
         return round(part / (whole + start) * 100, 1)
 
-    rightly_no = sum(t.rightly_no for t in tallies)
-    precision = per_cent(rightly_no, sum(t.said_no for t in tallies))
-    recall = per_cent(rightly_no, sum(t.truly_no for t in tallies))
-    below = precision / 100 + recall / 100 + (0.001 if name == "Existence" else 0.0001)
+    rightly_no = sum(t.rightly_no for t in counts)
+    precision = percentage(rightly_no, sum(t.said_no for t in counts))
+    recall = percentage(rightly_no, sum(t.truly_no for t in counts))
+    denominator = precision / 100 + recall / 100 + (0.001 if name == "Existence" else 0.0001)
     return {
-        "accuracy": per_cent(sum(t.right for t in tallies), sum(t.asked for t in tallies)),
+        "accuracy": percentage(sum(t.right for t in counts), sum(t.asked for t in counts)),
         "precision": precision,
         "recall": recall,
-        "f1": round(2 * (precision / 100) * (recall / 100) / below * 100, 1),
+        "f1": round(2 * (precision / 100) * (recall / 100) / denominator * 100, 1),
     }
