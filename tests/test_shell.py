@@ -79,11 +79,11 @@ def test_data_goes_to_stdout_and_talk_to_stderr_which_quiet_silences(vlmdpo):
 
 
 def test_quiet_keeps_warnings_and_errors(vlmdpo):
-    ui.set_manners(quiet=True, yes=False)
+    ui.set_verbosity(quiet=True, yes=False)
     ui.say("talk")
     ui.warn("careful")
     code, _, err = vlmdpo("train", "--loss", "sigmod", "--quiet")
-    ui.set_manners(quiet=False, yes=False)
+    ui.set_verbosity(quiet=False, yes=False)
     assert code == 2
     assert "warning: careful" in err
     assert "error: " in err

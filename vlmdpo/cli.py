@@ -289,8 +289,8 @@ def _hint(full_size: str, given: Mapping[str, Any]) -> str:
 
 
 def _run(name: str, module: str, settings: Any, hint: str) -> None:
-    ui.set_quiet(settings.json or launch.is_worker())
-    ui.set_manners(quiet=settings.quiet, yes=getattr(settings, "yes", False))
+    ui.set_json_only(settings.json or launch.is_worker())
+    ui.set_verbosity(quiet=settings.quiet, yes=getattr(settings, "yes", False))
     if launch.is_worker():
         launch.start_worker()
     if hint:

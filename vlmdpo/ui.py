@@ -1,6 +1,4 @@
-"""The only room that prints. Results and `--json` go to stdout; talk, warnings and progress to
-stderr.
-"""
+"""The only module that prints: results and `--json` to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -33,52 +31,48 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-_quiet = False  # set by --json: then stdout holds one JSON object and nothing else
+_json_only = False  # set by --json: stdout holds one JSON object and nothing else
 _muted = False  # set in all processes but the first
-_silent = False  # set by --quiet: no talk and no progress
-_yes = False  # set by --yes: what would be asked is answered
-_COLUMNS = 80  # that warnings and errors keep within
+_quiet = False  # set by --quiet: no messages and no progress
+_answers_yes = False  # set by --yes
+_COLUMNS = 80  # the width of warnings and errors
 
 
 def _out() -> Console:
-    # Made anew each time, so that a redirected sys.stdout (a test, a notebook) is honoured. A pipe
-    # has no width of its own; cutting a table at 80 columns there would lose data.
+    # Created each time, so that a redirected sys.stdout (a test, a notebook) is respected. A pipe
+    # has no width; cutting a table at 80 columns there would lose data.
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def _err(*, always: bool = False) -> Console:
-    console = Console(file=sys.stderr, highlight=False, quiet=(_muted or _silent) and not always)
-    console.soft_wrap = (
-        not console.is_terminal
-    )  # a terminal's lines end between words, a log's with the sentence
+    console = Console(file=sys.stderr, highlight=False, quiet=(_muted or _quiet) and not always)
+    console.soft_wrap = not console.is_terminal  # a log keeps each message on one line
     return console
 
 
 def mute() -> None:
-    """Print nothing but errors any more: for every process of a distributed run but the first."""
-    global _quiet, _muted
-    _quiet = _muted = True
+    """Print only errors from now on: for every process of a run but the first."""
+    global _json_only, _muted
+    _json_only = _muted = True
 
 
-def set_quiet(quiet: bool) -> None:
-    """With `quiet`, `table` and `result` print nothing: the JSON object is the only result."""
-    global _quiet
-    _quiet = quiet
+def set_json_only(json_only: bool) -> None:
+    """If set, `table` and `result` print nothing: the JSON object is the only result."""
+    global _json_only
+    _json_only = json_only
 
 
-def set_manners(*, quiet: bool, yes: bool) -> None:
-    """`quiet`: no talk and no progress, but results, warnings and errors. `yes`: questions are
-    answered, not asked.
+def set_verbosity(*, quiet: bool, yes: bool) -> None:
+    """`quiet`: no messages and no progress, only results, warnings and errors. `yes`: `confirm`
+    does not ask.
     """
-    global _silent, _yes
-    _silent, _yes = quiet, yes
+    global _quiet, _answers_yes
+    _quiet, _answers_yes = quiet, yes
 
 
 def confirm(question: str, *, otherwise: bool = False) -> bool:
-    """Ask on a terminal; with --yes the answer is yes, and where nobody can be asked it is
-    `otherwise`.
-    """
-    if _yes:
+    """Ask on a terminal. With --yes the answer is yes; without a terminal it is `otherwise`."""
+    if _answers_yes:
         return True
     if _muted or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return otherwise
@@ -88,24 +82,24 @@ def confirm(question: str, *, otherwise: bool = False) -> bool:
 
 
 def say(text: str) -> None:
-    """A line of talk on stderr. Text is taken as it is: square brackets in it are no markup."""
+    """A message on stderr. Square brackets are printed as they are."""
     _err().print(escape(text), style="dim")
 
 
 def step(text: str) -> None:
-    """The heading of a stage of work, on stderr."""
+    """The heading of a stage, on stderr."""
     _err().print(f"[bold cyan]▸[/] [bold]{escape(text)}[/]")
 
 
 def warn(text: str) -> None:
-    """Something that the user should know of, on stderr, --quiet or not."""
+    """A warning on stderr, also with --quiet."""
     if not _muted:
-        _told("warning:", "yellow", text)
+        _labelled("warning:", "yellow", text)
 
 
 def warn_from_handler(text: str) -> None:
-    """`warn` for a signal handler, which may interrupt the writing of a line: a stream cannot be
-    entered twice, and says so by a RuntimeError; then this goes past it.
+    """`warn` for a signal handler. It may interrupt the writing of a line, and entering the stream
+    a second time raises RuntimeError; then this writes to the file descriptor.
     """
     try:
         warn(text)
@@ -114,21 +108,21 @@ def warn_from_handler(text: str) -> None:
 
 
 def error(text: str) -> None:
-    """What ends the program, on stderr."""
-    _told("error:", "bold red", text)
+    """The error that ends the program, on stderr."""
+    _labelled("error:", "bold red", text)
 
 
-def _told(label: str, style: str, text: str) -> None:
-    """A labelled text in lines of 80 columns or fewer. A command at its end gets a line of its own,
-    whole, to be copied.
+def _labelled(label: str, style: str, text: str) -> None:
+    """Print a labelled text in lines of up to 80 columns. A command at its end stays on one line of
+    its own, to be copied.
     """
     indent = " " * (len(label) + 1)
-    whole, command = text, ""
+    sentence, command = text, ""
     found = re.search(r"(?<=: )vlmdpo [^;]+$", text)
     if found and len(indent + text) > _COLUMNS:
-        whole, command = text[: found.start()].rstrip(), found[0]
+        sentence, command = text[: found.start()].rstrip(), found[0]
     lines = textwrap.wrap(
-        whole, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False
+        sentence, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False
     ) or [""]
     shown = Text.assemble(
         (label, style), " ", f"\n{indent}".join([*lines, *([command] if command else [])])
@@ -137,13 +131,13 @@ def _told(label: str, style: str, text: str) -> None:
 
 
 def result(text: str = "") -> None:
-    """A line of result on stdout."""
-    if not _quiet:
+    """A line of the result, on stdout."""
+    if not _json_only:
         _out().print(text, markup=False, soft_wrap=True)
 
 
 def raw(text: str) -> None:
-    """A line of result whatever the mode: for output that is data itself."""
+    """A line on stdout in every mode, for output that is data."""
     if not _muted:
         sys.stdout.write(text + "\n")
 
@@ -162,10 +156,14 @@ def table(
     note: str = "",
     text: Sequence[int] = (0,),
 ) -> None:
-    """A table on stdout. Columns in `text` are text, the others numbers; rows numbered in `strong`
-    stand out.
+    """A table on stdout.
+
+    Args:
+        strong: numbers of rows to highlight.
+        note: a line below the table.
+        text: numbers of columns with text, which are aligned left; the others hold numbers.
     """
-    if _quiet:
+    if _json_only:
         return
     grid = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, column in enumerate(columns):
@@ -174,7 +172,7 @@ def table(
         grid.add_row(
             *(escape(cell) for cell in row), style="bold green" if number in strong else None
         )
-    # Title and note are lines of their own: rich would fold them at the width of a narrow table.
+    # Title and note are separate lines: rich would wrap them to the width of a narrow table.
     out = _out()
     out.print(f"\n[bold]{escape(title)}[/]")
     out.print(grid)
@@ -184,7 +182,7 @@ def table(
 
 def columns(title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
     """Two texts side by side on stdout, each (heading, text)."""
-    if _quiet:
+    if _json_only:
         return
     grid = Table(title=escape(title), title_justify="left", title_style="bold", expand=True)
     grid.add_column(escape(left[0]), ratio=1, overflow="fold")
@@ -194,10 +192,10 @@ def columns(title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
 
 
 def tokens(name: str, pieces: Sequence[str], note: str, *, counted: bool) -> None:
-    """Decoded tokens on stdout with their special ones visible: those `counted` in the loss one by
-    one, others as one text.
+    """Decoded tokens on stdout, special ones included: those `counted` in the loss one by one, the
+    others as one text.
     """
-    if _quiet:
+    if _json_only:
         return
     out = _out()
     text = Text(f"  {name:<9}")
@@ -210,12 +208,12 @@ def tokens(name: str, pieces: Sequence[str], note: str, *, counted: bool) -> Non
 
 
 def draws_pictures() -> bool:
-    """Whether stdout is a terminal with the colours that a picture needs."""
-    return not _quiet and _out().color_system in ("truecolor", "256")
+    """Whether stdout is a terminal with enough colours for an image."""
+    return not _json_only and _out().color_system in ("truecolor", "256")
 
 
 def picture(image: Any, *, columns: int = 48) -> None:
-    """A PIL picture on stdout as coloured half blocks, two pixels to a character."""
+    """A PIL image on stdout as coloured half blocks, two pixels per character."""
     width, height = image.size
     columns = min(columns, width)
     rows = max(1, round(height / width * columns / 2))
@@ -233,7 +231,7 @@ def picture(image: Any, *, columns: int = 48) -> None:
 
 
 class Bar:
-    """A running progress bar; `advance` moves it and may change the text behind it."""
+    """A progress bar; `advance` moves it and may change the text after it."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress, self._task = progress, task
@@ -244,14 +242,14 @@ class Bar:
 
 
 class _Rate(ProgressColumn):
-    """How many a second, in the unit's own name."""
+    """The speed, in units per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        """The speed of the last half minute, or of the whole once it is done."""
+        """The recent speed, or the average once it is done."""
         speed = (
             task.finished_speed
             or task.speed
@@ -262,9 +260,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(what: str, total: int | None, *, unit: str = "") -> Iterator[Bar]:
-    """A progress bar on stderr with count, time gone and left, with `unit` the speed; a plain line
-    where it is no terminal.
-    """
+    """A progress bar on stderr: count, elapsed and remaining time, and with `unit` the speed."""
     live = Progress(
         TextColumn("  {task.description}"),
         BarColumn(bar_width=16),
@@ -282,19 +278,22 @@ def progress(what: str, total: int | None, *, unit: str = "") -> Iterator[Bar]:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a dashboard: a label, the value as text, and the values that led there. `talk`
-    frames the text where it is printed as a plain line; figures without it are printed as label and
-    text.
+    """One line of a dashboard.
+
+    Attributes:
+        label, text: the name, and the latest value as text.
+        history: earlier values, for the sparkline.
+        template: how `text` is phrased in a plain line; "" for label and text.
     """
 
     label: str
     text: str
     history: Sequence[float] = ()
-    talk: str = ""
+    template: str = ""
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """The last values as a row of bars, from the lowest to the highest of them."""
+    """The last values as a row of bars, scaled between their minimum and maximum."""
     shown = [value for value in values if math.isfinite(value)][-width:]
     low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
     if low == high:
@@ -303,9 +302,7 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 
 class Dashboard:
-    """A run as it goes: where stderr is a terminal a panel that stays in its place, else a plain
-    line for each figure.
-    """
+    """A live view of a run: a fixed panel on a terminal, otherwise plain lines."""
 
     def __init__(self, what: str, total: int, done: int, console: Console) -> None:
         self._total, self._console, self._done = total, console, done
@@ -323,24 +320,24 @@ class Dashboard:
         self._task = self._bar.add_task(escape(what), total=total, completed=done, note="")
 
     def step(self, done: int, pairs_per_s: float, left_s: float | None) -> None:
-        """So many steps are done, at this speed, with so many seconds to go."""
+        """Show `done` steps, the speed, and the remaining seconds (None if unknown)."""
         self._done, self._speed = done, pairs_per_s
         self._left = "" if left_s is None else f", {timedelta(seconds=round(left_s))} left"
         note = f"{pairs_per_s:.1f} pairs/s{self._left}" if pairs_per_s else ""
         self._bar.update(self._task, completed=done, note=note)
 
     def figures(self, figures: Sequence[Figure], *, evaluated: bool = False) -> None:
-        """New values. `evaluated`: they are of an evaluation, whose figures are those with `talk`."""
+        """Show new values; with `evaluated` those of an evaluation, which have a `template`."""
         self._shown = figures
         if self._console.is_terminal:
             return
-        spoken = [
-            f.talk.format(f.text) if f.talk else f"{f.label} {f.text}"
+        phrases = [
+            f.template.format(f.text) if f.template else f"{f.label} {f.text}"
             for f in figures
-            if bool(f.talk) == evaluated
+            if bool(f.template) == evaluated
         ]
         speed = f"; {self._speed:.1f} pairs/s{self._left}" if self._speed and not evaluated else ""
-        say(f"step {self._done}/{self._total}: {', '.join(spoken)}{speed}")
+        say(f"step {self._done}/{self._total}: {', '.join(phrases)}{speed}")
 
     def __rich__(self) -> Group:
         grid = Table.grid(padding=(0, 2))
@@ -355,7 +352,7 @@ class Dashboard:
 
 @contextmanager
 def dashboard(what: str, total: int, done: int = 0) -> Iterator[Dashboard]:
-    """A `Dashboard` on stderr; its last state stays when it ends."""
+    """A `Dashboard` on stderr, whose last state stays visible."""
     console = _err()
     board = Dashboard(what, total, done, console)
     if not console.is_terminal or console.quiet:
@@ -366,7 +363,7 @@ def dashboard(what: str, total: int, done: int = 0) -> Iterator[Dashboard]:
 
 
 def human_bytes(count: float) -> str:
-    """Bytes in decimal units (1 GB is 1e9 bytes), three digits or so."""
+    """Bytes in decimal units (1 GB is 1e9 bytes), with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from vlmdpo import __version__, ui
+from vlmdpo.commands.prepare_screen import REPORT, show
 from vlmdpo.config import PrepareConfig
 from vlmdpo.data import assemble, schemas, store, work
 from vlmdpo.data.hub import open_source
@@ -24,10 +25,11 @@ from vlmdpo.data.sources import Source, as_stored, bounds
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 
+__all__ = ["run", "show"]
+
 _ROWS_PER_PROCESS = 4_000  # fewer are done before another process has imported its libraries
 _MAX_PROCESSES = 32
-_WARN_DROPPED_SHARE = 0.05
-REPORT, LENGTHS = "report.html", "lengths.png"
+LENGTHS = "lengths.png"
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
@@ -307,96 +309,3 @@ def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
         "source_row": dataset[number]["source_row"],
         **preview(counter.collator, dataset[number]),
     }
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print the result, what was dropped or changed and why, token counts, and an example row."""
-    done = "Found prepared" if report["reused"] else "Prepared"
-    ui.result(
-        f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in "
-        f"{report['path']}"
-    )
-    if len(report["splits"]) > 1:
-        ui.result(
-            "  "
-            + ", ".join(f"{split} {rows:,}" for split, rows in report["splits"].items())
-            + "; no image is in both splits"
-        )
-    side = (
-        f"at most {report['max_image_side']} px per side"
-        if report["max_image_side"]
-        else "not bounded"
-    )
-    page = Path(report["path"]) / REPORT
-    ui.result(
-        f"  images {side}, {ui.human_bytes(report['bytes'])} on disk"
-        + (f"; report: {page}" if page.is_file() else "")
-    )
-    if report["dropped"]:
-        rows = [
-            [reason, f"{count:,}", report["dropped_examples"][reason][0]]
-            for reason, count in report["dropped"].items()
-        ]
-        ui.table("Dropped rows", ["Reason", "Rows", "First one"], rows, text=(0, 2))
-    if report["changed"]:
-        changed = ", ".join(f"{name} {count:,}" for name, count in report["changed"].items())
-        ui.result(f"  corrected or noted, by number of rows: {changed}")
-    _show_lengths(report)
-    dropped = sum(report["dropped"].values())
-    if dropped > _WARN_DROPPED_SHARE * report["rows_in"]:
-        worst = max(report["dropped"], key=lambda reason: report["dropped"][reason])
-        ui.warn(
-            f"{100 * dropped / report['rows_in']:.0f}% of the rows were dropped, most for "
-            f"{worst}; find out why before training"
-        )
-    _show_example(report)
-
-
-def _show_lengths(report: dict[str, Any]) -> None:
-    labels = {
-        "prompt_tokens": "prompt",
-        "image_tokens": "of which images",
-        "chosen_tokens": "chosen",
-        "rejected_tokens": "rejected",
-        "longest_tokens": "longer sequence",
-    }
-    rows = [
-        [
-            label,
-            *(
-                f"{report['lengths'][name][figure]:,.0f}"
-                for figure in ("min", "median", "p95", "max")
-            ),
-        ]
-        for name, label in labels.items()
-    ]
-    ui.table(
-        f"Tokens per row, by the processor of {report['model']}",
-        ["", "Min", "Median", "95%", "Max"],
-        rows,
-    )
-
-
-def _show_example(report: dict[str, Any]) -> None:
-    example = report["example"]
-    sizes = ", ".join(example["images"]) or "none"
-    ui.result(
-        f"\nRow {example['row']} (source row {example['source_row']}) as {report['model']} reads "
-        f"it, image {sizes}:"
-    )
-    if ui.draws_pictures():
-        for image in store.load(Path(report["path"]))[example["row"]]["images"]:
-            ui.picture(image)
-    ui.tokens(
-        "prompt",
-        [example["prompt"]],
-        f"{example['tokens']['prompt']} tokens, none in the loss",
-        counted=False,
-    )
-    for side in ("chosen", "rejected"):
-        ui.tokens(
-            side,
-            example["loss_tokens"][side],
-            f"{example['tokens'][side]} tokens, all in the loss",
-            counted=True,
-        )

@@ -181,7 +181,7 @@ class TrainingMonitor(TrainerCallback):
                     self.evaluations,
                     ["loss", "rewards/accuracies"],
                     "loss {:.4f}, accuracy {:.3f}",
-                    talk="eval {}",
+                    template="eval {}",
                 )
             )
         return [*figures, ui.Figure("memory", self._memory(args))]
@@ -241,11 +241,11 @@ class TrainingMonitor(TrainerCallback):
 
 
 def _figure(
-    label: str, lines: Sequence[dict[str, Any]], names: list[str], form: str, *, talk: str = ""
+    label: str, lines: Sequence[dict[str, Any]], names: list[str], form: str, *, template: str = ""
 ) -> ui.Figure:
     values = [line.get(names[0], 0.0) for line in lines]
     text = form.format(*(lines[-1].get(name, 0.0) for name in names)) if lines else "-"
-    return ui.Figure(label, text, values, talk)
+    return ui.Figure(label, text, values, template)
 
 
 def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
