@@ -190,12 +190,12 @@ def test_settings_that_sharding_rules_out_are_refused(data, monkeypatch, vlmdpo)
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
     for arguments, says in (
-        (["--auto-batch-size"], "--auto-batch-size needs whole weights"),
+        (["--auto-batch-size"], "--auto-batch-size needs the whole model"),
         (
             ["--gradient-checkpointing", "--checkpointing", "auto"],
-            "--checkpointing auto measures the model",
+            "--checkpointing auto measures the whole model",
         ),
-        (["--loss-type", "mdpo"], "not tried with sharded weights"),
+        (["--loss-type", "mdpo"], "untested with sharded weights"),
     ):
         code, _, err = vlmdpo("train", "--dataset", "data", "--output-dir", "no", *arguments)
         assert code == 2
