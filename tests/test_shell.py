@@ -101,7 +101,7 @@ def test_on_a_terminal_it_asks_before_it_replaces(vlmdpo, monkeypatch, typed, co
     monkeypatch.setattr(sys, "stdin", _Terminal(typed))
     monkeypatch.setattr(sys, "stderr", _Terminal())
     assert cli.run(["prepare", "--limit", "9", "--output-dir", "data"]) == code
-    assert "'data' holds data prepared otherwise. Replace it? [y/N]" in sys.stderr.getvalue()
+    assert "'data' holds data prepared with other settings. Replace it? [y/N]" in sys.stderr.getvalue()
 
 
 def test_yes_answers_and_without_a_terminal_nobody_is_asked(vlmdpo):

@@ -166,7 +166,7 @@ def ours(source: Path, out: Path, side: int) -> dict[str, Any]:
     from vlmdpo.data import work
     from vlmdpo.engine.lengths import counter_of
 
-    work.context(2, ["vlmdpo.engine.lengths"])  # as the command does, before its own imports
+    work.start_forkserver(2, ["vlmdpo.engine.lengths"])  # as the command does, before its own imports
     counter_of("tiny", None, False)  # libraries imported, processor loaded
     started = time.perf_counter()
     settings: dict[str, Any] = {

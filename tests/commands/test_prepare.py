@@ -445,7 +445,7 @@ def test_no_usable_row_is_an_error(tmp_path, vlmdpo):
     )
     assert code == 3
     assert (
-        "no usable row is left of 2: empty_chosen 1 (row 0: chosen is empty), missing_image 1"
+        "none of the 2 rows is usable: empty_chosen 1 (row 0: chosen is empty), missing_image 1"
         in err
     )
 

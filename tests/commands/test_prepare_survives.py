@@ -147,7 +147,7 @@ def test_a_dead_process_is_an_error_and_no_hang(tmp_path):
         _, err = running.communicate(timeout=_PATIENCE_S)
     assert running.returncode == 3
     assert (
-        "a process of --num-proc 2 died, as one does that runs out of memory; what is done stays"
+        "one of --num-proc 2 processes died, probably out of memory; finished work is kept"
         in unfolded(err)
     )
     assert not Path("out").exists()

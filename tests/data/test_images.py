@@ -19,7 +19,7 @@ def test_fitting_pictures_pass_untouched_and_undecoded(kind, mode, monkeypatch):
     data = encoded(kind=kind, mode=mode)
     monkeypatch.setattr(images, "_load", lambda picture: pytest.fail("decoded"))
     for side in (40, None):
-        made = images.bound(data, side)
+        made = images.bounded(data, side)
         assert made.data is data
         assert (made.size, made.changes) == ((40, 30), ())
 
@@ -30,7 +30,7 @@ def test_large_pictures_are_bounded_and_keep_their_shape():
         ((101, 3), 10, (10, 1)),
         ((3, 1000), 100, (1, 100)),
     ):
-        made = images.bound(encoded(size, kind="JPEG"), side)
+        made = images.bounded(encoded(size, kind="JPEG"), side)
         picture = opened(made.data)
         assert (picture.size, made.size, picture.format, picture.mode) == (
             wanted,
@@ -44,7 +44,7 @@ def test_large_pictures_are_bounded_and_keep_their_shape():
 def test_reduced_pictures_look_as_pillow_reduces_them():
     for size in ((640, 480), (1300, 900), (2000, 2500)):  # decoded whole, at a half, at a quarter
         data = noise(size, quality=95)
-        made = opened(images.bound(data, 490).data)
+        made = opened(images.bounded(data, 490).data)
         plain = opened(data)
         plain.thumbnail((490, 490))
         difference = np.abs(
@@ -70,7 +70,7 @@ def test_reduced_pictures_look_as_pillow_reduces_them():
 )
 def test_other_kinds_become_plain_ones_by_name(mode, kind, changes):
     for side, more in ((None, ()), (20, ("resized",))):
-        made = images.bound(encoded(mode=mode, kind=kind), side)
+        made = images.bounded(encoded(mode=mode, kind=kind), side)
         picture = opened(made.data)
         assert (picture.mode, picture.format) == ("RGB", "JPEG" if kind == "JPEG" else "PNG")
         assert made.changes == (
@@ -79,9 +79,9 @@ def test_other_kinds_become_plain_ones_by_name(mode, kind, changes):
 
 
 def test_transparent_parts_become_white_and_sixteen_bits_are_scaled():
-    clear = images.bound(encoded((4, 4), "RGBA", color=(255, 0, 0, 0)), None)
+    clear = images.bounded(encoded((4, 4), "RGBA", color=(255, 0, 0, 0)), None)
     assert opened(clear.data).getpixel((0, 0)) == (255, 255, 255)
-    deep = images.bound(encoded((4, 4), "I;16", color=40_000), None)
+    deep = images.bounded(encoded((4, 4), "I;16", color=40_000), None)
     assert opened(deep.data).getpixel((0, 0)) == (156, 156, 156)
 
 
@@ -94,7 +94,7 @@ def test_exif_rotation_is_applied_once(kind):
     picture.paste("white", (0, 0, 20, 20))  # the left half, which the turn puts on top
     picture.save(buffer, format=kind, exif=exif)
     for side, size in ((None, (20, 40)), (10, (5, 10))):
-        made = images.bound(buffer.getvalue(), side)
+        made = images.bounded(buffer.getvalue(), side)
         turned = opened(made.data)
         assert turned.size == size
         assert "exif_rotated" in made.changes
@@ -113,7 +113,7 @@ def test_of_several_frames_the_first_is_taken_and_said():
         red.save(
             buffer, format=kind, save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")]
         )
-        made = images.bound(buffer.getvalue(), None)
+        made = images.bounded(buffer.getvalue(), None)
         assert name in made.changes
         assert opened(made.data).getpixel((4, 4))[0] > 200
 
@@ -123,7 +123,7 @@ def test_pictures_cut_at_any_point_are_refused(kind):
     data = noise((120, 90), kind=kind)
     for stop in range(1, len(data), len(data) // 40):
         with pytest.raises(images.BadImage) as caught:
-            images.bound(data[:stop], None)
+            images.bounded(data[:stop], None)
         assert caught.value.reason in ("truncated_image", "unreadable_image")
 
 
@@ -131,31 +131,31 @@ def test_a_damaged_png_is_refused_and_a_jpeg_with_trailing_bytes_is_not():
     data = bytearray(noise((120, 90), kind="PNG"))
     data[len(data) // 2] ^= 0xFF
     with pytest.raises(images.BadImage) as caught:
-        images.bound(bytes(data), None)
+        images.bounded(bytes(data), None)
     assert caught.value.reason == "truncated_image"
     whole = noise((120, 90))
     for tail in (b"\x00" * 10, b"camera's own trailer"):
-        assert images.bound(whole + tail, None).data == whole + tail
+        assert images.bounded(whole + tail, None).data == whole + tail
 
 
 def test_no_picture_has_a_reason():
     for data in (b"no picture at all", b""):
         with pytest.raises(images.BadImage) as caught:
-            images.bound(data, 64)
+            images.bounded(data, 64)
         assert caught.value.reason == "unreadable_image"
 
 
 def test_bombs_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(images.BadImage, match="40x30") as caught:
-        images.bound(encoded(), 64)
+        images.bounded(encoded(), 64)
     assert caught.value.reason == "oversized_image"
 
 
 def test_a_bomb_beyond_what_pillow_opens_is_named_so(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(images.BadImage) as caught:
-        images.bound(encoded(), 64)
+        images.bounded(encoded(), 64)
     assert caught.value.reason == "oversized_image"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.pictures import encoded, sent
 from vlmdpo.data import schemas
-from vlmdpo.data.pairs import BadRow, Draft, check, text_of
+from vlmdpo.data.pairs import BadRow, UncheckedPair, check, text_of
 from vlmdpo.errors import DataError
 
 PICTURE = encoded()
@@ -101,7 +101,7 @@ def test_every_format_is_recognised_and_gives_the_same_pair(name, tmp_path):
     schema = schemas.detect(row, row, "here")
     assert schema.name == name
     assert set(schema.columns) <= set(row)
-    pair = check(sent(schema).draft(row), tmp_path)
+    pair = check(sent(schema).unchecked_pair(row), tmp_path)
     assert pair.images == (PICTURE,)
     assert pair.prompt == (
         {
@@ -120,9 +120,9 @@ def test_ms_swift_rows_with_whole_rejected_conversations(tmp_path):
         "rejected_images": [PICTURE],
     }
     schema = schemas.detect(row, row, "here")
-    assert text_of(check(schema.draft(row), tmp_path).rejected) == "bad"
+    assert text_of(check(schema.unchecked_pair(row), tmp_path).rejected) == "bad"
     with pytest.raises(BadRow) as caught:
-        schema.draft({**row, "rejected_images": [encoded((5, 5))]})
+        schema.unchecked_pair({**row, "rejected_images": [encoded((5, 5))]})
     assert caught.value.reason == "other_images_for_rejected"
 
 
@@ -132,7 +132,7 @@ def test_a_vlfeedback_list_of_completions_and_its_ties():
     as_list = [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
-    draft = schemas.detect(row, row, "here").draft
+    draft = schemas.detect(row, row, "here").unchecked_pair
     assert draft({**row, "completions": as_list}) == draft(row)
     for rating, reason in (("3", "tied_ranking"), ("N/A", "unrated")):
         same = [{**one, "annotations": {"Helpfulness": {"Rating": rating}}} for one in as_list]
@@ -160,7 +160,7 @@ def test_videos_are_refused(tmp_path):
         [_said("user", [{"type": "video"}, {"type": "text", "text": "What?"}])],
     ):
         with pytest.raises(BadRow) as caught:
-            check(Draft(None, prompt, "good", "bad"), tmp_path)
+            check(UncheckedPair(None, prompt, "good", "bad"), tmp_path)
         assert caught.value.reason == "video"
 
 
@@ -173,14 +173,14 @@ def test_a_mapping_reaches_into_rows(tmp_path):
         "rejected": "answers.-1.text",
     }
     schema = sent(schemas.mapped(mapping, list(row), row, "here"))
-    pair = check(schema.draft(row), tmp_path)
+    pair = check(schema.unchecked_pair(row), tmp_path)
     assert (pair.images, text_of(pair.chosen), text_of(pair.rejected)) == (
         (PICTURE,),
         "good",
         "bad",
     )
     with pytest.raises(BadRow) as caught:
-        check(schema.draft({**row, "answers": [{"text": "good"}]}), tmp_path)
+        check(schema.unchecked_pair({**row, "answers": [{"text": "good"}]}), tmp_path)
     assert caught.value.reason == "identical_answers"  # one answer is the first and the last
     with pytest.raises(
         DataError, match="--map wants column 'asked' as question; found photo, ask, answers"
@@ -189,7 +189,7 @@ def test_a_mapping_reaches_into_rows(tmp_path):
 
 
 def _draft(**changes):
-    return Draft(
+    return UncheckedPair(
         **{"images": PICTURE, "prompt": "What?", "chosen": "good", "rejected": "bad", **changes}
     )
 

@@ -98,7 +98,7 @@ def test_every_kind_of_file_gives_the_same_pairs(kind, tmp_path):
     source = hub.open_source(str(_write(kind, tmp_path)), "train")
     assert source.count == COUNT
     first = source.first_row()
-    draft = schemas.detect(source.columns, first, "here").draft
+    draft = schemas.detect(source.columns, first, "here").unchecked_pair
     assert bounds(source, "train[20%:70%]", None) == (2, 7)
     for start, stop in ((0, COUNT), (2, 7)):
         units = list(source.units(start, stop))
@@ -134,7 +134,7 @@ def test_units_are_the_same_at_every_call_and_cut_by_rows_or_bytes(monkeypatch):
         stream=lambda: ({"b": b"x" * 90} for _ in range(3)),
     )
     assert _numbers(heavy.units(0, None)) == [(0, 0, 2), (1, 2, 3)]
-    with pytest.raises(DataError, match="holds no row"):
+    with pytest.raises(DataError, match="has no rows"):
         Streamed(name="s", fingerprint="f", count=0, root=None, stream=lambda: iter(())).first_row()
 
 
@@ -169,15 +169,15 @@ def test_files_of_a_folder_are_chosen_by_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("x.jsonl", '{"a": 1}\n{broken\n', "line 2 is no valid JSON"),
+        ("x.jsonl", '{"a": 1}\n{broken\n', "line 2 is not valid JSON"),
         ("x.jsonl", "[1]\n", "line 1 must be a JSON object"),
         ("x.json", '[{"a": 1}, 2]', "entry 1 must be a JSON object"),
-        ("x.json", '[{"a": 1}', "is no valid JSON"),
-        ("x.csv", "a,b\n1\n", "line 2 has not as many cells"),
-        ("x.csv", 'a,b\n"1,2\n', "is no valid CSV"),
-        ("x.tar", "no archive", "is no readable tar archive"),
-        ("x.parquet", "no parquet", "is no readable Parquet file"),
-        ("x.txt", "text", "give files of one kind"),
+        ("x.json", '[{"a": 1}', "is not valid JSON"),
+        ("x.csv", "a,b\n1\n", "line 2 does not have as many cells"),
+        ("x.csv", 'a,b\n"1,2\n', "is not valid CSV"),
+        ("x.tar", "no archive", "is not a readable tar archive"),
+        ("x.parquet", "no parquet", "is not a readable Parquet file"),
+        ("x.txt", "text", "expected files of one kind"),
     ],
 )
 def test_broken_files_are_located(name, text, says, tmp_path):
@@ -191,7 +191,7 @@ def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):
     (tmp_path / "dataset_infos.json").write_text("{}")
     assert hub.open_source(str(tmp_path), "train").count == COUNT
     (tmp_path / "more.csv").write_text("a\n1\n")
-    with pytest.raises(DataError, match=r"give files of one kind .* not \.csv, \.parquet"):
+    with pytest.raises(DataError, match=r"expected files of one kind .* found \.csv, \.parquet"):
         hub.open_source(str(tmp_path), "train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.parquet"):
@@ -236,7 +236,7 @@ def test_a_stream_of_unknown_length_takes_a_limit_and_no_slice():
     )
     assert bounds(source, "train", None) == (0, None)
     assert bounds(source, "train", 3) == (0, 3)
-    with pytest.raises(DataError, match="give --limit instead"):
+    with pytest.raises(DataError, match="use --limit instead"):
         bounds(source, "train[:5]", None)
     assert list(source.units(0, 3)) == [Unit(0, 0, 3, [{"n": 0}, {"n": 1}, {"n": 2}])]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support.pictures import encoded
-from vlmdpo.data.images import Picture
+from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import BadRow, PreferencePair, message
 from vlmdpo.engine import lengths
 from vlmdpo.engine.collate import PairCollator
@@ -27,7 +27,7 @@ def _processor(family):
 
 
 def _pair(*sizes, question="What is it?"):
-    pictures = [Picture(encoded(size), size) for size in sizes]
+    pictures = [EncodedImage(encoded(size), size) for size in sizes]
     data = tuple(picture.data for picture in pictures)
     return PreferencePair(
         data,

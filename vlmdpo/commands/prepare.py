@@ -48,7 +48,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     first, last = bounds(source, config.split, config.limit)
     schema = _schema(config, source)
     num_proc = config.num_proc or _default_processes(first, last)
-    work.context(num_proc, ["vlmdpo.engine.lengths"])
+    work.start_forkserver(num_proc, ["vlmdpo.engine.lengths"])
     from vlmdpo.engine.lengths import counter_of
     from vlmdpo.models.digest import processor_digest
     from vlmdpo.models.families import default_image_side
@@ -68,7 +68,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
             manifest is not None and manifest["key"] == store.key_of(facts) and not config.overwrite
         )
         if not reused:
-            store.usable_output(folder, config.overwrite)
+            store.check_output(folder, config.overwrite)
             manifest = _prepare(
                 source, schema, (first, last), facts, counter, num_proc, folder, config
             )
@@ -174,15 +174,17 @@ def _prepare(
         over_length=config.over_length,
         on_bad=config.on_bad,
         folder=work_folder / "units",
-        make_measure=functools.partial(
+        make_counter=functools.partial(
             counter_of, config.model, config.revision, config.trust_remote_code
         ),
     )
     total = None if rows[1] is None else rows[1] - rows[0]
     with ui.progress("prepare", total, unit="rows") as bar:
-        units = work.do_all(job, source.units(*rows), num_proc, counter, bar.advance)
-    order = assemble.Order(test_size=config.test_size, shuffle=config.shuffle, seed=config.seed)
-    plan = assemble.plan(job.folder, units, order, config.on_bad)
+        units = work.process_all(job, source.units(*rows), num_proc, counter, bar.advance)
+    settings = assemble.SplitSettings(
+        test_size=config.test_size, shuffle=config.shuffle, seed=config.seed
+    )
+    plan = assemble.plan(job.folder, units, settings, config.on_bad)
     result = work_folder / "result"
     size = assemble.write(job.folder, plan, result, key)
     manifest = {
@@ -223,12 +225,12 @@ def _open_work_folder(folder: Path, key: str) -> None:
 def _outcome(plan: assemble.Plan, folder: Path, size: int) -> dict[str, Any]:
     splits = {split: len(rows) for split, rows in plan.splits.items()}
     return {
-        "rows_in": plan.tally.rows_in,
+        "rows_in": plan.row_counts.rows_in,
         "rows_out": sum(splits.values()),
         "splits": splits,
-        "dropped": dict(sorted(plan.tally.dropped.items())),
-        "dropped_examples": dict(sorted(plan.tally.examples.items())),
-        "changed": dict(sorted(plan.tally.changed.items())),
+        "dropped": dict(sorted(plan.row_counts.dropped.items())),
+        "dropped_examples": dict(sorted(plan.row_counts.examples.items())),
+        "changed": dict(sorted(plan.row_counts.changed.items())),
         "lengths": _length_summary(folder, list(splits)),
         "bytes": size,
         "versions": _versions(),

@@ -1,8 +1,6 @@
-"""Checked units → the prepared dataset: copies of rows dropped across units, a test set split off
-by image, rows shuffled.
+"""Assemble checked units into the prepared dataset: drop duplicates, split by image, shuffle.
 
-Where nothing has to move, a unit's shard becomes the dataset's shard as it is, by a link and not by
-a copy.
+If a unit's rows stay together, its shard becomes a shard of the dataset by a hard link.
 """
 
 from __future__ import annotations
@@ -19,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo.data import store
-from vlmdpo.data.work import Tally, record_path, shard_path
+from vlmdpo.data.work import RowCounts, record_path, shard_path
 from vlmdpo.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """How rows are dealt out.
+class SplitSettings:
+    """How rows are split and ordered.
 
     Attributes:
-        test_size: below 1 a share of the rows, else a number of them; 0 keeps one set. No image is
-            on both sides.
-        shuffle: whether rows change their order.
+        test_size: a share of the rows if below 1, else a number; 0 for no test split. No image is
+            in both splits.
+        shuffle: whether to shuffle the rows.
         seed: of both.
     """
 
@@ -41,59 +39,63 @@ class Order:
 
 @dataclass
 class Plan:
-    """Which rows of which units make each split, in order, and what became of all rows."""
+    """The rows of each split, as (unit, index), in order, and what happened to all rows."""
 
-    tally: Tally
+    row_counts: RowCounts
     splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     unit_rows: list[int] = field(default_factory=list)
-    sides: Counter[int] = field(default_factory=Counter)  # pictures by their longer side, in pixels
+    sides: Counter[int] = field(default_factory=Counter)  # images by longer side, in pixels
 
 
-def plan(work: Path, units: int, order: Order, on_bad: str) -> Plan:
-    """Look at what became of every unit's rows, and decide which rows stay and where.
+def plan(work: Path, units: int, settings: SplitSettings, on_bad: str) -> Plan:
+    """Decide from the units' records which rows are kept, and in which split.
 
     Raises:
-        DataError: no row is left, a test set of all or none, or a copy where `on_bad` is "fail".
+        DataError: no row is left, an empty split, or a duplicate if `on_bad` is "fail".
     """
-    made = Plan(Tally())
+    result = Plan(RowCounts())
     rows: list[tuple[int, int]] = []
-    pictures: list[tuple[str, ...]] = []
+    images_of_rows: list[tuple[str, ...]] = []
     seen: dict[int, int] = {}
     for unit in range(units):
         record = json.loads(record_path(work, unit).read_text(encoding="utf-8"))
-        made.tally.add(record)
-        made.unit_rows.append(len(record["kept"]))
+        result.row_counts.add(record)
+        result.unit_rows.append(len(record["kept"]))
         for at, (source_row, key, swapped, images, changes, sides) in enumerate(record["kept"]):
-            reason = _copy(seen, key, swapped)
+            reason = _duplicate_reason(seen, key, swapped)
             if reason is None:
                 seen[int(key, 16)] = source_row
                 rows.append((unit, at))
-                made.tally.change(changes)
-                made.sides.update(sides)
-                pictures.append(tuple(images) if order.test_size else ())
+                result.row_counts.change(changes)
+                result.sides.update(sides)
+                images_of_rows.append(tuple(images) if settings.test_size else ())
                 continue
             why = f"as row {seen[int(key if reason == 'duplicate' else swapped, 16)]}"
             if on_bad == "fail":
                 raise DataError(f"row {source_row}: {reason}: {why}")
-            made.tally.drop(reason, source_row, why)
+            result.row_counts.drop(reason, source_row, why)
     if not rows:
-        raise DataError(f"no usable row is left of {made.tally.rows_in}: {_listed(made.tally)}")
-    made.splits = _split(rows, pictures, order)
-    if order.shuffle:
-        for chosen in made.splits.values():
-            random.Random(order.seed).shuffle(chosen)
-    return made
+        raise DataError(
+            f"none of the {result.row_counts.rows_in} rows is usable: "
+            f"{_dropped_by_reason(result.row_counts)}"
+        )
+    result.splits = _split(rows, images_of_rows, settings)
+    if settings.shuffle:
+        for split_rows in result.splits.values():
+            random.Random(settings.seed).shuffle(split_rows)
+    return result
 
 
-def _listed(tally: Tally) -> str:
+def _dropped_by_reason(row_counts: RowCounts) -> str:
     return ", ".join(
-        f"{reason} {count} ({tally.examples[reason][0]})" for reason, count in tally.dropped.items()
+        f"{reason} {count} ({row_counts.examples[reason][0]})"
+        for reason, count in row_counts.dropped.items()
     )
 
 
-def _copy(seen: dict[int, int], key: str, swapped: str) -> str | None:
-    """Why a row is a copy of an earlier one: the same, or the same with the answers swapped, which
-    takes it back.
+def _duplicate_reason(seen: dict[int, int], key: str, swapped: str) -> str | None:
+    """Why a row is dropped as a copy of an earlier one: equal, or equal with swapped answers, which
+    contradicts it.
     """
     if int(key, 16) in seen:
         return "duplicate"
@@ -101,84 +103,79 @@ def _copy(seen: dict[int, int], key: str, swapped: str) -> str | None:
 
 
 def _split(
-    rows: list[tuple[int, int]], pictures: list[tuple[str, ...]], order: Order
+    rows: list[tuple[int, int]], images_of_rows: list[tuple[str, ...]], settings: SplitSettings
 ) -> dict[str, list[tuple[int, int]]]:
-    """Rows that share a picture, directly or by others, stay together; whole such groups make the
-    test set.
-    """
-    if not order.test_size:
+    """Split the rows. Rows that share an image, directly or through others, stay together."""
+    if not settings.test_size:
         return {"train": rows}
-    wanted = order.test_size if order.test_size >= 1 else order.test_size * len(rows)
-    groups = _groups(pictures)
+    wanted = settings.test_size if settings.test_size >= 1 else settings.test_size * len(rows)
+    groups = _rows_per_group(images_of_rows)
     test: set[str] = set()
-    held = 0
+    test_rows = 0
     for group in sorted(
-        groups, key=lambda name: hashlib.sha256(f"{order.seed}/{name}".encode()).digest()
+        groups, key=lambda name: hashlib.sha256(f"{settings.seed}/{name}".encode()).digest()
     ):
-        if held >= wanted:
+        if test_rows >= wanted:
             break
         test.add(group)
-        held += groups[group]
-    if not 0 < held < len(rows):
+        test_rows += groups[group]
+    if not 0 < test_rows < len(rows):
         raise DataError(
-            f"--test-size {order.test_size:g} would take {held} of {len(rows)} rows in "
+            f"--test-size {settings.test_size:g} would take {test_rows} of {len(rows)} rows in "
             f"{len(groups)} groups that share "
-            "pictures, and leave nothing to train on; give a smaller one"
+            "images, and leave nothing to train on; give a smaller one"
         )
-    root = _roots(pictures)
-    dealt: dict[str, list[tuple[int, int]]] = {"train": [], "test": []}
-    for row, shown in zip(rows, pictures, strict=True):
-        dealt["test" if root[shown[0]] in test else "train"].append(row)
-    return dealt
+    root = _group_of_images(images_of_rows)
+    splits: dict[str, list[tuple[int, int]]] = {"train": [], "test": []}
+    for row, images in zip(rows, images_of_rows, strict=True):
+        splits["test" if root[images[0]] in test else "train"].append(row)
+    return splits
 
 
-def _roots(pictures: list[tuple[str, ...]]) -> dict[str, str]:
-    """Each picture's group, by the name of one of its pictures (union-find)."""
+def _group_of_images(images_of_rows: list[tuple[str, ...]]) -> dict[str, str]:
+    """{image: name of its group, which is one of its images}, by union-find."""
     parent: dict[str, str] = {}
 
-    def top(name: str) -> str:
+    def root(name: str) -> str:
         while parent.setdefault(name, name) != name:
             parent[name] = parent[parent[name]]
             name = parent[name]
         return name
 
-    for shown in pictures:
-        for other in shown[1:]:
-            parent[top(other)] = top(shown[0])
-        top(shown[0])
-    return {name: top(name) for name in parent}
+    for images in images_of_rows:
+        for other in images[1:]:
+            parent[root(other)] = root(images[0])
+        root(images[0])
+    return {name: root(name) for name in parent}
 
 
-def _groups(pictures: list[tuple[str, ...]]) -> dict[str, int]:
-    """Rows of each group of pictures, by the group's name."""
-    root = _roots(pictures)
-    found: dict[str, int] = {}
-    for shown in pictures:
-        found[root[shown[0]]] = found.get(root[shown[0]], 0) + 1
-    return found
+def _rows_per_group(images_of_rows: list[tuple[str, ...]]) -> dict[str, int]:
+    """{name of the group: number of its rows}."""
+    group_of = _group_of_images(images_of_rows)
+    return Counter(group_of[images[0]] for images in images_of_rows)
 
 
-def write(work: Path, made: Plan, folder: Path, key: str) -> int:
-    """Make `folder` the dataset that the plan says. Returns the bytes of its shards. Raises
-    DataError for a full disk.
+def write(work: Path, plan: Plan, folder: Path, key: str) -> int:
+    """Write the planned dataset to `folder`. Returns the bytes of its shards.
+
+    Raises DataError for a full disk.
     """
     try:
         shutil.rmtree(folder, ignore_errors=True)
         total = 0
-        for split, rows in made.splits.items():
-            own = folder / split if len(made.splits) > 1 else folder
+        for split, rows in plan.splits.items():
+            own = folder / split if len(plan.splits) > 1 else folder
             own.mkdir(parents=True)
-            files = _write_split(work, made.unit_rows, rows, own)
+            files = _write_split(work, plan.unit_rows, rows, own)
             store.finish_folder(own, files, f"{key}{split}")
             total += sum((own / name).stat().st_size for name in files)
-        if len(made.splits) > 1:
+        if len(plan.splits) > 1:
             (folder / "dataset_dict.json").write_text(
-                json.dumps({"splits": list(made.splits)}), encoding="utf-8"
+                json.dumps({"splits": list(plan.splits)}), encoding="utf-8"
             )
     except OSError as problem:
         raise DataError(
-            f"cannot write '{folder}': {problem.strerror or problem}; free some space and run it "
-            "again"
+            f"cannot write '{folder}': {problem.strerror or problem}; free some space and try again"
         ) from problem
     return total
 
@@ -206,8 +203,8 @@ def _write_split(
 
 
 def _shards(rows: list[tuple[int, int]]) -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
-    """Rows shard by shard: those of one unit together where they are in order, else as many as a
-    unit may have.
+    """(unit, rows) of each shard: rows of one unit if they are in order, else as many as a unit
+    may have, with None.
     """
     in_order = rows == sorted(rows)
     start = 0
@@ -223,5 +220,5 @@ def _shards(rows: list[tuple[int, int]]) -> Iterator[tuple[int | None, list[tupl
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copyfile(source, target)

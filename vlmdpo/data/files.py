@@ -1,6 +1,4 @@
-"""Sources on this machine: Parquet, JSONL, JSON, CSV, WebDataset tar, `save_to_disk`, or a folder
-of these.
-"""
+"""Local sources: Parquet, JSONL, JSON, CSV, WebDataset tar, `save_to_disk`, or folders of them."""
 
 from __future__ import annotations
 
@@ -14,27 +12,28 @@ from typing import Any
 from vlmdpo.data.sources import ArrowRows, ParquetRows, Record, Source, Streamed, fingerprint
 from vlmdpo.errors import DataError
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def local(path: Path, split: str, image_root: Path | None) -> Source:
-    """The source behind a file or folder. Raises DataError where it is none, or holds several
-    kinds.
+def open_local(path: Path, split: str, image_root: Path | None) -> Source:
+    """The source in a file or folder. Raises DataError if it has no known kind, or several.
 
     Args:
-        split: picks the part of a saved `DatasetDict`, and files named after it
-            (train-00000.parquet) in a folder.
-        image_root: where paths of pictures start; None is the data's own folder.
+        split: selects the part of a saved `DatasetDict`, or the files of a folder that are named
+            after it (train-00000.parquet).
+        image_root: the folder that image paths start from; None for the data's own folder.
     """
     name = split.partition("[")[0]
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         return _saved(path, name, image_root)
-    files = _of_split(_found(path), name, path) if path.is_dir() else [path]
+    files = _files_of_split(_data_files(path), name, path) if path.is_dir() else [path]
     root = image_root or (path if path.is_dir() else path.parent)
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or not kinds <= set(_READERS):
         listed = ", ".join(sorted(kinds)) or "none"
-        raise DataError(f"'{path}': give files of one kind ({', '.join(_READERS)}), not {listed}")
+        raise DataError(
+            f"'{path}': expected files of one kind ({', '.join(_READERS)}), found {listed}"
+        )
     return _READERS[kinds.pop()](files, str(path), root)
 
 
@@ -43,36 +42,32 @@ def _kind(file: Path) -> str:
     return ".tar" if name.endswith((".tar.gz", ".tgz")) else file.suffix.lower()
 
 
-def _found(folder: Path) -> list[Path]:
-    """The data files below a folder. JSON beside other data is taken for its description, not for
-    rows.
-    """
+def _data_files(folder: Path) -> list[Path]:
+    """The data files in a folder. JSON beside other files describes them, and has no rows."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in _READERS)
     if any(_kind(file) != ".json" for file in files):
         files = [file for file in files if _kind(file) != ".json"]
     if not files:
         raise DataError(
-            f"'{folder}' holds no {', '.join(_READERS)} file and is no save_to_disk folder"
+            f"'{folder}' has no {', '.join(_READERS)} file and was not written by save_to_disk"
         )
     return files
 
 
-def _of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
-    """The files named after a split, in themselves or by their folder; all of them where no file
-    is.
-    """
+def _files_of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
+    """The files named after a split, by themselves or their folder; all if no file is."""
 
-    def named(file: Path) -> bool:
+    def is_named(file: Path) -> bool:
         return (
             file.stem == split
             or file.stem.startswith((f"{split}-", f"{split}_"))
             or file.parent.name == split
         )
 
-    chosen = [file for file in files if named(file)]
-    if not chosen and split != "train":
+    selected = [file for file in files if is_named(file)]
+    if not selected and split != "train":
         raise DataError(f"--split: no file in '{folder}' is named after '{split}'")
-    return chosen or files
+    return selected or files
 
 
 def _parquet(files: list[Path], name: str, root: Path) -> Source:
@@ -85,7 +80,7 @@ def _parquet(files: list[Path], name: str, root: Path) -> Source:
             meta = pq.ParquetFile(file)
         except (pyarrow.ArrowException, OSError) as problem:
             raise DataError(
-                f"'{file}' is no readable Parquet file: {str(problem).splitlines()[0]}"
+                f"'{file}' is not a readable Parquet file: {str(problem).splitlines()[0]}"
             ) from problem
         groups.append(
             (
@@ -144,18 +139,19 @@ def _lines(file: Path) -> Iterator[str]:
 def _json_lines(file: Path) -> Iterator[Record]:
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
-            yield _object(line, f"'{file}' line {number}")
+            yield _parse_object(line, f"'{file}' line {number}")
 
 
-def _object(text: str, where: str) -> Record:
+def _parse_object(text: str, where: str) -> Record:
+    """A JSON object. Raises DataError, naming `where`."""
     try:
         record = json.loads(text)
     except ValueError as problem:
-        raise DataError(f"{where} is no valid JSON: {problem}") from problem
-    return _as_object(record, where)
+        raise DataError(f"{where} is not valid JSON: {problem}") from problem
+    return _require_object(record, where)
 
 
-def _as_object(record: Any, where: str) -> Record:
+def _require_object(record: Any, where: str) -> Record:
     if not isinstance(record, dict):
         raise DataError(
             f"{where} must be a JSON object with the columns of a row, not {type(record).__name__}"
@@ -164,26 +160,30 @@ def _as_object(record: Any, where: str) -> Record:
 
 
 def _json(files: list[Path], name: str, root: Path) -> Source:
-    """JSON files: one list of objects each, or JSON lines under that name."""
+    """JSON files with a list of objects each, or with JSON lines."""
     if all(
         next((line for line in _lines(file) if line.strip()), "").lstrip().startswith("{")
         for file in files
     ):
         return _jsonl(files, name, root)
-    held = {file: _json_list(file) for file in files}
-    return _streamed(files, name, root, lambda file: iter(held[file]), lambda file: len(held[file]))
+    records = {file: _json_list(file) for file in files}
+    return _streamed(
+        files, name, root, lambda file: iter(records[file]), lambda file: len(records[file])
+    )
 
 
 def _json_list(file: Path) -> list[Record]:
     try:
-        held = json.loads("".join(_lines(file)))
+        records = json.loads("".join(_lines(file)))
     except ValueError as problem:
-        raise DataError(f"'{file}' is no valid JSON: {problem}") from problem
-    if not isinstance(held, list):
+        raise DataError(f"'{file}' is not valid JSON: {problem}") from problem
+    if not isinstance(records, list):
         raise DataError(
-            f"'{file}' must hold a list of objects, one a row, not {type(held).__name__}"
+            f"'{file}' must hold a list of objects, one per row, not {type(records).__name__}"
         )
-    return [_as_object(record, f"'{file}' entry {number}") for number, record in enumerate(held)]
+    return [
+        _require_object(record, f"'{file}' entry {number}") for number, record in enumerate(records)
+    ]
 
 
 def _csv(files: list[Path], name: str, root: Path) -> Source:
@@ -198,12 +198,12 @@ def _csv_rows(file: Path) -> Iterator[Record]:
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
-                    f"'{file}' line {reader.line_num} has not as many cells as the header has "
-                    "columns"
+                    f"'{file}' line {reader.line_num} does not have as many cells as the header "
+                    "has columns"
                 )
             yield dict(row)
     except csv.Error as problem:
-        raise DataError(f"'{file}' line {reader.line_num} is no valid CSV: {problem}") from problem
+        raise DataError(f"'{file}' line {reader.line_num} is not valid CSV: {problem}") from problem
 
 
 def _tar(files: list[Path], name: str, root: Path) -> Source:
@@ -213,8 +213,8 @@ def _tar(files: list[Path], name: str, root: Path) -> Source:
 
 
 def _tar_groups(file: Path, *, contents: bool) -> Iterator[dict[str, bytes]]:
-    """WebDataset samples: files in a row whose names agree up to the first dot, by the rest of
-    their names.
+    """WebDataset samples as {extension: content}: consecutive files with the same name up to its
+    first dot.
     """
     key: tuple[str, str] | None = None
     group: dict[str, bytes] = {}
@@ -232,36 +232,34 @@ def _tar_groups(file: Path, *, contents: bool) -> Iterator[dict[str, bytes]]:
                 opened = archive.extractfile(member) if contents else None
                 group[extension.lower()] = opened.read() if opened else b""
     except (tarfile.TarError, OSError, EOFError) as problem:
-        raise DataError(f"'{file}' is no readable tar archive: {problem}") from problem
+        raise DataError(f"'{file}' is not a readable tar archive: {problem}") from problem
     if group:
         yield group
 
 
 def _tar_rows(file: Path) -> Iterator[Record]:
-    """Rows of an archive: what its .json says, its pictures as `images`, every other text under its
-    extension.
-    """
+    """Rows of an archive: the fields of .json, images as `images`, other texts by extension."""
     for group in _tar_groups(file, contents=True):
         row: Record = {}
-        pictures = []
+        images = []
         for extension, data in group.items():
             end = "." + extension.rpartition(".")[2]
-            if end in _PICTURES:
-                pictures.append(data)
+            if end in _IMAGE_SUFFIXES:
+                images.append(data)
             elif end == ".json":
-                row.update(_object(_utf8(data, file), f"'{file}': a .json member"))
+                row.update(_parse_object(_decode_utf8(data, file), f"'{file}': a .json member"))
             elif end in (".txt", ".cls"):
-                row[extension.rpartition(".")[0] or extension] = _utf8(data, file)
+                row[extension.rpartition(".")[0] or extension] = _decode_utf8(data, file)
             else:
                 row[extension] = data
-        yield {**row, "images": pictures} if pictures else row
+        yield {**row, "images": images} if images else row
 
 
-def _utf8(data: bytes, file: Path) -> str:
+def _decode_utf8(data: bytes, file: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as problem:
-        raise DataError(f"'{file}' holds a text member that is not UTF-8: {problem}") from problem
+        raise DataError(f"'{file}' has a text member that is not UTF-8: {problem}") from problem
 
 
 def _saved(path: Path, split: str, image_root: Path | None) -> Source:
@@ -277,16 +275,14 @@ def _saved(path: Path, split: str, image_root: Path | None) -> Source:
                 f"--split: '{path}' has no split '{split}'; it has {', '.join(dataset)}"
             )
         dataset, path = dataset[split], path / split
-    return of_dataset(dataset, str(path), fingerprint(sorted(path.glob("*"))), image_root or path)
+    return from_dataset(dataset, str(path), fingerprint(sorted(path.glob("*"))), image_root or path)
 
 
-def of_dataset(dataset: Any, name: str, mark: str, root: Path) -> Source:
-    """A `datasets.Dataset` as a source, its pictures left as they are stored: decoding is `images`'
-    work.
-    """
+def from_dataset(dataset: Any, name: str, fingerprint: str, root: Path) -> Source:
+    """A `datasets.Dataset` as a source. Its images are not decoded."""
     return ArrowRows(
         name=name,
-        fingerprint=mark,
+        fingerprint=fingerprint,
         count=len(dataset),
         root=root,
         columns=tuple(dataset.column_names),

@@ -1,6 +1,4 @@
-"""Sources on the Hugging Face Hub, downloaded or streamed, and the one door to every source by its
-name.
-"""
+"""Sources on the Hugging Face Hub, downloaded or streamed; `open_source` opens any source."""
 
 from __future__ import annotations
 
@@ -11,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
-from vlmdpo.data.files import local, of_dataset
+from vlmdpo.data.files import from_dataset, open_local
 from vlmdpo.data.sources import Source, Streamed
 from vlmdpo.errors import DataError, nearest
 
 DATASETS = {"scenes": "the embedded pairs", "rlaif-v": "openbmb/RLAIF-V-Dataset"}
-_FILES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".tar")
+_FILE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".tar")
 
 
 def open_source(
@@ -28,25 +26,25 @@ def open_source(
     revision: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """The source behind a Hub id, alias or local path.
+    """The source named by a Hub id, alias or local path.
 
     Args:
-        split: with or without a slice, which `sources.bounds` cuts.
-        image_root: where paths of pictures start.
-        subset, revision: of a Hub dataset: its configuration, and branch, tag or commit.
-        streaming: read a Hub dataset as it is downloaded, keeping no copy.
+        split: with or without a slice, which `sources.bounds` applies.
+        image_root: the folder that image paths start from.
+        subset, revision: configuration, and branch, tag or commit of a Hub dataset.
+        streaming: read a Hub dataset while it downloads, without keeping a copy.
 
     Raises:
         DataError: it cannot be found or read.
 
-    The embedded pairs are a source too, but not this room's: see `vlmdpo.tiny.pairs.source`.
+    The embedded pairs are not opened here: see `vlmdpo.tiny.pairs.source`.
     """
     path = Path(dataset).expanduser()
     if path.exists():
-        return local(path, split, image_root)
-    if path.suffix in _FILES or dataset.startswith((".", "/", "~")):
-        raise DataError(f"no file or folder '{dataset}'")
-    with _explained(DATASETS.get(dataset, dataset), dataset):
+        return open_local(path, split, image_root)
+    if path.suffix in _FILE_SUFFIXES or dataset.startswith((".", "/", "~")):
+        raise DataError(f"there is no file or folder '{dataset}'")
+    with _translate_errors(DATASETS.get(dataset, dataset), dataset):
         return _hub(
             DATASETS.get(dataset, dataset),
             split.partition("[")[0],
@@ -67,13 +65,13 @@ def _hub(
 ) -> Source:
     from datasets import Image, List, config, load_dataset
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report every retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     ui.say(f"opening dataset {repo}")
     opened: Any = load_dataset(repo, subset, split=split, revision=revision, streaming=streaming)
-    # What was downloaded lies in the cache, and no path of the data's may lead out of it.
+    # Downloads are in the cache, and no path in the data may lead out of it.
     root = image_root or Path(config.HF_CACHE_HOME)
     if not streaming:
-        return of_dataset(opened, repo, opened._fingerprint, root)
+        return from_dataset(opened, repo, opened._fingerprint, root)
     from huggingface_hub import dataset_info
 
     commit = dataset_info(repo, revision=revision).sha
@@ -82,11 +80,11 @@ def _hub(
             opened = opened.cast_column(column, Image(decode=False))
         elif isinstance(kind, List) and isinstance(kind.feature, Image):
             opened = opened.cast_column(column, List(Image(decode=False)))
-    known = opened.info.splits.get(split) if opened.info.splits else None
+    split_info = opened.info.splits.get(split) if opened.info.splits else None
     return Streamed(
         name=repo,
         fingerprint=f"{repo}@{commit}/{subset}/{split}",
-        count=(known.num_examples or None) if known else None,
+        count=(split_info.num_examples or None) if split_info else None,
         root=root,
         columns=tuple(opened.column_names or ()),
         stream=lambda: _streamed(opened, repo),
@@ -94,27 +92,28 @@ def _hub(
 
 
 def _streamed(rows: Any, repo: str) -> Iterator[dict[str, Any]]:
-    with _explained(repo, repo):
+    with _translate_errors(repo, repo):
         yield from rows
 
 
 @contextmanager
-def _explained(repo: str, asked: str) -> Iterator[None]:
-    """Turns what the Hub's libraries raise into one line that names the next step."""
+def _translate_errors(repo: str, name: str) -> Iterator[None]:
+    """Inside, errors of the Hub's libraries become one line that names the next step."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         yield
     except (DatasetNotFoundError, HFValidationError, FileNotFoundError) as problem:
-        hint = nearest(asked, DATASETS)
+        hint = nearest(name, DATASETS)
         raise DataError(
-            f"no dataset '{repo}' here or on the Hub.{hint} Aliases: {', '.join(DATASETS)}"
+            f"dataset '{repo}' was not found here or on the Hub.{hint} "
+            f"Aliases: {', '.join(DATASETS)}"
         ) from problem
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
-        hint = "" if asked in DATASETS else nearest(asked, DATASETS)
+        hint = "" if name in DATASETS else nearest(name, DATASETS)
         raise DataError(
-            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Give a "
+            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Use a "
             "local file, or go online"
         ) from problem
     except ValueError as problem:

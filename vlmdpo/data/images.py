@@ -1,7 +1,7 @@
-"""Open, check, bound and store one picture. Knows nothing of datasets or models.
+"""Open, check, reduce and encode one image.
 
-A picture that is fine as it is passes through as the bytes it came in: only its header and its end
-are read.
+The bytes of an image that needs no change are kept; only their header and end are read. This module
+knows nothing about datasets or models.
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 120_000_000  # a decompression bomb is refused before it is decoded
+MAX_PIXELS = 120_000_000  # larger images are refused before they are decoded
 _EXIF_ORIENTATION = 0x0112
-_PLAIN_MODES = (
-    "RGB",
-    "L",
-)  # what every reader of the prepared data turns into RGB without a choice to make
+# Modes that every reader of the prepared data converts to RGB in the same way.
+_PLAIN_MODES = ("RGB", "L")
 _MODE_CHANGES = {
     "CMYK": "cmyk_to_rgb",
     "P": "palette_to_rgb",
     "PA": "palette_to_rgb",
     "I": "16bit_to_rgb",
 }
+# What Pillow raises for broken or truncated data.
+_BROKEN_DATA = (OSError, SyntaxError, ValueError)
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_JPEG_BASELINE, _JPEG_SCAN = (
-    (0xC0, 0xC1, 0xC2),
-    0xDA,
-)  # frame markers that every decoder reads; start of the pixels
+# JPEG markers: frames that every decoder reads, and the start of the pixels.
+_JPEG_BASELINE, _JPEG_SCAN = (0xC0, 0xC1, 0xC2), 0xDA
 
 
 class BadImage(Exception):
-    """Why a picture cannot be used: `reason` is the counted name, the text says more."""
+    """Why an image cannot be used: `reason` is the name it is counted by, the text says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -44,10 +42,8 @@ class BadImage(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture ready to store: encoded bytes, (width, height) in pixels, and the names of what was
-    changed.
-    """
+class EncodedImage:
+    """An image ready to store: its bytes, (width, height) in pixels, and what was changed."""
 
     data: bytes
     size: tuple[int, int]
@@ -55,9 +51,7 @@ class Picture:
 
 
 def inside(root: Path, relative: str) -> Path:
-    """The file that a path from data names, which must lie in `root`; raises BadImage where it
-    points elsewhere.
-    """
+    """The file that a path in data names. Raises BadImage if it lies outside `root`."""
     path = (root / relative).resolve()
     if not path.is_relative_to(root.resolve()):
         raise BadImage("image_outside_root", f"'{relative}' points outside '{root}'")
@@ -65,8 +59,10 @@ def inside(root: Path, relative: str) -> Path:
 
 
 def read(value: Any, root: Path) -> bytes:
-    """The encoded bytes behind an image cell: bytes, {"bytes", "path"}, a path below `root`, a
-    data: URI, a PIL image.
+    """The encoded bytes of an image cell.
+
+    A cell is bytes, {"bytes", "path"}, a path below `root`, a data: URI or a PIL image. Raises
+    BadImage.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -79,12 +75,12 @@ def read(value: Any, root: Path) -> bytes:
     if not isinstance(value, str):
         raise BadImage(
             "unreadable_image",
-            f"an image cell holds {type(value).__name__}, not bytes, a path or a picture",
+            f"an image cell holds {type(value).__name__}, not bytes, a path or an image",
         )
     if "://" in value:
         raise BadImage(
             "image_is_url",
-            f"'{value[:80]}' is not fetched; download pictures first and name their files",
+            f"'{value[:80]}' is not fetched; download images first and name their files",
         )
     if value.startswith("data:image/"):
         return _from_uri(value)
@@ -99,16 +95,17 @@ def _from_uri(value: str) -> bytes:
     try:
         return base64.b64decode(value.partition(",")[2], validate=True)
     except binascii.Error as problem:
-        raise BadImage("unreadable_image", f"a data: URI is no base64: {problem}") from problem
+        raise BadImage(
+            "unreadable_image", f"a data: URI is not valid base64: {problem}"
+        ) from problem
 
 
-def bound(data: bytes, max_side: int | None) -> Picture:
-    """A whole, upright picture no longer than `max_side` pixels on any side.
+def bounded(data: bytes, max_side: int | None) -> EncodedImage:
+    """A complete, upright image of at most `max_side` pixels per side.
 
-    Bytes that already are one pass through untouched. Others are decoded (JPEG at the smallest
-    scale that holds enough pixels), turned upright by their EXIF orientation, put into RGB, reduced
-    with the bicubic filter, and written as JPEG where they came as JPEG, else as PNG. `changes`
-    names each of these.
+    Bytes of such an image are kept. Others are decoded (a JPEG at the smallest scale with enough
+    pixels), rotated by their EXIF orientation, converted to RGB, reduced with the bicubic filter,
+    and written as JPEG if they were JPEG, else as PNG. `changes` names each of these steps.
 
     Raises:
         BadImage: "unreadable_image", "truncated_image" or "oversized_image".
@@ -117,25 +114,23 @@ def bound(data: bytes, max_side: int | None) -> Picture:
     size, kind = picture.size, picture.format or "PNG"
     changes = _changes(picture, data, max_side)
     if not changes and kind in ("JPEG", "PNG", "WEBP"):
-        if not _is_whole(data, kind):
-            _load(picture)  # its end does not tell: decoding does
-        return Picture(data, size)
-    width, height = _bounded(size, max_side)
+        if not _is_complete(data, kind):
+            _load(picture)  # raises for an incomplete image
+        return EncodedImage(data, size)
+    width, height = _bounded_size(size, max_side)
     picture.draft(picture.mode, (width, height))  # a no-op for all but JPEG
     _load(picture)
     picture = to_rgb(_resized(picture, (width, height)))
     if "exif_rotated" in changes:
         picture = ImageOps.exif_transpose(picture)
-    kept = "JPEG" if kind in ("JPEG", "MPO") else "PNG"
+    target = "JPEG" if kind in ("JPEG", "MPO") else "PNG"
     if not changes:
-        changes = [f"{kind.lower()}_to_{kept.lower()}"]
-    return Picture(encode(picture, kept), picture.size, tuple(changes))
+        changes = [f"{kind.lower()}_to_{target.lower()}"]
+    return EncodedImage(encode(picture, target), picture.size, tuple(changes))
 
 
-def open_whole(data: bytes) -> Image.Image:
-    """A decoded picture; raises BadImage where the bytes are no picture, stop short, or would fill
-    memory.
-    """
+def decode(data: bytes) -> Image.Image:
+    """A decoded image. Raises BadImage if it is unreadable, incomplete or too large."""
     picture = _open(data)
     _load(picture)
     return picture
@@ -144,18 +139,13 @@ def open_whole(data: bytes) -> Image.Image:
 def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # MAX_PIXELS below is the stricter bound
+            # MAX_PIXELS below is the stricter bound.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, Image.DecompressionBombError) as problem:
         bomb = isinstance(problem, Image.DecompressionBombError)
         raise BadImage("oversized_image" if bomb else "unreadable_image", str(problem)) from problem
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as problem:  # what PIL's readers raise on broken or short headers
+    except _BROKEN_DATA as problem:
         raise BadImage("truncated_image", str(problem)) from problem
     if picture.width * picture.height > MAX_PIXELS:
         raise BadImage(
@@ -167,61 +157,58 @@ def _open(data: bytes) -> Image.Image:
 def _load(picture: Image.Image) -> None:
     try:
         picture.load()
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as problem:  # what PIL's decoders raise on broken or short data
+    except _BROKEN_DATA as problem:
         raise BadImage("truncated_image", str(problem)) from problem
 
 
 def _changes(picture: Image.Image, data: bytes, max_side: int | None) -> list[str]:
-    """What has to be done to a picture, by name; empty for one that is fine."""
-    found = []
+    """The names of the changes that an image needs; empty if it needs none."""
+    changes = []
     kind, mode = picture.format, picture.mode
     if kind == "MPO":
-        found.append("first_of_several_pictures")
+        changes.append("first_of_several_pictures")
     elif getattr(picture, "is_animated", False):
-        found.append("animated_first_frame")
+        changes.append("animated_first_frame")
     if mode.startswith("I;16"):
-        found.append("16bit_to_rgb")
+        changes.append("16bit_to_rgb")
     elif mode in _MODE_CHANGES:
-        found.append(_MODE_CHANGES[mode])
+        changes.append(_MODE_CHANGES[mode])
     elif mode not in _PLAIN_MODES and mode not in _ALPHA:
-        found.append("mode_to_rgb")
+        changes.append("mode_to_rgb")
     if mode in _ALPHA or "transparency" in picture.info:
-        found.append("alpha_on_white")
-    # A PNG may hold its EXIF behind the pixels, where asking PIL for it would decode them all.
+        changes.append("alpha_on_white")
+    # A PNG may hold EXIF after its pixels; asking Pillow for it would decode all of them.
     has_exif = (
         "exif" in picture.info
         or (kind == "PNG" and b"eXIf" in data)
         or kind not in ("JPEG", "PNG", "WEBP", "MPO")
     )
     if has_exif and picture.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
-        found.append("exif_rotated")
+        changes.append("exif_rotated")
     if max_side is not None and max(picture.size) > max_side:
-        found.append("resized")
-    return found
+        changes.append("resized")
+    return changes
 
 
-def _is_whole(data: bytes, kind: str) -> bool:
-    """Whether the bytes end as their format does (and, for PNG, every checksum holds); False where
-    only decoding tells.
+def _is_complete(data: bytes, kind: str) -> bool:
+    """Whether the bytes end as their format does (for PNG, with valid checksums).
+
+    False if only decoding can tell. Raises BadImage for a broken PNG.
     """
     if kind == "JPEG":
-        return data.rstrip(b"\x00").endswith(b"\xff\xd9") and _common_jpeg(data)
+        return data.rstrip(b"\x00").endswith(b"\xff\xd9") and _is_common_jpeg(data)
     if kind == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
     try:
         Image.open(io.BytesIO(data)).verify()
-    except (OSError, SyntaxError, ValueError) as problem:
+    except _BROKEN_DATA as problem:
         raise BadImage("truncated_image", str(problem)) from problem
     return data.rstrip(b"\x00").endswith(b"IEND\xaeB`\x82")
 
 
-def _common_jpeg(data: bytes) -> bool:
-    """Whether the frame is baseline or progressive: PIL opens rarer kinds (lossless, arithmetic)
-    and may fail later.
+def _is_common_jpeg(data: bytes) -> bool:
+    """Whether a JPEG is baseline or progressive. Pillow opens rarer kinds (lossless, arithmetic)
+    but may fail to decode them.
     """
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
@@ -230,13 +217,12 @@ def _common_jpeg(data: bytes) -> bool:
             return True
         if marker == _JPEG_SCAN:
             return False
-        at += (
-            1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        )  # FF may be repeated as filling
+        # FF may be repeated as padding.
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False
 
 
-def _bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+def _bounded_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
     if max_side is None or max(size) <= max_side:
         return size
     scale = max_side / max(size)
@@ -244,13 +230,13 @@ def _bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Reduced with Pillow's bicubic filter; for RGB by PyTorch's kernel of it, equal to one level
-    and 2.5 times as fast.
+    """Reduced with Pillow's bicubic filter, by PyTorch's kernel for it: equal to one level, and 2.5
+    times as fast.
     """
     if picture.size == size:
         return picture
     if picture.mode != "RGB":
-        picture = to_rgb(picture)  # before, since palette indices and two alphas cannot be averaged
+        picture = to_rgb(picture)  # palette indices cannot be averaged
     import numpy
     import torch
 
@@ -258,35 +244,35 @@ def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     reduced = torch.nn.functional.interpolate(
         pixels, size=(size[1], size[0]), mode="bicubic", antialias=True
     )
-    made = Image.fromarray(reduced[0].permute(1, 2, 0).numpy())
-    made.info = picture.info
-    return made
+    resized = Image.fromarray(reduced[0].permute(1, 2, 0).numpy())
+    resized.info = picture.info
+    return resized
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB, with transparent parts laid on white and 16 bits scaled to 8 (a plain convert turns them
-    black, or clips).
+    """RGB, with transparency on white and 16 bits scaled to 8 (Pillow's convert makes transparent
+    parts black, and clips 16 bits).
     """
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in _ALPHA or "transparency" in picture.info:
         layered = picture.convert("RGBA")
-        paper = Image.new("RGBA", layered.size, "white")
-        made = Image.alpha_composite(paper, layered).convert("RGB")
+        white = Image.new("RGBA", layered.size, "white")
+        rgb = Image.alpha_composite(white, layered).convert("RGB")
     elif picture.mode == "I" or picture.mode.startswith("I;16"):
-        made = (
+        rgb = (
             picture.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
         )
     else:
-        made = picture.convert("RGB")
+        rgb = picture.convert("RGB")
     for name in ("exif", "Raw profile type exif", "xmp"):
         if name in picture.info:
-            made.info[name] = picture.info[name]
-    return made
+            rgb.info[name] = picture.info[name]
+    return rgb
 
 
 def encode(picture: Image.Image, kind: str) -> bytes:
-    """The bytes of a picture in a format, without the metadata that it came with."""
+    """The bytes of an image in a format, without its metadata."""
     buffer = io.BytesIO()
     picture.info = {}
     picture.save(buffer, format=kind, **({"quality": 90} if kind == "JPEG" else {}))
@@ -294,5 +280,5 @@ def encode(picture: Image.Image, kind: str) -> bytes:
 
 
 def open_file(path: Path) -> Image.Image:
-    """An upright RGB picture from a file named by the user. Raises BadImage."""
-    return to_rgb(ImageOps.exif_transpose(open_whole(read(path.name, path.parent))))
+    """An upright RGB image from a file that the user named. Raises BadImage."""
+    return to_rgb(ImageOps.exif_transpose(decode(read(path.name, path.parent))))

@@ -1,5 +1,6 @@
-"""One preference pair, and what makes a row a usable one. Knows nothing of files, columns or
-models.
+"""One preference pair, and the checks that make a row usable.
+
+This module knows nothing about files, columns or models.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from vlmdpo.data.images import BadImage, read
 
-PLACEHOLDER = "<image>"  # how LLaVA, LLaMA-Factory and ms-swift mark a picture's place in a text
+PLACEHOLDER = "<image>"  # marks the place of an image in texts of LLaVA, LLaMA-Factory, ms-swift
 _VIDEO_PLACEHOLDER = "<video>"
 _ROLES = {
     "user": "user",
@@ -28,7 +29,7 @@ Message = dict[str, Any]  # {"role", "content": [Part, ...]}
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: `reason` is the counted name, the text says more."""
+    """Why a row cannot be used: `reason` is the name it is counted by, the text says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -36,8 +37,8 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True)
-class Draft:
-    """What a schema found in a source row, unchecked: image cells, prompt turns, both answers."""
+class UncheckedPair:
+    """What a schema found in a source row: image cells, prompt turns, both answers."""
 
     images: Any
     prompt: Any  # a text, or messages
@@ -48,9 +49,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One checked pair: encoded pictures in the order they are shown, the prompt's messages, one
-    answer message each.
-    """
+    """One checked pair: encoded images in order, the prompt's messages, one message per answer."""
 
     images: tuple[bytes, ...]
     prompt: tuple[Message, ...]
@@ -59,27 +58,25 @@ class PreferencePair:
     notes: tuple[str, ...] = field(default=())
 
     def keys(self) -> tuple[str, str, tuple[str, ...]]:
-        """(key of the row, key of its copy with the answers swapped, key of each picture), 16 hex
-        digits each.
+        """(key of the row, key of the row with swapped answers, key of each image), in 16 hex
+        digits.
 
-        A row without pictures counts its prompt as one, so that a split never has the same prompt
-        on both sides.
+        A row without images has the key of its prompt in their place, so that no prompt is in both
+        splits.
         """
-        pictures = tuple(hashlib.sha256(image).hexdigest()[:16] for image in self.images)
-        asked = repr([(message["role"], text_of(message)) for message in self.prompt])
+        image_keys = tuple(hashlib.sha256(image).hexdigest()[:16] for image in self.images)
+        prompt = repr([(message["role"], text_of(message)) for message in self.prompt])
         first, second = text_of(self.chosen), text_of(self.rejected)
         return (
-            _key(pictures, asked, first, second),
-            _key(pictures, asked, second, first),
-            pictures or (_key(asked),),
+            _key(image_keys, prompt, first, second),
+            _key(image_keys, prompt, second, first),
+            image_keys or (_key(prompt),),
         )
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of one row: its prompt with its pictures, both answers, and how many of the prompt's
-    are the pictures'.
-    """
+    """Tokens of one row: the prompt with its images, both answers, and the images alone."""
 
     prompt: int
     chosen: int
@@ -88,7 +85,7 @@ class TokenCounts:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of the two sequences that stock TRL would make of it."""
+        """Tokens of the longer of the two sequences that stock TRL makes of a row."""
         return self.prompt + max(self.chosen, self.rejected)
 
 
@@ -97,48 +94,46 @@ def _key(*parts: Any) -> str:
 
 
 def text_of(message: Message) -> str:
-    """A message as one text, its pictures as placeholders."""
+    """A message as one text, with placeholders for images."""
     return "\n".join(
         PLACEHOLDER if part["type"] == "image" else str(part["text"]) for part in message["content"]
     )
 
 
-def message(role: str, text: str, pictures: int = 0) -> Message:
-    """A message of one text, behind the places of so many pictures."""
-    places = [{"type": "image", "text": None} for _ in range(pictures)]
+def message(role: str, text: str, images: int = 0) -> Message:
+    """A message of one text, after the places of this many images."""
+    places = [{"type": "image", "text": None} for _ in range(images)]
     return {"role": role, "content": [*places, {"type": "text", "text": text}]}
 
 
-def check(draft: Draft, root: Path) -> PreferencePair:
-    """The pair in a draft, its pictures read from below `root`. Raises BadRow with the reason it
-    cannot be used.
-    """
-    prompt = _messages(draft.prompt, "user", "prompt")
-    if draft.system and draft.system.strip():
-        prompt = [message("system", draft.system.strip()), *prompt]
+def check(unchecked: UncheckedPair, root: Path) -> PreferencePair:
+    """The checked pair, with its images read from below `root`. Raises BadRow."""
+    prompt = _messages(unchecked.prompt, "user", "prompt")
+    if unchecked.system and unchecked.system.strip():
+        prompt = [message("system", unchecked.system.strip()), *prompt]
     chosen, rejected = (
-        _messages(draft.chosen, "assistant", "chosen"),
-        _messages(draft.rejected, "assistant", "rejected"),
+        _messages(unchecked.chosen, "assistant", "chosen"),
+        _messages(unchecked.rejected, "assistant", "rejected"),
     )
     if not prompt or len(chosen) > 1 or len(rejected) > 1:
         prompt, chosen, rejected = _common_prompt(prompt, chosen, rejected)
-    _answerable(prompt)
-    better, worse = _answer(chosen, "chosen"), _answer(rejected, "rejected")
-    if text_of(better) == text_of(worse):
-        raise BadRow("identical_answers", f"chosen and rejected are both {text_of(better)[:60]!r}")
-    cells = _cells(draft.images)
-    prompt = _placed(prompt, len(cells))
+    _check_prompt(prompt)
+    chosen_answer, rejected_answer = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    text = text_of(chosen_answer)
+    if text == text_of(rejected_answer):
+        raise BadRow("identical_answers", f"chosen and rejected are both {text[:60]!r}")
+    cells = _image_cells(unchecked.images)
+    prompt = _with_image_places(prompt, len(cells))
     try:
         images = tuple(read(cell, root) for cell in cells)
     except BadImage as problem:
         raise BadRow(problem.reason, str(problem)) from problem
-    return PreferencePair(images, tuple(prompt), better, worse, () if images else ("no_image",))
+    notes = () if images else ("no_image",)
+    return PreferencePair(images, tuple(prompt), chosen_answer, rejected_answer, notes)
 
 
 def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Messages out of a text, one message or a list of them, in any spelling of roles and contents
-    that is known.
-    """
+    """Messages from a text, one message or a list, in any known spelling of roles and contents."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -151,23 +146,23 @@ def _messages(value: Any, role: str, where: str) -> list[Message]:
         )
     found = []
     for turn in value:
-        said = turn.get("role") or turn.get("from")
-        if said not in _ROLES:
+        role_name = turn.get("role") or turn.get("from")
+        if role_name not in _ROLES:
             raise BadRow(
-                "unknown_role", f"{where} has a turn of {said!r}; known: {', '.join(_ROLES)}"
+                "unknown_role", f"{where} has a turn of {role_name!r}; known: {', '.join(_ROLES)}"
             )
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        found.append({"role": _ROLES[said], "content": _parts(content, where)})
+        found.append({"role": _ROLES[role_name], "content": _parts(content, where)})
     return found
 
 
 def _parts(content: Any, where: str) -> list[Part]:
-    """A content as parts: {"type": "text", "text"} and {"type": "image", "text": None}."""
+    """Content as parts: {"type": "text", "text"} and {"type": "image", "text": None}."""
     if content is None:
         return []
     if isinstance(content, str):
         if _VIDEO_PLACEHOLDER in content:
-            raise BadRow("video", f"{where} shows a video; only pictures are trained on")
+            raise BadRow("video", f"{where} has a video; only images are supported")
         pieces: list[Part] = []
         for number, text in enumerate(content.split(PLACEHOLDER)):
             pieces += [{"type": "image", "text": None}] if number else []
@@ -180,7 +175,7 @@ def _parts(content: Any, where: str) -> list[Part]:
     ):
         raise BadRow(
             "unknown_message",
-            f"{where} has a content of {type(content).__name__}, not text or parts",
+            f"{where} has content of type {type(content).__name__}, not text or parts",
         )
     found: list[Part] = []
     for part in content:
@@ -193,7 +188,7 @@ def _parts(content: Any, where: str) -> list[Part]:
             reason = "video" if kind in ("video", "video_url") else "unknown_message"
             raise BadRow(
                 reason,
-                f"{where} has a part of type {kind!r}; only text and pictures are trained on",
+                f"{where} has a part of type {kind!r}; only text and images are supported",
             )
     return found
 
@@ -201,21 +196,20 @@ def _parts(content: Any, where: str) -> list[Part]:
 def _common_prompt(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The prompt of answers that repeat it (TRL's implicit prompt): what both have in common."""
+    """(prompt, chosen, rejected) of answers that repeat the prompt: TRL's implicit prompts."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == min(len(chosen), len(rejected)) and shared:
-        shared -= (
-            1  # the same to the end: the answers are identical, and the check for that names it
-        )
-    said = chosen[:shared]
-    if prompt and said and said[-len(prompt) :] != prompt:
-        raise BadRow("two_prompts", "the answers repeat another prompt than the row's own")
-    return said or prompt, chosen[shared:], rejected[shared:]
+        shared -= 1  # the answers are identical, which a later check reports
+    repeated = chosen[:shared]
+    if prompt and repeated and repeated[-len(prompt) :] != prompt:
+        raise BadRow("two_prompts", "the answers repeat a prompt that is not the row's own")
+    return repeated or prompt, chosen[shared:], rejected[shared:]
 
 
-def _answerable(prompt: list[Message]) -> None:
+def _check_prompt(prompt: list[Message]) -> None:
+    """Raise BadRow unless the prompt asks something and ends with the user's turn."""
     if not any(
         part["type"] == "text"
         for turn in prompt
@@ -231,7 +225,7 @@ def _answerable(prompt: list[Message]) -> None:
 
 
 def _answer(turns: list[Message], where: str) -> Message:
-    """The one assistant message of an answer."""
+    """The only assistant message of an answer. Raises BadRow."""
     if len(turns) > 1 or (turns and turns[0]["role"] != "assistant"):
         raise BadRow(
             "answer_not_one_turn",
@@ -240,38 +234,38 @@ def _answer(turns: list[Message], where: str) -> Message:
     parts = turns[0]["content"] if turns else []
     if any(part["type"] == "image" for part in parts):
         raise BadRow(
-            "placeholder_miscount", f"{where} holds {PLACEHOLDER}, and answers show no picture"
+            "placeholder_miscount", f"{where} has {PLACEHOLDER}, and answers cannot have images"
         )
     if not parts:
         raise BadRow(f"empty_{where}", f"{where} is empty")
     return message("assistant", "\n".join(str(part["text"]) for part in parts))
 
 
-def _cells(images: Any) -> list[Any]:
-    """Image cells as a list: nothing, one cell or several."""
+def _image_cells(images: Any) -> list[Any]:
+    """Image cells as a list."""
     if images is None or (
         isinstance(images, dict) and images.get("bytes") is None and images.get("path") is None
     ):
         return []
     if isinstance(images, (list, tuple)):
-        return [cell for one in images for cell in (_cells(one) or ([one] if one is None else []))]
+        return [
+            cell for one in images for cell in (_image_cells(one) or ([one] if one is None else []))
+        ]
     return [images]
 
 
-def _placed(prompt: list[Message], pictures: int) -> list[Message]:
-    """The prompt with a place for every picture: where the texts say so, else all before the first
-    question.
-    """
+def _with_image_places(prompt: list[Message], images: int) -> list[Message]:
+    """The prompt with a place for every image: as its texts say, else before the first question."""
     places = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
-    if places == pictures:
+    if places == images:
         return prompt
     if places:
         raise BadRow(
             "placeholder_miscount",
-            f"{places} image placeholders in the prompt, {pictures} pictures in the row",
+            f"{places} image placeholders in the prompt, {images} images in the row",
         )
     first = next(number for number, turn in enumerate(prompt) if turn["role"] == "user")
-    front = message("user", "", pictures)["content"][:-1]
+    front = message("user", "", images)["content"][:-1]
     return [
         {**turn, "content": [*front, *turn["content"]]} if number == first else turn
         for number, turn in enumerate(prompt)

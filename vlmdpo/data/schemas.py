@@ -1,8 +1,6 @@
-"""The shapes that preference data comes in: how each is recognised by its columns, and turned into
-a draft of a pair.
+"""The formats of preference data: how each is recognized by its columns, and read.
 
-Adding a shape is one function and one line in SCHEMAS. The first one that recognises a source is
-taken.
+A new format is one function and one line in `_FORMATS`. The first that recognizes a source is used.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmdpo.data.pairs import BadRow, Draft
+from vlmdpo.data.pairs import BadRow, UncheckedPair
 from vlmdpo.errors import DataError
 
 Record = Mapping[str, Any]
@@ -35,15 +33,15 @@ _VIDEO_COLUMNS = ("video", "videos", "mp4", "avi", "webm")
 
 @dataclass(frozen=True)
 class Schema:
-    """A shape of source rows: its name, the columns it reads, and how a row becomes a draft."""
+    """A format: its name, the columns it reads, and how a row becomes an unchecked pair."""
 
     name: str
     columns: tuple[str, ...]
-    draft: Callable[[Record], Draft]
+    unchecked_pair: Callable[[Record], UncheckedPair]
 
     @property
     def line(self) -> str:
-        """The schema as one line for people."""
+        """The schema in one line."""
         return f"{self.name} ({', '.join(self.columns)})"
 
 
@@ -55,35 +53,37 @@ def _images(row: Record) -> Any:
     return value
 
 
-def _question(row: Record) -> Draft:
-    return Draft(
+def _question(row: Record) -> UncheckedPair:
+    return UncheckedPair(
         _images(row), row.get("question"), row.get("chosen"), row.get("rejected"), row.get("system")
     )
 
 
-def _prompt(row: Record) -> Draft:
-    return Draft(
+def _prompt(row: Record) -> UncheckedPair:
+    return UncheckedPair(
         _images(row), row.get("prompt"), row.get("chosen"), row.get("rejected"), row.get("system")
     )
 
 
-def _rlhf_v(row: Record) -> Draft:
+def _rlhf_v(row: Record) -> UncheckedPair:
     text = row.get("text")
     try:
-        held = json.loads(text) if isinstance(text, str) else text
+        fields = json.loads(text) if isinstance(text, str) else text
     except ValueError as problem:
         raise BadRow("bad_json", f"text is no valid JSON: {problem}") from problem
-    if not isinstance(held, dict):
+    if not isinstance(fields, dict):
         raise BadRow(
             "bad_json",
-            f"text holds {type(held).__name__}, not an object with question, chosen and rejected",
+            f"text holds {type(fields).__name__}, not an object with question, chosen and rejected",
         )
-    return Draft(_images(row), held.get("question"), held.get("chosen"), held.get("rejected"))
+    return UncheckedPair(
+        _images(row), fields.get("question"), fields.get("chosen"), fields.get("rejected")
+    )
 
 
-def _ranking(row: Record) -> Draft:
-    """VLFeedback: several rated answers. The pair is the best and the worst by mean rating; a tie
-    is no preference.
+def _ranking(row: Record) -> UncheckedPair:
+    """VLFeedback: several rated answers. The best and the worst by mean rating make the pair; a tie
+    gives none.
     """
     rated = [
         (_mean_rating(one.get("annotations")), one.get("response")) for one in _completions(row)
@@ -96,51 +96,59 @@ def _ranking(row: Record) -> Draft:
     best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
     if best[0] == worst[0]:
         raise BadRow("tied_ranking", f"all {len(known)} answers are rated {best[0]:g}")
-    return Draft(_images(row), row.get("prompt"), best[1], worst[1])
+    return UncheckedPair(_images(row), row.get("prompt"), best[1], worst[1])
 
 
 def _completions(row: Record) -> list[dict[str, Any]]:
-    held = row.get("completions")
+    completions = row.get("completions")
     if isinstance(
-        held, dict
+        completions, dict
     ):  # how `datasets` gives a sequence of structs: one list for each field
-        return [dict(zip(held, values, strict=True)) for values in zip(*held.values(), strict=True)]
-    if not isinstance(held, list) or not all(isinstance(one, dict) for one in held):
+        return [
+            dict(zip(completions, values, strict=True))
+            for values in zip(*completions.values(), strict=True)
+        ]
+    if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         raise BadRow(
-            "unknown_message", f"completions holds {type(held).__name__}, not a list of answers"
+            "unknown_message",
+            f"completions holds {type(completions).__name__}, not a list of answers",
         )
-    return held
+    return completions
 
 
 def _mean_rating(annotations: Any) -> float | None:
-    """The mean over all aspects that hold a number; None where one says N/A or there is none."""
+    """The mean over all aspects; None if one is N/A or there are none."""
     ratings: list[float] = []
     for aspect in (annotations or {}).values():
-        said: Any = aspect.get("Rating") if isinstance(aspect, dict) else aspect
+        rating: Any = aspect.get("Rating") if isinstance(aspect, dict) else aspect
         try:
-            ratings.append(float(said))
+            ratings.append(float(rating))
         except (TypeError, ValueError):
             return None
     return sum(ratings) / len(ratings) if ratings else None
 
 
-def _sharegpt(row: Record) -> Draft:
+def _sharegpt(row: Record) -> UncheckedPair:
     """LLaMA-Factory's ranking: the conversation so far, and the next turn twice."""
     turns = (
         row.get("conversations") if row.get("conversations") is not None else row.get("messages")
     )
-    return Draft(_images(row), turns, row.get("chosen"), row.get("rejected"), row.get("system"))
+    return UncheckedPair(
+        _images(row), turns, row.get("chosen"), row.get("rejected"), row.get("system")
+    )
 
 
-def _alpaca(row: Record) -> Draft:
+def _alpaca(row: Record) -> UncheckedPair:
     """LLaMA-Factory's alpaca ranking: an instruction and its input."""
-    asked = "\n".join(text for text in (row.get("instruction"), row.get("input")) if text)
-    return Draft(_images(row), asked, row.get("chosen"), row.get("rejected"), row.get("system"))
+    question = "\n".join(text for text in (row.get("instruction"), row.get("input")) if text)
+    return UncheckedPair(
+        _images(row), question, row.get("chosen"), row.get("rejected"), row.get("system")
+    )
 
 
-def _swift(row: Record) -> Draft:
-    """ms-swift: a conversation that ends with the better answer; the worse one, or its whole
-    conversation, beside it.
+def _swift(row: Record) -> UncheckedPair:
+    """ms-swift: a conversation that ends with the chosen answer, and the rejected one, or its whole
+    conversation.
     """
     turns = list(row.get("messages") or [])
     if not turns:
@@ -150,28 +158,30 @@ def _swift(row: Record) -> Draft:
             "other_images_for_rejected", "chosen and rejected are about different pictures"
         )
     if row.get("rejected_messages"):
-        return Draft(_images(row), None, turns, list(row["rejected_messages"]))
-    return Draft(_images(row), turns[:-1], turns[-1], row.get("rejected_response"))
+        return UncheckedPair(_images(row), None, turns, list(row["rejected_messages"]))
+    return UncheckedPair(_images(row), turns[:-1], turns[-1], row.get("rejected_response"))
 
 
-def _llava_outputs(row: Record) -> Draft:
+def _llava_outputs(row: Record) -> UncheckedPair:
     """LLaVA-RLHF: a conversation, two outputs, and which of them (1 or 2) people preferred."""
     outputs = (row.get("output_1"), row.get("output_2"))
     preferred = row.get("preference")
     if preferred not in (1, 2):
         raise BadRow("tied_ranking", f"preference is {preferred!r}, not 1 or 2")
-    return Draft(
+    return UncheckedPair(
         _images(row), row.get("conversations"), outputs[preferred - 1], outputs[2 - preferred]
     )
 
 
-def _llava_twice(row: Record) -> Draft:
-    """POVID: the whole conversation twice, with the better and with the worse answer."""
-    return Draft(_images(row), None, row.get("conversations"), row.get("rejected_conversations"))
+def _llava_twice(row: Record) -> UncheckedPair:
+    """POVID: the whole conversation twice, with the chosen and with the rejected answer."""
+    return UncheckedPair(
+        _images(row), None, row.get("conversations"), row.get("rejected_conversations")
+    )
 
 
-# (name, columns that must be there, columns that must not, draft)
-_SHAPES: tuple[tuple[str, tuple[str, ...], Callable[[Record], Draft]], ...] = (
+# (name, columns that must be there, columns that must not, unchecked_pair)
+_FORMATS: tuple[tuple[str, tuple[str, ...], Callable[[Record], UncheckedPair]], ...] = (
     ("ms-swift", ("messages", "rejected_response"), _swift),
     ("ms-swift", ("messages", "rejected_messages"), _swift),
     ("LLaMA-Factory sharegpt ranking", ("conversations", "chosen", "rejected"), _sharegpt),
@@ -202,11 +212,11 @@ def detect(columns: Iterable[str], record: Record, where: str) -> Schema:
             "to images first"
         )
     pictures = tuple(column for column in IMAGE_COLUMNS if column in found)[:1]
-    for name, needed, draft in _SHAPES:
+    for name, needed, unchecked_pair in _FORMATS:
         if all(column in found for column in needed) and not (
             name == "RLHF-V" and not _holds_json(record.get("text"))
         ):
-            return Schema(name, tuple(dict.fromkeys([*pictures, *needed])), draft)
+            return Schema(name, tuple(dict.fromkeys([*pictures, *needed])), unchecked_pair)
     raise DataError(
         f"{where}: no known preference format in columns {', '.join(found) or '(none)'}; "
         "say which is which, as in --map image=photo,question=ask,chosen=good,rejected=bad"
@@ -220,7 +230,7 @@ def _holds_json(text: Any) -> bool:
 def mapped(
     mapping: Mapping[str, str], columns: Iterable[str], record: Record, where: str
 ) -> Schema:
-    """The schema that --map tells: TARGETS to columns, dots reaching into structs and lists.
+    """The schema given by `--map`: {target: column}, with dots reaching into structs and lists.
 
     Raises:
         DataError: a column that is not there.
@@ -239,12 +249,12 @@ def mapped(
     return Schema("mapped", tuple(dict.fromkeys(used)), functools.partial(_mapped, used))
 
 
-def _mapped(columns: tuple[str, ...], row: Record) -> Draft:
-    return Draft(*(_reach(row, column) for column in columns))
+def _mapped(columns: tuple[str, ...], row: Record) -> UncheckedPair:
+    return UncheckedPair(*(_value_at(row, column) for column in columns))
 
 
-def _reach(row: Any, path: str) -> Any:
-    """The value at a dotted path: "answers.0.text". None where it leads nowhere."""
+def _value_at(row: Any, path: str) -> Any:
+    """The value at a dotted path such as "answers.0.text"; None if there is none."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     for step in path.split("."):

@@ -1,9 +1,7 @@
-"""Where rows come from: files, saved datasets and the Hub, cut into units of work that any process
-can read alone.
+"""Sources of rows, cut into units of work that any process can read on its own.
 
-A source knows nothing of what its columns mean (see `schemas`). Where a format can be entered
-anywhere, a unit says only which rows; where it can only be streamed, the unit brings its rows
-along.
+A source does not know what its columns mean (see `schemas`). If a format allows random access, a
+unit only says which rows it has; if it can only be streamed, the unit carries its rows.
 """
 
 from __future__ import annotations
@@ -18,16 +16,15 @@ from typing import Any
 from vlmdpo.errors import DataError
 
 Record = dict[str, Any]
-UNIT_ROWS = 256  # rows of a unit of work, which is also what a killed run has to do again
-_UNIT_BYTES = 32_000_000  # of a streamed unit: it travels to another process
-_ROW_GROUP_ROWS = (
-    2_000  # a larger Parquet row group is streamed: entering it costs reading it from its start
-)
+UNIT_ROWS = 256  # rows of a unit, the most that a killed run has to repeat
+_UNIT_BYTES = 32_000_000  # of a streamed unit, which is sent to another process
+# Larger Parquet row groups are streamed: they can only be read from their start.
+_ROW_GROUP_ROWS = 2_000
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `first` up to `last` (exclusive) of a source; `records` where they had to be streamed."""
+    """Rows `first` to `last` (exclusive) of a source; `records` holds them if they are streamed."""
 
     number: int
     first: int
@@ -40,11 +37,11 @@ class Source:
     """A readable source.
 
     Attributes:
-        name: as the user knows it.
+        name: as the user gave it.
         fingerprint: changes whenever the content does.
-        count: rows, or None where only reading tells.
-        root: where paths of pictures start.
-        columns: what is known of them without reading a row.
+        count: number of rows, or None if only reading tells.
+        root: the folder that image paths start from.
+        columns: those known without reading a row.
     """
 
     name: str
@@ -54,7 +51,7 @@ class Source:
     columns: tuple[str, ...] = ()
 
     def units(self, first: int, last: int | None) -> Iterator[Unit]:
-        """Rows `first` to `last` in units, the same ones at every call."""
+        """Rows `first` to `last` in units, the same at every call."""
         raise NotImplementedError
 
     def rows(self, unit: Unit) -> Iterator[Record]:
@@ -62,43 +59,41 @@ class Source:
         raise NotImplementedError
 
     def first_row(self) -> Record:
-        """Any one row, to recognise the schema by. Raises DataError where there is none."""
+        """A row, to recognize the schema by. Raises DataError if there is none."""
         for unit in self.units(0, 1):
             for row in self.rows(unit):
                 return row
-        raise DataError(f"'{self.name}' holds no row")
+        raise DataError(f"'{self.name}' has no rows")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed(Source):
-    """A source that is read from its beginning: text files, archives, the Hub's streams.
+    """A source that is read from its start: text files, archives, the Hub's streams.
 
     Attributes:
-        stream: opens it anew and yields its rows.
+        stream: opens the source and yields its rows.
     """
 
     stream: Callable[[], Iterable[Record]] = field(repr=False)
 
     def units(self, first: int, last: int | None) -> Iterator[Unit]:
-        """Rows in order, cut where a unit has enough rows or bytes."""
-        return cut(self.stream(), first, last)
+        """Rows in order; a unit ends when it has enough rows or bytes."""
+        return split_into_units(self.stream(), first, last)
 
     def rows(self, unit: Unit) -> Iterator[Record]:
-        """The rows that the unit brought along."""
+        """The rows that the unit carries."""
         assert unit.records is not None
         return iter(unit.records)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Only the parent streams; what opens the stream (a closure, a connection) stays there.
+        # Only the parent process streams, and `stream` (a closure) cannot be pickled.
         return {**self.__dict__, "stream": None}
 
 
-def cut(
+def split_into_units(
     rows: Iterable[Record], first: int, last: int | None, number: int = 0, start: int = 0
 ) -> Iterator[Unit]:
-    """Units of rows `first` to `last` of a stream whose first row is number `start`; unit numbers
-    begin at `number`.
-    """
+    """Rows `first` to `last` as units numbered from `number`; the stream starts at row `start`."""
     held: list[Record] = []
     size, begin = 0, max(first, start)
     for at, row in enumerate(rows, start=start):
@@ -107,7 +102,7 @@ def cut(
         if at < first:
             continue
         held.append(row)
-        size += _payload(row)
+        size += _bytes_of(row)
         if len(held) == UNIT_ROWS or size >= _UNIT_BYTES:
             yield Unit(number, begin, at + 1, held)
             number, begin, held, size = number + 1, at + 1, [], 0
@@ -115,17 +110,18 @@ def cut(
         yield Unit(number, begin, begin + len(held), held)
 
 
-def _payload(value: Any) -> int:
+def _bytes_of(value: Any) -> int:
+    """The approximate size of a cell."""
     if isinstance(value, (bytes, str)):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(_payload, value.values()))
-    return sum(map(_payload, value)) if isinstance(value, (list, tuple)) else 8
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrowRows(Source):
-    """A `datasets.Dataset` on disk; pickling it sends file names, not rows."""
+    """A `datasets.Dataset` on disk, which is pickled as file names, not rows."""
 
     dataset: Any = field(repr=False)
 
@@ -142,23 +138,23 @@ class ArrowRows(Source):
 
 
 def as_stored(dataset: Any) -> Iterator[Record]:
-    """Rows of a `datasets.Dataset` as they lie on disk: pictures as {"bytes", "path"}, nothing
-    decoded or cast.
-    """
+    """Rows of a `datasets.Dataset` as stored: images as {"bytes", "path"}, neither decoded nor cast."""
     for table in dataset.with_format("arrow").iter(batch_size=16):
         yield from table.to_pylist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetRows(Source):
-    """Parquet files. Units are whole row groups; groups too large for that are streamed."""
+    """Parquet files. Units are whole row groups; groups too large for that are streamed.
 
-    files: tuple[tuple[Path, tuple[int, ...]], ...] = field(
-        repr=False
-    )  # each file with the rows of its row groups
+    Attributes:
+        files: (file, number of rows of each of its row groups).
+    """
+
+    files: tuple[tuple[Path, tuple[int, ...]], ...] = field(repr=False)
 
     def units(self, first: int, last: int | None) -> Iterator[Unit]:
-        """Row groups together until there are enough rows; a huge group cut as a stream is."""
+        """Row groups joined until there are enough rows; a huge group is split like a stream."""
         last = self.count if last is None else last
         assert last is not None
         number, begin, at = 0, first, 0
@@ -168,7 +164,9 @@ class ParquetRows(Source):
                     if begin < at:
                         yield Unit(number, begin, at)
                         number += 1
-                    for unit in cut(_batches(file, [group]), first, last, number, at):
+                    for unit in split_into_units(
+                        _group_rows(file, [group]), first, last, number, at
+                    ):
                         yield unit
                         number = unit.number + 1
                     begin = at + rows
@@ -180,7 +178,7 @@ class ParquetRows(Source):
             yield Unit(number, begin, last)
 
     def rows(self, unit: Unit) -> Iterator[Record]:
-        """The rows of the unit's row groups that are in it."""
+        """The unit's rows, from the row groups that contain them."""
         if unit.records is not None:
             yield from unit.records
             return
@@ -188,20 +186,19 @@ class ParquetRows(Source):
         for file, groups in self.files:
             for group, rows in enumerate(groups):
                 if at < unit.last and at + rows > unit.first:
-                    for row, record in enumerate(_batches(file, [group]), start=at):
+                    for row, record in enumerate(_group_rows(file, [group]), start=at):
                         if unit.first <= row < unit.last:
                             yield record
                 at += rows
 
 
-def _batches(file: Path, groups: list[int]) -> Iterator[Record]:
+def _group_rows(file: Path, groups: list[int]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(
-            file, pre_buffer=False, buffer_size=1 << 20
-        ) as reader:  # else a whole group is in memory
+        # Without pre-buffering, which would hold a whole group in memory.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as reader:
             for batch in reader.iter_batches(batch_size=16, row_groups=groups):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as problem:
@@ -209,25 +206,24 @@ def _batches(file: Path, groups: list[int]) -> Iterator[Record]:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Names, sizes and times of files: changes whenever one is written, and costs no reading."""
+    """A hash of names, sizes and times: it changes whenever a file is written, and reads none."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
 def bounds(source: Source, split: str, limit: int | None) -> tuple[int, int | None]:
-    """First and last row (exclusive) of `split`, which may hold a slice, cut to `limit` rows; None
-    is to the end.
+    """(first, last) row of `split`, which may have a slice, up to `limit` rows; last is exclusive,
+    and None for the end.
 
     Raises:
-        DataError: a slice that cannot be read, selects nothing, or is in per cent of an unknown
-            number of rows.
+        DataError: a slice that cannot be read, is empty, or needs an unknown number of rows.
     """
     from datasets import ReadInstruction
 
-    name, _, cut_at = split.partition("[")
-    if source.count is None and cut_at:
+    name, _, slice_text = split.partition("[")
+    if source.count is None and slice_text:
         raise DataError(
-            f"--split: '{split}' needs the number of rows, which streaming does not tell; give "
+            f"--split: '{split}' needs the number of rows, which is unknown when streaming; use "
             "--limit instead"
         )
     if source.count is None:

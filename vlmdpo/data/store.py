@@ -1,10 +1,8 @@
-"""The prepared dataset on disk: Arrow shards that `datasets.load_from_disk` reads, and a manifest
-beside them.
+"""The prepared dataset on disk: Arrow shards for `datasets.load_from_disk`, and a manifest.
 
-Rows hold what TRL takes, `images`, `prompt`, `chosen`, `rejected` (messages, nothing rendered), and
-beside it `source_row` and the tokens that the model's processor makes of them. While it is made it
-lies under a hidden name, unit by unit, so that a killed run goes on; it gets its own name only when
-it is whole.
+Rows hold what TRL takes (`images`, `prompt`, `chosen`, `rejected` as messages, nothing rendered),
+`source_row`, and token counts. While it is made, it lies under a hidden name, unit by unit, so that
+a killed run can continue; it gets its own name only when it is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
-from vlmdpo.data.images import Picture
+from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import PreferencePair, TokenCounts
 from vlmdpo.errors import DataError
 
@@ -30,23 +28,23 @@ BATCH_ROWS = 16  # written at once: bounds memory
 
 
 def key_of(facts: dict[str, Any]) -> str:
-    """What names one preparation: a hash of all that changes its result."""
+    """The key of a preparation: a hash of everything that changes its result."""
     return hashlib.sha256(
         json.dumps({**facts, "format": FORMAT}, sort_keys=True).encode()
     ).hexdigest()[:12]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared folder; None where the folder is no such thing."""
+    """The manifest of a prepared folder; None for any other folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or not ours: "not prepared" is the answer, not an error
+    except (OSError, ValueError):  # absent, or not ours: the folder is not prepared
         return None
     return manifest if isinstance(manifest, dict) and "key" in manifest else None
 
 
-def usable_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds anything but an earlier result of ours. Raises DataError."""
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise DataError for a folder that holds anything but a prepared dataset."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -54,21 +52,21 @@ def usable_output(folder: Path, overwrite: bool) -> None:
     if any(folder.iterdir()):
         if read_manifest(folder) is None:
             raise DataError(
-                f"--output-dir: '{folder}' holds something else; give an empty or new folder"
+                f"--output-dir: '{folder}' holds something else; choose an empty or new folder"
             )
         if not overwrite and not ui.confirm(
-            f"'{folder}' holds data prepared otherwise. Replace it?"
+            f"'{folder}' holds data prepared with other settings. Replace it?"
         ):
             raise DataError(
-                f"--output-dir: '{folder}' holds data prepared otherwise; add --overwrite or give "
-                "another folder"
+                f"--output-dir: '{folder}' holds data prepared with other settings; add "
+                "--overwrite or choose another folder"
             )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process prepares this folder. Waits for one that does, having said so; a
-    killed one holds nothing.
+    """Inside, no other process prepares this folder; waits for one that does. The lock of a killed
+    process is released.
     """
     import filelock
 
@@ -89,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def pair_features() -> Any:
-    """The columns that make a pair; `images` decodes to a list of RGB pictures."""
+    """The columns of a pair; `images` decodes to a list of RGB images."""
     from datasets import Features, Image, List, Value
 
     part = {"type": Value("string"), "text": Value("string")}
@@ -105,7 +103,7 @@ def pair_features() -> Any:
 
 
 def features() -> Any:
-    """The columns of a prepared dataset: a pair, where it came from, and its tokens."""
+    """The columns of a prepared dataset: a pair, its source row, and its token counts."""
     from datasets import Features, Value
 
     return Features(
@@ -118,11 +116,11 @@ def features() -> Any:
 
 
 def row_of(
-    pair: PreferencePair, pictures: Sequence[Picture], counts: TokenCounts, source_row: int
+    pair: PreferencePair, images: Sequence[EncodedImage], counts: TokenCounts, source_row: int
 ) -> dict[str, Any]:
     """A pair as a row of the dataset."""
     return {
-        "images": [{"bytes": picture.data, "path": None} for picture in pictures],
+        "images": [{"bytes": image.data, "path": None} for image in images],
         "prompt": list(pair.prompt),
         "chosen": [pair.chosen],
         "rejected": [pair.rejected],
@@ -135,9 +133,7 @@ def row_of(
 
 
 class ShardWriter:
-    """Writes rows to one Arrow file as they come; under its name only once it is closed without an
-    error.
-    """
+    """Writes rows to one Arrow file, which gets its name when it is closed without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}")
@@ -148,17 +144,17 @@ class ShardWriter:
         self._schema = features().arrow_schema
         self._file = pyarrow.OSFile(str(self._partial), "wb")
         self._stream = pyarrow.ipc.new_stream(self._file, self._schema)
-        self._held: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []
         return self
 
     def add(self, row: dict[str, Any]) -> None:
         """One row of `row_of`."""
-        self._held.append(row)
-        if len(self._held) == BATCH_ROWS:
+        self._pending.append(row)
+        if len(self._pending) == BATCH_ROWS:
             self._flush()
 
     def add_rows(self, tables: list[Any]) -> None:
-        """Rows of other shards as they are, together as one batch."""
+        """Rows of other shards, unchanged, as one batch."""
         import pyarrow
 
         self._stream.write_table(pyarrow.concat_tables(tables).combine_chunks())
@@ -166,11 +162,11 @@ class ShardWriter:
     def _flush(self) -> None:
         import pyarrow
 
-        if self._held:
+        if self._pending:
             self._stream.write_batch(
-                pyarrow.RecordBatch.from_pylist(self._held, schema=self._schema)
+                pyarrow.RecordBatch.from_pylist(self._pending, schema=self._schema)
             )
-        self._held = []
+        self._pending = []
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
@@ -187,14 +183,14 @@ class ShardWriter:
 
 
 def read_shard(path: Path) -> Any:
-    """A shard as a table that is mapped, not read: rows cost memory only when they are looked at."""
+    """A shard as a memory-mapped table: rows take memory only when they are accessed."""
     import pyarrow
 
     return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
 
 
 def finish_folder(folder: Path, files: Sequence[str], key: str) -> None:
-    """Write the two small files that make a folder of shards a `save_to_disk` one."""
+    """Write the two files that make a folder of shards one of `save_to_disk`."""
     from datasets import DatasetInfo
 
     DatasetInfo(features=features()).write_to_directory(str(folder))
@@ -210,37 +206,33 @@ def finish_folder(folder: Path, files: Sequence[str], key: str) -> None:
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
-def part_folder(folder: Path, split: str = "train") -> Path:
-    """Where a split of a prepared folder is: the folder itself, or its own below it where a test
-    set was split off.
-    """
+def split_folder(folder: Path, split: str = "train") -> Path:
+    """The folder of a split: a subfolder if there is a test split, else the prepared folder."""
     return folder / split if (folder / "dataset_dict.json").exists() else folder
 
 
 def has_test_split(folder: Path) -> bool:
-    """Whether rows of a prepared folder were set aside by `--test-size`."""
-    return part_folder(folder, "test") != folder and (folder / "test").is_dir()
+    """Whether a prepared folder has a test split, by `--test-size`."""
+    return split_folder(folder, "test") != folder and (folder / "test").is_dir()
 
 
 def load(folder: Path, split: str = "train") -> Any:
-    """A split of a prepared folder as `datasets.Dataset`. Raises DataError where the folder is
-    damaged.
-    """
+    """A split of a prepared folder as `datasets.Dataset`. Raises DataError if it is damaged."""
     from datasets import load_from_disk
 
     try:
-        return load_from_disk(str(part_folder(folder, split)))
+        return load_from_disk(str(split_folder(folder, split)))
     except (OSError, ValueError, KeyError) as problem:
         raise DataError(
             f"'{folder}' is damaged ({problem}); run vlmdpo prepare again with --overwrite"
         ) from problem
 
 
-def replace(folder: Path, made: Path) -> None:
-    """Give the finished folder `made` its name; what was there before is removed after, not before."""
-    old = made.with_name("old")
+def replace(folder: Path, finished: Path) -> None:
+    """Move `finished` to `folder`. What was there before is removed afterwards."""
+    old = finished.with_name("old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    made.rename(folder)
+    finished.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Units of a source → checked shards on disk, in this process or in several, so that a killed run
-goes on.
+"""Process the units of a source into checked shards on disk, in one process or in several.
 
-Every unit ends as one shard and one record of what became of its rows; the record is written last,
-and a unit without one is done again. Which process does a unit changes nothing in it.
+Each unit becomes one shard and one record of what happened to its rows. The record is written last,
+and a unit without one is processed again, so a killed run can continue. A unit's shard does not
+depend on the process that makes it.
 """
 
 from __future__ import annotations
@@ -30,35 +30,36 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlmdpo import ui
-from vlmdpo.data import images, store
-from vlmdpo.data.images import BadImage, Picture
+from vlmdpo.data import store
+from vlmdpo.data.images import BadImage, EncodedImage, bounded
 from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, check
 from vlmdpo.data.schemas import Schema
 from vlmdpo.data.sources import Source, Unit
 from vlmdpo.errors import DataError
 
-_LOOK_S = 0.05  # between looks at what other processes have done
-EXAMPLES_KEPT = 3  # bad rows remembered by reason and unit
-_GO_ON = "what is done stays; the same command goes on from there"
+_POLL_S = 0.05  # between looks at the progress of other processes
+MAX_EXAMPLES = 3  # dropped rows remembered per reason and unit
+_HOW_TO_CONTINUE = "finished work is kept; the same command continues from there"
 
 
-class Measure(Protocol):
-    """Counts tokens as the model's processor makes them. See `vlmdpo.engine.lengths`."""
+class TokenCounter(Protocol):
+    """Counts tokens with the model's processor. See `vlmdpo.engine.lengths`."""
 
-    def count(self, pair: PreferencePair, pictures: list[Picture]) -> TokenCounts:
-        """Raises BadRow where the chat template or processor refuses the row."""
+    def count(self, pair: PreferencePair, images: list[EncodedImage]) -> TokenCounts:
+        """Raises BadRow if the chat template or processor refuses the row."""
 
     def trim(
-        self, pair: PreferencePair, pictures: list[Picture], limit: int
+        self, pair: PreferencePair, images: list[EncodedImage], limit: int
     ) -> tuple[PreferencePair, TokenCounts]:
-        """The pair with its answers cut to `limit` tokens in all. Raises BadRow where its prompt
-        leaves no room.
+        """The pair with answers cut so that each sequence has at most `limit` tokens.
+
+        Raises BadRow if the prompt leaves no room.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is done to every row, the same in every process."""
+    """What is done to every row, in every process."""
 
     source: Source
     schema: Schema
@@ -67,17 +68,16 @@ class Job:
     over_length: str
     on_bad: str
     folder: Path
-    make_measure: Callable[[], Measure]
+    make_counter: Callable[[], TokenCounter]
 
 
 @dataclass
-class Tally:
-    """What became of a unit's rows.
+class RowCounts:
+    """What happened to a unit's rows.
 
     Attributes:
-        kept: for every row of the shard: source row, its key, the key of its swapped copy, its
-            pictures' keys, the names of what was put right in it, and its pictures' longer sides in
-            pixels.
+        kept: for each row of the shard: source row, its key, the key of its swapped copy, the keys
+            of its images, the names of what was corrected, and the images' longer sides in pixels.
     """
 
     rows_in: int = 0
@@ -89,25 +89,25 @@ class Tally:
     changed: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int, why: str) -> None:
-        """Count a row that cannot be used, and remember the first few."""
+        """Count a dropped row, and remember the first few."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         kept = self.examples.setdefault(reason, [])
-        if len(kept) < EXAMPLES_KEPT:
+        if len(kept) < MAX_EXAMPLES:
             kept.append(f"row {row}: {why}")
 
     def change(self, names: Iterable[str]) -> None:
-        """Count what was put right in a row that stays."""
+        """Count what was corrected in a row that is kept."""
         for name in names:
             self.changed[name] = self.changed.get(name, 0) + 1
 
     def add(self, other: dict[str, Any]) -> None:
-        """Take in another unit's counts and examples."""
+        """Add another unit's counts and examples."""
         self.rows_in += other["rows_in"]
         for reason, count in other["dropped"].items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         for reason, shown in other["examples"].items():
             kept = self.examples.setdefault(reason, [])
-            kept += shown[: EXAMPLES_KEPT - len(kept)]
+            kept += shown[: MAX_EXAMPLES - len(kept)]
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -116,43 +116,42 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    """What became of a unit's rows; there once its shard is whole."""
+    """The record of a unit, which exists once its shard is complete."""
     return folder / f"{number:06d}.json"
 
 
 def is_done(folder: Path, number: int) -> bool:
-    """Whether a unit's shard is whole: its record is there, and the shard has the size that the
-    record tells.
-    """
+    """Whether a unit's shard is complete: it has the size that its record gives."""
     try:
         record = json.loads(record_path(folder, number).read_text(encoding="utf-8"))
         return bool(shard_path(folder, number).stat().st_size == record["bytes"])
-    except (OSError, ValueError, KeyError):  # none, or cut short by a crash: do the unit again
+    except (OSError, ValueError, KeyError):  # absent, or truncated by a crash
         return False
 
 
-def do_unit(job: Job, unit: Unit, measure: Measure, tick: Callable[[], None]) -> None:
-    """Check, bound, count and write the rows of a unit. Raises DataError for a full disk, and with
-    `on_bad` "fail".
+def process_unit(job: Job, unit: Unit, counter: TokenCounter, on_row: Callable[[], None]) -> None:
+    """Check, reduce, count and write the rows of a unit.
+
+    Raises DataError for a full disk, and for the first bad row if `on_bad` is "fail".
     """
-    tally = Tally()
+    row_counts = RowCounts()
     path = shard_path(job.folder, unit.number)
     try:
         with store.ShardWriter(path) as shard:
             for number, row in enumerate(job.source.rows(unit), start=unit.first):
                 try:
-                    shard.add(_row(job, measure, number, row, tally))
+                    shard.add(_process_row(job, counter, number, row, row_counts))
                 except (BadRow, BadImage) as problem:
                     if job.on_bad == "fail":
                         name = job.source.name
                         raise DataError(
                             f"'{name}' row {number}: {problem.reason}: {problem}"
                         ) from problem
-                    tally.drop(problem.reason, number, str(problem))
-                tally.rows_in += 1
-                tick()
+                    row_counts.drop(problem.reason, number, str(problem))
+                row_counts.rows_in += 1
+                on_row()
         record = {
-            **vars(tally),
+            **vars(row_counts),
             "first": unit.first,
             "last": unit.last,
             "bytes": path.stat().st_size,
@@ -161,54 +160,56 @@ def do_unit(job: Job, unit: Unit, measure: Measure, tick: Callable[[], None]) ->
         partial.write_text(json.dumps(record), encoding="utf-8")
         partial.replace(record_path(job.folder, unit.number))
     except OSError as problem:
-        free = (
-            ui.human_bytes(shutil.disk_usage(job.folder).free) if job.folder.exists() else "nothing"
-        )
+        free = shutil.disk_usage(job.folder).free if job.folder.exists() else 0
         raise DataError(
-            f"cannot write below '{job.folder}': {problem.strerror or problem} ({free} free); "
-            f"{_GO_ON}"
+            f"cannot write to '{job.folder}': {problem.strerror or problem} "
+            f"({ui.human_bytes(free)} free); "
+            f"{_HOW_TO_CONTINUE}"
         ) from problem
 
 
-def _row(
-    job: Job, measure: Measure, number: int, row: dict[str, Any], tally: Tally
+def _process_row(
+    job: Job, counter: TokenCounter, number: int, row: dict[str, Any], row_counts: RowCounts
 ) -> dict[str, Any]:
-    pair = check(job.schema.draft(row), job.source.root)
-    pictures = [images.bound(data, job.max_image_side) for data in pair.images]
-    counts = measure.count(pair, pictures)
-    changes = [
-        *pair.notes,
-        *dict.fromkeys(change for picture in pictures for change in picture.changes),
-    ]
+    """A source row as a row of the dataset. Raises BadRow or BadImage."""
+    pair = check(job.schema.unchecked_pair(row), job.source.root)
+    images = [bounded(data, job.max_image_side) for data in pair.images]
+    counts = counter.count(pair, images)
+    image_changes = dict.fromkeys(change for image in images for change in image.changes)
+    changes = [*pair.notes, *image_changes]
     if job.max_length is not None and counts.longest > job.max_length:
         if job.over_length == "drop":
             raise BadRow(
                 "over_length",
                 f"{counts.longest} tokens, {counts.images} of them images, over {job.max_length}",
             )
-        pair, counts = measure.trim(pair, pictures, job.max_length)
+        pair, counts = counter.trim(pair, images, job.max_length)
         changes.append("answers_trimmed")
-    tally.kept.append((number, *pair.keys(), changes, [max(picture.size) for picture in pictures]))
-    return store.row_of(pair, pictures, counts, number)
+    row_counts.kept.append((number, *pair.keys(), changes, [max(image.size) for image in images]))
+    return store.row_of(pair, images, counts, number)
 
 
-def do_all(
-    job: Job, units: Iterable[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]
+def process_all(
+    job: Job,
+    units: Iterable[Unit],
+    num_proc: int,
+    counter: TokenCounter,
+    advance: Callable[[int], None],
 ) -> int:
-    """Do every unit that is not done yet. Returns how many units there are.
+    """Process every unit that is not done yet. Returns the number of all units.
 
     Args:
-        num_proc: processes, this one among them.
-        measure: this process's own; others make theirs.
-        advance: told how many rows are done since it was last told.
+        num_proc: processes, including this one.
+        counter: for this process; the others make their own.
+        advance: called with the number of rows done since its last call.
 
     Raises:
-        DataError: what a unit raises, or a process that died.
+        DataError: from a unit, or for a process that died.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     count = 0
 
-    def waiting() -> Iterator[Unit]:
+    def unfinished() -> Iterator[Unit]:
         nonlocal count
         for unit in units:
             count = unit.number + 1
@@ -218,93 +219,94 @@ def do_all(
                 yield unit
 
     if num_proc == 1:
-        for unit in waiting():
-            do_unit(job, unit, measure, lambda: advance(1))
+        for unit in unfinished():
+            process_unit(job, unit, counter, lambda: advance(1))
     else:
-        _in_processes(job, waiting(), num_proc, measure, advance)
+        _process_in_parallel(job, unfinished(), num_proc, counter, advance)
     return count
 
 
-def context(num_proc: int, preload: list[str]) -> None:
-    """Start what several processes will be forked from, so that it imports `preload` while this one
-    is busy.
+def start_forkserver(num_proc: int, preload: list[str]) -> None:
+    """Start the server that worker processes are forked from, if there will be any. It imports
+    `preload` while this process is busy.
     """
     if num_proc > 1 and "forkserver" in multiprocessing.get_all_start_methods():
         from multiprocessing import forkserver, resource_tracker
 
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-        # Ctrl-C is this process's to handle; the server, which is told too, inherits that it is
-        # not.
-        resource_tracker.ensure_running()  # before: starting it would unblock the signal again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # This process handles Ctrl-C; the server gets the signal too, and inherits that it is
+        # blocked. The tracker is started first, because that would unblock the signal again.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _in_processes(
-    job: Job, units: Iterator[Unit], num_proc: int, measure: Measure, advance: Callable[[int], None]
+def _process_in_parallel(
+    job: Job,
+    units: Iterator[Unit],
+    num_proc: int,
+    counter: TokenCounter,
+    advance: Callable[[int], None],
 ) -> None:
-    """This process works too, from the first moment: the others need seconds to load their
-    libraries.
-    """
-    others = _Others(job, units, num_proc - 1, advance)
+    """Process units in this process too, from the start: workers take seconds to load libraries."""
+    workers = _WorkerPool(job, units, num_proc - 1, advance)
     try:
         for unit in units:
-            do_unit(job, unit, measure, others.tick)
-        while others.running:
-            others.harvest(wait_s=0.3)
+            process_unit(job, unit, counter, workers.on_row)
+        while workers.running:
+            workers.collect(wait_s=0.3)
     except BrokenProcessPool as problem:
         raise DataError(
-            f"a process of --num-proc {num_proc} died, as one does that runs out of memory; "
-            f"{_GO_ON}, with fewer processes too"
+            f"one of --num-proc {num_proc} processes died, probably out of memory; "
+            f"{_HOW_TO_CONTINUE}, also with fewer processes"
         ) from problem
     finally:
-        others.stop()
+        workers.stop()
 
 
-class _Others:
-    """Processes beside this one, one unit at a time each. A slot is a place in shared memory where
-    one counts its rows.
+class _WorkerPool:
+    """Processes beside this one that process one unit at a time. Each counts its rows in a slot of
+    shared memory.
     """
 
     def __init__(
         self, job: Job, units: Iterator[Unit], processes: int, advance: Callable[[int], None]
     ) -> None:
-        # A clean server process is forked, never this one: it may hold threads and locks, and
-        # copies of those hang.
+        # Never fork this process: it may hold threads and locks, whose copies hang.
         methods = multiprocessing.get_all_start_methods()
         start = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.running: dict[Future[None], int] = {}
         self._units, self._advance = units, advance
         self._slots = list(range(processes))
         self._seen = [0] * processes
-        self._progress = start.RawArray(
-            "q", [0] * (processes + 1)
-        )  # rows done in each slot; the last says stop
-        self._looked = time.monotonic()
+        # Rows done in each slot; the last entry tells workers to stop.
+        self._progress = start.RawArray("q", [0] * (processes + 1))
+        self._last_poll = time.monotonic()
         self._pool = ProcessPoolExecutor(
-            processes, mp_context=start, initializer=_begin, initargs=(job, self._progress)
+            processes, mp_context=start, initializer=_start_worker, initargs=(job, self._progress)
         )
-        self._aside = ThreadPoolExecutor(
-            1
-        )  # asking for the first process waits until its libraries are loaded
-        self._ready = self._aside.submit(lambda: self._pool.submit(_nothing).result())
+        # Submitting to the pool blocks until the first worker has loaded its libraries, so it is
+        # done in a thread.
+        self._thread = ThreadPoolExecutor(1)
+        self._ready = self._thread.submit(lambda: self._pool.submit(_no_op).result())
 
-    def feed(self) -> None:
-        """Give a unit to each process that has none, once there are processes."""
+    def submit(self) -> None:
+        """Give a unit to each idle worker, once workers are ready."""
         if not self._ready.done():
             return
         self._ready.result()
         while self._slots and (unit := next(self._units, None)) is not None:
             slot = self._slots.pop()
             self._progress[slot] = self._seen[slot] = 0
-            self.running[self._pool.submit(_do_in_process, unit, slot)] = slot
+            self.running[self._pool.submit(_process_in_worker, unit, slot)] = slot
 
-    def harvest(self, wait_s: float) -> None:
-        """Take in what was done. Raises what a unit raised, and BrokenProcessPool where a process
-        died.
+    def collect(self, wait_s: float) -> None:
+        """Report progress and free idle workers.
+
+        Raises what a unit raised, and BrokenProcessPool if a worker died.
         """
         done, _ = wait(self.running, timeout=wait_s, return_when=FIRST_COMPLETED)
         for slot, rows in enumerate(self._progress[:-1]):
@@ -315,27 +317,27 @@ class _Others:
             future.result()
             self._slots.append(self.running.pop(future))
 
-    def tick(self) -> None:
-        """One row was done by this process; now and then, see to the others."""
+    def on_row(self) -> None:
+        """Count a row of this process, and now and then attend to the workers."""
         self._advance(1)
-        if time.monotonic() - self._looked > _LOOK_S:
-            self._looked = time.monotonic()
-            self.harvest(wait_s=0)
-            self.feed()
+        if time.monotonic() - self._last_poll > _POLL_S:
+            self._last_poll = time.monotonic()
+            self.collect(wait_s=0)
+            self.submit()
 
     def stop(self) -> None:
-        """End all: a process that is at work stops at its next row."""
+        """End all workers; a busy one stops at its next row."""
         self._progress[len(self._progress) - 1] = 1
-        self._aside.shutdown(wait=True)
+        self._thread.shutdown(wait=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_here: dict[str, Any] = {}  # what a worker process works with
+_worker: dict[str, Any] = {}  # the state of a worker process
 
 
-def _begin(job: Job, progress: Any) -> None:
-    """Make a worker process ready, and let it end with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def _start_worker(job: Job, progress: Any) -> None:
+    """Initialize a worker process, which ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -344,30 +346,28 @@ def _begin(job: Job, progress: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    warnings.simplefilter(
-        "ignore"
-    )  # what libraries say when they are imported, the parent's own import has said
-    measure = job.make_measure()
+    warnings.simplefilter("ignore")  # the parent has shown the warnings of these imports
+    counter = job.make_counter()
     import torch
 
     torch.set_num_threads(1)
-    _here.update(job=job, progress=progress, measure=measure)
+    _worker.update(job=job, progress=progress, counter=counter)
 
 
-def _nothing() -> None:
-    """What a process does to show that it is there."""
+def _no_op() -> None:
+    """Shows that a worker is ready."""
 
 
-class _Stop(Exception):
-    """The parent has another unit's error, or Ctrl-C, and wants no more."""
+class _Stopped(Exception):
+    """The parent is ending: an error in another unit, or Ctrl-C."""
 
 
-def _do_in_process(unit: Unit, slot: int) -> None:
-    progress = _here["progress"]
+def _process_in_worker(unit: Unit, slot: int) -> None:
+    progress = _worker["progress"]
 
-    def tick() -> None:
+    def on_row() -> None:
         progress[slot] += 1
         if progress[len(progress) - 1]:
-            raise _Stop
+            raise _Stopped
 
-    do_unit(_here["job"], unit, _here["measure"], tick)
+    process_unit(_worker["job"], unit, _worker["counter"], on_row)

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from PIL import Image as PillowImage
 
 from vlmdpo import ui
-from vlmdpo.data.images import Picture
+from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, message, text_of
 from vlmdpo.data.sources import as_stored
 from vlmdpo.data.store import COUNTS
@@ -59,7 +59,7 @@ class Counter:
         ] = {}  # by shape: what comes on top of what is told, and how often it did
         self._trusted = True  # until the processor is wrong about a size
 
-    def count(self, pair: PreferencePair, pictures: list[Picture]) -> TokenCounts:
+    def count(self, pair: PreferencePair, pictures: list[EncodedImage]) -> TokenCounts:
         """Tokens of a checked pair. Raises BadRow where template or processor refuse it, or its
         text holds their tokens.
         """
@@ -136,7 +136,7 @@ class Counter:
         return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def trim(
-        self, pair: PreferencePair, pictures: list[Picture], limit: int
+        self, pair: PreferencePair, pictures: list[EncodedImage], limit: int
     ) -> tuple[PreferencePair, TokenCounts]:
         """The pair with both answers cut to `limit` tokens with the prompt: at a sentence's end,
         else a word's.

@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from vlmdpo.data.images import bound
+from vlmdpo.data.images import bounded
 
 _PICTURES = "images"
 
@@ -39,7 +39,7 @@ def append(
         OSError: the folder cannot be written.
         BadImage: the picture is none.
     """
-    stored = bound(picture.read_bytes(), None)
+    stored = bounded(picture.read_bytes(), None)
     kind = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}[stored.data[:2]]
     name = f"{_PICTURES}/{hashlib.sha256(stored.data).hexdigest()[:24]}.{kind}"
     line = {"image": name, "question": question, "chosen": chosen, "rejected": rejected, **about}

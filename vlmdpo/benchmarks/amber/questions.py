@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from vlmdpo.data.images import BadImage, inside, open_whole, to_rgb
+from vlmdpo.data.images import BadImage, inside, decode, to_rgb
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".
@@ -200,7 +200,7 @@ def _vocabulary(folder: Path) -> Vocabulary:
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
     def picture(name: str) -> Image.Image:
         try:
-            return to_rgb(open_whole(inside(folder, name).read_bytes()))
+            return to_rgb(decode(inside(folder, name).read_bytes()))
         except (OSError, BadImage) as problem:
             raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
