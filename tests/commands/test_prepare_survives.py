@@ -181,7 +181,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdp
     assert done.returncode == 3, done.stderr
     said = unfolded(done.stderr).strip().splitlines()[-1]
     assert re.search(
-        r"error: cannot write .*File too large \(.* free\); .* the same command goes on from there",
+        r"error: cannot write .*File too large \(.* free\); .* the same command continues from there",
         said,
     )
     assert not Path("out").exists()

@@ -162,7 +162,7 @@ def process_unit(job: Job, unit: Unit, counter: TokenCounter, on_row: Callable[[
     except OSError as problem:
         free = shutil.disk_usage(job.folder).free if job.folder.exists() else 0
         raise DataError(
-            f"cannot write to '{job.folder}': {problem.strerror or problem} "
+            f"cannot write in '{job.folder}': {problem.strerror or problem} "
             f"({ui.human_bytes(free)} free); "
             f"{_HOW_TO_CONTINUE}"
         ) from problem
