@@ -3,10 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo docs test lint format wheel clean
+.PHONY: demo docs check quick-tests test lint format wheel clean
 
 demo: $(INSTALLED)  ## prepare, estimate, train, infer and evaluate, offline, in some minutes
 	$(BIN)/vlmdpo demo
+
+check: $(INSTALLED)  ## lint, and the tests that take a moment: under 90 seconds on 2 cores
+	$(MAKE) --no-print-directory -j 2 lint quick-tests
+
+quick-tests: $(INSTALLED)
+	$(BIN)/python -m pytest -n 1 -m "not slow"
 
 test: $(INSTALLED)  ## the test suite, on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal

@@ -37,6 +37,15 @@ def pytest_runtest_setup(item):
         gc.freeze()
 
 
+def pytest_collection_modifyitems(items):
+    """Of the tests that run for every family, only those of two families are quick."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        family = parameters.params.get("family") if parameters else None
+        if isinstance(family, str) and family not in ("idefics2", "llava"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     """Commands write below the working folder; each test gets its own."""

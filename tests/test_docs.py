@@ -231,6 +231,7 @@ for _where, _words in SHOWN:
         _TO_RUN.setdefault(_small(_said), _where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "small", list(_TO_RUN), ids=[f"{where} {small[0]}" for small, where in _TO_RUN.items()]
 )
@@ -267,6 +268,7 @@ def test_troubleshooting_quotes_what_the_program_says(heading):
     assert heading in sources
 
 
+@pytest.mark.slow
 def test_the_site_is_built_and_a_dead_link_would_stop_it(tmp_path):
     pytest.importorskip("mkdocs")
 

@@ -3,7 +3,11 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 import vlmdpo
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(vlmdpo.__file__).parent.parent / "examples"
 

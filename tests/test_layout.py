@@ -55,7 +55,7 @@ def _files():
 
 
 def _imports(tree):
-    """Every module of the package that `tree` names in an import, at the top or within a function."""
+    """Every module that `tree` imports, at the top or within a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

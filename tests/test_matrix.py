@@ -9,6 +9,8 @@ from tests.support.matrix import DOCS, FAMILIES, Family, examine, row
 from vlmdpo.models.families import images_only
 from vlmdpo.tiny import random_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.small)
 def test_the_table_says_what_happens(family):

@@ -15,6 +15,8 @@ import pytest
 import vlmdpo as package
 from vlmdpo.errors import install_command
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(package.__file__).parent.parent
 _NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
 

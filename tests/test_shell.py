@@ -12,6 +12,8 @@ import pytest
 
 from vlmdpo import cli, ui
 
+pytestmark = pytest.mark.slow
+
 _LONG = "a/rather/long/folder/name/" * 5
 
 
@@ -101,7 +103,9 @@ def test_on_a_terminal_it_asks_before_it_replaces(vlmdpo, monkeypatch, typed, co
     monkeypatch.setattr(sys, "stdin", _Terminal(typed))
     monkeypatch.setattr(sys, "stderr", _Terminal())
     assert cli.run(["prepare", "--limit", "9", "--output-dir", "data"]) == code
-    assert "'data' holds data prepared with other settings. Replace it? [y/N]" in sys.stderr.getvalue()
+    assert (
+        "'data' holds data prepared with other settings. Replace it? [y/N]" in sys.stderr.getvalue()
+    )
 
 
 def test_yes_answers_and_without_a_terminal_nobody_is_asked(vlmdpo):
@@ -140,7 +144,8 @@ def test_no_color_is_honoured_and_colours_are_for_terminals():
 
 
 def test_whoever_reads_half_of_it_breaks_nothing():
-    command = f"{sys.executable} -m vlmdpo estimate-memory --fast --json | head -c 1; echo ${{PIPESTATUS[0]}}"
+    program = f"{sys.executable} -m vlmdpo estimate-memory --fast --json"
+    command = f"{program} | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.startswith("{")
     assert "Traceback" not in done.stderr

@@ -21,6 +21,8 @@ from vlmdpo.tiny import evaluation
 from vlmdpo.web import examples, votes
 from vlmdpo.web.word_diff import marked
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "Is there a moon in this image?"
 EVIL = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} <b>"
 

@@ -18,6 +18,8 @@ from vlmdpo.engine import generate
 from vlmdpo.engine.decode import OpenedImage
 from vlmdpo.tiny import evaluation
 
+pytestmark = pytest.mark.slow
+
 PICTURES = 4
 
 
@@ -142,8 +144,8 @@ def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(
     report, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "b")
     assert report["engine"] == "plain"
     assert (
-        "is answered 'Perhaps' by the shared engine and 'Yes' by the plain one; continuing with the "
-        "plain engine" in said
+        "is answered 'Perhaps' by the shared engine and 'Yes' by the plain one; continuing with "
+        "the plain engine" in said
     )
     assert report["scores"] == plain["scores"]
 
@@ -360,7 +362,10 @@ def test_two_processes_write_the_file_of_one(small, adapter, tmp_path, vlmdpo):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> | [x](http://evil.example) `"
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=x onerror=alert(1)> | "
+    "[x](http://evil.example) `"
+)
 
 
 class Page(HTMLParser):

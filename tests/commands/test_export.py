@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from vlmdpo.commands import prepare, train
 from vlmdpo.config import PrepareConfig, TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -13,6 +13,8 @@ from datasets import Image, List, load_from_disk
 from tests.support.pictures import encoded, noise
 from vlmdpo.data import store
 
+pytestmark = pytest.mark.slow
+
 
 def _rows(folder, rows):
     """A JSONL of RLAIF-V's columns beside one picture."""

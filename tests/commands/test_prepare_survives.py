@@ -23,6 +23,8 @@ from tests.support.killing import contents
 from tests.support.pictures import noise
 from vlmdpo.data import store
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(package.__file__).parent.parent
 _PATIENCE_S = 300  # machines can be slow
 
@@ -181,7 +183,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdp
     assert done.returncode == 3, done.stderr
     said = unfolded(done.stderr).strip().splitlines()[-1]
     assert re.search(
-        r"error: cannot write .*File too large \(.* free\); .* the same command continues from there",
+        r"error: cannot write .*File too large \(.* free\); .* the same command continues from",
         said,
     )
     assert not Path("out").exists()

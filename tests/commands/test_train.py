@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory):

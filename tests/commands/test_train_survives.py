@@ -19,6 +19,8 @@ from vlmdpo import ui
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.training.monitor import TrainingMonitor
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(package.__file__).parent.parent
 _PATIENCE_S = 600  # machines can be slow
 _FEW = [
@@ -259,7 +261,9 @@ def test_a_learning_rate_that_breaks_the_weights_is_an_error(data, vlmdpo):
     )
     assert code == 4, err
     assert "is not finite, for every row of its batch" in err.splitlines()[-1]
-    assert "lower --learning-rate and continue from checkpoint-1 with --resume" in err.splitlines()[-1]
+    assert (
+        "lower --learning-rate and continue from checkpoint-1 with --resume" in err.splitlines()[-1]
+    )
 
 
 def test_a_dead_data_worker_is_an_error_and_no_hang(data, vlmdpo, monkeypatch):

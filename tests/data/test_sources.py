@@ -194,7 +194,7 @@ def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):
     with pytest.raises(DataError, match=r"expected files of one kind .* found \.csv, \.parquet"):
         hub.open_source(str(tmp_path), "train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"holds no \.parquet"):
+    with pytest.raises(DataError, match=r"has no \.parquet"):
         hub.open_source(str(tmp_path / "empty"), "train")
 
 

@@ -24,6 +24,8 @@ from vlmdpo.config import InferConfig, TrainConfig
 from vlmdpo.distributed import launch
 from vlmdpo.errors import ConfigError, MissingDependencyError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(package.__file__).parent.parent
 _ONE_CURVE = [
     "--logging-steps",

@@ -11,6 +11,8 @@ from tests.support.engines import assert_same, pairs, step, trainer
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.tiny import random_models
 
+pytestmark = pytest.mark.slow
+
 LANGUAGE = r".*(language_model|text_model).*(q_proj|v_proj|out_proj|down_proj)"
 
 

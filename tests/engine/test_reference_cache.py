@@ -13,6 +13,8 @@ from vlmdpo.engine.reference_cache import ReferenceCache, key_of
 from vlmdpo.models.digest import weights_digest
 from vlmdpo.tiny import random_models
 
+pytestmark = pytest.mark.slow
+
 
 def filled(folder, key="k", rows=3):
     cache = ReferenceCache(folder, key, rows)

@@ -21,6 +21,8 @@ from vlmdpo.memory.terms import Shards, allocated_components
 from vlmdpo.models import registry
 from vlmdpo.training.simulate import Workload, estimate_peak, simulate, synthetic_rows
 
+pytestmark = pytest.mark.slow
+
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "memory.py"
 PUBLIC = [entry for entry in registry.ENTRIES.values() if entry.alias != "tiny"]
 

@@ -4,11 +4,14 @@ see.
 
 import random
 
+import pytest
 import torch
 
 from vlmdpo.engine.generate import render_prompt
 from vlmdpo.tiny import build
 from vlmdpo.tiny import scenes as sc
+
+pytestmark = pytest.mark.slow
 
 
 def test_packed_questions_give_the_logits_they_would_have_alone():

@@ -13,6 +13,8 @@ from tests.support.engines import pairs, step, trainer
 from vlmdpo.commands import prepare
 from vlmdpo.config import PrepareConfig
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "train",
     "--dataset",

@@ -11,6 +11,8 @@ from vlmdpo.errors import MemoryBudgetError
 from vlmdpo.training import monitor
 from vlmdpo.training.trainer import PairTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **settings):
     rows = pairs(16, seed=3)

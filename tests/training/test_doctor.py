@@ -11,6 +11,8 @@ from tests.support.engines import pairs, trainer
 from vlmdpo.engine.pair_layout import PairLayout
 from vlmdpo.training import doctor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sound(tmp_path):

@@ -12,6 +12,8 @@ from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.training.mdpo import corrupt_image
 
+pytestmark = pytest.mark.slow
+
 BETA, COUNT = 0.5, 3
 
 

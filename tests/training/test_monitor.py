@@ -21,6 +21,8 @@ from vlmdpo.report.diagnosis import diagnose
 from vlmdpo.training import memory_forecast, results
 from vlmdpo.training.monitor import TrainingMonitor
 
+pytestmark = pytest.mark.slow
+
 _ONE_BY_ONE = (
     "--logging-steps",
     "1",
