@@ -12,7 +12,7 @@ check: $(INSTALLED)  ## lint, and the tests that take a moment: under 90 seconds
 	$(MAKE) --no-print-directory -j 2 lint quick-tests
 
 quick-tests: $(INSTALLED)
-	$(BIN)/python -m pytest -n 1 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test: $(INSTALLED)  ## the test suite, on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal

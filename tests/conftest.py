@@ -38,11 +38,11 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(items):
-    """Of the tests that run for every family, only those of two families are quick."""
+    """Of the tests that run for every family, only those of Idefics2 are quick."""
     for item in items:
         parameters = getattr(item, "callspec", None)
         family = parameters.params.get("family") if parameters else None
-        if isinstance(family, str) and family not in ("idefics2", "llava"):
+        if isinstance(family, str) and family != "idefics2":
             item.add_marker(pytest.mark.slow)
 
 
