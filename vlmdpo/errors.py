@@ -82,9 +82,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def install_command(*packages: str, extra: str = "") -> str:
     """The pip command that installs packages, and those of one of vlmdpo's own extras.
 
-    vlmdpo is on no package index, so an extra is given as its requirements in the installed metadata:
-    `pip install 'gradio>=6.0'`. Without metadata, vlmdpo runs from a source tree, and the command
-    installs that tree with the extra.
+    vlmdpo is on no package index, so an extra is given as its requirements in the installed
+    metadata: `pip install 'gradio>=6.0'`. Without metadata, vlmdpo runs from a source tree, and the
+    command installs that tree with the extra.
     """
     from importlib.metadata import PackageNotFoundError, requires
 
