@@ -6,7 +6,7 @@ import transformers as tf
 
 from tests.support import matrix
 from tests.support.matrix import DOCS, FAMILIES, Family, examine, row
-from vlmdpo.models.families import images_only
+from vlmdpo.models.families import without_video_processor
 from vlmdpo.tiny import random_models
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def _llava_onevision(text, vision, image_size):
         image_grid_pinpoints=config.image_grid_pinpoints,
     )
     told = {"num_image_tokens": (image_size // 8) ** 2, "vision_feature_select_strategy": "full"}
-    processor = images_only(tf.LlavaOnevisionProcessor)
+    processor = without_video_processor(tf.LlavaOnevisionProcessor)
     return config, processor(
         images, tok, chat_template=random_models.TEMPLATE.replace("IMAGE", "<image>"), **told
     )

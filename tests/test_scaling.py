@@ -46,7 +46,7 @@ def test_sizes_are_those_of_the_models(scaling):
     from vlmdpo.models import registry
 
     small, large = scaling.MODELS
-    known = registry.known("idefics2-8b")
+    known = registry.find("idefics2-8b")
     assert small.parameters == known.parameters
     assert small.adapter == known.lora_per_rank * 16
     assert large.parameters == pytest.approx(73.4e9, rel=0.01)

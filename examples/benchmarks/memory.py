@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText
 from vlmdpo.config import TrainConfig
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.architecture import Architecture
-from vlmdpo.models.families import own_chat_template
+from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.make_trainer import make_trainer
@@ -112,7 +112,7 @@ def architecture(case: Case) -> Architecture:
     )
     more = {"projection_dim": TEXT["hidden_size"]} if case.family == "paligemma" else {}
     config, processor = random_models.FAMILIES[case.family]({**TEXT, **kinds}, {}, 64, **more)
-    processor.chat_template = processor.chat_template or own_chat_template(processor)
+    processor.chat_template = processor.chat_template or fallback_chat_template(processor)
     return Architecture(config, processor)
 
 

@@ -164,10 +164,12 @@ def ours(source: Path, out: Path, side: int) -> dict[str, Any]:
     from vlmdpo.commands import prepare
     from vlmdpo.config import PrepareConfig
     from vlmdpo.data import work
-    from vlmdpo.engine.lengths import counter_of
+    from vlmdpo.engine.lengths import load_token_counter
 
-    work.start_forkserver(2, ["vlmdpo.engine.lengths"])  # as the command does, before its own imports
-    counter_of("tiny", None, False)  # libraries imported, processor loaded
+    work.start_forkserver(
+        2, ["vlmdpo.engine.lengths"]
+    )  # as the command does, before its own imports
+    load_token_counter("tiny", None, False)  # libraries imported, processor loaded
     started = time.perf_counter()
     settings: dict[str, Any] = {
         "dataset": str(source),

@@ -263,7 +263,7 @@ def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
 
     def run() -> float:
         if forget:
-            trainer.reference_cache._values.fill_(math.nan)
+            trainer.reference_cache._values_R2.fill_(math.nan)
         for parameter in trainer.model.parameters():
             parameter.grad = None
         loss = trainer.compute_loss(trainer.model, dict(batch))

@@ -73,7 +73,7 @@ def test_registry_counts_of_the_embedded_model_are_those_of_its_weights(tiny_mod
     from peft import LoraConfig, get_peft_model
 
     model, _ = tiny_model_parts
-    entry = registry.entry("tiny")
+    entry = registry.get("tiny")
     assert sum(p.numel() for p in model.parameters()) == entry.parameters
     import copy
 

@@ -491,7 +491,7 @@ def test_an_adapter_of_another_model_is_refused(small, adapter, tmp_path, vlmdpo
 
 
 def test_ask_knows_whether_an_adapter_touches_the_picture(adapter, tiny_model_parts):
-    from vlmdpo.models.load import load_model, with_adapter
+    from vlmdpo.models.load import load_adapter, load_model
 
     assert not runner.adapts_vision(tiny_model_parts[0])
-    assert not runner.adapts_vision(with_adapter(load_model("tiny", device="cpu"), adapter))
+    assert not runner.adapts_vision(load_adapter(load_model("tiny", device="cpu"), adapter))

@@ -305,7 +305,7 @@ def test_lengths_are_kept_shown_and_used(tmp_path, vlmdpo, monkeypatch):
     from vlmdpo.models.load import load_processor
 
     counted = lengths.row_lengths(load_processor("tiny"), dataset)
-    monkeypatch.setattr(lengths, "Counter", lambda processor: pytest.fail("counted again"))
+    monkeypatch.setattr(lengths, "TokenCounter", lambda processor: pytest.fail("counted again"))
     assert (
         lengths.row_lengths(load_processor("tiny"), dataset, store.read_manifest(tmp_path / "out"))
         == counted
@@ -321,9 +321,9 @@ def test_a_template_that_refuses_a_row_is_named(tmp_path, vlmdpo):
         + processor.chat_template
     )
     processor.save_pretrained("model")
-    from vlmdpo.models.load import source_of
+    from vlmdpo.models.load import pretrained_source
 
-    shutil.copy(f"{source_of('tiny')}/config.json", "model")
+    shutil.copy(f"{pretrained_source('tiny')}/config.json", "model")
     turns = [{"from": who, "value": "Hm?"} for who in ("human", "gpt", "human")]
     answers = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
     rows = [{"conversations": turns, **answers}, {"conversations": turns[:1], **answers}]

@@ -11,7 +11,7 @@ from PIL import Image
 from vlmdpo.benchmarks.amber.runner import adapts_vision
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer
-from vlmdpo.models.families import own_chat_template
+from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
 
 QUESTIONS = [
@@ -35,7 +35,7 @@ def picture(seed, size=(40, 28)):
 
 def made(family, lora=None):
     model, processor = random_models.make(family, seed=3)
-    processor.chat_template = processor.chat_template or own_chat_template(processor)
+    processor.chat_template = processor.chat_template or fallback_chat_template(processor)
     if family.startswith(
         "paligemma"
     ):  # tied to random embeddings, its head would say the last token again and again

@@ -34,7 +34,7 @@ def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
     made.feature_cache = cache
     made.use_engine(engine)
     first = step(made)
-    assert cache.known() == sum(images[i % len(images)] > 0 for i in range(3))
+    assert cache.num_rows() == sum(images[i % len(images)] > 0 for i in range(3))
     made.use_engine(engine)
     made.shared_forwards[0]._get_image_features = None  # the tower cannot be asked any more
     again = step(made, rows=[2, 0, 1])

@@ -167,13 +167,13 @@ def planted(name):
     """A layout with one mistake."""
 
     class Leaking(PairLayout):
-        def seen_by_rejected(self, span, device):
-            seen = super().seen_by_rejected(span, device)
+        def visible_to_rejected(self, span, device):
+            seen = super().visible_to_rejected(span, device)
             return seen | (torch.arange(span.length, device=device) == span.prefix + 1)
 
     class Shifted(PairLayout):
-        def from_rows(self, rows):
-            found = super().from_rows(rows).clone()
+        def rows_to_slots(self, rows):
+            found = super().rows_to_slots(rows).clone()
             for span in self.spans:
                 found[..., span.start + span.prefix + span.chosen : span.start + span.length] += 2
             return found

@@ -14,7 +14,7 @@ from vlmdpo.data.pairs import BadRow, PreferencePair, message
 from vlmdpo.engine import lengths
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.models import families as known
-from vlmdpo.models.families import own_chat_template
+from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
 
 SIZES = [(40, 30), (31, 64), (64, 64), (90, 20), (20, 70), (33, 33), (57, 41), (80, 25)]
@@ -22,7 +22,7 @@ SIZES = [(40, 30), (31, 64), (64, 64), (90, 20), (20, 70), (33, 33), (57, 41), (
 
 def _processor(family):
     processor = random_models.make(family)[1]
-    processor.chat_template = processor.chat_template or own_chat_template(processor)
+    processor.chat_template = processor.chat_template or fallback_chat_template(processor)
     return processor
 
 
@@ -48,7 +48,7 @@ def _made(processor, pair):
 
 @pytest.mark.parametrize("family", list(random_models.FAMILIES))
 def test_counts_are_what_the_collator_makes(family):
-    counter = lengths.Counter(_processor(family))
+    counter = lengths.TokenCounter(_processor(family))
     for sizes in [(size,) for size in SIZES]:
         pair, pictures = _pair(*sizes)
         counted = counter.count(pair, pictures)
@@ -69,7 +69,7 @@ def test_places_of_pictures_are_told_apart(family):
     """Neighbours share a mark in Idefics2, and a word behind a picture gets a space: the same
     sizes, other counts.
     """
-    counter = lengths.Counter(_processor(family))
+    counter = lengths.TokenCounter(_processor(family))
     place = message("user", "", 1)["content"][0]
     texts = [{"type": "text", "text": text} for text in ("One?", " two?", "\n")]
     orders = [
@@ -87,7 +87,7 @@ def test_places_of_pictures_are_told_apart(family):
 
 def test_a_processor_that_tells_wrong_sizes_is_not_believed(monkeypatch):
     monkeypatch.setattr(lengths, "image_tokens", lambda processor, sizes: 7)
-    counter = lengths.Counter(_processor("qwen2_vl"))
+    counter = lengths.TokenCounter(_processor("qwen2_vl"))
     for size in SIZES:
         pair, pictures = _pair(size)
         assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0]
@@ -95,7 +95,7 @@ def test_a_processor_that_tells_wrong_sizes_is_not_believed(monkeypatch):
 
 
 def test_a_row_without_pictures_and_one_that_the_processor_refuses():
-    counter = lengths.Counter(_processor("qwen2_vl"))
+    counter = lengths.TokenCounter(_processor("qwen2_vl"))
     pair, _ = _pair()
     assert counter.count(pair, []).images == 0
     pair, pictures = _pair((1000, 2))  # Qwen takes no side 200 times the other

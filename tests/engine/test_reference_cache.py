@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.engines import pairs, step, trainer
-from vlmdpo.engine.reference_cache import ReferenceCache, key_of
+from vlmdpo.engine.reference_cache import ReferenceCache, cache_key
 from vlmdpo.models.digest import weights_digest
 from vlmdpo.tiny import random_models
 
@@ -26,7 +26,7 @@ def filled(folder, key="k", rows=3):
 def test_what_was_saved_is_found_again(tmp_path):
     filled(tmp_path)
     again = ReferenceCache(tmp_path, "k", 3)
-    assert again.known == 3
+    assert again.num_known == 3
     chosen, rejected = again.get(torch.tensor([2, 0]))
     assert chosen.tolist() == [-1, -5]
     assert rejected.tolist() == [-2, -9]
@@ -38,7 +38,7 @@ def test_a_part_is_kept_and_the_rest_is_missing(tmp_path):
     cache.put(torch.tensor([1]), torch.tensor([-1.0]), torch.tensor([-2.0]))
     cache.save(others=[(3, -3.0, -4.0)])
     again = ReferenceCache(tmp_path, "k", 4)
-    assert again.known == 2
+    assert again.num_known == 2
     assert again.get(torch.tensor([1, 2])) is None
     assert again.get(torch.tensor([3]))[1].tolist() == [-4.0]
     assert not list(tmp_path.rglob("*.partial"))
@@ -62,10 +62,10 @@ def test_a_damaged_or_foreign_file_is_reported_and_not_used(damage, tmp_path, ca
     else:
         rows = 5
     again = ReferenceCache(tmp_path, "other" if damage == "renamed" else "k", rows)
-    assert again.known == 0
+    assert again.num_known == 0
     assert "is not used and will be made anew" in " ".join(capfd.readouterr().err.split())
     filled(tmp_path, again.key, rows)
-    assert ReferenceCache(tmp_path, again.key, rows).known == rows
+    assert ReferenceCache(tmp_path, again.key, rows).num_known == rows
 
 
 def test_numbers_that_are_none_are_refused(tmp_path):
@@ -81,7 +81,7 @@ def test_the_key_follows_every_weight():
     with torch.no_grad():
         next(iter(model.parameters())).view(-1)[0] += 1
     assert weights_digest(model) != before
-    assert key_of({"weights": before}) != key_of({"weights": weights_digest(model)})
+    assert cache_key({"weights": before}) != cache_key({"weights": weights_digest(model)})
 
 
 @pytest.mark.parametrize("engine", ["shared", "rows", "stock"])

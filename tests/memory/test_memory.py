@@ -46,12 +46,12 @@ def test_adapter_parameters_are_counted_as_peft_creates_them():
     assert (
         trained
         == arch.count_adapter_parameters(arch.build_on_meta(config), 16, "all")
-        == 16 * registry.entry("smolvlm-256m").lora_per_rank
+        == 16 * registry.get("smolvlm-256m").lora_per_rank
     )
 
 
 def test_the_embedded_model_is_counted_from_its_files():
-    entry = registry.entry("tiny")
+    entry = registry.get("tiny")
     assert arch.count_parameters(arch.build_on_meta(arch.load_architecture("tiny").config)) == dict(
         entry.by_part
     )
@@ -316,11 +316,11 @@ def test_mistakes(arguments, code, says, vlmdpo):
 def test_a_folder_with_a_configuration_is_enough_to_count(tmp_path, vlmdpo):
     import shutil
 
-    from vlmdpo.models.load import source_of
+    from vlmdpo.models.load import pretrained_source
 
-    shutil.copy(Path(source_of("tiny")) / "config.json", tmp_path)
+    shutil.copy(Path(pretrained_source("tiny")) / "config.json", tmp_path)
     model = arch.build_on_meta(arch.load_config(str(tmp_path)))
-    assert sum(arch.count_parameters(model).values()) == registry.entry("tiny").parameters
+    assert sum(arch.count_parameters(model).values()) == registry.get("tiny").parameters
     code, _, err = vlmdpo("estimate-memory", "--model", tmp_path)
     assert code == 4, "a step needs the processor too"
     assert "error: --model" in err

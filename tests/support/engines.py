@@ -12,7 +12,7 @@ from trl import DPOConfig
 
 from vlmdpo.data.pairs import message
 from vlmdpo.data.store import pair_features
-from vlmdpo.models.families import own_chat_template
+from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
 from vlmdpo.training.trainer import PairTrainer
 
@@ -62,7 +62,7 @@ def trainer(
     reference differ.
     """
     model, processor = random_models.make(family, **(build or {}))
-    processor.chat_template = processor.chat_template or own_chat_template(processor)
+    processor.chat_template = processor.chat_template or fallback_chat_template(processor)
     if bf16:
         model.to(torch.bfloat16)
     settings = {

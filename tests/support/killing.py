@@ -76,7 +76,7 @@ def main(command, kind, seed, rounds, *arguments):
         (matplotlib.pyplot, lengths, preview, doctor, reference_cache, trainer)
     )  # the forked ones need not
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    lengths.counter_of("tiny", None, False)
+    lengths.load_token_counter("tiny", None, False)
     sources.UNIT_ROWS = UNIT_ROWS
     gc.freeze()  # the forked ones need not look through the libraries again and again
     look = contents if command == "prepare" else trained

@@ -90,16 +90,19 @@ def test_kinds_of_lora(options, has, data, vlmdpo):
 
 
 def test_frozen_parts_stay_as_they_were_and_others_move(data, vlmdpo):
-    from vlmdpo.models.families import parts
+    from vlmdpo.models.families import parameters_by_part
     from vlmdpo.models.load import load_model
 
-    before = {name: (part, p.clone()) for part, name, p in parts(load_model("tiny", device="cpu"))}
+    before = {
+        name: (part, p.clone())
+        for part, name, p in parameters_by_part(load_model("tiny", device="cpu"))
+    }
     code, _, err = vlmdpo(
         *SHORT, "--no-lora", "--freeze", "vision,connector", "--learning-rate", "1e-3"
     )
     assert code == 0, err
     moved = {part: 0 for part, _ in before.values()}
-    for part, name, parameter in parts(load_model("./out", device="cpu")):
+    for part, name, parameter in parameters_by_part(load_model("./out", device="cpu")):
         moved[part] += int(not parameter.equal(before[name][1]))
     assert moved["vision"] == moved["connector"] == 0
     assert moved["language"] > 0
@@ -116,9 +119,9 @@ def test_rates_suit_the_way_of_training(data, vlmdpo):
     assert TrainConfig().peak_learning_rate == 5e-5
     assert TrainConfig(lora=False).peak_learning_rate == 5e-7
     assert TrainConfig(lora=False, learning_rate=1e-6).peak_learning_rate == 1e-6
-    from vlmdpo.models.load import source_of
+    from vlmdpo.models.load import pretrained_source
 
-    here = ["--model", source_of("tiny")]
+    here = ["--model", pretrained_source("tiny")]
     code, _, err = vlmdpo(*SHORT, *here, "--learning-rate", "2e-2")
     assert code == 0
     assert "--learning-rate 0.02: LoRA usually takes 1e-06 to 0.0005; the default is 5e-05" in err

@@ -138,7 +138,9 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
 
 def test_a_wrong_shared_forward_is_detected_and_not_used(few, tmp_path, vlmdpo, monkeypatch):
     monkeypatch.setattr(
-        PairLayout, "seen_by_rejected", lambda self, span, device: torch.tensor(True, device=device)
+        PairLayout,
+        "visible_to_rejected",
+        lambda self, span, device: torch.tensor(True, device=device),
     )
     more = ["--max-steps", "1", "--output-dir", tmp_path / "out", "--json"]
     code, out, err = vlmdpo("train", "--dataset", few, *more)

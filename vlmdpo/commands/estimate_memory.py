@@ -126,7 +126,7 @@ def _with_longest_row_of(config: EstimateMemoryConfig, dataset: Path) -> Estimat
 
 def _count_parameters(config: EstimateMemoryConfig) -> _ParameterCounts:
     """Counts from the registry if it has all that is asked for, else from the architecture."""
-    known = registry.known(config.model)
+    known = registry.find(config.model)
     simple = config.lora_scope == "all" and config.quantization == "none"
     if known is not None and (simple or config.fast):
         if config.lora_scope != "all":
@@ -138,7 +138,7 @@ def _count_parameters(config: EstimateMemoryConfig) -> _ParameterCounts:
             known.alias, known.hub_id, known.parameters, dict(known.by_part), adapter, nf4
         )
     if config.fast:
-        registry.entry(config.model)  # raises ModelError with the known models
+        registry.get(config.model)  # raises ModelError with the known models
     from vlmdpo.memory import architecture as arch
 
     origin: dict[str, Any] = {

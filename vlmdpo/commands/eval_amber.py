@@ -258,7 +258,7 @@ def _load(config: EvalAmberConfig, whole: Benchmark) -> tuple[Any, Any, dict[str
         "weights": digest.weights_digest(model)[:16],
     }
     if config.adapter is not None:
-        model = load.with_adapter(model, config.adapter)
+        model = load.load_adapter(model, config.adapter)
     return model, processor, identity
 
 

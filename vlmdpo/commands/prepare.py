@@ -49,11 +49,11 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     schema = _schema(config, source)
     num_proc = config.num_proc or _default_processes(first, last)
     work.start_forkserver(num_proc, ["vlmdpo.engine.lengths"])
-    from vlmdpo.engine.lengths import counter_of
+    from vlmdpo.engine.lengths import load_token_counter
     from vlmdpo.models.digest import processor_digest
     from vlmdpo.models.families import default_image_side
 
-    counter = counter_of(config.model, config.revision, config.trust_remote_code)
+    counter = load_token_counter(config.model, config.revision, config.trust_remote_code)
     side = config.max_image_side or default_image_side(counter.processor)
     facts = _key_facts(config, source, schema, first, last, side) | {
         "processor": processor_digest(counter.processor)
@@ -161,7 +161,7 @@ def _prepare(
     config: PrepareConfig,
 ) -> dict[str, Any]:
     """Process all rows into `folder`, which appears when it is complete. Returns the manifest."""
-    from vlmdpo.engine.lengths import counter_of
+    from vlmdpo.engine.lengths import load_token_counter
 
     key = store.key_of(facts)
     work_folder = folder.with_name(f".{folder.name}.partial")
@@ -175,7 +175,7 @@ def _prepare(
         on_bad=config.on_bad,
         folder=work_folder / "units",
         make_counter=functools.partial(
-            counter_of, config.model, config.revision, config.trust_remote_code
+            load_token_counter, config.model, config.revision, config.trust_remote_code
         ),
     )
     total = None if rows[1] is None else rows[1] - rows[0]

@@ -230,10 +230,10 @@ def _prepared(config: TrainConfig) -> Path:
 
 
 def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
-    from vlmdpo.models.families import size_of
+    from vlmdpo.models.families import parameter_numel
 
-    trainable = sum(size_of(p) for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(map(size_of, trainer.model.parameters()))
+    trainable = sum(parameter_numel(p) for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(map(parameter_numel, trainer.model.parameters()))
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     engine = {

@@ -84,13 +84,13 @@ def _parse_gpus(gpu: str | None) -> tuple[int, str | None]:
     return (int(counted[1]), counted[2]) if counted else (1, gpu)
 
 
-def _registry_entry(model: str) -> registry.Entry | None:
+def _registry_entry(model: str) -> registry.ModelEntry | None:
     """The model's entry, or None for a folder or another Hub model. Raises ModelError if it can be
     neither.
     """
-    known = registry.known(model)
+    known = registry.find(model)
     if known is None and "/" not in model and not Path(model).exists():
-        registry.entry(model)  # raises, naming the nearest alias
+        registry.get(model)  # raises, naming the nearest alias
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise ModelError(f"--model: folder '{model}' does not exist")
     return known
@@ -166,7 +166,7 @@ def _estimate_options(config: TrainConfig, gpus: int, gpu: str | None) -> dict[s
 
 def _memory_by_formula(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any] | None:
     """The peak of one GPU by formula; None for a model or setting without one."""
-    known = registry.known(config.model)
+    known = registry.find(config.model)
     if known is None or known.alias not in fast.known_architectures():
         return None
     try:

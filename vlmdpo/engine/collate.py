@@ -2,85 +2,119 @@
 
 This module knows nothing of models: it makes ids, masks and pixels, as TRL's own collator would,
 without the copies.
+
+Shapes: B pairs, T slots of the packed row (see `pair_layout`), S length of the longest stock row, C
+tokens of the longest answer, L tokens of one text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
+from PIL import Image
 from torch import Tensor
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from vlmdpo.errors import DataError
-from vlmdpo.models.families import TYPE_KEYS, answer_token_type
+from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
+from vlmdpo.models.protocols import Processor
+
+Example = dict[str, Any]  # a row of a prepared dataset
+SIDES = ("chosen", "rejected")
+
+
+class PairBatch(TypedDict):
+    """What `PairCollator` makes of B pairs. Pixels and token types come on top, under the names that
+    the processor gives them.
+
+    For TRL: `input_ids` and `completion_mask`, chosen rows first; stock's `attention_mask`, by
+    which TRL counts tokens. Packed (share=True):
+
+        input_ids, completion_mask (2B, 1 + C): column 0 is the last prompt token
+        attention_mask (2B, S): as stock's
+        pairs: B times [prompt, chosen, rejected], in tokens
+        pair_ids (1, T): token ids of the packed row
+
+    In rows (share=False): `input_ids`, `completion_mask` and `attention_mask` are (2B, S), and
+    `image_copies` says that each image, given once, stands in two rows.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    pairs: NotRequired[list[list[int]]]
+    pair_ids: NotRequired[Tensor]
+    image_copies: NotRequired[int]
+    row: NotRequired[Tensor]  # (B,) row numbers
+    order: NotRequired[Tensor]  # which answer each row of the loss is, where not one each; see mDPO
 
 
 @dataclass
 class PairCollator:
-    """Examples {images, prompt, chosen, rejected[, row]} → one packed batch of B pairs.
-
-    The batch holds, for TRL: `input_ids` and `completion_mask` (2B, 1 + C), chosen rows first,
-    whose column 0 is the last prompt token, and stock's `attention_mask` (2B, S), which TRL counts
-    tokens by. For the packed forward: `pairs`, B times [prompt, chosen, rejected] tokens,
-    `pair_ids` (1, T), token types (1, T) where the processor makes them, and the pixels of each
-    image once. `row` (B,) passes through.
+    """Examples {images, prompt, chosen, rejected[, row]} → one batch of B pairs; see `PairBatch`.
 
     Args:
         processor: the model's processor.
         max_length: answers are cut so that prompt and answer stay within; image tokens never are.
-        share: False gives both answers rows of their own (2B, S), still with each image once: for
-            models that cannot read two answers in one row.
+        share: False gives both answers rows of their own, for models that cannot read two answers
+            in one row; each image is still given once.
     """
 
-    processor: Any
+    processor: Processor
     max_length: int | None = None
     share: bool = True
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """A `PairBatch`, with the processor's pixels and token types. Raises DataError for a prompt
+        that leaves no room for an answer, and for an answer without tokens.
+        """
         texts = [self.render(example) for example in examples]
-        prompts = self.prompts(
+        inputs = self.process_prompts(
             [text["prompt"] for text in texts], [images_of(example) for example in examples]
         )
-        mask = prompts.pop("attention_mask").bool()
-        ids = prompts.pop("input_ids")
-        prompts.pop("labels", None)  # PaliGemma's processor makes some; TRL has its own
-        prompt_ids = [row[keep] for row, keep in zip(ids, mask, strict=True)]
-        room = [
-            self._room(len(row), example) for row, example in zip(prompt_ids, examples, strict=True)
+        mask = inputs.pop("attention_mask").bool()
+        prompts = _unpad(inputs.pop("input_ids"), mask)
+        inputs.pop("labels", None)  # PaliGemma's processor makes some; TRL has its own
+        limits = [
+            self._answer_limit(len(prompt), example)
+            for prompt, example in zip(prompts, examples, strict=True)
         ]
-        answers = {
-            side: [self._answer(text[side], limit) for text, limit in zip(texts, room, strict=True)]
-            for side in ("chosen", "rejected")
-        }
-        types = {name: prompts.pop(name) for name in TYPE_KEYS if name in prompts}
-        types = {
-            name: [row[keep] for row, keep in zip(kind, mask, strict=True)]
-            for name, kind in types.items()
-        }
-        made = self._packed if self.share else self._rows
-        batch = made(prompt_ids, answers["chosen"], answers["rejected"], types)
+        chosen, rejected = self._answers(texts, limits)
+        types = {name: _unpad(inputs.pop(name), mask) for name in TOKEN_TYPE_KEYS if name in inputs}
+        make_batch, place_types = (
+            (self._packed_batch, _pack) if self.share else (self._rows_batch, _pad_rows)
+        )
+        batch = make_batch(prompts, chosen, rejected)
         if "row" in examples[0]:
             batch["row"] = torch.tensor([example["row"] for example in examples])
-        return {**batch, **prompts}
+        placed_types = {}
+        for name, prompt_types in types.items():
+            answer_type = answer_token_type(self.processor, name)
+            answer_types = [
+                [torch.full_like(answer, answer_type) for answer in side]
+                for side in (chosen, rejected)
+            ]
+            placed_types[name] = place_types(prompt_types, *answer_types)
+        return {**batch, **placed_types, **inputs}
 
-    def render(self, example: dict[str, Any]) -> dict[str, str]:
-        """The texts of one example, through the chat template, split into prompt and answers as TRL
+    def render(self, example: Example) -> dict[str, str]:
+        """The texts of one example through the chat template, split into prompt and answers as TRL
         does.
         """
         if isinstance(example["prompt"], str):
-            return {name: example[name] for name in ("prompt", "chosen", "rejected")}
+            return {name: example[name] for name in ("prompt", *SIDES)}
         messages = {
             "prompt": prepare_multimodal_messages(example["prompt"], images=images_of(example)),
-            "chosen": prepare_multimodal_messages(example["chosen"]),
-            "rejected": prepare_multimodal_messages(example["rejected"]),
+            **{side: prepare_multimodal_messages(example[side]) for side in SIDES},
         }
         rendered: dict[str, str] = apply_chat_template(messages, self.processor)
         return rendered
 
-    def prompts(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
+    def process_prompts(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
+        """The processor's outputs for rendered prompts, padded on the left."""
         return dict(
             self.processor(
                 images=images if any(images) else None,
@@ -88,23 +122,34 @@ class PairCollator:
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
-                add_special_tokens=False,  # the chat template has put them in
+                add_special_tokens=False,  # the chat template has added them
             )
         )
 
-    def _room(self, prompt_tokens: int, example: dict[str, Any]) -> int | None:
+    def _answer_limit(self, prompt_tokens: int, example: Example) -> int | None:
+        """Tokens that an answer may have behind this prompt. Raises DataError where none."""
         if self.max_length is None:
             return None
         if prompt_tokens >= self.max_length:
             where = f"row {example['row']}" if "row" in example else "a row"
             raise DataError(
                 f"--max-length {self.max_length}: {where} has a prompt of {prompt_tokens} tokens, "
-                "images included, "
-                "which leaves no room for an answer; give a larger limit or none"
+                "images included, which leaves no room for an answer; give a larger limit or none"
             )
         return self.max_length - prompt_tokens
 
-    def _answer(self, text: str, limit: int | None) -> Tensor:
+    def _answers(
+        self, texts: list[dict[str, str]], limits: list[int | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Token ids (L,) of all chosen and of all rejected answers, cut to their limits."""
+        chosen, rejected = (
+            [self._answer_ids(text[side], limit) for text, limit in zip(texts, limits, strict=True)]
+            for side in SIDES
+        )
+        return chosen, rejected
+
+    def _answer_ids(self, text: str, limit: int | None) -> Tensor:
+        """(L,) the answer's token ids, cut to `limit`."""
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")[
             "input_ids"
         ][0]
@@ -112,94 +157,82 @@ class PairCollator:
             raise DataError("an answer has no tokens; run vlmdpo prepare, which drops such rows")
         return ids[:limit].long()
 
-    def _stock_mask(self, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
-        lengths = torch.tensor(
-            [len(p) + len(a) for p, a in zip([*prompts, *prompts], answers, strict=True)]
-        )
-        return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-
-    def _packed(
+    def _packed_batch(
         self,
         prompts: list[Tensor],
         chosen: list[Tensor],
         rejected: list[Tensor],
-        types: dict[str, list[Tensor]],
-    ) -> dict[str, Any]:
+    ) -> PairBatch:
+        """A batch to run as one packed row. All arguments are lists of B tensors (L,)."""
         answers = [*chosen, *rejected]
         last = [prompt[-1:] for prompt in prompts]
-        pad = self._pad
-        batch: dict[str, Any] = {
-            "input_ids": pad([torch.cat(two) for two in zip([*last, *last], answers, strict=True)]),
-            "attention_mask": self._stock_mask(prompts, answers),
-            "completion_mask": torch.nn.utils.rnn.pad_sequence(
-                [
-                    torch.cat([torch.zeros(1, dtype=torch.long), torch.ones_like(answer)])
-                    for answer in answers
-                ],
-                batch_first=True,
-            ),
-            "pairs": [
-                list(map(len, three)) for three in zip(prompts, chosen, rejected, strict=True)
-            ],
+        return {
+            "input_ids": self._pad(_join([*last, *last], answers)),
+            "attention_mask": _stock_attention_mask(prompts, answers),
+            "completion_mask": _completion_mask([*last, *last], answers),
+            "pairs": [list(map(len, pair)) for pair in zip(prompts, chosen, rejected, strict=True)],
             "pair_ids": _pack(prompts, chosen, rejected),
         }
-        for name, kinds in types.items():
-            kind = answer_token_type(self.processor, name)
-            batch[name] = _pack(
-                kinds,
-                [torch.full_like(a, kind) for a in chosen],
-                [torch.full_like(a, kind) for a in rejected],
-            )
-        return batch
 
-    def _rows(
+    def _rows_batch(
         self,
         prompts: list[Tensor],
         chosen: list[Tensor],
         rejected: list[Tensor],
-        types: dict[str, list[Tensor]],
-    ) -> dict[str, Any]:
+    ) -> PairBatch:
+        """A batch of one row per answer. All arguments are lists of B tensors (L,)."""
         answers = [*chosen, *rejected]
         twice = [*prompts, *prompts]
-        batch: dict[str, Any] = {
-            "input_ids": self._pad([torch.cat(two) for two in zip(twice, answers, strict=True)]),
-            "attention_mask": self._stock_mask(prompts, answers),
-            "completion_mask": torch.nn.utils.rnn.pad_sequence(
-                [
-                    torch.cat([torch.zeros_like(p), torch.ones_like(a)])
-                    for p, a in zip(twice, answers, strict=True)
-                ],
-                batch_first=True,
-            ),
+        return {
+            "input_ids": self._pad(_join(twice, answers)),
+            "attention_mask": _stock_attention_mask(prompts, answers),
+            "completion_mask": _completion_mask(twice, answers),
             "image_copies": 2,
         }
-        for name, kinds in types.items():
-            kind = answer_token_type(self.processor, name)
-            rows = [
-                torch.cat([p, torch.full_like(a, kind)])
-                for p, a in zip([*kinds, *kinds], answers, strict=True)
-            ]
-            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return batch
 
     def _pad(self, rows: list[Tensor]) -> Tensor:
+        """(L,) each → (rows, longest L), padded on the right."""
         tokenizer = self.processor.tokenizer
-        pad = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        padding = tokenizer.pad_token_id
+        if padding is None:
+            padding = tokenizer.eos_token_id
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
-def row_ids(inputs: dict[str, Any]) -> list[Tensor]:
-    """The token ids of each pair of a batch of `PairCollator`, images' tokens once."""
-    if "pairs" in inputs:
-        return list(inputs["pair_ids"][0].split([sum(lengths) + 1 for lengths in inputs["pairs"]]))
-    return list(inputs["input_ids"][: len(inputs["input_ids"]) // 2])
+def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
+    """The token ids of each pair of a batch of `PairCollator`, its images' tokens once."""
+    if "pairs" in batch:
+        # A pair's slots are its tokens and the prompt's last token once more.
+        return list(batch["pair_ids"][0].split([sum(lengths) + 1 for lengths in batch["pairs"]]))
+    return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
 
 
-def images_of(example: dict[str, Any]) -> list[Any]:
-    """The pictures of an example, none of them where it has none."""
+def images_of(example: Example) -> list[Image.Image]:
+    """The images of an example; empty where it has none."""
     return list(example.get("images") or [])
+
+
+def _unpad(padded: Tensor, mask: Tensor) -> list[Tensor]:
+    """(B, longest L) → B times (L,): each row's values where `mask` is true."""
+    return [row[keep] for row, keep in zip(padded, mask, strict=True)]
+
+
+def _join(prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat(parts) for parts in zip(prompts, answers, strict=True)]
+
+
+def _completion_mask(prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
+    """(rows, longest L): 1 where a token is an answer's, 0 for prompt and padding."""
+    masks = _join([torch.zeros_like(p) for p in prompts], [torch.ones_like(a) for a in answers])
+    return torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+
+
+def _stock_attention_mask(prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
+    """(2B, S): 1 where a stock row has a token. `answers`: 2B, chosen first."""
+    lengths = torch.tensor(
+        [len(p) + len(a) for p, a in zip([*prompts, *prompts], answers, strict=True)]
+    )
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 def _pack(
@@ -211,3 +244,11 @@ def _pack(
         for prompt, first, second in zip(prompts, chosen, rejected, strict=True)
     ]
     return torch.cat(parts)[None]
+
+
+def _pad_rows(
+    prompts: Sequence[Tensor], chosen: Sequence[Tensor], rejected: Sequence[Tensor]
+) -> Tensor:
+    """(2B, S): prompt and answer, chosen rows first, zeros behind."""
+    rows = _join([*prompts, *prompts], [*chosen, *rejected])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

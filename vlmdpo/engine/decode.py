@@ -76,7 +76,7 @@ class PromptTreeDecoder:
         self, model: VisionLanguageModel, processor: Processor, *, keep_features: bool
     ) -> None:
         self.model, self.processor, self.keep_features = model, processor, keep_features
-        self.base = families.base_of(model)
+        self.base = families.unwrap_peft(model)
         self.backbone: Backbone = self.base.base_model
         self.reason_not_shared = _reason_not_shared(model, self.backbone)
         if not self.reason_not_shared:
@@ -97,7 +97,7 @@ class PromptTreeDecoder:
         opened = OpenedImage(self, image)
         get_image_features = self.backbone.get_image_features
         # `generate` and the backbone call it themselves, so it is replaced on this instance.
-        self.backbone.get_image_features = families.stand_in(
+        self.backbone.get_image_features = families.keep_signature(
             get_image_features, partial(opened.image_features, get_image_features)
         )
         try:
@@ -166,11 +166,13 @@ class OpenedImage:
         )
         inputs.pop("labels", None)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        positions = families.positions(decoder.backbone, ids, mask, inputs)
-        types = {name: inputs[name].to(device) for name in families.TYPE_KEYS if name in inputs}
+        positions = families.stock_position_ids(decoder.backbone, ids, mask, inputs)
+        types = {
+            name: inputs[name].to(device) for name in families.TOKEN_TYPE_KEYS if name in inputs
+        }
         self._prompts[question] = Prompt(ids[0].tolist(), positions.to(device), types)
         if not self._pixel_inputs:
-            of_text = ("input_ids", "attention_mask", *families.TYPE_KEYS)
+            of_text = ("input_ids", "attention_mask", *families.TOKEN_TYPE_KEYS)
             pixels = {name: value for name, value in inputs.items() if name not in of_text}
             self._pixel_inputs = dict(BatchFeature(pixels).to(device, decoder.model.dtype))
         return self._prompts[question]
@@ -335,7 +337,7 @@ def _reason_not_shared(model: VisionLanguageModel, backbone: Backbone) -> str:
         return str(problem)
     if families.has_bidirectional_prompt(backbone):
         return "its prompts are read in both directions"
-    config = families.base_of(model).generation_config
+    config = families.unwrap_peft(model).generation_config
     for name, neutral_values in _NEUTRAL_SETTINGS.items():
         if getattr(config, name, None) not in neutral_values:
             return f"its generation config sets {name}"

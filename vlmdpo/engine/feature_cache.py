@@ -1,9 +1,11 @@
-"""Image features on disk, for vision towers that do not train: the tower then runs once per
-picture, ever.
+"""Image features on disk, for vision towers that do not train: the tower then runs once per image,
+ever.
 
-It pays where the tower's work is large beside its tokens (Idefics2) and pictures are seen again:
-more epochs, more runs. One safetensors file a row, below the prepared data. This module knows
-nothing of models.
+It pays where the tower's work is large beside its tokens (Idefics2) and images are seen again: more
+epochs, more runs. One safetensors file per row, below the prepared data. This module knows nothing
+of models.
+
+Shapes: N images, I tokens of an image, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from transformers.utils import ModelOutput
 from vlmdpo import ui
 
 FOLDER = "image-features"
-_PER_FOLDER = 1000
-_POOLED, _DEEP = "pooler_output", "deepstack_features"
+_ROWS_PER_FOLDER = 1000
+_POOLED, _DEEPSTACK = "pooler_output", "deepstack_features"  # transformers' names
 
 
 def tower_digest(parameters: Sequence[Tensor]) -> str:
@@ -39,40 +41,48 @@ def tower_digest(parameters: Sequence[Tensor]) -> str:
 
 
 class FeatureCache:
-    """The image features of rows, by row number. A file that cannot be read is reported, not used,
-    and made anew.
+    """The image features of rows, by row number.
+
+    A file that cannot be read is reported, not used, and written anew.
+
+    Args:
+        folder: the prepared dataset's folder; files lie in a folder below it.
+        key: see `reference_cache.cache_key`. What is on disk under another key is never read.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.path = folder / FOLDER / key
 
-    def known(self) -> int:
-        """How many rows have their features."""
+    def num_rows(self) -> int:
+        """How many rows have their features on disk."""
         return sum(1 for _ in self.path.rglob("*.safetensors"))
 
-    def get(self, rows: Sequence[int], device: torch.device) -> Any | None:
-        """What `get_image_features` gave for the pictures of these rows, one after the other; None
-        if any is missing.
+    def get(self, rows: Sequence[int], device: torch.device) -> ModelOutput | None:
+        """What `get_image_features` returned for the images of these rows, one after the other;
+        None if any is missing.
         """
-        found = []
+        parts = []
         for row in rows:
             file = self._file(row)
             try:
-                found.append(load_file(file, device=str(device)))
+                parts.append(load_file(file, device=str(device)))
             except FileNotFoundError:
                 return None
             except (SafetensorError, OSError) as problem:
-                ui.warn(
-                    f"'{file}' is not used and will be made anew: {str(problem).splitlines()[0]}"
-                )
+                reason = str(problem).splitlines()[0]
+                ui.warn(f"'{file}' is not used and will be made anew: {reason}")
                 return None
-        return _join(found)
+        return _join_features(parts)
 
-    def put(self, rows: Sequence[int], tokens: Sequence[int], features: Any) -> None:
-        """Keep the features of a batch. `tokens`: each row's image tokens. A full disk costs the
-        reuse, not the run.
+    def put(self, rows: Sequence[int], tokens: Sequence[int], features: ModelOutput) -> None:
+        """Keep the features of a batch. A full disk costs the reuse, not the run.
+
+        Args:
+            rows: row numbers.
+            tokens: image tokens of each row.
+            features: what `get_image_features` returned for all of them.
         """
-        for row, part in zip(rows, split(features, tokens), strict=True):
+        for row, part in zip(rows, split_features(features, tokens), strict=True):
             file = self._file(row)
             partial = file.with_suffix(f".{os.getpid()}.partial")
             try:
@@ -88,51 +98,54 @@ class FeatureCache:
                 return
 
     def _file(self, row: int) -> Path:
-        return self.path / f"{row // _PER_FOLDER:05d}" / f"{row}.safetensors"
+        return self.path / f"{row // _ROWS_PER_FOLDER:05d}" / f"{row}.safetensors"
 
 
-def split(features: Any, tokens: Sequence[int]) -> list[dict[str, Tensor]]:
+def split_features(features: ModelOutput, tokens: Sequence[int]) -> list[dict[str, Tensor]]:
     """Cut a batch's features into rows, as named tensors.
 
     Args:
-        features: with `pooler_output`, (pictures, tokens, H) or a sequence of one (tokens, H) per
-            picture, and perhaps `deepstack_features`, the same for each of some layers.
+        features: with `pooler_output`, (N, I, H) or a sequence of one (I, H) per image, and perhaps
+            `deepstack_features`, the same for each of some layers.
         tokens: image tokens of each row, in order.
+
+    Returns:
+        For each row its tensors by name. "#" in a name: one of a sequence.
     """
     rows: list[dict[str, Tensor]] = [{} for _ in tokens]
     parts = {_POOLED: features.pooler_output}
-    parts |= {
-        f"{_DEEP}.{n:03d}": layer for n, layer in enumerate(getattr(features, _DEEP, None) or [])
-    }
-    for name, pictures in parts.items():
-        at = 0
-        for row, wanted in zip(rows, tokens, strict=True):
-            first, taken = at, 0
-            while taken < wanted:
-                taken += pictures[at].shape[-2]
-                at += 1
-            if isinstance(pictures, Tensor):
-                row[name] = pictures[first:at].contiguous().clone()
+    layers = getattr(features, _DEEPSTACK, None) or []
+    parts |= {f"{_DEEPSTACK}.{number:03d}": layer for number, layer in enumerate(layers)}
+    for name, images in parts.items():
+        next_image = 0
+        for row, row_tokens in zip(rows, tokens, strict=True):
+            first, taken = next_image, 0
+            while taken < row_tokens:
+                taken += images[next_image].shape[-2]
+                next_image += 1
+            of_row = images[first:next_image]
+            if isinstance(images, Tensor):
+                row[name] = of_row.contiguous().clone()
             else:
-                row |= {
-                    f"{name}#{n:05d}": p.contiguous().clone()
-                    for n, p in enumerate(pictures[first:at])
-                }
+                row |= {f"{name}#{n:05d}": i.contiguous().clone() for n, i in enumerate(of_row)}
     return rows
 
 
-def _join(rows: list[dict[str, Tensor]]) -> Any:
-    """What `split` cut, as one output again; "#" tells sequences from tensors."""
-    whole: dict[str, Any] = {}
+def _join_features(rows: list[dict[str, Tensor]]) -> ModelOutput:
+    """What `split_features` cut, as one output again."""
+    parts_by_name: dict[str, list[Tensor]] = {}
+    sequences: set[str] = set()
     for row in rows:
-        for name, part in sorted(row.items()):
-            whole.setdefault(name.split("#")[0], []).append((part, "#" in name))
+        for full_name, tensor in sorted(row.items()):
+            name, mark, _ = full_name.partition("#")
+            parts_by_name.setdefault(name, []).append(tensor)
+            if mark:
+                sequences.add(name)
     joined = ModelOutput()
-    for name, found in sorted(whole.items()):
-        parts = [part for part, _ in found]
-        value: Any = tuple(parts) if found[0][1] else torch.cat(parts)
+    for name, parts in sorted(parts_by_name.items()):
+        value: Any = tuple(parts) if name in sequences else torch.cat(parts)
         if name == _POOLED:
             joined[_POOLED] = value
         else:
-            joined[_DEEP] = [*(joined.get(_DEEP) or []), value]
+            joined[_DEEPSTACK] = [*(joined.get(_DEEPSTACK) or []), value]
     return joined

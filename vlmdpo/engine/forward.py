@@ -39,7 +39,7 @@ _forward_pass: contextvars.ContextVar[ForwardPass | None] = contextvars.ContextV
 def check_pairs_shareable(model: VisionLanguageModel) -> None:
     """Raise CannotShare where this model cannot read, and train on, two answers in one row."""
     packed_attention.check_shareable(model)
-    config = families.base_of(model).config.get_text_config()
+    config = families.unwrap_peft(model).config.get_text_config()
     if getattr(config, "output_router_logits", None) is not None and getattr(
         config, "router_aux_loss_coef", None
     ):
@@ -69,7 +69,7 @@ class SharedForward:
     ) -> None:
         self.model, self.share, self.features = model, share, features
         self.gradient_in_every_batch = gradient_in_every_batch
-        self.backbone = families.base_of(model).base_model
+        self.backbone = families.unwrap_peft(model).base_model
         self._backbone_forward: Callable[..., ModelOutput] = self.backbone.forward
         self._get_image_features: Callable[..., ModelOutput] = self.backbone.get_image_features
         self._tower_forwards = {
@@ -83,13 +83,13 @@ class SharedForward:
 
     def _wrap(self) -> None:
         # The classes are transformers' and stay unmodified: only this instance's methods change.
-        self.backbone.forward = families.stand_in(self._backbone_forward, self._forward)
+        self.backbone.forward = families.keep_signature(self._backbone_forward, self._forward)
         # Called by the backbone's own forward; so is each tower.
-        self.backbone.get_image_features = families.stand_in(
+        self.backbone.get_image_features = families.keep_signature(
             self._get_image_features, self._image_features
         )
         for tower, run in self._tower_forwards.items():
-            tower.forward = families.stand_in(run, partial(self._tower_forward, tower, run))
+            tower.forward = families.keep_signature(run, partial(self._tower_forward, tower, run))
         self._decoder_hook = self.backbone.get_decoder().register_forward_pre_hook(
             self._add_zero_gradient_term, with_kwargs=True
         )
@@ -170,7 +170,7 @@ class SharedForward:
             if pairs is not None:
                 return self._packed_forward(pairs, batch_context, **kwargs)
             if image_copies > 1:
-                kwargs["position_ids"] = families.positions(
+                kwargs["position_ids"] = families.stock_position_ids(
                     self.backbone,
                     kwargs["input_ids"],
                     kwargs["attention_mask"],
@@ -203,12 +203,12 @@ class SharedForward:
         layout_class = batch_context.layout_class if batch_context is not None else None
         layout = (layout_class or PairLayout)(pairs, pair_ids.device)
         types_BS = {
-            name: layout.to_rows(kwargs.pop(name))
-            for name in families.TYPE_KEYS
+            name: layout.slots_to_rows(kwargs.pop(name))
+            for name in families.TOKEN_TYPE_KEYS
             if kwargs.get(name) is not None
         }
-        positions_BS = families.positions(
-            self.backbone, layout.to_rows(pair_ids), layout.row_mask, {**kwargs, **types_BS}
+        positions_BS = families.stock_position_ids(
+            self.backbone, layout.slots_to_rows(pair_ids), layout.row_mask, {**kwargs, **types_BS}
         )
         if "token_type_ids" in types_BS:
             # The model builds its mask function of them, which is evaluated at indices of stock
@@ -218,10 +218,10 @@ class SharedForward:
             output = self._backbone_forward(
                 input_ids=pair_ids,
                 attention_mask=torch.ones_like(pair_ids),
-                position_ids=layout.from_rows(positions_BS),
+                position_ids=layout.rows_to_slots(positions_BS),
                 **kwargs,
             )
-        slots = layout.hidden_slot if order is None else layout.hidden_slot[order]
+        slots = layout.branch_slots if order is None else layout.branch_slots[order]
         hidden_TH = output.last_hidden_state[0]
         output.last_hidden_state = hidden_TH[slots]  # (2B or R, 1 + C, H)
         return output

@@ -38,7 +38,7 @@ class RowLength(TokenCounts):
     row: int
 
 
-class Counter:
+class TokenCounter:
     """Counts a row's tokens as the collator would make them.
 
     A picture's tokens depend on its size, and a little on what stands beside its place. Where the
@@ -111,7 +111,7 @@ class Counter:
             told = image_tokens(self.processor, sizes) if self._trusted else None
             offset, confirmed = self._offsets.get(shape, (0, 0))
             if told is None or confirmed < _CONFIRMED:
-                whole = self.collator.prompts(
+                whole = self.collator.process_prompts(
                     [text], [[picture.convert("RGB") for picture in pictures]]
                 )
                 seen = int(whole["attention_mask"].sum()) - tokens
@@ -196,9 +196,11 @@ class Counter:
         )
 
 
-def counter_of(model: str, revision: str | None, trust_remote_code: bool) -> Counter:
+def load_token_counter(model: str, revision: str | None, trust_remote_code: bool) -> TokenCounter:
     """The counter of a model by its name, for processes that cannot be handed a processor."""
-    return Counter(load_processor(model, revision=revision, trust_remote_code=trust_remote_code))
+    return TokenCounter(
+        load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
+    )
 
 
 def row_lengths(
@@ -217,7 +219,7 @@ def row_lengths(
     ):
         columns = [dataset[name][:] for name in COUNTS]
         return [RowLength(*counts) for counts in zip(*columns, range(len(dataset)), strict=True)]
-    counter = Counter(processor)
+    counter = TokenCounter(processor)
     found = []
     with ui.progress("count tokens", len(dataset)) as bar:
         for row, example in enumerate(as_stored(dataset)):
@@ -226,7 +228,7 @@ def row_lengths(
     return found
 
 
-def sift(
+def apply_max_length(
     lengths: list[RowLength], limit: int, over_length: str
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """Which rows stay, and what is done with the ones over the limit.

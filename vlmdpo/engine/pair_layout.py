@@ -1,14 +1,18 @@
 """Packed preference pairs, and attention over them: image, prompt and chosen answer, then the
-rejected one against the prompt.
+rejected answer against the prompt.
 
 One batch is one row of slots, without padding. Each pair lies in it as
 
     [ prompt but its last token | last, chosen ... | last, rejected ... ]
+      prefix                      chosen branch      rejected branch
 
 and every slot knows which index it would have in the row that stock TRL makes of prompt and answer.
 That map is all: positions are gathered by it, and the model's own mask function is evaluated at it,
 so sliding windows and bidirectional images keep their meaning. This module knows nothing of images,
 losses or trainers.
+
+Shapes: B pairs, T slots of the packed row, S length of the longest stock row, C tokens of the
+longest answer, q and kv slots that ask and are asked, D head size.
 """
 
 from __future__ import annotations
@@ -19,15 +23,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmdpo.engine.packed_attention import additive_mask
+
+AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one pair lies, in slots: `prefix` (prompt but its last token), then the two branches
-    (last token, answer).
+    """Where one pair lies: its first slot, and the slots of its three parts.
+
+    Attributes:
+        start: first slot.
+        prefix: slots of the prompt but its last token.
+        chosen, rejected: slots of each branch, the prompt's last token and the answer.
     """
 
     start: int
@@ -37,7 +47,7 @@ class Span:
 
     @property
     def chosen_row(self) -> int:
-        """Slots of prompt and chosen answer, which lie together as a row of their own would."""
+        """Slots of prompt and chosen answer, which lie together as in a row of their own."""
         return self.prefix + self.chosen
 
     @property
@@ -46,18 +56,18 @@ class Span:
 
 
 class PairLayout:
-    """The index maps of one packed batch of B pairs with T slots; S is the longest row stock would
-    have.
+    """The index maps of one packed batch. A `packed_attention.Layout`.
 
     Args:
         lengths: for each pair the tokens of prompt, chosen and rejected answer.
         device: where the maps are needed.
 
     Attributes:
-        slot_pair, slot_index: (T,) the pair of a slot, and its index in the stock row of prompt and
-        answer. row_slot, row_mask: (B, S) the slot of each index, following the longer answer, and
-        whether there is one.
-        hidden_slot: (2B, 1 + C) the slot of each branch token, chosen rows first, as TRL's loss
+        slot_pair, slot_index: (T,) the pair of each slot, and its index in the stock row of prompt
+            and answer.
+        row_slots, row_mask: (B, S) the slot of each index of a stock row, along the longer answer,
+            and 1 where there is one.
+        branch_slots: (2B, 1 + C) the slot of each branch token, chosen rows first, as TRL's loss
             wants them.
     """
 
@@ -69,49 +79,53 @@ class PairLayout:
             start += self.spans[-1].length
         pairs, indices, chosen_slots, rejected_slots, rows = [], [], [], [], []
         for number, span in enumerate(self.spans):
-            first, second = span.start + span.prefix, span.start + span.prefix + span.chosen
-            chosen_slots.append(torch.arange(first, second))
-            rejected_slots.append(torch.arange(second, second + span.rejected))
+            chosen_start = span.start + span.prefix
+            rejected_start = chosen_start + span.chosen
+            chosen_slots.append(torch.arange(chosen_start, rejected_start))
+            rejected_slots.append(torch.arange(rejected_start, rejected_start + span.rejected))
             longer = max(chosen_slots[-1], rejected_slots[-1], key=len)
-            rows.append(torch.cat([torch.arange(span.start, first), longer]))
-            branch = [
-                torch.arange(span.prefix, span.prefix + n) for n in (span.chosen, span.rejected)
+            rows.append(torch.cat([torch.arange(span.start, chosen_start), longer]))
+            branches = [
+                torch.arange(span.prefix, span.prefix + length)
+                for length in (span.chosen, span.rejected)
             ]
-            indices.append(torch.cat([torch.arange(span.prefix), *branch]))
+            indices.append(torch.cat([torch.arange(span.prefix), *branches]))
             pairs.append(torch.full((span.length,), number))
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         self.slot_pair = torch.cat(pairs).to(device)
         self.slot_index = torch.cat(indices).to(device)
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        self.hidden_slot = pad(chosen_slots + rejected_slots).to(device)
-        self.row_slot = pad(rows).to(device)
+        self.branch_slots = pad(chosen_slots + rejected_slots).to(device)
+        self.row_slots = pad(rows).to(device)
         self.row_mask = pad([torch.ones_like(row) for row in rows]).to(device)
 
-    def to_rows(self, packed: Tensor) -> Tensor:
-        """(1, T) values of the slots → (B, S) as stock rows would hold them, zero where a row has
-        ended.
-        """
-        return packed[0][self.row_slot] * self.row_mask
+    def slots_to_rows(self, values_1T: Tensor) -> Tensor:
+        """(1, T) values of the slots → (B, S) as stock rows hold them, zero behind a row's end."""
+        return values_1T[0][self.row_slots] * self.row_mask
 
-    def from_rows(self, rows: Tensor) -> Tensor:
+    def rows_to_slots(self, values_BS: Tensor) -> Tensor:
         """(..., B, S) values of stock rows → (..., 1, T) values of the slots."""
-        return rows[..., self.slot_pair, self.slot_index].unsqueeze(-2)
+        return values_BS[..., self.slot_pair, self.slot_index].unsqueeze(-2)
 
-    def seen_by_rejected(self, span: Span, device: torch.device) -> Tensor:
-        """(pair slots,) bool: a rejected answer sees the prefix and itself. A chosen one ends
-        before it begins.
+    def visible_to_rejected(self, span: Span, device: torch.device) -> Tensor:
+        """(span.length,) bool: the slots that a rejected answer may see, the prefix and itself.
+
+        A chosen answer ends before the rejected one begins, so causality is enough for it.
         """
         slots = torch.arange(span.length, device=device)
         return (slots < span.prefix) | (slots >= span.chosen_row)
 
-    def mask(self, allowed: Callable[..., Tensor], device: torch.device) -> PairMask:
-        """What attention is given of the model's own mask function: see `models.packing.Layout`."""
-        return PairMask(self, allowed, device)
+    def mask(self, mask_function: Callable[..., Tensor], device: torch.device) -> PairMask:
+        """The model's own mask function at this layout; see `packed_attention.Layout`."""
+        return PairMask(self, mask_function, device)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The masks of one pair, bool (q, kv): prompt and chosen answer (None: plainly causal),
-    rejected answer over all.
+    """The masks of one pair, bool (q, kv).
+
+    Attributes:
+        chosen_row: prompt and chosen answer among themselves; None where plainly causal.
+        rejected: the rejected answer over the whole pair.
     """
 
     chosen_row: Tensor | None
@@ -119,11 +133,10 @@ class _Block:
 
 
 class PairMask(Tensor):
-    """What stands in for the (1, 1, T, T) mask while pairs are packed: the blocks of it that are
-    looked at.
+    """In place of the (1, 1, T, T) mask: only those blocks of it that attention looks at.
 
-    A tensor in name only, without storage: models hand a ready 4-D mask through to their attention
-    untouched.
+    A tensor in name only, without storage, because models pass a ready 4-D mask through to their
+    attention untouched, and refuse anything that is not a tensor.
     """
 
     @staticmethod
@@ -131,14 +144,14 @@ class PairMask(Tensor):
         cls, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device
     ) -> PairMask:
         slots = len(layout.slot_pair)
-        made: PairMask = Tensor._make_wrapper_subclass(
+        mask: PairMask = Tensor._make_wrapper_subclass(
             cls, (1, 1, slots, slots), dtype=torch.bool, device=device
         )
-        return made
+        return mask
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} needs the numbers of a mask, and a PairMask holds none")
+        raise TypeError(f"{func} needs the values of a mask, and a PairMask has none")
 
     def __init__(
         self, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device
@@ -151,57 +164,67 @@ class PairMask(Tensor):
 
     @staticmethod
     def _block(
-        layout: PairLayout, number: int, allowed: Callable[..., Tensor], device: torch.device
+        layout: PairLayout,
+        number: int,
+        mask_function: Callable[..., Tensor],
+        device: torch.device,
     ) -> _Block:
         span = layout.spans[number]
         index = layout.slot_index[span.start : span.start + span.length]
-        at = partial(allowed, torch.tensor(number, device=device), torch.tensor(0, device=device))
+        batch, head = torch.tensor(number, device=device), torch.tensor(0, device=device)
+        allowed = partial(mask_function, batch, head)
         row, other = index[: span.chosen_row], index[span.chosen_row :]
-        chosen_row = at(row[:, None], row[None, :]).expand(len(row), len(row))
-        plain = bool((chosen_row == (row[None, :] <= row[:, None])).all())
-        rejected = at(other[:, None], index[None, :]) & layout.seen_by_rejected(span, device)
-        return _Block(None if plain else chosen_row, rejected)
+        chosen_row = allowed(row[:, None], row[None, :]).expand(len(row), len(row))
+        is_causal = bool((chosen_row == (row[None, :] <= row[:, None])).all())
+        visible = layout.visible_to_rejected(span, device)
+        rejected = allowed(other[:, None], index[None, :]) & visible
+        return _Block(None if is_causal else chosen_row, rejected)
 
     def attend(
         self,
-        plain: Callable[..., Any],
+        attention: AttentionFunction,
         additive: bool,
-        module: Any,
+        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """(1, heads, T, d) in, (1, T, heads, d) out, one pair after the other. `additive`: masks
-        are added to scores.
+        """Attention, one pair after the other.
+
+        Args:
+            attention: transformers' attention function, for one block.
+            additive: whether it adds masks to scores, as eager attention does.
+            query, key, value: (1, heads, T, D).
+
+        Returns:
+            (1, T, heads, D), and no weights.
         """
-        kwargs.pop("is_causal", None)
+        kwargs.pop("is_causal", None)  # the blocks' masks say it
         # One split each, not many slices: its gradient is one concatenation.
         queries = query.split(
             [n for span in self.spans for n in (span.chosen_row, span.rejected)], dim=2
         )
-        keys, values = (
-            whole.split([span.length for span in self.spans], dim=2) for whole in (key, value)
-        )
+        lengths = [span.length for span in self.spans]
+        keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
         outputs = []
         for number, (span, block) in enumerate(zip(self.spans, self.blocks, strict=True)):
             k, v = keys[number], values[number]
-            seen, allowed = span.chosen_row, block.chosen_row
-            if additive and allowed is None:
-                allowed = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
-            part = _as_mask(allowed, k.dtype if additive else None)
-            outputs.append(
-                plain(module, queries[2 * number], k[:, :, :seen], v[:, :, :seen], part, **kwargs)[
-                    0
-                ]
-            )
-            part = _as_mask(block.rejected, k.dtype if additive else None)
-            outputs.append(plain(module, queries[2 * number + 1], k, v, part, **kwargs)[0])
+            dtype = k.dtype if additive else None
+            seen, chosen_row = span.chosen_row, block.chosen_row
+            if additive and chosen_row is None:
+                chosen_row = torch.ones(seen, seen, dtype=torch.bool, device=k.device).tril()
+            for q, k_seen, v_seen, allowed in (
+                (queries[2 * number], k[:, :, :seen], v[:, :, :seen], chosen_row),
+                (queries[2 * number + 1], k, v, block.rejected),
+            ):
+                mask = _attention_mask(allowed, dtype)
+                outputs.append(attention(module, q, k_seen, v_seen, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1), None
 
 
-def _as_mask(allowed: Tensor | None, additive: torch.dtype | None) -> Tensor | None:
-    """(1, 1, q, kv): bool, or with `additive` as eager attention wants it."""
+def _attention_mask(allowed: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """(q, kv) bool → (1, 1, q, kv): bool, or additive in `dtype`, as eager attention wants it."""
     if allowed is None:
         return None
-    return (allowed if additive is None else additive_mask(allowed, additive))[None, None]
+    return (allowed if dtype is None else additive_mask(allowed, dtype))[None, None]

@@ -1,8 +1,10 @@
 """Reference log-probs on disk: computed once per row, kept beside the prepared data, never used
 where anything differs.
 
-One Arrow file per key: row, chosen and rejected log-prob sums. This module knows nothing of
+One Arrow file per key: row, chosen and rejected log-prob sums in nats. This module knows nothing of
 trainers.
+
+Shapes: B rows of a batch, R rows of the dataset.
 """
 
 from __future__ import annotations
@@ -24,81 +26,83 @@ FOLDER = "reference-logprobs"
 _COLUMNS = ("row", "ref_chosen_logps", "ref_rejected_logps")
 
 
-def key_of(facts: dict[str, Any]) -> str:
-    """The name of one set of reference log-probs: a hash of all that changes them."""
+def cache_key(facts: dict[str, Any]) -> str:
+    """The name of one set of cached values: a hash of all that changes them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class ReferenceCache:
-    """Chosen and rejected reference log-probs of `rows` rows, filled as they are computed.
+    """Chosen and rejected reference log-probs of a dataset's rows, filled as they are computed.
+
+    A file that is damaged, or does not belong here, is reported, not used, and written anew.
 
     Args:
         folder: the prepared dataset's folder; files lie in a folder below it.
-        key: see `key_of`. What is on disk under another key is never read.
+        key: see `cache_key`. What is on disk under another key is never read.
         rows: how many rows the dataset has.
-
-    A file that is damaged or says anything else than it should is reported, not used, and written
-    anew.
     """
 
     def __init__(self, folder: Path, key: str, rows: int) -> None:
         self.path = folder / FOLDER / f"{key}.arrow"
         self.key = key
-        self._values = torch.full((rows, 2), math.nan, dtype=torch.float32)
-        self._fresh: set[int] = set()
+        self._values_R2 = torch.full((rows, 2), math.nan, dtype=torch.float32)
+        self._unsaved_rows: set[int] = set()
         self._load()
 
     @property
-    def known(self) -> int:
+    def num_known(self) -> int:
         """How many rows have their log-probs."""
-        return int((~self._values.isnan()).all(dim=1).sum())
+        return int((~self._values_R2.isnan()).all(dim=1).sum())
 
     def holds(self, rows: Iterable[int]) -> bool:
         """Whether the log-probs of all these rows are known."""
-        return not bool(self._values[list(rows)].isnan().any())
+        return not bool(self._values_R2[list(rows)].isnan().any())
 
     def get(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """(chosen, rejected) log-probs of these rows, each (B,) float32 on the CPU; None where any
         is missing.
         """
-        found = self._values[rows.cpu()]
-        return None if found.isnan().any() else (found[:, 0], found[:, 1])
+        values_B2 = self._values_R2[rows.cpu()]
+        return None if values_B2.isnan().any() else (values_B2[:, 0], values_B2[:, 1])
 
     def put(self, rows: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Keep the log-probs (B,) of these rows. Raises FloatingPointError where one is no number."""
-        values = torch.stack([chosen, rejected], dim=1).detach().float().cpu()
-        if not values.isfinite().all():
-            raise FloatingPointError("a reference log-prob is no finite number")
-        self._values[rows.cpu()] = values
-        self._fresh.update(rows.tolist())
+        """Keep the log-probs (B,) of these rows. Raises FloatingPointError where one is not finite."""
+        values_B2 = torch.stack([chosen, rejected], dim=1).detach().float().cpu()
+        if not values_B2.isfinite().all():
+            raise FloatingPointError("a reference log-prob is not finite")
+        self._values_R2[rows.cpu()] = values_B2
+        self._unsaved_rows.update(rows.tolist())
 
-    def fresh(self) -> list[tuple[int, float, float]]:
+    def unsaved(self) -> list[tuple[int, float, float]]:
         """What was put since the last save, as (row, chosen, rejected)."""
-        return [(row, *self._values[row].tolist()) for row in sorted(self._fresh)]
+        return [(row, *self._values_R2[row].tolist()) for row in sorted(self._unsaved_rows)]
 
     def save(self, others: Iterable[tuple[int, float, float]] = (), *, write: bool = True) -> None:
-        """Write everything known, under a temporary name first; `others` is what other processes
-        found.
+        """Write everything known, under a temporary name first.
 
         Every process calls this and one writes. A folder that cannot be written costs the reuse,
         not the run.
+
+        Args:
+            others: (row, chosen, rejected) that other processes computed.
+            write: whether this process writes.
         """
-        fresh = bool(self._fresh)
+        changed = bool(self._unsaved_rows)
         for row, chosen, rejected in others:
-            fresh = True
-            self._values[row] = torch.tensor([chosen, rejected])
-        self._fresh.clear()
-        if not (write and fresh):
+            changed = True
+            self._values_R2[row] = torch.tensor([chosen, rejected])
+        self._unsaved_rows.clear()
+        if not (write and changed):
             return
-        part = self.path.with_suffix(".partial")
+        partial = self.path.with_suffix(".partial")
         try:
             self.path.parent.mkdir(exist_ok=True)
             with (
-                pa.OSFile(str(part), "wb") as file,
+                pa.OSFile(str(partial), "wb") as file,
                 pa.ipc.new_file(file, self._table().schema) as writer,
             ):
                 writer.write_table(self._table())
-            part.replace(self.path)
+            partial.replace(self.path)
         except OSError as problem:
             ui.warn(
                 f"reference log-probs are not kept: cannot write '{self.path}': "
@@ -106,11 +110,11 @@ class ReferenceCache:
             )
 
     def _table(self) -> pa.Table:
-        rows = (~self._values.isnan()).all(dim=1).nonzero().flatten()
-        columns = [rows.numpy(), self._values[rows, 0].numpy(), self._values[rows, 1].numpy()]
+        rows = (~self._values_R2.isnan()).all(dim=1).nonzero().flatten()
+        columns = [rows.numpy(), self._values_R2[rows, 0].numpy(), self._values_R2[rows, 1].numpy()]
         table = pa.table(dict(zip(_COLUMNS, columns, strict=True)))
         return table.replace_schema_metadata(
-            {"key": self.key, "rows": str(len(self._values)), "digest": _digest(table)}
+            {"key": self.key, "rows": str(len(self._values_R2)), "digest": _digest(table)}
         )
 
     def _load(self) -> None:
@@ -119,22 +123,24 @@ class ReferenceCache:
         try:
             with pa.OSFile(str(self.path), "rb") as file:
                 table = pa.ipc.open_file(file).read_all()
-            told = {
+            metadata = {
                 name.decode(): value.decode()
                 for name, value in (table.schema.metadata or {}).items()
             }
-            if told.get("key") != self.key or told.get("rows") != str(len(self._values)):
+            if (metadata.get("key"), metadata.get("rows")) != (
+                self.key,
+                str(len(self._values_R2)),
+            ):
                 raise ValueError("it belongs to other data or another reference")
-            if told.get("digest") != _digest(table):
+            if metadata.get("digest") != _digest(table):
                 raise ValueError("its content does not match its digest")
             rows = torch.from_numpy(table["row"].to_numpy().copy())
-            values = [torch.from_numpy(table[name].to_numpy().copy()) for name in _COLUMNS[1:]]
+            columns = [torch.from_numpy(table[name].to_numpy().copy()) for name in _COLUMNS[1:]]
         except (pa.ArrowException, OSError, ValueError, KeyError) as problem:
-            ui.warn(
-                f"'{self.path}' is not used and will be made anew: {str(problem).splitlines()[0]}"
-            )
+            reason = str(problem).splitlines()[0]
+            ui.warn(f"'{self.path}' is not used and will be made anew: {reason}")
             return
-        self._values[rows] = torch.stack(values, dim=1)
+        self._values_R2[rows] = torch.stack(columns, dim=1)
 
 
 def _digest(table: pa.Table) -> str:

@@ -21,9 +21,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vlmdpo.engine.generate import model_inputs
-from vlmdpo.models.families import TYPE_KEYS, answer_token_type
+from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
 
-WHO = ("base", "tuned")
+ROLES = ("base", "tuned")
 _BOTH = ["__base__", "default"]  # PEFT's names, of the rows of a mixed batch
 
 
@@ -36,7 +36,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Judged:
+class AnswerScore:
     """An answer under both models: log-probs summed over its `tokens`, and `reward`, beta times
     tuned minus base.
     """
@@ -175,14 +175,14 @@ class SideBySide:
     @torch.inference_mode()
     def judge(
         self, picture: Image.Image, question: str, answers: tuple[Answer, Answer]
-    ) -> tuple[Judged, Judged]:
+    ) -> tuple[AnswerScore, AnswerScore]:
         """What both models think of each answer, its end token included where it has one."""
         with self._one_at_a_time:
             tuned = [self._logp(picture, question, answer.ids) for answer in answers]
             with self.model.disable_adapter():
                 base = [self._logp(picture, question, answer.ids) for answer in answers]
         first, second = (
-            Judged(len(answer.ids), b, t, self.beta * (t - b))
+            AnswerScore(len(answer.ids), b, t, self.beta * (t - b))
             for answer, b, t in zip(answers, base, tuned, strict=True)
         )
         return first, second
@@ -198,7 +198,7 @@ class SideBySide:
         inputs["attention_mask"] = torch.cat(
             [inputs["attention_mask"], torch.ones_like(answer)], dim=1
         )
-        for name in TYPE_KEYS:
+        for name in TOKEN_TYPE_KEYS:
             if name in inputs:
                 kind = torch.full_like(answer, answer_token_type(self.processor, name))
                 inputs[name] = torch.cat([inputs[name], kind], dim=1)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmdpo.engine.generate import render_prompt
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command
-from vlmdpo.models.load import source_of
+from vlmdpo.models.load import pretrained_source
 
 
 class VllmGenerator:
@@ -43,7 +43,7 @@ class VllmGenerator:
         )
         try:
             self._engine = vllm.LLM(
-                model=source_of(model),
+                model=pretrained_source(model),
                 revision=revision,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,

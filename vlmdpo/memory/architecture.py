@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vlmdpo.models.protocols import Processor
 
-# Part names of `families.parts` → of the registry.
+# Part names of `families.parameters_by_part` → of the registry.
 _REGISTRY_PARTS = {
     "vision": "vision",
     "connector": "connector",
@@ -55,7 +55,7 @@ def load_architecture(
 
     Raises ModelError, MissingDependencyError.
     """
-    known = registry.known(model)
+    known = registry.find(model)
     if known is not None and known.alias in known_architectures():
         return _from_registry(known.alias)
     return load_architecture_from_files(
@@ -67,7 +67,7 @@ def load_config(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """The configuration alone, which is enough for counting. Raises ModelError."""
-    known = registry.known(model)
+    known = registry.find(model)
     if known is not None and known.alias in known_architectures():
         return public_config(known.alias)
     return load.check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -109,7 +109,7 @@ def _from_registry(alias: str) -> Architecture:
         setattr(config, key, value)
     if "image_grid_pinpoints" in sizes:
         processor.image_processor.image_grid_pinpoints = sizes["image_grid_pinpoints"]
-    processor.chat_template = processor.chat_template or families.own_chat_template(processor)
+    processor.chat_template = processor.chat_template or families.fallback_chat_template(processor)
     return Architecture(config, processor)
 
 
@@ -132,7 +132,7 @@ def build_on_meta(config: PreTrainedConfig, *, lora_r: int | None = None) -> Pre
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameters by the registry's part names, tied weights once, without adapters."""
     counts = dict.fromkeys(registry.PARTS, 0)
-    for part, name, parameter in families.parts(model):
+    for part, name, parameter in families.parameters_by_part(model):
         if "lora_" not in name:
             counts[_REGISTRY_PARTS[part]] += parameter.numel()
     return counts

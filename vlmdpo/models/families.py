@@ -26,7 +26,7 @@ _PALIGEMMA_TEMPLATE = (
 )
 
 
-def own_chat_template(processor: Any) -> str | None:
+def fallback_chat_template(processor: Any) -> str | None:
     """A chat template for processors that ship none though their models need none; None for all
     others.
     """
@@ -46,7 +46,7 @@ def has_bidirectional_prompt(backbone: Any) -> bool:
     )
 
 
-TYPE_KEYS = (
+TOKEN_TYPE_KEYS = (
     "token_type_ids",
     "mm_token_type_ids",
 )  # by which some processors tell text, prefix and pictures apart
@@ -59,7 +59,7 @@ def answer_token_type(processor: Any, name: str) -> int:
     return int(name == "token_type_ids" and _is_paligemma(processor))
 
 
-def base_of(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -75,7 +75,7 @@ def text_configs(backbone: Any) -> list[Any]:
     return list({id(config): config for config in found}.values())
 
 
-def positions(
+def stock_position_ids(
     backbone: Any, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1
 ) -> Tensor:
     """The position ids that the model would give stock rows.
@@ -104,11 +104,11 @@ def positions(
     return torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
 
 
-def parts(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
+def parameters_by_part(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(part, name, parameter) for each parameter: language model, head, the projection between, or
     the vision tower.
     """
-    base = base_of(model)
+    base = unwrap_peft(model)
     language = {id(p) for p in base.base_model.get_decoder().parameters()}
     head = base.get_output_embeddings()
     ends = {id(p) for p in head.parameters()} if head is not None else set()
@@ -119,10 +119,10 @@ def parts(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
         elif id(parameter) in language:
             yield "language", name, parameter
         else:
-            yield part_of(name), name, parameter
+            yield part_of_parameter(name), name, parameter
 
 
-def part_of(name: str) -> str:
+def part_of_parameter(name: str) -> str:
     """The part of a parameter or module outside the language model, by the names that families use."""
     if any(
         word in name
@@ -203,14 +203,14 @@ def default_image_side(processor: Any) -> int | None:
     return max(1, limit // 2) if upper_bound else limit
 
 
-def size_of(parameter: Tensor) -> int:
+def parameter_numel(parameter: Tensor) -> int:
     """How many numbers a parameter holds, over all processes (DeepSpeed's parts keep the whole's
     size beside them).
     """
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
-def images_only(processor_class: Any) -> Any:
+def without_video_processor(processor_class: Any) -> Any:
     """A processor class without its video part, which exists only where torchvision does, under the
     same name.
     """
@@ -250,20 +250,22 @@ def linear_layers(model: Any, scope: str) -> list[str]:
     """Names of all linear layers that LoRA may adapt within `scope`: "language", or "connector"
     (both of them).
     """
-    base = base_of(model)
+    base = unwrap_peft(model)
     language = {id(module) for module in base.base_model.get_decoder().modules()}
     head = base.get_output_embeddings()
     found = []
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear) or module is head:
             continue
-        inside = id(module) in language or (scope == "connector" and part_of(name) == "connector")
+        inside = id(module) in language or (
+            scope == "connector" and part_of_parameter(name) == "connector"
+        )
         if inside:
             found.append(name)
     return found
 
 
-def stand_in(method: Any, replacement: Any) -> Any:
+def keep_signature(method: Any, replacement: Any) -> Any:
     """`replacement` with the name and signature of `method`, since transformers' `generate` looks
     at signatures.
     """

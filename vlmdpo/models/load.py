@@ -29,14 +29,14 @@ from transformers.utils import (
 
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command, nearest
 from vlmdpo.models import registry
-from vlmdpo.models.families import images_only, own_chat_template
+from vlmdpo.models.families import fallback_chat_template, without_video_processor
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def source_of(model: str) -> str:
+def pretrained_source(model: str) -> str:
     """What `from_pretrained` is given: the embedded folder for "tiny", else the Hub id or local
     path.
     """
@@ -55,7 +55,7 @@ def _not_found(model: str, problem: Exception) -> ModelError:
             f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf "
             "auth login`"
         )
-    if registry.known(model) is not None:
+    if registry.find(model) is not None:
         return ModelError(
             f"--model: '{registry.hub_id(model)}' is not in the cache, and the Hub cannot be "
             "reached"
@@ -74,7 +74,7 @@ def check_is_vlm(
     """
     try:
         config = AutoConfig.from_pretrained(
-            source_of(model), revision=revision, trust_remote_code=trust_remote_code
+            pretrained_source(model), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as problem:
         if "trust_remote_code" in str(problem):
@@ -104,7 +104,7 @@ def load_processor(
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = _with_or_without_video(source_of(model), origin)
+        processor = _with_or_without_video(pretrained_source(model), origin)
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
     except ImportError as problem:
@@ -114,7 +114,7 @@ def load_processor(
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"--model: '{model}' has no image processor, so it cannot take pictures")
     if processor.chat_template is None:
-        processor.chat_template = own_chat_template(processor)
+        processor.chat_template = fallback_chat_template(processor)
     if processor.chat_template is None:
         raise ModelError(
             f"--model: '{model}' ships no chat template, which DPO data needs; use an "
@@ -143,7 +143,7 @@ def _with_or_without_video(source: str, origin: dict[str, Any]) -> Any:
     )
     named = getattr(transformers, str(settings.get("processor_class")), None)
     if named is not None and "video_processor" in named.get_attributes():
-        return images_only(named).from_pretrained(source, **origin)
+        return without_video_processor(named).from_pretrained(source, **origin)
     if reason is not None:
         raise reason
     return processor
@@ -256,7 +256,7 @@ def load_model(
     where = pick_device(device)
     try:
         loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            source_of(model),
+            pretrained_source(model),
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=pick_dtype(dtype, where),
@@ -269,7 +269,7 @@ def load_model(
     if quantization == "none":
         loaded.to(where)
     loaded.eval()
-    return loaded if adapter is None else with_adapter(loaded, adapter)
+    return loaded if adapter is None else load_adapter(loaded, adapter)
 
 
 def check_adapter(adapter: Path) -> None:
@@ -281,7 +281,7 @@ def check_adapter(adapter: Path) -> None:
             )
 
 
-def with_adapter(model: Any, adapter: Path) -> Any:
+def load_adapter(model: Any, adapter: Path) -> Any:
     """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit
     together.
     """

@@ -18,7 +18,7 @@ PARTS = ("vision", "connector", "embed/head", "text")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelEntry:
     """One known model.
 
     `parameters`: total, each weight once. `by_part`: the same by PARTS. `lora_per_rank`: what one
@@ -36,9 +36,9 @@ class Entry:
 
 def _entry(
     alias: str, hub_id: str, parts: tuple[int, int, int, int], lora_r16: int, **more: Any
-) -> Entry:
+) -> ModelEntry:
     by_part = dict(zip(PARTS, parts, strict=True))
-    return Entry(alias, hub_id, sum(parts), by_part, lora_r16 // 16, **more)
+    return ModelEntry(alias, hub_id, sum(parts), by_part, lora_r16 // 16, **more)
 
 
 TINY_RECIPE: dict[str, dict[str, Any]] = {
@@ -154,19 +154,19 @@ _ENTRIES = (
         "gemma-3-4b", "google/gemma-3-4b-it", (416866032, 2950272, 671252480, 3209010688), 38497792
     ),
 )
-ENTRIES: dict[str, Entry] = {entry.alias: entry for entry in _ENTRIES}
+ENTRIES: dict[str, ModelEntry] = {entry.alias: entry for entry in _ENTRIES}
 
 
-def known(model: str) -> Entry | None:
+def find(model: str) -> ModelEntry | None:
     """The entry of an alias or Hub id, or None."""
     if model in ENTRIES:
         return ENTRIES[model]
     return next((entry for entry in _ENTRIES if entry.hub_id.lower() == model.lower()), None)
 
 
-def entry(model: str) -> Entry:
+def get(model: str) -> ModelEntry:
     """The entry of an alias or Hub id. Raises ModelError, naming a near alias, where there is none."""
-    found = known(model)
+    found = find(model)
     if found is None:
         hint = nearest(model, ENTRIES) or f" Known: {', '.join(ENTRIES)}"
         raise ModelError(f"--model: no exact parameter counts for '{model}'.{hint}")
@@ -177,7 +177,7 @@ def hub_id(model: str) -> str:
     """What to load for `--model`: the Hub id behind an alias; anything else as it is (`~` expanded
     in local paths).
     """
-    found = known(model)
+    found = find(model)
     if found is not None:
         return found.hub_id
     return str(Path(model).expanduser()) if model.startswith("~") else model
@@ -187,11 +187,11 @@ def recipe(model: str, command: str) -> Mapping[str, Any]:
     """The option values that `command` starts from for this model; empty for all but the embedded
     one.
     """
-    found = known(model)
+    found = find(model)
     return found.recipe.get(command, {}) if found else {}
 
 
 def short_name(model: str) -> str:
     """A name for folders: the alias, or the last part of a Hub id or path."""
-    found = known(model)
+    found = find(model)
     return found.alias if found else Path(model).name

@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from vlmdpo.models.families import images_only
+from vlmdpo.models.families import without_video_processor
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
@@ -276,7 +276,7 @@ def _internvl(
         max_patches=tiles,
     )
     template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
-    return config, images_only(tf.InternVLProcessor)(
+    return config, without_video_processor(tf.InternVLProcessor)(
         images, tok, image_seq_length=tokens, chat_template=template
     )
 
@@ -360,10 +360,10 @@ def _qwen(
         }
         more = {**heads, "layer_types": ["linear_attention", "full_attention"]}
     classes = {
-        "2": (tf.Qwen2VLConfig, images_only(tf.Qwen2VLProcessor)),
-        "2.5": (tf.Qwen2_5_VLConfig, images_only(tf.Qwen2_5_VLProcessor)),
-        "3": (tf.Qwen3VLConfig, images_only(tf.Qwen3VLProcessor)),
-        "3.5": (tf.Qwen3_5Config, images_only(tf.Qwen3VLProcessor)),
+        "2": (tf.Qwen2VLConfig, without_video_processor(tf.Qwen2VLProcessor)),
+        "2.5": (tf.Qwen2_5_VLConfig, without_video_processor(tf.Qwen2_5_VLProcessor)),
+        "3": (tf.Qwen3VLConfig, without_video_processor(tf.Qwen3VLProcessor)),
+        "3.5": (tf.Qwen3_5Config, without_video_processor(tf.Qwen3VLProcessor)),
     }
     config = classes[version][0](
         image_token_id=image,

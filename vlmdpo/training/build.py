@@ -146,10 +146,10 @@ def _load_eval_dataset(
 
 def _freeze_parts(options: LoraOptions, model: VisionLanguageModel) -> None:
     """Exclude the parts of `--freeze` from training. Raises ConfigError if nothing is left."""
-    from vlmdpo.models.families import parts
+    from vlmdpo.models.families import parameters_by_part
 
     frozen = options.frozen_parts()
-    for part, _, parameter in parts(model) if frozen else ():
+    for part, _, parameter in parameters_by_part(model) if frozen else ():
         parameter.requires_grad_(part not in frozen)
     if not options.lora and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"--freeze {options.freeze} leaves nothing to train")
@@ -162,13 +162,13 @@ def _within_max_length(
 
     Raises DataError if no row is left.
     """
-    from vlmdpo.engine.lengths import row_lengths, sift
+    from vlmdpo.engine.lengths import apply_max_length, row_lengths
 
     limit = options.max_length
     if limit is None:
         return dataset, []
     lengths = row_lengths(processor, dataset, store.read_manifest(data))
-    kept, records = sift(lengths, limit, options.over_length)
+    kept, records = apply_max_length(lengths, limit, options.over_length)
     if not kept:
         shortest = min(
             record["prompt"] + max(record["chosen"], record["rejected"]) for record in records

@@ -71,9 +71,9 @@ def open_reference_cache(
         "transformers": version("transformers"),
     }
     rows *= 2 if is_mdpo else 1  # corrupted copies are rows of their own
-    cache = reference_cache.ReferenceCache(data, reference_cache.key_of(facts), rows)
-    if cache.known:
-        ui.say(f"reference log-probs: {cache.known:,} of {rows:,} rows found in {cache.path}")
+    cache = reference_cache.ReferenceCache(data, reference_cache.cache_key(facts), rows)
+    if cache.num_known:
+        ui.say(f"reference log-probs: {cache.num_known:,} of {rows:,} rows found in {cache.path}")
     return cache
 
 
@@ -97,13 +97,13 @@ def attach_feature_cache(setup: TrainingSetup) -> None:
         "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [str(trainer.model.dtype), trainer.args.bf16, trainer.args.fp16],
     }
-    cache = feature_cache.FeatureCache(data, reference_cache.key_of(facts))
+    cache = feature_cache.FeatureCache(data, reference_cache.cache_key(facts))
     examples = setup.examples()
     context = shared.new_batch()
     batch = trainer.data_collator([dict(example) for example in examples])
     doctor.token_logps(trainer, {**batch, BATCH_CONTEXT: context})
     bytes_per_row = context.image_feature_bytes / len(examples)
-    known, free = cache.known(), shutil.disk_usage(data).free
+    known, free = cache.num_rows(), shutil.disk_usage(data).free
     rows = sum(map(len, trainer.datasets))
     needed = bytes_per_row * (rows - known)
     ui.say(

@@ -55,15 +55,15 @@ class Check:
 class _LeakingLayout(PairLayout):
     """Broken on purpose: the rejected answer sees the chosen one."""
 
-    def seen_by_rejected(self, span: Span, device: torch.device) -> Tensor:
+    def visible_to_rejected(self, span: Span, device: torch.device) -> Tensor:
         return torch.ones(span.length, dtype=torch.bool, device=device)
 
 
 class _ShiftedLayout(PairLayout):
     """Broken on purpose: the rejected answer's positions continue the chosen one's."""
 
-    def from_rows(self, rows: Tensor) -> Tensor:
-        positions = super().from_rows(rows).clone()
+    def rows_to_slots(self, rows: Tensor) -> Tensor:
+        positions = super().rows_to_slots(rows).clone()
         for span in self.spans:
             start = span.start + span.prefix + span.chosen
             positions[..., start : start + span.rejected] += span.chosen
@@ -181,7 +181,9 @@ def check_images_once(trainer: PairTrainer, example: dict[str, Any]) -> Check:
 
 def stock_batch(processor: Processor, example: dict[str, Any]) -> dict[str, Any]:
     """One pair as stock TRL lays it out: two rows, everything twice."""
-    if families.own_chat_template(processor) is not None:  # TRL's collator cannot make such rows
+    if (
+        families.fallback_chat_template(processor) is not None
+    ):  # TRL's collator cannot make such rows
         batch = PairCollator(processor, share=False)([dict(example)])
         copies = batch.pop("image_copies")
         return {**batch, "pixel_values": batch["pixel_values"].repeat(copies, 1, 1, 1)}
@@ -197,10 +199,10 @@ def change_images(batch: dict[str, Any]) -> dict[str, Any]:
 def _reverse_chosen(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch of one pair with the tokens of its chosen answer reversed."""
     prompt, chosen, _ = batch["pairs"][0]
-    packed_ids, row_ids = batch["pair_ids"].clone(), batch["input_ids"].clone()
+    packed_ids, pair_token_ids = batch["pair_ids"].clone(), batch["input_ids"].clone()
     packed_ids[0, prompt : prompt + chosen] = packed_ids[0, prompt : prompt + chosen].flip(0)
-    row_ids[0, 1 : 1 + chosen] = row_ids[0, 1 : 1 + chosen].flip(0)
-    return {**batch, "pair_ids": packed_ids, "input_ids": row_ids}
+    pair_token_ids[0, 1 : 1 + chosen] = pair_token_ids[0, 1 : 1 + chosen].flip(0)
+    return {**batch, "pair_ids": packed_ids, "input_ids": pair_token_ids}
 
 
 def check_setup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
@@ -243,7 +245,7 @@ def _check_image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
 
 def _check_answers_end(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     tokenizer = trainer.processing_class.tokenizer
-    configured = families.base_of(trainer.model).generation_config.eos_token_id
+    configured = families.unwrap_peft(trainer.model).generation_config.eos_token_id
     end_tokens = {
         tokenizer.eos_token_id,
         *tokenizer.all_special_ids,
@@ -277,7 +279,7 @@ def _check_image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     name = "image tokens match image features"
     cause = "--max-length cut image tokens, or processor and model are of different versions"
     ids = batch.get("pair_ids", batch["input_ids"])
-    count = int((ids == families.base_of(trainer.model).config.image_token_id).sum())
+    count = int((ids == families.unwrap_peft(trainer.model).config.image_token_id).sum())
     try:
         token_logps(trainer, batch)
     except ValueError as problem:  # transformers compares the two in its forward pass
@@ -287,8 +289,8 @@ def _check_image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
 
 def _check_trainable(model: VisionLanguageModel) -> Check:
     counts = dict.fromkeys(families.PARTS, 0)
-    for part, _, parameter in families.parts(model):
-        counts[part] += families.size_of(parameter) if parameter.requires_grad else 0
+    for part, _, parameter in families.parameters_by_part(model):
+        counts[part] += families.parameter_numel(parameter) if parameter.requires_grad else 0
     trainable = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
     return Check(
         "trainable parameters",

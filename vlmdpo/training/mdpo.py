@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.collate import PairBatch, PairCollator
 
 _SHOWN_AREA = (0.01, 0.2)  # the share of an image that its corrupted copy shows, as in the paper
 
@@ -73,19 +73,23 @@ class MdpoCollator(PairCollator):
             copies.append({**example, "images": images, "row": self.rows + example["row"]})
         return super().__call__([*examples, *copies])
 
-    def _packed(
-        self,
-        prompts: list[Tensor],
-        chosen: list[Tensor],
-        rejected: list[Tensor],
-        types: dict[str, list[Tensor]],
-    ) -> dict[str, Any]:
+    def _answers(
+        self, texts: list[dict[str, str]], limits: list[int | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Both answers of each row, and the copies' chosen ones: a copy has no rejected answer."""
+        chosen, rejected = super()._answers(texts, limits)
+        count = len(rejected) // 2
+        return chosen, [*rejected[:count], *(answer[:0] for answer in rejected[count:])]
+
+    def _packed_batch(
+        self, prompts: list[Tensor], chosen: list[Tensor], rejected: list[Tensor]
+    ) -> PairBatch:
         count = len(prompts) // 2
-        no_answers = [answer[:0] for answer in rejected[count:]]
-        batch = super()._packed(prompts, chosen, [*rejected[:count], *no_answers], types)
+        batch = super()._packed_batch(prompts, chosen, rejected)
         order = term_order(count)
-        for name in ("input_ids", "attention_mask", "completion_mask"):
-            batch[name] = batch[name][order]
+        batch["input_ids"] = batch["input_ids"][order]
+        batch["attention_mask"] = batch["attention_mask"][order]
+        batch["completion_mask"] = batch["completion_mask"][order]
         batch["completion_mask"][5 * count :] = 0  # the anchor has no rejected answer
         for repeated in (slice(count, 3 * count), slice(5 * count, None)):
             batch["attention_mask"][repeated] = 0  # TRL only counts tokens by it

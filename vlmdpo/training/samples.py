@@ -106,7 +106,7 @@ class SampleAnswers(TrainerCallback):
     def _answer(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         prompts = [self._collator.render(row)["prompt"] for row in rows]
-        inputs = self._collator.prompts(prompts, [images_of(row) for row in rows])
+        inputs = self._collator.process_prompts(prompts, [images_of(row) for row in rows])
         inputs.pop("labels", None)
         inputs = {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmdpo.distributed.processes import SHARDED_STRATEGIES
 from vlmdpo.errors import ConfigError
-from vlmdpo.models.families import base_of
+from vlmdpo.models.families import unwrap_peft
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +40,7 @@ class ShardingOptions(Protocol):
 
 def checkpointable_layers(model: VisionLanguageModel) -> list[GradientCheckpointingLayer]:
     """The language model's layers that can recompute their activations, in order."""
-    decoder = base_of(model).base_model.get_decoder()
+    decoder = unwrap_peft(model).base_model.get_decoder()
     return [
         module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
@@ -99,7 +99,7 @@ def shard_language_layers(trainer: DPOTrainer) -> None:
         with contextlib.ExitStack() as hidden:
             for name in _EMBEDDINGS:
                 hidden.enter_context(
-                    mock.patch.object(base_of(trainer.model), name, return_value=None)
+                    mock.patch.object(unwrap_peft(trainer.model), name, return_value=None)
                 )
             return prepare(*args, **kwargs)
 

@@ -23,7 +23,7 @@ from trl import DPOConfig, DPOTrainer
 from vlmdpo import ui
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
-from vlmdpo.engine.collate import PairCollator, row_ids
+from vlmdpo.engine.collate import PairCollator, pair_token_ids
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.forward import SharedForward
 from vlmdpo.engine.reference_cache import ReferenceCache
@@ -243,7 +243,7 @@ class PairTrainer(DPOTrainer):
         if self.shared_forwards:
             # TRL passes every input that it does not know on to the model.
             inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(
-                rows_B, row_ids(inputs) if rows_B is not None else ()
+                rows_B, pair_token_ids(inputs) if rows_B is not None else ()
             )
         if self.reference_cache is not None or self.mdpo_rows:
             logps = self._reference_logps(model, inputs, rows_B)
@@ -386,5 +386,5 @@ class PairTrainer(DPOTrainer):
         """Gather and write what the processes computed. Every process must call this."""
         if self.reference_cache is not None:
             is_distributed = self.accelerator.num_processes > 1
-            others = gather_object(self.reference_cache.fresh()) if is_distributed else []
+            others = gather_object(self.reference_cache.unsaved()) if is_distributed else []
             self.reference_cache.save(others, write=self.accelerator.is_main_process)

@@ -17,7 +17,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing i
 import gradio as gr
 
 from vlmdpo.data.images import BadImage, open_file
-from vlmdpo.engine.side_by_side import WHO, Answer, Judged, SideBySide
+from vlmdpo.engine.side_by_side import ROLES, Answer, AnswerScore, SideBySide
 from vlmdpo.web import votes
 from vlmdpo.web.examples import Example
 from vlmdpo.web.word_diff import marked, plain
@@ -48,12 +48,12 @@ def _pane(who: str, name: str, text: str) -> str:
     return f'<div class="pane" id="{who}"><h3>{who}: {plain(name)}</h3><div class="text">{text}</div></div>'
 
 
-def _figures(judged: Sequence[Judged], beta: float) -> str:
+def _figures(judged: Sequence[AnswerScore], beta: float) -> str:
     """What both models think of both answers, as a table."""
     rows = "".join(
         f"<tr><td>{who}'s</td><td>{one.tokens}</td><td>{one.base_logp:.2f}</td><td>{one.tuned_logp:.2f}</td>"
         f"<td>{one.reward:+.3f}</td></tr>"
-        for who, one in zip(WHO, judged, strict=True)
+        for who, one in zip(ROLES, judged, strict=True)
     )
     margin = judged[1].reward - judged[0].reward
     return (
@@ -109,7 +109,7 @@ class Page:
                     with gr.Row():
                         panes = [
                             self._column(who, name)
-                            for who, name in zip(WHO, self.names, strict=True)
+                            for who, name in zip(ROLES, self.names, strict=True)
                         ]
                     figures = gr.HTML()
                     with gr.Row():
@@ -142,7 +142,7 @@ class Page:
                 concurrency_limit=1,
                 api_visibility="private",
             )
-            for button, who in zip(voting, (*WHO, "neither"), strict=True):
+            for button, who in zip(voting, (*ROLES, "neither"), strict=True):
                 button.click(
                     self._voter(who),
                     inputs=[said, right],

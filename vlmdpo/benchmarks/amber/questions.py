@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from vlmdpo.data.images import BadImage, inside, decode, to_rgb
+from vlmdpo.data.images import BadImage, decode, inside, to_rgb
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".

@@ -298,9 +298,9 @@ def adapts_vision(model: Any) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    from vlmdpo.models.families import base_of
+    from vlmdpo.models.families import unwrap_peft
 
-    backbone = base_of(model).base_model
+    backbone = unwrap_peft(model).base_model
     language = set(map(id, backbone.get_decoder().modules()))
     adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return any(
