@@ -1,6 +1,4 @@
-"""Prepared data and models to the Hugging Face Hub, with cards. Nothing leaves this machine unless
-asked.
-"""
+"""Upload prepared data and models to the Hugging Face Hub, with cards, if the user asks for it."""
 
 from __future__ import annotations
 
@@ -15,76 +13,74 @@ from vlmdpo.errors import DataError
 
 
 def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bool) -> None:
-    """Upload every split of a prepared folder as Parquet, and a card that says what was done.
+    """Upload every split of a prepared folder as Parquet, with a card.
 
     Args:
         repo: "user/name".
-        private: whether a new repository is.
+        private: whether a new repository is private.
 
     Raises:
-        DataError: no token, no right to write there, or no connection.
+        DataError: no token, no permission to write there, or no connection.
     """
     from huggingface_hub import DatasetCard
 
     if not ui.confirm(
-        f"Upload {manifest['rows_out']:,} rows to {repo} ({_seen(private)})?", otherwise=True
+        f"Upload {manifest['rows_out']:,} rows to {repo} ({_visibility(private)})?", otherwise=True
     ):
         ui.say("not uploaded")
         return
-    with _explained(repo, folder):
+    with _translate_errors(repo, folder):
         for split in manifest["splits"]:
             ui.say(f"uploading {manifest['splits'][split]:,} rows to {repo}, split {split}")
             store.load(folder, split).push_to_hub(repo, split=split, private=private)
-        made = DatasetCard.load(repo)  # with the features and splits that push_to_hub wrote
-        made.text = card(manifest, repo)
-        made.push_to_hub(repo)
+        dataset_card = DatasetCard.load(repo)  # has the metadata that push_to_hub wrote
+        dataset_card.text = card(manifest, repo)
+        dataset_card.push_to_hub(repo)
     ui.say(f"uploaded: https://huggingface.co/datasets/{repo}")
 
 
-# What names places on this machine, or is no model: the card tells of it what is of use to others.
-_AT_HOME = ["checkpoint-*", "train_report.json", "amber.json"]
+_UPLOADED = [
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"),
+    *("README.md", "learning_curves.png"),
+]
+# These name paths of this machine, or are not the model. The card has what is useful to others.
+_NOT_UPLOADED = ["checkpoint-*", "train_report.json", "amber.json"]
 
 
 def model(folder: Path, repo: str, *, private: bool) -> str | None:
-    """Upload a folder of `vlmdpo train` or `export`: weights, processor, card, curves. Returns its
-    address; None where it was asked on a terminal, and the answer was no.
+    """Upload weights, processor, card and curves from a folder of `vlmdpo train` or `export`.
 
-    Checkpoints, metrics and whatever else lies there stay at home.
+    Checkpoints, metrics and other files are not uploaded. Returns the address, or None if the user
+    was asked and said no.
 
     Raises:
-        DataError: no token, no right to write there, or no connection.
+        DataError: no token, no permission to write there, or no connection.
     """
     from huggingface_hub import HfApi
 
-    if not ui.confirm(f"Upload '{folder}' to {repo} ({_seen(private)})?", otherwise=True):
+    if not ui.confirm(f"Upload '{folder}' to {repo} ({_visibility(private)})?", otherwise=True):
         ui.say("not uploaded")
         return None
-    sent = [
-        "*.safetensors",
-        "*.json",
-        "*.jinja",
-        "*.model",
-        "*.txt",
-        "README.md",
-        "learning_curves.png",
-    ]
-    with _explained(repo, folder):
+    with _translate_errors(repo, folder):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         ui.say(f"uploading '{folder}' to {repo}")
         api.upload_folder(
-            repo_id=repo, folder_path=str(folder), allow_patterns=sent, ignore_patterns=_AT_HOME
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=_UPLOADED,
+            ignore_patterns=_NOT_UPLOADED,
         )
     return f"https://huggingface.co/{repo}"
 
 
-def _seen(private: bool) -> str:
-    return "private where it is new" if private else "public"
+def _visibility(private: bool) -> str:
+    return "private if it is new" if private else "public"
 
 
 @contextlib.contextmanager
-def _explained(repo: str, folder: Path) -> Iterator[None]:
-    """Turns what the Hub's libraries raise into one line that says where the result stands."""
+def _translate_errors(repo: str, folder: Path) -> Iterator[None]:
+    """Inside, errors of the Hub's libraries become one line that says where the result is."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -101,15 +97,15 @@ def _explained(repo: str, folder: Path) -> Iterator[None]:
         OfflineModeIsEnabled,
         ConnectionError,
     ) as problem:
-        said = str(problem).strip().splitlines()[0]
+        reason = str(problem).strip().splitlines()[0]
         raise DataError(
-            f"--push-to-hub {repo}: {said}; the result stands in '{folder}'. Log in with: hf auth "
+            f"--push-to-hub {repo}: {reason}; the result is in '{folder}'. Log in with: hf auth "
             "login"
         ) from problem
 
 
 def card(manifest: Mapping[str, Any], repo: str) -> str:
-    """The card's text: source, checks, lengths, versions, how to load it."""
+    """The text of a dataset's card: source, checks, token counts, versions, how to load it."""
     dropped = "".join(
         f"| {reason} | {count:,} |\n" for reason, count in manifest["dropped"].items()
     )
@@ -120,38 +116,37 @@ def card(manifest: Mapping[str, Any], repo: str) -> str:
         for name, one in manifest["lengths"].items()
     )
     side = (
-        f"at most {manifest['max_image_side']} pixels a side"
+        f"of at most {manifest['max_image_side']} pixels per side"
         if manifest["max_image_side"]
-        else "as they came"
+        else "in their original size"
     )
     source = Path(manifest["dataset"])
-    origin = (
-        source.name if source.exists() else manifest["dataset"]
-    )  # without where it lies on this machine
+    origin = source.name if source.exists() else manifest["dataset"]  # without a local path
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     return f"""
 # {repo.rpartition("/")[2]}
 
-{manifest["rows_out"]:,} preference pairs for Direct Preference Optimization of vision-language models,
-prepared by `vlmdpo prepare` from {manifest["rows_in"]:,} rows of `{origin}` (format {manifest["schema"]}),
-images {side}.
+{manifest["rows_out"]:,} preference pairs for Direct Preference Optimization (DPO) of
+vision-language models, prepared by `vlmdpo prepare` from {manifest["rows_in"]:,} rows of
+`{origin}` (format {manifest["schema"]}), with images {side}.
 
     from datasets import load_dataset
-    pairs = load_dataset("{repo}", split="train")  # images, prompt, chosen, rejected: what TRL's DPOTrainer takes
+    # Columns images, prompt, chosen, rejected, as TRL's DPOTrainer takes them.
+    pairs = load_dataset("{repo}", split="train")
 
-## Rows dropped
+## Dropped rows
 
 | reason | rows |
 |---|---:|
 {dropped or "| none | 0 |" + chr(10)}
-## Rows changed or noted
+## Corrected or noted rows
 
 | what | rows |
 |---|---:|
 {changed or "| none | 0 |" + chr(10)}
-## Tokens of a row, as `{manifest["model"]}` reads it
+## Tokens per row, by the processor of `{manifest["model"]}`
 
-| | least | median | 95% | most |
+| | min | median | 95% | max |
 |---|---:|---:|---:|---:|
 {lengths}
 Made with {versions}.

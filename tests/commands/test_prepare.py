@@ -408,7 +408,7 @@ def test_nothing_is_uploaded_unless_asked_and_then_with_a_card(tmp_path, vlmdpo,
         "prepare", "--dataset", path, "--output-dir", "out", "--push-to-hub", "me/pairs"
     )
     assert code == 3  # tests are offline
-    assert "the result stands in 'out'" in err.splitlines()[-1]
+    assert "the result is in 'out'" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
