@@ -1,7 +1,7 @@
-"""Every error a user can cause, and the exit code that goes with it.
+"""The errors that a user can cause, each with its exit code.
 
-A message says where, what, and what to do next, in one or two lines. Anything that is not a
-`VlmDpoError` is a bug of ours: it keeps its traceback and exits with 1.
+A message says where, what, and what to do next, in one or two lines. Any other exception is a bug in
+vlmdpo: it keeps its traceback, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 
 class VlmDpoError(Exception):
-    """Something that the user can put right. `exit_code` is the process's exit status."""
+    """An error that the user can fix. `exit_code` is the exit status of the process."""
 
     exit_code: ClassVar[int] = 1
 
@@ -32,19 +32,19 @@ class DataError(VlmDpoError):
 
 
 class ModelError(VlmDpoError):
-    """A model, processor or adapter that cannot be found, loaded, or is of the wrong kind."""
+    """A model, processor or adapter that cannot be found or loaded, or has the wrong kind."""
 
     exit_code = 4
 
 
 class MemoryBudgetError(VlmDpoError):
-    """Training does not fit the memory it was given."""
+    """Training does not fit into memory."""
 
     exit_code = 5
 
 
 class MissingDependencyError(VlmDpoError):
-    """An optional package is needed; the message holds the line that installs it."""
+    """An optional package is missing; the message has the command that installs it."""
 
     exit_code = 6
 
@@ -56,31 +56,29 @@ class ProcessError(VlmDpoError):
 
 
 class PeerLost(ProcessError):
-    """What this process sees when another one died: not the cause."""
+    """Another process died, which this one noticed; not the cause."""
 
 
 class Preempted(VlmDpoError):
-    """SIGTERM: what was finished is kept; a scheduler may put the same command into its queue again
-    (EX_TEMPFAIL).
-    """
+    """SIGTERM: finished work is kept, and a scheduler may requeue the command (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class Interrupted(VlmDpoError):
-    """Ctrl-C: what was finished is kept, and the message shows how to go on."""
+    """Ctrl-C: finished work is kept, and the message says how to continue."""
 
     exit_code = 130
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" for a misspelt name, or "" where nothing comes near."""
+    """ " Did you mean 'x'?" for a misspelled name, or "" if no name is close."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def install_command(*packages: str, extra: str = "") -> str:
-    """The pip command that installs packages, and those of one of vlmdpo's own extras.
+    """The pip command that installs packages, and the requirements of an extra of vlmdpo.
 
     vlmdpo is on no package index, so an extra is given as its requirements in the installed
     metadata: `pip install 'gradio>=6.0'`. Without metadata, vlmdpo runs from a source tree, and the
