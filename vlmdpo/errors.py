@@ -1,7 +1,7 @@
 """The errors that a user can cause, each with its exit code.
 
-A message says where, what, and what to do next, in one or two lines. Any other exception is a bug in
-vlmdpo: it keeps its traceback, and the exit code is 1.
+A message says where, what, and what to do next, in one or two lines. Any other exception is a bug
+in vlmdpo: it keeps its traceback, and the exit code is 1.
 """
 
 from __future__ import annotations
