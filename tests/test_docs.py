@@ -301,3 +301,15 @@ def test_the_site_is_built_and_a_dead_link_would_stop_it(tmp_path):
     page = tmp_path / "copy" / "docs" / "index.md"
     page.write_text(page.read_text() + "\n[gone](nowhere.md)\n")
     assert build(tmp_path / "copy").returncode != 0
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/pitfalls.md"])
+def test_modules_that_the_documentation_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.py)`", text))
+    modules = set(re.findall(r"`((?:benchmarks|data|engine|training|report)(?:\.\w+)+)`", text))
+    assert files
+    for file in files:
+        assert (ROOT / file).is_file() or (ROOT / "vlmdpo" / file).is_file(), file
+    for module in modules:
+        assert (ROOT / "vlmdpo" / module.replace(".", "/")).with_suffix(".py").is_file(), module
