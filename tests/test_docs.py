@@ -311,5 +311,5 @@ def test_modules_that_the_documentation_names_exist(page):
     assert files
     for file in files:
         assert (ROOT / file).is_file() or (ROOT / "vlmdpo" / file).is_file(), file
-    for module in modules:
+    for module in modules - {"report.md", "report.html"}:
         assert (ROOT / "vlmdpo" / module.replace(".", "/")).with_suffix(".py").is_file(), module
