@@ -56,18 +56,18 @@ def test_both_answers_grow_and_are_those_of_infer(models):
     for flip in flips[:8]:
         picture, question = evaluation.picture(flip["image"]), flip["question"]
         steps = list(models.stream(picture, question, 16))
-        assert models.at_once, "both in one batch"
+        assert models.in_one_batch, "both in one batch"
         base, tuned = steps[-1]
         assert [len(step[1].ids) for step in steps] == sorted(len(step[1].ids) for step in steps)
         assert tuned.text == answer(models.model, models.processor, [picture], [question], 16)[0]
         with models.model.disable_adapter():
             assert base.text == answer(models.model, models.processor, [picture], [question], 16)[0]
         different += base.text != tuned.text
-        models.at_once = False
+        models.in_one_batch = False
         assert list(models.stream(picture, question, 16))[-1] == (base, tuned), (
             "one after the other they say the same"
         )
-        models.at_once = True
+        models.in_one_batch = True
     assert different == 8, "the shipped flips are answers that changed"
 
 
@@ -82,9 +82,9 @@ def test_where_peft_cannot_mix_a_batch_the_answers_come_one_after_the_other(mode
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(models.model, "generate", generate)
-    monkeypatch.setattr(models, "at_once", True)
+    monkeypatch.setattr(models, "in_one_batch", True)
     steps = list(models.stream(picture, QUESTION, 8))
-    assert not models.at_once
+    assert not models.in_one_batch
     assert steps[-1] == both
     assert steps[0][1] == Answer(), "the base answers first"
 
@@ -97,7 +97,7 @@ def test_log_probs_are_those_of_training(models, vlmdpo):
 
     picture = evaluation.picture("SCENE_1.png")
     said = list(models.stream(picture, QUESTION, 16))[-1]
-    first, second = models.judge(picture, QUESTION, said)
+    first, second = models.score(picture, QUESTION, said)
     assert first.reward == pytest.approx(0.1 * (first.tuned_logp - first.base_logp))
     assert second.tuned_logp > first.tuned_logp, (
         "each model finds its own greedy answer likelier here"

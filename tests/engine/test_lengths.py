@@ -86,12 +86,12 @@ def test_places_of_pictures_are_told_apart(family):
 
 
 def test_a_processor_that_tells_wrong_sizes_is_not_believed(monkeypatch):
-    monkeypatch.setattr(lengths, "image_tokens", lambda processor, sizes: 7)
+    monkeypatch.setattr(lengths, "estimated_image_tokens", lambda processor, sizes: 7)
     counter = lengths.TokenCounter(_processor("qwen2_vl"))
     for size in SIZES:
         pair, pictures = _pair(size)
         assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0]
-    assert not counter._trusted
+    assert not counter._trusts_estimates
 
 
 def test_a_row_without_pictures_and_one_that_the_processor_refuses():

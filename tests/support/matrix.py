@@ -157,12 +157,12 @@ def _side_by_side(picture: str, tuned_says: str) -> str:
     with model.disable_adapter():
         base_says = answer(model, models.processor, [opened], ["What?"], 4)[0]
     assert (said[0].text, said[1].text) == (base_says, tuned_says)
-    judged = models.judge(opened, "What?", said)
+    judged = models.score(opened, "What?", said)
     assert all(
         np.isfinite([one.base_logp, one.tuned_logp]).all() and one.tuned_logp < 0 for one in judged
     )
     return _yes(
-        models.at_once, "PEFT cannot mix the batch, so the answers come one after the other"
+        models.in_one_batch, "PEFT cannot mix the batch, so the answers come one after the other"
     )
 
 

@@ -1,75 +1,88 @@
-"""Greedy answers to questions about pictures, many at a time. Knows nothing of benchmarks or files."""
+"""Greedy answers to questions about images, many at a time. Knows nothing of benchmarks or files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
+from vlmdpo.models.protocols import Processor, VisionLanguageModel
 
-def render_prompt(processor: Any, question: str) -> str:
-    """One user turn with one picture, rendered through the model's chat template, ready for the
-    answer.
-    """
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+
+def render_prompt(processor: Processor, question: str) -> str:
+    """One user turn with one image through the model's chat template, ready for the answer."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    rendered: str = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    return rendered
 
 
 @torch.inference_mode()
 def answer(
-    model: Any,
-    processor: Any,
-    pictures: Sequence[Image.Image],
+    model: VisionLanguageModel,
+    processor: Processor,
+    images: Sequence[Image.Image],
     questions: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
-    """The model's greedy answers, stripped of special tokens, one for each picture and question.
+    """The model's greedy answers, stripped of special tokens, one for each image and question.
 
     Prompts are padded on the left; answers do not depend on the batch but for rounding.
     """
-    inputs = model_inputs(model, processor, pictures, questions)
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = processor.batch_decode(
-        made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    inputs = model_inputs(model, processor, images, questions)
+    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    prompt_width = inputs["input_ids"].shape[1]
+    answers = processor.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
     return [text.strip() for text in answers]
 
 
 def model_inputs(
-    model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]
-) -> Any:
-    """What the model is given for one question to each picture, padded on the left, on its device
-    and in its type.
+    model: VisionLanguageModel,
+    processor: Processor,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+) -> BatchFeature:
+    """The model's inputs for one question about each image, padded on the left, on its device and
+    in its data type.
     """
     return processor(
         text=[render_prompt(processor, question) for question in questions],
-        images=[[picture] for picture in pictures],
+        images=[[image] for image in images],
         padding=True,
         padding_side="left",
-        add_special_tokens=False,  # the chat template has put them in
+        add_special_tokens=False,  # the chat template has added them
         return_tensors="pt",
     ).to(model.device, model.dtype)
 
 
 @torch.inference_mode()
 def is_near_tie(
-    model: Any, processor: Any, picture: Image.Image, question: str, max_new_tokens: int
+    model: VisionLanguageModel,
+    processor: Processor,
+    image: Image.Image,
+    question: str,
+    max_new_tokens: int,
 ) -> bool:
     """Whether the model's two best next tokens lie, somewhere in its answer, within its data type's
     rounding.
 
-    Then either is a right greedy answer: which one comes depends on the order of the arithmetic.
+    Then either is a correct greedy answer: which one comes depends on the order of the arithmetic.
     """
-    inputs = model_inputs(model, processor, [picture], [question])
-    settings = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
-    for scores in made.scores:
-        first, second = scores[0].float().topk(2).values.tolist()
+    inputs = model_inputs(model, processor, [image], [question])
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    for scores_1V in output.scores:
+        first, second = scores_1V[0].float().topk(2).values.tolist()
         if first - second <= 8 * torch.finfo(model.dtype).eps * max(1.0, abs(first)):
             return True
     return False

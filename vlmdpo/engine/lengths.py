@@ -1,7 +1,6 @@
-"""How many tokens each row has, and what becomes of those that are longer than `--max-length`.
+"""How many tokens each row has, and what becomes of rows longer than `--max-length`.
 
-Counts exactly what the collator would make, without the pictures' pixels wherever their size tells
-enough.
+Counts exactly what the collator would make, without decoding images wherever their size is enough.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,14 +21,15 @@ from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, message, text_of
 from vlmdpo.data.sources import as_stored
 from vlmdpo.data.store import COUNTS
-from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.collate import SIDES, Example, PairCollator
 from vlmdpo.models.digest import processor_digest
-from vlmdpo.models.families import image_tokens, reserved_tokens
+from vlmdpo.models.families import estimated_image_tokens, reserved_tokens
 from vlmdpo.models.load import load_processor
+from vlmdpo.models.protocols import Processor
 
-_CONFIRMED = (
-    4  # picture sizes that are processed before what a processor tells of a size is taken without
-)
+# Image sizes that are processed before a processor's own estimate of a size is trusted.
+_CONFIRMATIONS = 4
+_Sizes = tuple[tuple[int, int], ...]  # (width, height) of each image of a row
 
 
 @dataclass(frozen=True)
@@ -41,27 +42,25 @@ class RowLength(TokenCounts):
 class TokenCounter:
     """Counts a row's tokens as the collator would make them.
 
-    A picture's tokens depend on its size, and a little on what stands beside its place. Where the
-    processor can tell them from the size it is asked, once it has been right, up to a constant,
-    about the first few; else the picture is processed, once for each size.
+    An image's tokens depend on its size, and a little on the text beside it. Where the processor
+    can estimate them from the size, its estimate is used once it has been right about the first few
+    sizes, up to a constant; else an image is processed, once for each size.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Processor) -> None:
         self.collator = PairCollator(processor)
         self.processor = processor
         self.reserved = reserved_tokens(processor)
-        self._places = re.compile("|".join(map(re.escape, self.reserved)) or "$^")
-        self._known: dict[
-            tuple[tuple[tuple[int, int], ...], str], int
-        ] = {}  # by sizes and shape of the prompt
-        self._offsets: dict[
-            str, tuple[int, int]
-        ] = {}  # by shape: what comes on top of what is told, and how often it did
-        self._trusted = True  # until the processor is wrong about a size
+        self._placeholders = re.compile("|".join(map(re.escape, self.reserved)) or "$^")
+        # Image tokens by image sizes and surroundings (see `_surroundings`).
+        self._image_tokens: dict[tuple[_Sizes, str], int] = {}
+        # By surroundings: what comes on top of the estimate, and how often that was confirmed.
+        self._offsets: dict[str, tuple[int, int]] = {}
+        self._trusts_estimates = True  # until the processor is wrong about a size
 
-    def count(self, pair: PreferencePair, pictures: list[EncodedImage]) -> TokenCounts:
-        """Tokens of a checked pair. Raises BadRow where template or processor refuse it, or its
-        text holds their tokens.
+    def count(self, pair: PreferencePair, images: list[EncodedImage]) -> TokenCounts:
+        """Tokens of a checked pair. Raises BadRow where the template or the processor refuses it,
+        or its text contains their special tokens.
         """
         texts = [
             str(part["text"])
@@ -71,102 +70,102 @@ class TokenCounter:
         held = next((token for token in self.reserved for text in texts if token in text), None)
         if held is not None:
             raise BadRow(
-                "placeholder_miscount", f"a text holds {held!r}, which the model reads as a picture"
+                "placeholder_miscount", f"a text holds {held!r}, which the model reads as an image"
             )
         example = {
             "prompt": list(pair.prompt),
             "chosen": [pair.chosen],
             "rejected": [pair.rejected],
+            "images": [{"bytes": image.data} for image in images],
         }
         try:
-            return self.count_row(
-                {**example, "images": [{"bytes": picture.data} for picture in pictures]}
-            )
-        except (
-            TemplateError,
-            ValueError,
-        ) as problem:  # a template's raise_exception, a processor's refusal
-            kind = (
-                "chat_template_refuses"
-                if isinstance(problem, TemplateError)
-                else "processor_refuses"
-            )
-            raise BadRow(kind, str(problem).splitlines()[0]) from problem
+            return self.count_row(example)
+        except TemplateError as problem:  # a template's raise_exception
+            raise BadRow("chat_template_refuses", str(problem).splitlines()[0]) from problem
+        except ValueError as problem:
+            raise BadRow("processor_refuses", str(problem).splitlines()[0]) from problem
 
-    def count_row(self, example: dict[str, Any]) -> TokenCounts:
-        """Tokens of a row of a prepared dataset, its pictures undecoded."""
-        pictures = [
-            PillowImage.open(io.BytesIO(image["bytes"])) for image in example["images"] or []
-        ]
-        texts = self.collator.render({**example, "images": pictures})
-        prompt = self._tokens(texts["prompt"])
-        extra = self._extra(texts["prompt"], pictures, prompt) if pictures else 0
-        counted = (self._tokens(texts["chosen"]), self._tokens(texts["rejected"]))
-        return TokenCounts(prompt + extra, *counted, images=extra + len(pictures))
+    def count_row(self, example: Example) -> TokenCounts:
+        """Tokens of a row of a prepared dataset, its images undecoded."""
+        images = [PillowImage.open(io.BytesIO(image["bytes"])) for image in example["images"] or []]
+        texts = self.collator.render({**example, "images": images})
+        prompt = self._text_tokens(texts["prompt"])
+        # A placeholder counts as one token of the text.
+        extra = self._extra_tokens(texts["prompt"], images, prompt) if images else 0
+        chosen, rejected = (self._text_tokens(texts[side]) for side in SIDES)
+        return TokenCounts(prompt + extra, chosen, rejected, images=extra + len(images))
 
-    def _extra(self, text: str, pictures: list[Any], tokens: int) -> int:
-        """Tokens that pictures add to a rendered prompt of so many tokens."""
-        sizes, shape = tuple(picture.size for picture in pictures), self._shape(text)
-        if (sizes, shape) not in self._known:
-            told = image_tokens(self.processor, sizes) if self._trusted else None
-            offset, confirmed = self._offsets.get(shape, (0, 0))
-            if told is None or confirmed < _CONFIRMED:
-                whole = self.collator.process_prompts(
-                    [text], [[picture.convert("RGB") for picture in pictures]]
-                )
-                seen = int(whole["attention_mask"].sum()) - tokens
-                if told is not None and confirmed and told + offset != seen:
-                    self._trusted = False
-                self._offsets[shape] = (seen - (told or 0), confirmed + 1)
-                told, offset = seen, 0
-            self._known[sizes, shape] = told + offset
-        return self._known[sizes, shape]
+    def _extra_tokens(
+        self, text: str, images: Sequence[PillowImage.Image], text_tokens: int
+    ) -> int:
+        """Tokens that images add to a rendered prompt of `text_tokens` tokens."""
+        key = tuple(image.size for image in images), self._surroundings(text)
+        if key not in self._image_tokens:
+            self._image_tokens[key] = self._measure(text, images, text_tokens, *key)
+        return self._image_tokens[key]
 
-    def _shape(self, text: str) -> str:
-        """What stands behind each picture's place: processors join the marks of neighbours, and add
-        a space before words.
+    def _measure(
+        self,
+        text: str,
+        images: Sequence[PillowImage.Image],
+        text_tokens: int,
+        sizes: _Sizes,
+        surroundings: str,
+    ) -> int:
+        estimate = estimated_image_tokens(self.processor, sizes) if self._trusts_estimates else None
+        offset, confirmations = self._offsets.get(surroundings, (0, 0))
+        if estimate is not None and confirmations >= _CONFIRMATIONS:
+            return estimate + offset
+        inputs = self.collator.process_prompts([text], [[image.convert("RGB") for image in images]])
+        measured = int(inputs["attention_mask"].sum()) - text_tokens
+        if estimate is not None and confirmations and estimate + offset != measured:
+            self._trusts_estimates = False
+        self._offsets[surroundings] = (measured - (estimate or 0), confirmations + 1)
+        return measured
+
+    def _surroundings(self, text: str) -> str:
+        """One character for what follows each placeholder: processors merge the tokens between
+        neighbouring images, and add a space before words.
         """
-        behind = self._places.split(text)[1:]
+        following = self._placeholders.split(text)[1:]
         return "".join(
             "|" if not piece else "_" if piece[0].isspace() else "<" if piece[0] == "<" else "x"
-            for piece in behind
+            for piece in following
         )
 
-    def _tokens(self, text: str) -> int:
+    def _text_tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def trim(
-        self, pair: PreferencePair, pictures: list[EncodedImage], limit: int
+        self, pair: PreferencePair, images: list[EncodedImage], limit: int
     ) -> tuple[PreferencePair, TokenCounts]:
-        """The pair with both answers cut to `limit` tokens with the prompt: at a sentence's end,
-        else a word's.
+        """The pair with both answers cut so that prompt and answer have at most `limit` tokens: at
+        the end of a sentence, else of a word.
 
         Raises:
             BadRow: the prompt leaves no room, or both answers become the same.
         """
-        counts = self.count(pair, pictures)
-        over = {
-            side: getattr(counts, side) - (limit - counts.prompt) for side in ("chosen", "rejected")
-        }
-        while max(over.values()) > 0:
-            cut = {
-                side: self._cut(text_of(getattr(pair, side)), by)
-                for side, by in over.items()
-                if by > 0
+        counts = self.count(pair, images)
+        while (
+            max(excess := [getattr(counts, side) - (limit - counts.prompt) for side in SIDES]) > 0
+        ):
+            shortened = {
+                side: self._shorten(text_of(getattr(pair, side)), tokens)
+                for side, tokens in zip(SIDES, excess, strict=True)
+                if tokens > 0
             }
-            if not all(cut.values()):
+            if not all(shortened.values()):
                 raise BadRow(
                     "over_length",
                     f"a prompt of {counts.prompt} tokens leaves no room for answers within {limit}",
                 )
-            answers = {side: message("assistant", text) for side, text in cut.items()}
+            answers = {side: message("assistant", text) for side, text in shortened.items()}
             pair = dataclasses.replace(
                 pair,
                 chosen=answers.get("chosen", pair.chosen),
                 rejected=answers.get("rejected", pair.rejected),
             )
-            counts = self.count(pair, pictures)
-            over = {side: getattr(counts, side) - (limit - counts.prompt) for side in over}
+            counts = self.count(pair, images)
         if text_of(pair.chosen) == text_of(pair.rejected):
             raise BadRow(
                 "identical_once_trimmed",
@@ -174,40 +173,37 @@ class TokenCounter:
             )
         return pair, counts
 
-    def _cut(self, text: str, by: int) -> str:
-        """The text without its last `by` tokens or a little more."""
+    def _shorten(self, text: str, tokens: int) -> str:
+        """The text without its last `tokens` tokens or a few more."""
         ends = [
             end
             for _, end in self.processor.tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True
             )["offset_mapping"]
         ]
-        if by >= len(ends):
+        if tokens >= len(ends):
             return ""
-        kept = text[: ends[len(ends) - by - 1]]
-        sentence = max(kept.rfind(stop) for stop in (". ", "! ", "? ", ".\n", "\n")) + 1
-        word = max(kept.rfind(" "), kept.rfind("\n"))
-        if sentence > len(kept) // 2:
-            return kept[:sentence].strip()
-        return (
-            kept[:word].strip()
-            if word > 0 and text[len(kept) : len(kept) + 1].strip()
-            else kept.strip()
-        )
+        kept = text[: ends[len(ends) - tokens - 1]]
+        sentence_end = max(kept.rfind(stop) for stop in (". ", "! ", "? ", ".\n", "\n")) + 1
+        word_end = max(kept.rfind(" "), kept.rfind("\n"))
+        if sentence_end > len(kept) // 2:
+            return kept[:sentence_end].strip()
+        cuts_a_word = text[len(kept) : len(kept) + 1].strip()
+        return kept[:word_end].strip() if word_end > 0 and cuts_a_word else kept.strip()
 
 
 def load_token_counter(model: str, revision: str | None, trust_remote_code: bool) -> TokenCounter:
-    """The counter of a model by its name, for processes that cannot be handed a processor."""
+    """The counter of a model by its name, for processes that cannot be passed a processor."""
     return TokenCounter(
         load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
     )
 
 
 def row_lengths(
-    processor: Any, dataset: Dataset, manifest: dict[str, Any] | None = None
+    processor: Processor, dataset: Dataset, manifest: dict[str, Any] | None = None
 ) -> list[RowLength]:
-    """The tokens of every row: as `prepare` counted them where it did so with this very processor,
-    else counted now.
+    """The tokens of every row: as `prepare` counted them where it used this very processor, else
+    counted now.
 
     Args:
         manifest: the prepared dataset's; without one the rows are counted.
@@ -220,34 +216,35 @@ def row_lengths(
         columns = [dataset[name][:] for name in COUNTS]
         return [RowLength(*counts) for counts in zip(*columns, range(len(dataset)), strict=True)]
     counter = TokenCounter(processor)
-    found = []
+    lengths = []
     with ui.progress("count tokens", len(dataset)) as bar:
         for row, example in enumerate(as_stored(dataset)):
-            found.append(RowLength(**asdict(counter.count_row(example)), row=row))
+            lengths.append(RowLength(**asdict(counter.count_row(example)), row=row))
             bar.advance()
-    return found
+    return lengths
 
 
 def apply_max_length(
     lengths: list[RowLength], limit: int, over_length: str
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Which rows stay, and what is done with the ones over the limit.
+    """Which rows stay, and what is done with those over the limit.
 
     Args:
         limit: tokens of prompt and answer together.
         over_length: "drop", or "trim" to cut answers at the limit; a prompt that fills it alone is
             dropped even so, because images are never cut.
 
-    Returns the rows that stay, and a record for each one dropped or trimmed: its lengths and
-    `done`.
+    Returns:
+        The numbers of the rows that stay, and a record for each one dropped or trimmed: its
+        lengths, and `done`.
     """
-    stay, records = [], []
+    kept, records = [], []
     for length in lengths:
         if length.longest <= limit:
-            stay.append(length.row)
+            kept.append(length.row)
             continue
         done = "trimmed" if over_length == "trim" and length.prompt < limit else "dropped"
         if done == "trimmed":
-            stay.append(length.row)
+            kept.append(length.row)
         records.append({**asdict(length), "done": done})
-    return stay, records
+    return kept, records

@@ -1,13 +1,16 @@
-"""One row as the model reads it: the very ids of the batch as text, special tokens visible, and
-which are in the loss.
+"""One row as the model reads it: the ids of its batch as text, special tokens visible, and which of
+them are in the loss.
 """
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.collate import SIDES, PairCollator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def preview(collator: PairCollator, row: dict[str, Any]) -> dict[str, Any]:
@@ -19,45 +22,42 @@ def preview(collator: PairCollator, row: dict[str, Any]) -> dict[str, Any]:
         each token in the loss]}.
     """
     batch = collator([row])
-    lengths = dict(zip(("prompt", "chosen", "rejected"), batch["pairs"][0], strict=True))
+    prompt, chosen, rejected = batch["pairs"][0]
     ids = batch["pair_ids"][0].tolist()
-    prompt = lengths["prompt"]
-    chosen_at, rejected_at = (
-        prompt,
-        prompt + lengths["chosen"] + 1,
-    )  # each branch begins with the prompt's last token
+    chosen_start = prompt  # each branch begins with the prompt's last token, which is skipped
+    rejected_start = chosen_start + chosen + 1
     parts = {
         "prompt": ids[:prompt],
-        "chosen": ids[chosen_at : chosen_at + lengths["chosen"]],
-        "rejected": ids[rejected_at : rejected_at + lengths["rejected"]],
+        "chosen": ids[chosen_start : chosen_start + chosen],
+        "rejected": ids[rejected_start : rejected_start + rejected],
     }
     tokenizer = collator.processor.tokenizer
     return {
-        "images": [f"{picture.width}x{picture.height}" for picture in row["images"]],
+        "images": [f"{image.width}x{image.height}" for image in row["images"]],
         **{name: _text(tokenizer, part) for name, part in parts.items()},
         "tokens": {name: len(part) for name, part in parts.items()},
-        "loss_tokens": {side: _pieces(tokenizer, parts[side]) for side in ("chosen", "rejected")},
+        "loss_tokens": {side: _token_texts(tokenizer, parts[side]) for side in SIDES},
     }
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    """Ids as text; a token repeated more than twice, as the places of a picture are, is written
-    once with its count.
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Ids as text; a token repeated more than twice, as image tokens are, is written once with its
+    count.
     """
-    said, plain = "", []
+    text, pending = "", []
     for token, run in groupby(ids):
         count = len(list(run))
         if count <= 2:
-            plain += [token] * count
+            pending += [token] * count
             continue
-        said += tokenizer.decode(plain) + f"{tokenizer.decode([token])}×{count}"
-        plain = []
-    return said + tokenizer.decode(plain)
+        text += tokenizer.decode(pending) + f"{tokenizer.decode([token])}×{count}"
+        pending = []
+    return text + tokenizer.decode(pending)
 
 
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token, so that together they are the text; tokens of one character's bytes
-    stand together.
+def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of each token, together the whole text; tokens that share a character's bytes stand
+    together.
     """
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):

@@ -1,8 +1,10 @@
-"""One question to a base model and the same model with its adapter: answers as they grow, and what
-each thinks of both.
+"""One question to a base model and the same model with its adapter: both answers as they grow, and
+what each model thinks of both.
 
-Where PEFT can, both answers are made in one batch, of which one row has no adapter; else one after
-the other.
+Where PEFT can, both answers are generated in one batch, of which one row has no adapter; else one
+after the other.
+
+Shapes: B rows of a generation batch, A tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlmdpo.engine.generate import model_inputs
 from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
+from vlmdpo.models.protocols import AdaptedModel, Module, Processor
 
 ROLES = ("base", "tuned")
-_BOTH = ["__base__", "default"]  # PEFT's names, of the rows of a mixed batch
+_ADAPTER_OF_ROW = ["__base__", "default"]  # PEFT's names, for the rows of a mixed batch
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one of the two models says so far: its token ids, and the same as text."""
+    """An answer so far: its token ids, and the same as text."""
 
     ids: tuple[int, ...] = ()
     text: str = ""
@@ -37,8 +40,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """An answer under both models: log-probs summed over its `tokens`, and `reward`, beta times
-    tuned minus base.
+    """What both models think of one answer.
+
+    Attributes:
+        tokens: its length, the end token included where it has one.
+        base_logp, tuned_logp: its log-prob under each model, summed over its tokens, in nats.
+        reward: beta times tuned minus base.
     """
 
     tokens: int
@@ -47,14 +54,15 @@ class AnswerScore:
     reward: float
 
 
-class _Tokens(BaseStreamer):
-    """Hands on each step's tokens, (B,), and None at the end; the first call holds the prompt."""
+class _TokenStreamer(BaseStreamer):
+    """Puts each step's tokens (B,) into a queue, and None at the end."""
 
     def __init__(self) -> None:
         self.steps: queue.Queue[Tensor | BaseException | None] = queue.Queue()
         self._seen_prompt = False
 
     def put(self, value: Tensor) -> None:
+        # `generate` puts the prompt first.
         if self._seen_prompt:
             self.steps.put(value.reshape(-1).cpu())
         self._seen_prompt = True
@@ -63,17 +71,21 @@ class _Tokens(BaseStreamer):
         self.steps.put(None)
 
 
-class _Stop(StoppingCriteria):
-    def __init__(self) -> None:
-        self.wanted = threading.Event()
+class _StopOnRequest(StoppingCriteria):
+    """Ends generation once `requested` is set, from another thread."""
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.wanted.is_set(), device=input_ids.device)
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        return torch.full((len(input_ids),), self.requested.is_set(), device=input_ids.device)
 
 
 @contextlib.contextmanager
-def _no_hooks_left(model: Any) -> Iterator[None]:
-    """Takes off the hooks that PEFT leaves on its layers where a mixed batch fails on the way."""
+def _removing_new_hooks(model: Module) -> Iterator[None]:
+    """At the end, remove the hooks added inside: PEFT leaves some on its layers where a mixed batch
+    fails halfway.
+    """
     before = {module: set(module._forward_pre_hooks) for module in model.modules()}
     try:
         yield
@@ -85,7 +97,7 @@ def _no_hooks_left(model: Any) -> Iterator[None]:
 
 
 class SideBySide:
-    """Asks both models; one question at a time.
+    """Asks both models, one question at a time.
 
     Args:
         model: a PEFT model.
@@ -93,44 +105,42 @@ class SideBySide:
         beta: of the rewards.
     """
 
-    def __init__(self, model: Any, processor: Any, beta: float) -> None:
+    def __init__(self, model: AdaptedModel, processor: Processor, beta: float) -> None:
         self.model, self.processor, self.beta = model, processor, beta
-        self.at_once = True  # until PEFT refuses
-        self._one_at_a_time = threading.Lock()
+        self.in_one_batch = True  # until PEFT refuses
+        self._lock = threading.Lock()
 
     def stream(
-        self, picture: Image.Image, question: str, max_new_tokens: int
+        self, image: Image.Image, question: str, max_new_tokens: int
     ) -> Iterator[tuple[Answer, Answer]]:
-        """Both answers, greedy, again and again as they grow. The last pair is whole."""
-        with self._one_at_a_time:
-            if self.at_once:
+        """Both greedy answers, again and again as they grow. The last pair is complete."""
+        with self._lock:
+            if self.in_one_batch:
                 try:
-                    with _no_hooks_left(self.model):
-                        for said in self._steps(
-                            picture, question, max_new_tokens, count=2, adapter_names=_BOTH
+                    with _removing_new_hooks(self.model):
+                        for base, tuned in self._generate(
+                            image, question, max_new_tokens, rows=2, adapter_names=_ADAPTER_OF_ROW
                         ):
-                            yield said[0], said[1]
+                            yield base, tuned
                     return
-                except (
-                    ValueError
-                ) as problem:  # a tower that folds the batch, DoRA, layers PEFT cannot mix
+                except ValueError as problem:
+                    # A tower that folds its batch, DoRA, or other layers that PEFT cannot mix.
                     if "adapter_names" not in str(problem):
                         raise
-                    self.at_once = False
+                    self.in_one_batch = False
             base = Answer()
             with self.model.disable_adapter():
-                for said in self._steps(picture, question, max_new_tokens, count=1):
-                    base = said[0]
+                for (base,) in self._generate(image, question, max_new_tokens, rows=1):
                     yield base, Answer()
-            for said in self._steps(picture, question, max_new_tokens, count=1):
-                yield base, said[0]
+            for (tuned,) in self._generate(image, question, max_new_tokens, rows=1):
+                yield base, tuned
 
-    def _steps(
-        self, picture: Image.Image, question: str, max_new_tokens: int, *, count: int, **how: Any
+    def _generate(
+        self, image: Image.Image, question: str, max_new_tokens: int, *, rows: int, **options: Any
     ) -> Iterator[list[Answer]]:
-        """The answers of `count` equal rows, step by step. Raises what generation raises."""
-        inputs = model_inputs(self.model, self.processor, [picture] * count, [question] * count)
-        tokens, stop = _Tokens(), _Stop()
+        """The answers of `rows` equal rows, step by step. Raises what generation raises."""
+        inputs = model_inputs(self.model, self.processor, [image] * rows, [question] * rows)
+        streamer, stop = _TokenStreamer(), _StopOnRequest()
 
         def generate() -> None:
             try:
@@ -139,68 +149,68 @@ class SideBySide:
                         **inputs,
                         max_new_tokens=max_new_tokens,
                         do_sample=False,
-                        streamer=tokens,
+                        streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([stop]),
-                        **how,
+                        **options,
                     )
             except BaseException as problem:  # noqa: BLE001 - raised again where it is waited for
-                tokens.steps.put(problem)
+                streamer.steps.put(problem)
 
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
-        ids: list[list[int]] = [[] for _ in range(count)]
-        open_ = [True] * count
+        ids: list[list[int]] = [[] for _ in range(rows)]
+        unfinished = set(range(rows))
+        end_tokens = self._end_tokens()
         try:
-            while (step := tokens.steps.get()) is not None:
+            while (step := streamer.steps.get()) is not None:
                 if isinstance(step, BaseException):
                     raise step
                 for row, token in enumerate(step.tolist()):
-                    if open_[row]:
+                    if row in unfinished:
                         ids[row].append(token)
-                        open_[row] = token not in self._ends()
-                yield [self._answer(one) for one in ids]
+                        if token in end_tokens:
+                            unfinished.remove(row)
+                yield [self._answer(row_ids) for row_ids in ids]
         finally:
-            stop.wanted.set()  # whoever listened may have gone
+            stop.requested.set()  # the caller may have gone before the end
             worker.join()
 
-    def _ends(self) -> set[int]:
+    def _end_tokens(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
 
     def _answer(self, ids: list[int]) -> Answer:
-        return Answer(
-            tuple(ids), self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        )
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(tuple(ids), text.strip())
 
     @torch.inference_mode()
-    def judge(
-        self, picture: Image.Image, question: str, answers: tuple[Answer, Answer]
+    def score(
+        self, image: Image.Image, question: str, answers: tuple[Answer, Answer]
     ) -> tuple[AnswerScore, AnswerScore]:
         """What both models think of each answer, its end token included where it has one."""
-        with self._one_at_a_time:
-            tuned = [self._logp(picture, question, answer.ids) for answer in answers]
+        with self._lock:
+            tuned = [self._logp(image, question, answer.ids) for answer in answers]
             with self.model.disable_adapter():
-                base = [self._logp(picture, question, answer.ids) for answer in answers]
+                base = [self._logp(image, question, answer.ids) for answer in answers]
         first, second = (
             AnswerScore(len(answer.ids), b, t, self.beta * (t - b))
             for answer, b, t in zip(answers, base, tuned, strict=True)
         )
         return first, second
 
-    def _logp(self, picture: Image.Image, question: str, ids: tuple[int, ...]) -> float:
+    def _logp(self, image: Image.Image, question: str, ids: tuple[int, ...]) -> float:
         """The log-prob of these tokens after the prompt, summed, in nats."""
         if not ids:
             return 0.0
-        inputs = dict(model_inputs(self.model, self.processor, [picture], [question]))
+        inputs = dict(model_inputs(self.model, self.processor, [image], [question]))
         inputs.pop("labels", None)
-        answer = torch.tensor([ids], device=self.model.device)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
-        inputs["attention_mask"] = torch.cat(
-            [inputs["attention_mask"], torch.ones_like(answer)], dim=1
-        )
+        ids_1A = torch.tensor([ids], device=self.model.device)
+        mask_1A = torch.ones_like(ids_1A)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids_1A], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_1A], dim=1)
         for name in TOKEN_TYPE_KEYS:
             if name in inputs:
-                kind = torch.full_like(answer, answer_token_type(self.processor, name))
-                inputs[name] = torch.cat([inputs[name], kind], dim=1)
-        logits = self.model(**inputs).logits[0, -len(ids) - 1 : -1].float()
-        return float(logits.log_softmax(-1).gather(-1, answer[0, :, None]).sum())
+                types_1A = torch.full_like(ids_1A, answer_token_type(self.processor, name))
+                inputs[name] = torch.cat([inputs[name], types_1A], dim=1)
+        logits_AV = self.model(**inputs).logits[0, -len(ids) - 1 : -1].float()
+        return float(logits_AV.log_softmax(-1).gather(-1, ids_1A[0, :, None]).sum())

@@ -1,5 +1,6 @@
-"""TRL's own collator, for the stock engine and to compare with. Importing TRL's trainer takes a
-second, so `batch` does not.
+"""TRL's own collator, for the stock engine and to compare with.
+
+In a module of its own because importing TRL's trainer takes a second.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from vlmdpo.engine.collate import images_of
+from vlmdpo.engine.collate import Example, images_of
 
 
 class StockCollator(DataCollatorForVisionPreference):
-    """TRL's own collator, which also hands on `row` and takes examples whose `images` is None."""
+    """TRL's own collator, which also passes `row` on and takes examples whose `images` is None."""
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def torch_call(self, examples: list[Example]) -> dict[str, Any]:
+        # TRL's collator drops columns it does not know, and fails on images that are None.
         rows = [example.pop("row") for example in examples] if "row" in examples[0] else None
         for example in examples:
             example["images"] = images_of(example)

@@ -13,6 +13,7 @@ from PIL import Image
 from vlmdpo.engine.generate import render_prompt
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command
 from vlmdpo.models.load import pretrained_source
+from vlmdpo.models.protocols import Processor
 
 
 class VllmGenerator:
@@ -21,7 +22,7 @@ class VllmGenerator:
     def __init__(
         self,
         model: str,
-        processor: Any,
+        processor: Processor,
         adapter: Path | None,
         *,
         revision: str | None,
@@ -38,8 +39,8 @@ class VllmGenerator:
             ) from problem
         self._vllm, self.processor = vllm, processor
         self._lora = LoRARequest("tuned", 1, str(adapter)) if adapter else None
-        more: dict[str, Any] = (
-            {"enable_lora": True, "max_lora_rank": _rank(adapter)} if adapter else {}
+        lora_options: dict[str, Any] = (
+            {"enable_lora": True, "max_lora_rank": _supported_rank(adapter)} if adapter else {}
         )
         try:
             self._engine = vllm.LLM(
@@ -50,7 +51,7 @@ class VllmGenerator:
                 limit_mm_per_prompt={"image": 1},
                 enable_prefix_caching=True,
                 seed=0,
-                **more,
+                **lora_options,
             )
         except (ValueError, RuntimeError, OSError) as problem:
             raise ModelError(
@@ -59,32 +60,35 @@ class VllmGenerator:
 
     def generate(
         self,
-        pictures: Sequence[Image.Image],
+        images: Sequence[Image.Image],
         questions: Sequence[str],
         max_new_tokens: int,
         *,
         tuned: bool,
     ) -> list[str]:
-        """The greedy answers, stripped, one for each picture and question; `tuned`: with the
-        adapter.
+        """The greedy answers, stripped, one for each image and question.
+
+        Args:
+            tuned: whether the adapter is on.
         """
         prompts = [
             {
                 "prompt": render_prompt(self.processor, question),
-                "multi_modal_data": {"image": picture},
+                "multi_modal_data": {"image": image},
             }
-            for picture, question in zip(pictures, questions, strict=True)
+            for image, question in zip(images, questions, strict=True)
         ]
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        made = self._engine.generate(
+        outputs = self._engine.generate(
             prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
         )
-        return [one.outputs[0].text.strip() for one in made]
+        return [output.outputs[0].text.strip() for output in outputs]
 
 
-def _rank(adapter: Path) -> int:
-    """The adapter's rank, up to what vLLM has kernels for."""
+def _supported_rank(adapter: Path) -> int:
+    """The adapter's rank, rounded up to one that vLLM has kernels for."""
     from peft import PeftConfig
 
     rank = int(getattr(PeftConfig.from_pretrained(str(adapter)), "r", 16))
-    return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512, rank) if known >= rank)
+    supported = (8, 16, 32, 64, 128, 256, 320, 512, rank)
+    return next(other for other in supported if other >= rank)

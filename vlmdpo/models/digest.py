@@ -1,16 +1,17 @@
-"""What a model and a processor are, as a hash of all that they hold."""
+"""Hashes that say whether two models, processors or files are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from vlmdpo.models.protocols import Module, Processor
 
-def weights_digest(model: Any) -> str:
+
+def weights_digest(model: Module) -> str:
     """SHA-256 over names and bytes of every weight and buffer: reads all of them once."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -20,8 +21,10 @@ def weights_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def processor_digest(processor: Any) -> str:
-    """SHA-256 over all that turns a row into ids and pixels: settings, chat template, tokenizer."""
+def processor_digest(processor: Processor) -> str:
+    """SHA-256 over everything that turns a row into ids and pixels: settings, chat template,
+    tokenizer.
+    """
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = (

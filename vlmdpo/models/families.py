@@ -1,21 +1,38 @@
 """What differs between model families, and nothing else: image limits, chat templates, token types,
 positions, parts.
+
+Shapes: B rows, S tokens of a row.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmdpo.models.protocols import Backbone
+from vlmdpo.models.protocols import Backbone, Processor, VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, ProcessorMixin
+    from transformers.utils import ModelOutput
 
 PARTS = ("vision", "connector", "language", "head")
+# What families call the modules between vision tower and language model.
+_CONNECTOR_NAMES = (
+    "connector",
+    "projector",
+    "merger",
+    "perceiver",
+    "resampler",
+    "image_newline",
+)
+# Inputs by which some models tell text, prefix and images apart.
+TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 # PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos>
 # and a line break.
 _PALIGEMMA_TEMPLATE = (
@@ -26,71 +43,61 @@ _PALIGEMMA_TEMPLATE = (
 )
 
 
-def fallback_chat_template(processor: Any) -> str | None:
-    """A chat template for processors that ship none though their models need none; None for all
-    others.
-    """
+def fallback_chat_template(processor: Processor) -> str | None:
+    """A chat template for processors whose models need none and that ship none; else None."""
     return _PALIGEMMA_TEMPLATE if _is_paligemma(processor) else None
 
 
-def _is_paligemma(thing: Any) -> bool:
-    return "paligemma" in type(thing).__name__.lower()
+def _is_paligemma(model_or_processor: object) -> bool:
+    return "paligemma" in type(model_or_processor).__name__.lower()
 
 
-def has_bidirectional_prompt(backbone: Any) -> bool:
-    """Whether a prompt's tokens see what follows them in the prompt, so that no two prompts share
-    their beginning.
-    """
+def has_bidirectional_prompt(backbone: Backbone) -> bool:
+    """Whether a prompt's tokens see those that follow them, so that prompts cannot share a prefix."""
     return _is_paligemma(backbone) or bool(
         getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False)
     )
 
 
-TOKEN_TYPE_KEYS = (
-    "token_type_ids",
-    "mm_token_type_ids",
-)  # by which some processors tell text, prefix and pictures apart
-
-
-def answer_token_type(processor: Any, name: str) -> int:
+def answer_token_type(processor: Processor, name: str) -> int:
     """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0
     (text).
     """
     return int(name == "token_type_ids" and _is_paligemma(processor))
 
 
-def unwrap_peft(model: Any) -> Any:
+def unwrap_peft(model: VisionLanguageModel) -> Any:
     """The transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def text_configs(backbone: Any) -> list[Any]:
-    """Every configuration object that the language model reads, each once (modules may hold
-    copies).
+def text_configs(backbone: Backbone) -> list[PreTrainedConfig]:
+    """Every configuration object that the language model reads, each once; modules may hold
+    copies.
     """
-    found = [backbone.config.get_text_config()]
-    found += [
+    configs = [backbone.config.get_text_config()]
+    configs += [
         module.config for module in backbone.get_decoder().modules() if hasattr(module, "config")
     ]
-    return list({id(config): config for config in found}.values())
+    return list({id(config): config for config in configs}.values())
 
 
 def stock_position_ids(
-    backbone: Any, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1
+    backbone: Backbone, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1
 ) -> Tensor:
     """The position ids that the model would give stock rows.
 
     Args:
         backbone: the model without its head.
-        ids, mask: (B, S) token ids and 1 where there is a token, padded on the right.
+        ids, mask: (B, S) token ids, and 1 where there is a token, padded on the right.
         inputs: the rest of the batch: image grids and token types, where the family has them.
-        copies: how often the rows' images stand in `inputs` less than in `ids`.
+        copies: how many times more rows `ids` has than `inputs` has images for.
 
     Returns:
         (B, S), or (3, B, S) for families that count time, height and width apart (M-RoPE).
     """
     if hasattr(backbone, "compute_3d_position_ids") and inputs.get("image_grid_thw") is not None:
-        found: Tensor = backbone.compute_3d_position_ids(
+        return backbone.compute_3d_position_ids(
             input_ids=ids,
             inputs_embeds=None,
             image_grid_thw=inputs["image_grid_thw"].repeat(copies, 1),
@@ -99,22 +106,19 @@ def stock_position_ids(
             attention_mask=mask,
             mm_token_type_ids=inputs["mm_token_type_ids"],
         )
-        return found
     first = 1 if _is_paligemma(backbone) else 0
     return torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
 
 
-def parameters_by_part(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(part, name, parameter) for each parameter: language model, head, the projection between, or
-    the vision tower.
-    """
+def parameters_by_part(model: VisionLanguageModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(part, name, parameter) of each parameter; for the parts see `PARTS`."""
     base = unwrap_peft(model)
     language = {id(p) for p in base.base_model.get_decoder().parameters()}
     head = base.get_output_embeddings()
-    ends = {id(p) for p in head.parameters()} if head is not None else set()
-    ends |= {id(p) for p in base.get_input_embeddings().parameters()}
+    embeddings = {id(p) for p in head.parameters()} if head is not None else set()
+    embeddings |= {id(p) for p in base.get_input_embeddings().parameters()}
     for name, parameter in base.named_parameters():
-        if id(parameter) in ends:
+        if id(parameter) in embeddings:
             yield "head", name, parameter
         elif id(parameter) in language:
             yield "language", name, parameter
@@ -123,17 +127,12 @@ def parameters_by_part(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def part_of_parameter(name: str) -> str:
-    """The part of a parameter or module outside the language model, by the names that families use."""
-    if any(
-        word in name
-        for word in ("connector", "projector", "merger", "perceiver", "resampler", "image_newline")
-    ):
-        return "connector"
-    return "vision"
+    """The part of a parameter or module outside the language model, by its name."""
+    return "connector" if any(word in name for word in _CONNECTOR_NAMES) else "vision"
 
 
-def vision_parameters(backbone: Any) -> list[nn.Parameter]:
-    """Everything that image features are made of: all parameters outside the language model."""
+def vision_parameters(backbone: Backbone) -> list[nn.Parameter]:
+    """All parameters outside the language model: everything that image features are made of."""
     language = {id(p) for p in backbone.get_decoder().parameters()}
     language |= {id(p) for p in backbone.get_input_embeddings().parameters()}
     return [p for p in backbone.parameters() if id(p) not in language]
@@ -141,7 +140,7 @@ def vision_parameters(backbone: Any) -> list[nn.Parameter]:
 
 def vision_models(backbone: Backbone) -> list[nn.Module]:
     """Every transformers model inside `backbone` besides the language model: towers, and connectors
-    that are models of their own, nested ones after those that hold them.
+    that are models of their own. One that contains another comes first.
     """
     language = set(map(id, backbone.get_decoder().modules()))
     return [
@@ -155,18 +154,18 @@ def vision_models(backbone: Backbone) -> list[nn.Module]:
 
 def frozen_towers(backbone: Backbone) -> list[nn.Module]:
     """The outermost of `vision_models` none of whose parameters train."""
-    found: list[nn.Module] = []
+    towers: list[nn.Module] = []
     inside: set[int] = set()
     for module in vision_models(backbone):
         if id(module) in inside:
             continue
         if not any(parameter.requires_grad for parameter in module.parameters()):
-            found.append(module)
+            towers.append(module)
             inside |= set(map(id, module.modules()))
-    return found
+    return towers
 
 
-def image_side_limit(processor: Any) -> tuple[int | None, bool]:
+def image_side_limit(processor: Processor) -> tuple[int | None, bool]:
     """The longest image side, in pixels, that a processor passes on, and whether smaller images
     stay smaller.
 
@@ -190,84 +189,89 @@ def image_side_limit(processor: Any) -> tuple[int | None, bool]:
     return None, True
 
 
-def default_image_side(processor: Any) -> int | None:
-    """The bound that `prepare` puts on images: half the limit, as in the article, where smaller
-    images stay smaller.
+def default_image_side(processor: Processor) -> int | None:
+    """The bound, in pixels, that `prepare` puts on an image's longer side.
 
-    Where every image is scaled to one size anyway, halving it would only blur: there the bound is
-    the size itself.
+    Half the limit where smaller images stay smaller. Where every image is scaled to one size
+    anyway, halving would only blur: there the bound is the size itself.
     """
-    limit, upper_bound = image_side_limit(processor)
+    limit, is_upper_bound = image_side_limit(processor)
     if limit is None:
         return None
-    return max(1, limit // 2) if upper_bound else limit
+    return max(1, limit // 2) if is_upper_bound else limit
 
 
 def parameter_numel(parameter: Tensor) -> int:
-    """How many numbers a parameter holds, over all processes (DeepSpeed's parts keep the whole's
-    size beside them).
+    """How many elements a parameter has, over all processes.
+
+    DeepSpeed leaves an empty tensor where a parameter is sharded, and keeps the full size beside it.
     """
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
-def without_video_processor(processor_class: Any) -> Any:
-    """A processor class without its video part, which exists only where torchvision does, under the
-    same name.
+def without_video_processor(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A processor class without its video part, under the same name.
+
+    The video part needs torchvision. transformers decides by `get_attributes` which parts a
+    processor has, so that is overridden.
     """
 
     @classmethod  # type: ignore[misc]
-    def get_attributes(cls: Any) -> list[str]:
+    def get_attributes(cls: type) -> list[str]:
         return ["image_processor", "tokenizer"]
 
     return type(processor_class.__name__, (processor_class,), {"get_attributes": get_attributes})
 
 
-def image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None:
-    """Tokens that pictures of these sizes (width, height) take, without their pixels, up to a
-    constant a picture.
+def estimated_image_tokens(processor: Processor, sizes: Sequence[tuple[int, int]]) -> int | None:
+    """Tokens of images of these sizes (width, height), without their pixels, up to a constant for
+    each image.
 
-    None where the processor cannot tell. Raises ValueError for a size that the processor refuses.
+    None where the processor offers no estimate. Raises ValueError for a size that it refuses.
     """
     if type(processor).__name__ == "Idefics2Processor":
-        return 0  # the resampler makes as many of any picture
+        return 0  # its resampler makes the same number of any image
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         return None
-    told = processor._get_num_multimodal_tokens(
+    # Private, and there is no public counterpart.
+    counts = processor._get_num_multimodal_tokens(
         image_sizes=[(height, width) for width, height in sizes]
     )
-    return int(sum(told["num_image_tokens"]))
+    return int(sum(counts["num_image_tokens"]))
 
 
-def reserved_tokens(processor: Any) -> tuple[str, ...]:
-    """Texts that a processor or its tokenizer takes for a picture, so that none may stand in a
-    question or answer.
+def reserved_tokens(processor: Processor) -> tuple[str, ...]:
+    """Texts that a processor or its tokenizer takes for an image or video, so that no question or
+    answer may contain them.
     """
     names = ("image_token", "boi_token", "fake_image_token", "video_token")
     return tuple({str(token) for name in names if (token := getattr(processor, name, None))})
 
 
-def linear_layers(model: Any, scope: str) -> list[str]:
-    """Names of all linear layers that LoRA may adapt within `scope`: "language", or "connector"
-    (both of them).
+def linear_layers(model: VisionLanguageModel, scope: str) -> list[str]:
+    """Names of all linear layers that LoRA may adapt: those of the language model, and with `scope`
+    "connector" those of the connector too.
     """
     base = unwrap_peft(model)
     language = {id(module) for module in base.base_model.get_decoder().modules()}
     head = base.get_output_embeddings()
-    found = []
-    for name, module in base.named_modules():
-        if not isinstance(module, nn.Linear) or module is head:
-            continue
-        inside = id(module) in language or (
-            scope == "connector" and part_of_parameter(name) == "connector"
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and (
+            id(module) in language
+            or (scope == "connector" and part_of_parameter(name) == "connector")
         )
-        if inside:
-            found.append(name)
-    return found
+    ]
 
 
-def keep_signature(method: Any, replacement: Any) -> Any:
-    """`replacement` with the name and signature of `method`, since transformers' `generate` looks
-    at signatures.
+def keep_signature(
+    method: Callable[..., Any], replacement: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`replacement` with the name and signature of `method`, because transformers' `generate`
+    inspects signatures.
     """
 
     @functools.wraps(method)
@@ -277,23 +281,21 @@ def keep_signature(method: Any, replacement: Any) -> Any:
     return call
 
 
-def repeat_features(value: Any, copies: int) -> Any:
+def repeat_features(features: ModelOutput | None, copies: int) -> ModelOutput | None:
     """Image features as if every image stood `copies` times in the batch, the whole list after
-    itself.
+    itself. Changed in place.
     """
-    if copies == 1 or value is None:
-        return value
+    if copies == 1 or features is None:
+        return features
     for name in ("pooler_output", "deepstack_features"):
-        part = getattr(value, name, None)
+        part = getattr(features, name, None)
         if isinstance(part, Tensor):
-            value[name] = torch.cat([part] * copies)
+            features[name] = torch.cat([part] * copies)
         elif name == "pooler_output" and part is not None:
-            value[name] = tuple(part) * copies
+            features[name] = tuple(part) * copies
         elif part is not None:
-            value[name] = [
-                tuple(layer) * copies
-                if not isinstance(layer, Tensor)
-                else torch.cat([layer] * copies)
+            features[name] = [
+                torch.cat([layer] * copies) if isinstance(layer, Tensor) else tuple(layer) * copies
                 for layer in part
             ]
-    return value
+    return features

@@ -1,6 +1,4 @@
-"""The only place that loads processors, models and adapters, so that one set of rules holds for all
-commands.
-"""
+"""Loads processors, models and adapters, for all commands by the same rules. Nothing else does."""
 
 from __future__ import annotations
 
@@ -17,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -30,26 +29,29 @@ from transformers.utils import (
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command, nearest
 from vlmdpo.models import registry
 from vlmdpo.models.families import fallback_chat_template, without_video_processor
+from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
 
+# What they say to a terminal, this package says itself, as errors and warnings of its own.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def pretrained_source(model: str) -> str:
-    """What `from_pretrained` is given: the embedded folder for "tiny", else the Hub id or local
-    path.
-    """
+    """What `from_pretrained` gets: the package's own folder for "tiny", else the Hub id or a path."""
     if model == "tiny":
         return str(resources.files("vlmdpo").joinpath("tiny", "assets", "model"))
     return registry.hub_id(model)
 
 
 def _not_found(model: str, problem: Exception) -> ModelError:
+    """Why a model cannot be loaded, in one line."""
     hint = nearest(model, registry.ENTRIES)
     text = str(problem)
     if Path(model).exists():
-        return ModelError(f"--model: '{model}' is no complete model folder: {text.splitlines()[0]}")
+        return ModelError(
+            f"--model: '{model}' is not a complete model folder: {text.splitlines()[0]}"
+        )
     if "gated repo" in text or "401" in text:
         return ModelError(
             f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf "
@@ -68,9 +70,11 @@ def _not_found(model: str, problem: Exception) -> ModelError:
 
 def check_is_vlm(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
-    """The model's configuration. Raises ModelError where there is none, or where it is no
-    vision-language model.
+) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        ModelError: there is none, or it is not a vision-language model's.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -104,7 +108,7 @@ def load_processor(
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = _with_or_without_video(pretrained_source(model), origin)
+        processor = _load_processor_parts(pretrained_source(model), origin)
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
     except ImportError as problem:
@@ -112,7 +116,7 @@ def load_processor(
             f"the processor of '{model}' needs a package: {' '.join(str(problem).split())}"
         ) from problem
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
-        raise ModelError(f"--model: '{model}' has no image processor, so it cannot take pictures")
+        raise ModelError(f"--model: '{model}' has no image processor, so it cannot take images")
     if processor.chat_template is None:
         processor.chat_template = fallback_chat_template(processor)
     if processor.chat_template is None:
@@ -127,30 +131,29 @@ def load_processor(
     return processor
 
 
-def _with_or_without_video(source: str, origin: dict[str, Any]) -> Any:
-    """A processor; where its video part cannot be had (it needs torchvision), the same one for
-    pictures alone.
-    """
-    processor, reason = None, None
+def _load_processor_parts(source: str, origin: dict[str, Any]) -> Any:
+    """A processor, without its video part where that cannot be loaded: it needs torchvision."""
+    processor, problem = None, None
     try:
         processor = AutoProcessor.from_pretrained(source, **origin)
-    except (ImportError, OSError) as problem:
-        reason = problem
+    except (ImportError, OSError) as raised:
+        problem = raised
     if isinstance(processor, ProcessorMixin):
         return processor
+    # Without torchvision AutoProcessor fails, or returns the tokenizer alone.
     settings, _ = (
-        ProcessorMixin.get_processor_dict(source, **origin) if reason or processor else ({}, None)
+        ProcessorMixin.get_processor_dict(source, **origin) if problem or processor else ({}, None)
     )
-    named = getattr(transformers, str(settings.get("processor_class")), None)
-    if named is not None and "video_processor" in named.get_attributes():
-        return without_video_processor(named).from_pretrained(source, **origin)
-    if reason is not None:
-        raise reason
+    processor_class = getattr(transformers, str(settings.get("processor_class")), None)
+    if processor_class is not None and "video_processor" in processor_class.get_attributes():
+        return without_video_processor(processor_class).from_pretrained(source, **origin)
+    if problem is not None:
+        raise problem
     return processor
 
 
 def pick_device(device: str) -> torch.device:
-    """The device behind `--device`. Raises ModelError where it is not there."""
+    """The device that `--device` names. Raises ModelError where there is none such."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -158,15 +161,13 @@ def pick_device(device: str) -> torch.device:
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as problem:
         raise ModelError(
-            f"--device: '{device}' is not to be had here: {str(problem).splitlines()[0]}"
+            f"--device: '{device}' is not available here: {str(problem).splitlines()[0]}"
         ) from problem
     return picked
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The data type behind `--dtype`; "auto" is bfloat16 on a GPU that computes in it, else
-    float32.
-    """
+    """The data type that `--dtype` names; "auto": bfloat16 on a GPU that supports it, else float32."""
     if dtype == "auto":
         return (
             torch.bfloat16
@@ -179,10 +180,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def pick_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention behind `--attn-implementation`; "auto" is flash_attention_2 where it can run,
-    else None: the model's own.
+    """The attention that `--attn-implementation` names; None for the model's own.
 
-    Raises MissingDependencyError where what was asked for is not there.
+    "auto" is flash_attention_2 where it can run, else None. Raises MissingDependencyError where
+    what was asked for is not installed.
     """
     flash = {
         "flash_attention_2": is_flash_attn_2_available,
@@ -203,9 +204,10 @@ def pick_attention(attention: str, device: torch.device, dtype: torch.dtype) -> 
     return attention
 
 
-def _four_bits(quantization: str, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told to load weights in 4 bits. Raises ModelError,
-    MissingDependencyError.
+def _quantization_options(quantization: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load weights in 4 bits; none for "none".
+
+    Raises ModelError, MissingDependencyError.
     """
     if quantization == "none":
         return {}
@@ -239,13 +241,15 @@ def load_model(
     quantization: str = "none",
     adapter: Path | None = None,
 ) -> Any:
-    """The model on its device, in evaluation mode, with its adapter where one is given. Safetensors
-    only.
+    """The model on its device, in evaluation mode, with an adapter where one is given.
+
+    Only safetensors are read.
 
     Args:
         dtype, device, attention: see `pick_dtype`, `pick_device`, `pick_attention`.
         quantization: "nf4" loads weights in 4 bits with double quantization, as QLoRA does, or
             "none".
+        adapter: the folder of a PEFT adapter.
 
     Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError,
     MissingDependencyError.
@@ -262,7 +266,7 @@ def load_model(
             dtype=pick_dtype(dtype, where),
             attn_implementation=pick_attention(attention, where, pick_dtype(dtype, where)),
             use_safetensors=True,
-            **_four_bits(quantization, where),
+            **_quantization_options(quantization, where),
         )
     except (OSError, ValueError) as problem:
         raise _not_found(model, problem) from problem
@@ -273,7 +277,7 @@ def load_model(
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raise ModelError where a folder holds no PEFT adapter in safetensors."""
+    """Raise ModelError where a folder does not hold a PEFT adapter in safetensors."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise ModelError(
@@ -281,14 +285,12 @@ def check_adapter(adapter: Path) -> None:
             )
 
 
-def load_adapter(model: Any, adapter: Path) -> Any:
-    """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit
-    together.
-    """
+def load_adapter(model: VisionLanguageModel, adapter: Path) -> AdaptedModel:
+    """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit."""
     from peft import PeftModel
 
     check_adapter(adapter)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
@@ -297,7 +299,7 @@ def load_adapter(model: Any, adapter: Path) -> Any:
             raise ModelError(
                 f"--adapter: '{adapter}' does not fit the model: {reason}"
             ) from problem
-    missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     if missing:
         raise ModelError(
             f"--adapter: '{adapter}' was trained on another model: some of its weights are "

@@ -1,6 +1,6 @@
-"""Aliases of public models, and what is known of them without downloading anything. Standard
-library only.
+"""Aliases of public models, and what is known about them without a download.
 
+Standard library only, because every command imports it.
 Parameter counts were taken on the meta device (weights tied to each other counted once) from each
 model's own configuration; totals agree with the sizes published on the Hub.
 """
@@ -21,9 +21,14 @@ PARTS = ("vision", "connector", "embed/head", "text")
 class ModelEntry:
     """One known model.
 
-    `parameters`: total, each weight once. `by_part`: the same by PARTS. `lora_per_rank`: what one
-    rank of LoRA on all linear layers trains, so that rank r trains r times as much. `recipe`:
-    option values a command starts from.
+    Attributes:
+        alias: its short name.
+        hub_id: where it lies on the Hub.
+        parameters: how many it has, each weight counted once.
+        by_part: the same by PARTS.
+        lora_per_rank: how many parameters one rank of LoRA on all linear layers has; rank r has r
+            times as many.
+        recipe: option values that a command starts from, by command.
     """
 
     alias: str
@@ -165,33 +170,29 @@ def find(model: str) -> ModelEntry | None:
 
 
 def get(model: str) -> ModelEntry:
-    """The entry of an alias or Hub id. Raises ModelError, naming a near alias, where there is none."""
-    found = find(model)
-    if found is None:
+    """The entry of an alias or Hub id. Raises ModelError for others, naming the nearest alias."""
+    entry = find(model)
+    if entry is None:
         hint = nearest(model, ENTRIES) or f" Known: {', '.join(ENTRIES)}"
         raise ModelError(f"--model: no exact parameter counts for '{model}'.{hint}")
-    return found
+    return entry
 
 
 def hub_id(model: str) -> str:
-    """What to load for `--model`: the Hub id behind an alias; anything else as it is (`~` expanded
-    in local paths).
-    """
-    found = find(model)
-    if found is not None:
-        return found.hub_id
+    """What to load for `--model`: the Hub id of an alias; anything else as it is, `~` expanded."""
+    entry = find(model)
+    if entry is not None:
+        return entry.hub_id
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def recipe(model: str, command: str) -> Mapping[str, Any]:
-    """The option values that `command` starts from for this model; empty for all but the embedded
-    one.
-    """
-    found = find(model)
-    return found.recipe.get(command, {}) if found else {}
+    """The option values that `command` starts from for this model; empty for most models."""
+    entry = find(model)
+    return entry.recipe.get(command, {}) if entry else {}
 
 
 def short_name(model: str) -> str:
     """A name for folders: the alias, or the last part of a Hub id or path."""
-    found = find(model)
-    return found.alias if found else Path(model).name
+    entry = find(model)
+    return entry.alias if entry else Path(model).name

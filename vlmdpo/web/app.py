@@ -199,7 +199,7 @@ class Page:
         base, tuned = Answer(), Answer()
         for base, tuned in self.models.stream(opened, question, self.max_new_tokens):
             yield *self._panes(plain(base.text), plain(tuned.text)), "", None, "…", *off
-        judged = self.models.judge(opened, question, (base, tuned))
+        judged = self.models.score(opened, question, (base, tuned))
         said = {"picture": picture, "question": question, "base": base.text, "tuned": tuned.text}
         alike = base.text == tuned.text
         status = (
