@@ -7,7 +7,7 @@ import transformers as tf
 from tests.support import matrix
 from tests.support.matrix import DOCS, FAMILIES, Family, examine, row
 from vlmdpo.models.families import without_video_processor
-from vlmdpo.tiny import random_models
+from vlmdpo.tiny import random_models, random_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def test_every_family_has_one_row():
 
 def _llava_onevision(text, vision, image_size):
     """A family that vlmdpo has never heard of, as docs/models.md tells to add one."""
-    tok = random_models.tokenizer(
+    tok = random_tokenizer.tokenizer(
         "<image>", "<video>", image_token="<image>", video_token="<video>"
     )
     config = tf.LlavaOnevisionConfig(
@@ -55,7 +55,7 @@ def _llava_onevision(text, vision, image_size):
     told = {"num_image_tokens": (image_size // 8) ** 2, "vision_feature_select_strategy": "full"}
     processor = without_video_processor(tf.LlavaOnevisionProcessor)
     return config, processor(
-        images, tok, chat_template=random_models.TEMPLATE.replace("IMAGE", "<image>"), **told
+        images, tok, chat_template=random_tokenizer.TEMPLATE.replace("IMAGE", "<image>"), **told
     )
 
 

@@ -149,7 +149,7 @@ def test_votes_are_data_that_prepare_accepts(page, vlmdpo, tmp_path):
         ("There is none.", said["base"]),
         (said["base"], "None."),
     ]
-    assert len(list(Path("votes/images").iterdir())) == 1, "a picture is stored once"
+    assert len(list(Path("votes/images").iterdir())) == 1, "an image is stored once"
     code, out, err = vlmdpo(
         "prepare", "--dataset", "votes/v.jsonl", "--output-dir", "data", "--json"
     )
@@ -163,16 +163,16 @@ def test_what_cannot_be_asked_or_voted_on_is_said(page, tmp_path):
         assert last[3] is None
         return last[4]
 
-    assert "Give a picture" in status(None, QUESTION)
-    assert "Give a picture" in status("x.png", "  ")
+    assert "Choose an image" in status(None, QUESTION)
+    assert "Choose an image" in status("x.png", "  ")
     (tmp_path / "no.png").write_text("no picture")
     assert "cannot be used" in status(str(tmp_path / "no.png"), QUESTION)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert "2,000 characters" in status(str(tmp_path / "a.png"), "x" * 2001)
     assert page.vote(None, "base")[1] == "Ask first."
-    said = {"picture": str(tmp_path / "a.png"), "question": "?", "base": "A", "tuned": ""}
+    said = {"image": str(tmp_path / "a.png"), "question": "?", "base": "A", "tuned": ""}
     assert "empty answer" in page.vote(said, "base")[1]
-    assert "another answer" in page.vote(said, "neither", "A")[1]
+    assert "differs from these two" in page.vote(said, "neither", "A")[1]
     (tmp_path / "votes").write_text("in the way")
     assert "Not written" in page.vote({**said, "tuned": "B"}, "base")[1]
     assert page.votes == 0
@@ -215,17 +215,17 @@ def test_examples_are_the_flips_first_then_rows_of_the_run(vlmdpo, tmp_path):
     found = compare._examples(config, config.adapter, tmp_path)
     sources = list(dict.fromkeys(example.source for example in found))
     assert sources == ["changed in eval-amber", "test split of the run"]
-    assert all(example.picture.is_file() for example in found)
+    assert all(example.image.is_file() for example in found)
     assert compare._beta(config.adapter) == 0.1
-    with pytest.raises(DataError, match="no result of vlmdpo eval-amber"):
-        examples.of_amber(tmp_path, tmp_path)
+    with pytest.raises(DataError, match="not written by vlmdpo eval-amber"):
+        examples.from_amber(tmp_path, tmp_path)
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"image": "../secret.png", "question": "?"}\n')
     with pytest.raises(DataError, match=r"line 1: .* points outside"):
-        examples.of_file(mine, tmp_path)
+        examples.from_file(mine, tmp_path)
     mine.write_text('{"image": "a.png"}\n')
     with pytest.raises(DataError, match="line 1"):
-        examples.of_file(mine, tmp_path)
+        examples.from_file(mine, tmp_path)
 
 
 def test_wrong_settings_are_one_line_before_anything_is_loaded(vlmdpo, monkeypatch):
@@ -341,7 +341,7 @@ def test_votes_of_a_picture_that_is_none_are_not_written(tmp_path):
     with pytest.raises(BadImage):
         votes.append(
             tmp_path / "v.jsonl",
-            picture=tmp_path / "no.png",
+            image=tmp_path / "no.png",
             question="?",
             chosen="a",
             rejected="b",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmdpo.engine.generate import render_prompt
-from vlmdpo.tiny import build
+from vlmdpo.tiny import build, lessons
 from vlmdpo.tiny import scenes as sc
 
 pytestmark = pytest.mark.slow
@@ -19,8 +19,8 @@ def test_packed_questions_give_the_logits_they_would_have_alone():
     processor = build.make_processor()
     model = build.make_model(processor).eval()
     model.set_attn_implementation("eager")
-    lesson = build.Lesson(steps=1, learning_rate=1e-3, images_per_step=2, questions_per_image=3)
-    teacher = build.Teacher(processor, lesson, random.Random(3))
+    lesson = lessons.Lesson(steps=1, learning_rate=1e-3, images_per_step=2, questions_per_image=3)
+    teacher = lessons.Teacher(processor, lesson, random.Random(3))
     batch = teacher.batch()
     with torch.no_grad():
         packed = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
@@ -46,7 +46,7 @@ def test_packed_questions_give_the_logits_they_would_have_alone():
 
 def test_lessons_use_the_tokens_of_the_chat_template():
     processor = build.make_processor()
-    teacher = build.Teacher(processor, build.TALKING, random.Random(0))
+    teacher = lessons.Teacher(processor, lessons.TALKING, random.Random(0))
     question, answer = "Is there a star in this image?", "No"
     asked, answered = teacher._turn(question, answer)
     picture = sc.draw(sc.sample_scene(random.Random(0), "making"))

@@ -68,17 +68,17 @@ def _page(config: CompareConfig, folder: Path) -> Any:
 def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     from vlmdpo.web import examples
 
-    found = []
+    picked = []
     amber = config.amber or _latest_evaluation(adapter)
     if amber is not None:
-        found += examples.of_amber(amber, folder)
+        picked += examples.from_amber(amber, folder)
     elif config.model == "tiny":
         flips = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
-        found += examples.of_flips(flips, folder, None, "questions about the embedded scenes")
-    found += examples.of_run(adapter, folder)
+        picked += examples.from_flips(flips, folder, None, "questions about the embedded scenes")
+    picked += examples.from_run(adapter, folder)
     if config.examples is not None:
-        found += examples.of_file(config.examples, config.image_root or config.examples.parent)
-    return found
+        picked += examples.from_file(config.examples, config.image_root or config.examples.parent)
+    return picked
 
 
 def _latest_evaluation(adapter: Path) -> Path | None:

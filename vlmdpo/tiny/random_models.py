@@ -1,8 +1,6 @@
-"""Small models of every supported family with random weights and real processors, made from
-nothing.
+"""Small models of every supported family, with random weights and real processors.
 
-For tests and benchmarks: the architectures are transformers' own, only narrow and shallow. A token
-is a byte of text.
+For tests and benchmarks: the architectures are transformers' own, but narrow and shallow.
 """
 
 from __future__ import annotations
@@ -12,16 +10,10 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vlmdpo.models.families import without_video_processor
+from vlmdpo.tiny.random_tokenizer import TEMPLATE, token_ids, tokenizer
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% "
-    "endfor %}{{ eos_token + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 _TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -39,37 +31,6 @@ VISION_SIZES = {
     "num_attention_heads": 4,
     "initializer_range": 0.1,
 }
-
-
-def tokenizer(*special: str, **named: str) -> Any:
-    """A byte-level tokenizer without merges; `special` tokens come after <s>, </s> and <pad>,
-    `named` ones by attribute too.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<s>", "</s>", "<pad>", *special]
-    bytes_only = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in names]
-    )
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={
-            **named,
-            **{
-                f"special_{i}": name for i, name in enumerate(special) if name not in named.values()
-            },
-        },
-    )
-
-
-def _ids(tok: Any, *names: str) -> list[int]:
-    found: list[int] = tok.convert_tokens_to_ids(list(names))
-    return found
 
 
 def _common(tok: Any) -> dict[str, Any]:
@@ -105,7 +66,7 @@ def _idefics2(
         **more.get("perceiver", {}),
     }
     config = tf.Idefics2Config(
-        image_token_id=_ids(tok, "<image>")[0],
+        image_token_id=token_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
         text_config=wide,
         vision_config={**VISION_SIZES, "patch_size": 8, "image_size": image_size, **vision},
@@ -136,7 +97,7 @@ def _idefics3(
     )
     # SmolVLM's own processor needs num2words, for videos; Idefics3's makes the same of images.
     config = (tf.SmolVLMConfig if smol else tf.Idefics3Config)(
-        image_token_id=_ids(tok, "<image>")[0],
+        image_token_id=token_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
         scale_factor=scale_factor,
         text_config={**text_sizes(tok, model_type="llama"), **text},
@@ -159,8 +120,8 @@ def _llava(
 ) -> tuple[Any, Any]:
     tok = tokenizer("<image>", image_token="<image>")
     shared: dict[str, Any] = {
-        "image_token_id": _ids(tok, "<image>")[0],
-        "image_token_index": _ids(tok, "<image>")[0],
+        "image_token_id": token_ids(tok, "<image>")[0],
+        "image_token_index": token_ids(tok, "<image>")[0],
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "text_config": {**text_sizes(tok, model_type="llama"), **text},
@@ -205,8 +166,8 @@ def _paligemma(
     tok = tokenizer("<image>", image_token="<image>")
     tokens = (image_size // vision.get("patch_size", 8)) ** 2
     config = tf.PaliGemmaConfig(
-        image_token_index=_ids(tok, "<image>")[0],
-        image_token_id=_ids(tok, "<image>")[0],
+        image_token_index=token_ids(tok, "<image>")[0],
+        image_token_id=token_ids(tok, "<image>")[0],
         projection_dim=projection_dim,
         text_config={**text_sizes(tok, model_type="gemma"), **text},
         vision_config={
@@ -243,7 +204,7 @@ def _internvl(
     told = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     tok = tokenizer(*names, **dict(zip(told, names, strict=True)))
     tok.start_image_token, tok.end_image_token, tok.context_image_token, tok.video_token = names
-    start, end, context, video = _ids(tok, *names)
+    start, end, context, video = token_ids(tok, *names)
     (
         tok.start_image_token_id,
         tok.end_image_token_id,
@@ -293,10 +254,10 @@ def _gemma3(
     )
     tokens = mm_tokens_per_image or (image_size // 16) ** 2
     config = tf.Gemma3Config(
-        image_token_id=_ids(tok, "<image>")[0],
-        image_token_index=_ids(tok, "<image>")[0],
-        boi_token_index=_ids(tok, "<start>")[0],
-        eoi_token_index=_ids(tok, "<end>")[0],
+        image_token_id=token_ids(tok, "<image>")[0],
+        image_token_index=token_ids(tok, "<image>")[0],
+        boi_token_index=token_ids(tok, "<start>")[0],
+        eoi_token_index=token_ids(tok, "<end>")[0],
         mm_tokens_per_image=tokens,
         text_config={
             **text_sizes(tok, sliding_window=24, query_pre_attn_scalar=8),
@@ -321,7 +282,7 @@ def _qwen(
 ) -> tuple[Any, Any]:
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tok = tokenizer(*names, image_token="<|image_pad|>", video_token="<|video_pad|>")
-    start, end, image, video = _ids(tok, *names)
+    start, end, image, video = token_ids(tok, *names)
     tower: dict[str, Any] = {
         "depth": 2,
         "patch_size": 8,

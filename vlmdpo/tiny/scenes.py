@@ -258,7 +258,7 @@ def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a description says of one kind: how many, of what colour, doing what ("" for nothing)."""
+    """What a description says about one kind: how many, which colour, which action (or "")."""
 
     kind: str
     number: str
@@ -296,7 +296,8 @@ def describe(claims: list[Claim]) -> str:
 
 
 _CLAIM = re.compile(
-    rf"\b({'|'.join(NUMBERS)}) ({'|'.join(COLOURS)}) ({'|'.join(KINDS)})(?:es|s)?\b(?: that ({'|'.join(ACTIONS)})s?\b)?"
+    rf"\b({'|'.join(NUMBERS)}) ({'|'.join(COLOURS)}) ({'|'.join(KINDS)})(?:es|s)?\b"
+    rf"(?: that ({'|'.join(ACTIONS)})s?\b)?"
 )
 
 

@@ -1,7 +1,6 @@
-"""The page of `vlmdpo compare`, in gradio: ask, see both answers grow, vote. Knows nothing of where
-models come from.
+"""The page of `vlmdpo compare`, in gradio: ask, watch both answers grow, vote.
 
-Whatever models, data or people say reaches the page escaped.
+Text from models, data and people is escaped.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing is told to anybody
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import; nothing is sent
 
 import gradio as gr
 
@@ -25,37 +25,26 @@ from vlmdpo.web.word_diff import marked, plain
 MAX_QUESTION = 2000  # characters
 _FONT = ["system-ui", "sans-serif"]
 THEME = gr.themes.Base(font=_FONT, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
-CSS = """
-.pane { border: 1px solid var(--border-color-primary); border-radius: .6rem; padding: .8rem 1rem; min-height: 7rem; }
-.pane h3 { margin: 0 0 .4rem; font-size: .95rem; } .pane .text { font-size: 1.05rem; overflow-wrap: anywhere; }
-.pane .soft { color: var(--body-text-color-subdued); font-size: .88rem; } .figures { font-size: .88rem; }
-.pane mark { border-radius: .2rem; padding: 0 .12rem; color: inherit; }
-mark.only-base { background: #f6c9c5; } mark.only-tuned { background: #bfe6cd; }
-.dark mark.only-base { background: #7a2a24; } .dark mark.only-tuned { background: #1d5a38; }
-.figures table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; border: 0 !important; }
-.figures th, .figures td { text-align: right; padding: .2rem .4rem !important; border: 0 !important;
-  border-bottom: 1px solid var(--border-color-primary) !important; }
-.figures th:first-child, .figures td:first-child { text-align: left; }
-.figures tr { border: 0 !important; } .figures p { margin: .4rem 0 0; }
-@media (max-width: 30rem) { .figures table { font-size: .76rem; }
-  .figures th, .figures td { padding: .2rem !important; } }
-"""
-_NOTHING = "<span class='soft'>Pick an example, or upload a picture, and ask.</span>"
+CSS = files("vlmdpo.web").joinpath("compare.css").read_text(encoding="utf-8")
+_EMPTY = "<span class='soft'>Pick an example, or upload an image, and ask.</span>"
+_SAME_ANSWERS = "Both answers are the same: only an answer of your own can be preferred to it."
+_EMPTY_ANSWER = "An empty answer can be neither preferred nor rejected; write the correct one."
 
 
-def _pane(who: str, name: str, text: str) -> str:
+def _pane(role: str, name: str, text: str) -> str:
     """A pane; `text` is HTML."""
-    return f'<div class="pane" id="{who}"><h3>{who}: {plain(name)}</h3><div class="text">{text}</div></div>'
+    heading = f"<h3>{role}: {plain(name)}</h3>"
+    return f'<div class="pane" id="{role}">{heading}<div class="text">{text}</div></div>'
 
 
-def _figures(judged: Sequence[AnswerScore], beta: float) -> str:
-    """What both models think of both answers, as a table."""
+def _score_table(scores: Sequence[AnswerScore], beta: float) -> str:
+    """Log-probs and rewards of both answers, as an HTML table."""
     rows = "".join(
-        f"<tr><td>{who}'s</td><td>{one.tokens}</td><td>{one.base_logp:.2f}</td><td>{one.tuned_logp:.2f}</td>"
-        f"<td>{one.reward:+.3f}</td></tr>"
-        for who, one in zip(ROLES, judged, strict=True)
+        f"<tr><td>{role}'s</td><td>{one.tokens}</td><td>{one.base_logp:.2f}</td>"
+        f"<td>{one.tuned_logp:.2f}</td><td>{one.reward:+.3f}</td></tr>"
+        for role, one in zip(ROLES, scores, strict=True)
     )
-    margin = judged[1].reward - judged[0].reward
+    margin = scores[1].reward - scores[0].reward
     return (
         '<div class="figures"><table><tr><th>Answer</th><th>tokens</th><th>log-prob by '
         "base</th><th>by tuned</th>"
@@ -69,11 +58,11 @@ class Page:
     """The app, its models, and where votes go.
 
     Args:
-        models: asked one question at a time.
-        names: of base and tuned model, as shown.
-        examples: to pick from.
-        votes_file: that votes are appended to.
-        max_new_tokens: of an answer.
+        models: base and tuned model, asked one question at a time.
+        names: their names, as shown.
+        examples: questions to pick from.
+        votes_file: the file that votes are appended to.
+        max_new_tokens: longest answer.
     """
 
     def __init__(
@@ -87,7 +76,7 @@ class Page:
         self.models, self.names, self.examples = models, names, examples
         self.votes_file, self.max_new_tokens = votes_file, max_new_tokens
         self.votes = 0
-        self._counting = threading.Lock()
+        self._votes_lock = threading.Lock()
 
     def build(self) -> Any:
         """The gradio app, to be launched."""
@@ -95,8 +84,8 @@ class Page:
             gr.HTML(f"<h1>{plain(self.names[0])}, before and after</h1>")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    picture = gr.Image(
-                        label="Picture",
+                    image = gr.Image(
+                        label="Image",
                         type="filepath",
                         sources=["upload", "clipboard"],
                         height=260,
@@ -108,20 +97,22 @@ class Page:
                 with gr.Column(scale=2, min_width=280):
                     with gr.Row():
                         panes = [
-                            self._column(who, name)
-                            for who, name in zip(ROLES, self.names, strict=True)
+                            self._column(role, name)
+                            for role, name in zip(ROLES, self.names, strict=True)
                         ]
-                    figures = gr.HTML()
+                    scores = gr.HTML()
                     with gr.Row():
                         better = [
                             gr.Button(
-                                f"{who} is better", interactive=False, elem_id=f"vote-{who.lower()}"
+                                f"{role} is better",
+                                interactive=False,
+                                elem_id=f"vote-{role.lower()}",
                             )
-                            for who in ("Base", "Tuned")
+                            for role in ("Base", "Tuned")
                         ]
-                    with gr.Accordion("Neither is right", open=False):
-                        right = gr.Textbox(
-                            label="What it should have said",
+                    with gr.Accordion("Neither is correct", open=False):
+                        correct = gr.Textbox(
+                            label="The correct answer",
                             max_length=MAX_QUESTION,
                             elem_id="right",
                         )
@@ -129,140 +120,124 @@ class Page:
                             "Prefer this to both answers", interactive=False, elem_id="vote-neither"
                         )
                     status = gr.Markdown(f"Votes go to `{self.votes_file}`.", elem_id="status")
-            said = gr.State(None)
+            exchange = gr.State(None)  # the image, question and answers to vote on
             voting = [*better, neither]
             if self.examples:
-                self._examples(picture, question)
-            asked: dict[str, Any] = {"fn": self.ask, "inputs": [picture, question]}
-            shown = [*panes, figures, said, status, *voting]
+                self._examples(image, question)
+            asking: dict[str, Any] = {"fn": self.ask, "inputs": [image, question]}
+            outputs = [*panes, scores, exchange, status, *voting]
             gr.on(
                 [ask.click, question.submit],
-                **asked,
-                outputs=shown,
+                **asking,
+                outputs=outputs,
                 concurrency_limit=1,
                 api_visibility="private",
             )
-            for button, who in zip(voting, (*ROLES, "neither"), strict=True):
+            for button, preferred in zip(voting, (*ROLES, "neither"), strict=True):
                 button.click(
-                    self._voter(who),
-                    inputs=[said, right],
-                    outputs=[said, status, *voting],
+                    self._voter(preferred),
+                    inputs=[exchange, correct],
+                    outputs=[exchange, status, *voting],
                     api_visibility="private",
                 )
         return app
 
-    def _column(self, who: str, name: str) -> Any:
-        """An empty pane, beside the other where there is room, else below it."""
+    def _column(self, role: str, name: str) -> Any:
+        """An empty pane, beside the other if there is room, else below it."""
         with gr.Column(min_width=230):
-            return gr.HTML(_pane(who, name, _NOTHING))
+            return gr.HTML(_pane(role, name, _EMPTY))
 
-    def _examples(self, picture: Any, question: Any) -> None:
+    def _examples(self, image: Any, question: Any) -> None:
         for source in dict.fromkeys(example.source for example in self.examples):
-            chosen = [[str(e.picture), e.question] for e in self.examples if e.source == source]
+            rows = [[str(e.image), e.question] for e in self.examples if e.source == source]
             gr.Examples(
-                chosen,
-                [picture, question],
+                rows,
+                [image, question],
                 label=f"Examples: {source}",
                 examples_per_page=6,
                 cache_examples=False,
             )
 
-    def ask(self, picture: str | None, question: str | None) -> Iterator[tuple[Any, ...]]:
-        """Both answers as they grow, then marked and judged. Outputs: panes, figures, what was
-        said, status, buttons.
+    def ask(self, image: str | None, question: str | None) -> Iterator[tuple[Any, ...]]:
+        """Both answers as they grow, then with marks and scores.
+
+        Yields panes, score table, exchange to vote on, status, and buttons.
         """
-        question = (question or "").strip()
         off = [gr.update(interactive=False)] * 3
-        if not picture or not question:
-            yield *self._panes(_NOTHING, _NOTHING), "", None, "Give a picture and a question.", *off
-            return
-        if len(question) > MAX_QUESTION:
-            yield (
-                *self._panes(_NOTHING, _NOTHING),
-                "",
-                None,
-                f"A question may have {MAX_QUESTION:,} characters.",
-                *off,
-            )
-            return
-        try:
-            opened = open_file(Path(picture))
-        except BadImage as problem:
-            yield (
-                *self._panes(_NOTHING, _NOTHING),
-                "",
-                None,
-                f"This picture cannot be used: {plain(str(problem))}",
-                *off,
-            )
+        question = (question or "").strip()
+        opened, refusal = self._checked(image, question)
+        if opened is None:
+            yield *self._panes(_EMPTY, _EMPTY), "", None, refusal, *off
             return
         base, tuned = Answer(), Answer()
         for base, tuned in self.models.stream(opened, question, self.max_new_tokens):
             yield *self._panes(plain(base.text), plain(tuned.text)), "", None, "…", *off
-        judged = self.models.score(opened, question, (base, tuned))
-        said = {"picture": picture, "question": question, "base": base.text, "tuned": tuned.text}
-        alike = base.text == tuned.text
-        status = (
-            "Both say the same: only an answer of your own can be preferred to it."
-            if alike
-            else "Which is better?"
-        )
-        buttons = [gr.update(interactive=not alike)] * 2 + [gr.update(interactive=True)]
+        scores = self.models.judge(opened, question, (base, tuned))
+        is_same = base.text == tuned.text
         yield (
             *self._panes(*marked(base.text, tuned.text)),
-            _figures(judged, self.models.beta),
-            said,
-            status,
-            *buttons,
+            _score_table(scores, self.models.beta),
+            {"image": image, "question": question, "base": base.text, "tuned": tuned.text},
+            _SAME_ANSWERS if is_same else "Which is better?",
+            *[gr.update(interactive=not is_same)] * 2,
+            gr.update(interactive=True),
         )
+
+    def _checked(self, image: str | None, question: str) -> tuple[Any, str]:
+        """(opened image, ""), or (None, why it cannot be asked)."""
+        if not image or not question:
+            return None, "Choose an image and type a question."
+        if len(question) > MAX_QUESTION:
+            return None, f"A question may have up to {MAX_QUESTION:,} characters."
+        try:
+            return open_file(Path(image)), ""
+        except BadImage as problem:
+            return None, f"This image cannot be used: {plain(str(problem))}"
 
     def _panes(self, base: str, tuned: str) -> tuple[str, str]:
         return _pane("base", self.names[0], base), _pane("tuned", self.names[1], tuned)
 
-    def _voter(self, who: str) -> Callable[[Any, str | None], tuple[Any, ...]]:
-        def vote(said: Mapping[str, str] | None, right: str | None) -> tuple[Any, ...]:
-            return self.vote(said, who, (right or "").strip())
+    def _voter(self, preferred: str) -> Callable[[Any, str | None], tuple[Any, ...]]:
+        def vote(exchange: Mapping[str, str] | None, correct: str | None) -> tuple[Any, ...]:
+            return self.vote(exchange, preferred, (correct or "").strip())
 
         return vote
 
-    def vote(self, said: Mapping[str, str] | None, who: str, right: str = "") -> tuple[Any, ...]:
-        """Write one vote. Outputs: what was said (None once it is voted on), status, buttons."""
-        as_before = [gr.update()] * 3
-        if said is None:
-            return None, "Ask first.", *as_before
-        if who == "neither":
-            pairs = [(right, said["tuned"])] + (
-                [(right, said["base"])] if said["base"] != said["tuned"] else []
-            )
-            if not right or right in (said["base"], said["tuned"]):
-                return said, "Write another answer than these two.", *as_before
+    def vote(
+        self, exchange: Mapping[str, str] | None, preferred: str, correct: str = ""
+    ) -> tuple[Any, ...]:
+        """Write one vote. Returns the exchange (None once it is voted on), status, and buttons.
+
+        Args:
+            preferred: "base", "tuned" or "neither".
+            correct: the user's own answer, for "neither".
+        """
+        unchanged = [gr.update()] * 3
+        if exchange is None:
+            return None, "Ask first.", *unchanged
+        base, tuned = exchange["base"], exchange["tuned"]
+        if preferred == "neither":
+            if not correct or correct in (base, tuned):
+                return exchange, "Write an answer that differs from these two.", *unchanged
+            pairs = [(correct, rejected) for rejected in dict.fromkeys((tuned, base))]
         else:
-            pairs = [(said[who], said["tuned" if who == "base" else "base"])]
+            pairs = [(base, tuned) if preferred == "base" else (tuned, base)]
         if not all(text for pair in pairs for text in pair):
-            return (
-                said,
-                "An empty answer cannot be preferred, or preferred to; write what it should have "
-                "said.",
-                *as_before,
-            )
-        about = {"preferred": who, "base": self.names[0], "tuned": self.names[1]}
+            return exchange, _EMPTY_ANSWER, *unchanged
+        about = {"preferred": preferred, "base": self.names[0], "tuned": self.names[1]}
         try:
             for chosen, rejected in pairs:
-                held = votes.append(
+                lines = votes.append(
                     self.votes_file,
-                    picture=Path(said["picture"]),
-                    question=said["question"],
+                    image=Path(exchange["image"]),
+                    question=exchange["question"],
                     chosen=chosen,
                     rejected=rejected,
                     about=about,
                 )
         except (OSError, BadImage) as problem:
-            return said, f"Not written: {plain(str(problem))}", *as_before
-        with self._counting:
+            return exchange, f"Not written: {plain(str(problem))}", *unchanged
+        with self._votes_lock:
             self.votes += len(pairs)
-        off = [gr.update(interactive=False)] * 3
-        return (
-            None,
-            f"Written: {held} preference{'s' if held > 1 else ''} in `{self.votes_file}`.",
-            *off,
-        )
+        written = f"Written: {lines} preference{'s' if lines > 1 else ''} in `{self.votes_file}`."
+        return None, written, *[gr.update(interactive=False)] * 3

@@ -1,6 +1,4 @@
-"""What can be picked to ask about: the answers that changed in an evaluation, then the run's own
-rows, then the user's.
-"""
+"""Examples to ask about: answers that changed in an evaluation, rows of the run, the user's own."""
 
 from __future__ import annotations
 
@@ -18,64 +16,58 @@ from vlmdpo.errors import DataError
 from vlmdpo.report.html import evenly
 
 SCORES = "scores.json"
-_OF_A_KIND = 12  # examples of each source
+_PER_SOURCE = 12  # examples of each source
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's file, what to ask, and where it comes from."""
+    """An image file, a question, and where they come from."""
 
-    picture: Path
+    image: Path
     question: str
     source: str
 
 
-def of_amber(folder: Path, folder_of_pictures: Path) -> list[Example]:
-    """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError
-    where it is none.
-    """
+def from_amber(folder: Path, image_folder: Path) -> list[Example]:
+    """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError."""
     try:
         report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         flips = (report["comparison"] or {}).get("flips", [])
         data, images = report["settings"]["data"], report["settings"]["images"]
     except (OSError, ValueError, KeyError) as problem:
         raise DataError(
-            f"--amber: '{folder}' holds no result of vlmdpo eval-amber: {problem}"
+            f"--amber: '{folder}' was not written by vlmdpo eval-amber: {problem}"
         ) from problem
     benchmark = (
         qs.load(Path(data), Path(images) if images else Path(data) / "image", generative=False)
         if data
         else None
     )
-    return of_flips(
-        evenly(flips, _OF_A_KIND), folder_of_pictures, benchmark, "changed in eval-amber"
-    )
+    return from_flips(evenly(flips, _PER_SOURCE), image_folder, benchmark, "changed in eval-amber")
 
 
-def of_flips(
+def from_flips(
     flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None, source: str
 ) -> list[Example]:
-    """Examples of questions about a benchmark's pictures, or the embedded one's. Pictures that are
-    gone are left out.
-    """
+    """Questions about a benchmark's images, or the embedded set's. Missing images are left out."""
     from vlmdpo.tiny import evaluation
 
-    found = []
+    examples = []
     for flip in flips:
         try:
-            picture = (
+            image = (
                 benchmark.picture(flip["image"]) if benchmark else evaluation.picture(flip["image"])
             )
-        except DataError:  # AMBER's pictures may lie on another machine by now
+        except DataError:  # AMBER's images may have been moved since
             continue
         path = folder / f"{Path(flip['image']).stem}.png"
-        picture.save(path)
-        found.append(Example(path, flip["question"], source))
-    return found
+        image.save(path)
+        examples.append(Example(path, flip["question"], source))
+    return examples
 
 
-def of_run(adapter: Path, folder: Path) -> list[Example]:
-    """Rows of the data that an adapter was trained with: its test split where it has one."""
+def from_run(adapter: Path, folder: Path) -> list[Example]:
+    """Rows of the data that an adapter was trained on, of its test split if it has one."""
     try:
         data = Path(json.loads((adapter / "train_report.json").read_text(encoding="utf-8"))["data"])
     except (OSError, ValueError, KeyError, TypeError):  # an adapter from elsewhere
@@ -84,23 +76,22 @@ def of_run(adapter: Path, folder: Path) -> list[Example]:
         return []
     split = "test" if store.has_test_split(data) else "train"
     rows = store.load(data, split)
-    found = []
-    for number in evenly(range(len(rows)), _OF_A_KIND):
+    examples = []
+    for number in evenly(range(len(rows)), _PER_SOURCE):
         row = rows[number]
         texts = [
             part["text"] for turn in row["prompt"] for part in turn["content"] if part.get("text")
         ]
-        if (
-            len(row["images"]) == 1 and len(row["prompt"]) == 1
-        ):  # the page asks one question about one picture
+        # The page asks one question about one image.
+        if len(row["images"]) == 1 and len(row["prompt"]) == 1:
             path = folder / f"row-{number}.png"
             row["images"][0].save(path)
-            found.append(Example(path, " ".join(texts), f"{split} split of the run"))
-    return found
+            examples.append(Example(path, " ".join(texts), f"{split} split of the run"))
+    return examples
 
 
-def of_file(file: Path, root: Path) -> list[Example]:
-    """The user's own: a JSON line each with image and question. Raises DataError, naming the line."""
+def from_file(file: Path, root: Path) -> list[Example]:
+    """The user's own: JSON lines with image and question. Raises DataError, naming the line."""
     return list(islice(_lines(file, root), 200))
 
 

@@ -1,4 +1,4 @@
-"""Votes as preference data: a JSONL with its pictures beside it, which `vlmdpo prepare` takes."""
+"""Votes as preference data: a JSONL with its images beside it, which `vlmdpo prepare` accepts."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ import filelock
 
 from vlmdpo.data.images import bounded
 
-_PICTURES = "images"
+_IMAGES = "images"
 
 
 def append(
     file: Path,
     *,
-    picture: Path,
+    image: Path,
     question: str,
     chosen: str,
     rejected: str,
     about: Mapping[str, Any],
 ) -> int:
-    """Add one preference; returns how many lines the file now has.
+    """Add one preference. Returns the number of lines in the file.
 
-    The picture is stored below the file's folder under a hash of its bytes, once. Several servers
-    may write at once.
+    The image is stored once, in a subfolder, under a hash of its bytes. Several servers may write
+    at the same time.
 
     Args:
-        picture: the file that was asked about.
-        about: what else shall stand in the line, such as whose answer was chosen.
+        image: the file that was asked about.
+        about: other fields of the line, such as which answer was preferred.
 
     Raises:
         OSError: the folder cannot be written.
-        BadImage: the picture is none.
+        BadImage: the image cannot be read.
     """
-    stored = bounded(picture.read_bytes(), None)
+    stored = bounded(image.read_bytes(), None)
     kind = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}[stored.data[:2]]
-    name = f"{_PICTURES}/{hashlib.sha256(stored.data).hexdigest()[:24]}.{kind}"
+    name = f"{_IMAGES}/{hashlib.sha256(stored.data).hexdigest()[:24]}.{kind}"
     line = {"image": name, "question": question, "chosen": chosen, "rejected": rejected, **about}
     line["voted_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-    (file.parent / _PICTURES).mkdir(parents=True, exist_ok=True)
+    (file.parent / _IMAGES).mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_name(f".{file.name}.lock")):
         target = file.parent / name
         if not target.exists():
@@ -53,11 +53,10 @@ def append(
             part.replace(target)
         with file.open("ab+") as votes:
             votes.seek(0)
-            held = votes.read()
-            votes.truncate(
-                held.rfind(b"\n") + 1
-            )  # a last line without end was cut by a kill, and is no vote
+            content = votes.read()
+            # A last line without a line break was cut short by a kill, and is not a vote.
+            votes.truncate(content.rfind(b"\n") + 1)
             votes.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             votes.flush()
             os.fsync(votes.fileno())
-        return held.count(b"\n") + 1
+        return content.count(b"\n") + 1

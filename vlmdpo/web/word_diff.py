@@ -1,4 +1,4 @@
-"""Two texts as HTML in which the words that differ are marked. Everything is escaped."""
+"""Two texts as HTML with the differing words marked. Everything is escaped."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import re
 
 
 def plain(text: str) -> str:
-    """A text as HTML, escaped; its line breaks stay."""
+    """A text as HTML, escaped, with its line breaks."""
     return html.escape(text).replace("\n", "<br>")
 
 
 def marked(base: str, tuned: str) -> tuple[str, str]:
-    """Both texts as HTML: words only the base says are marked "only-base", words only the tuned one
-    says "only-tuned".
-    """
+    """Both texts as HTML; words in only one of them have the class "only-base" or "only-tuned"."""
     left, right = (re.findall(r"\w+|[^\w\s]+|\s+", text) for text in (base, tuned))
     shown: tuple[list[str], list[str]] = ([], [])
     for same, a, b, c, d in difflib.SequenceMatcher(
