@@ -172,7 +172,7 @@ class Page:
         base, tuned = Answer(), Answer()
         for base, tuned in self.models.stream(opened, question, self.max_new_tokens):
             yield *self._panes(plain(base.text), plain(tuned.text)), "", None, "…", *off
-        scores = self.models.judge(opened, question, (base, tuned))
+        scores = self.models.score(opened, question, (base, tuned))
         is_same = base.text == tuned.text
         yield (
             *self._panes(*marked(base.text, tuned.text)),
