@@ -5,6 +5,7 @@ that fit, a bug report.
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -144,7 +145,7 @@ def test_no_color_is_honoured_and_colours_are_for_terminals():
 
 
 def test_whoever_reads_half_of_it_breaks_nothing():
-    program = f"{sys.executable} -m vlmdpo estimate-memory --fast --json"
+    program = f"{shlex.quote(sys.executable)} -m vlmdpo estimate-memory --fast --json"
     command = f"{program} | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.startswith("{")
