@@ -164,7 +164,7 @@ def there(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """The runs that commands go on from: one of every name that the documentation gives an adapter."""
+    """The runs that commands start from: one of each name that the documentation uses."""
     here = os.getcwd()
     os.chdir(place)
     try:

@@ -62,7 +62,9 @@ def test_a_damaged_file_is_reported_and_made_anew(tmp_path, capfd):
 @pytest.mark.parametrize("family", ["idefics2", "llava", "gemma3"])
 def test_with_a_trained_connector_the_frozen_tower_still_runs_once(family, tmp_path):
     rows = pairs(2)
-    names = r".*(connector|projector|language_model|text_model).*(gate_proj|down_proj|linear_1|q_proj|v_proj)"
+    parts = "connector|projector|language_model|text_model"
+    layers = "gate_proj|down_proj|linear_1|q_proj"
+    names = rf".*({parts}).*({layers}|v_proj)"
     more = {"lora": names, "gradient_checkpointing": True}
     expected = step(trainer(family, "stock", rows, tmp_path, **more))
     made = trainer(family, "shared", rows, tmp_path, **more)

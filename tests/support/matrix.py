@@ -82,7 +82,7 @@ FAMILIES = (
 
 
 def examine(family: Family) -> dict[str, str]:
-    """What each column says of a family: "yes", or the reason why not. Works in the current folder."""
+    """{column: "yes" or the reason why not} of a family. Works in the current folder."""
     model, processor = random_models.make(family.small, seed=3)
     model.save_pretrained("model")
     processor.save_pretrained("model")
@@ -204,7 +204,8 @@ def row(family: Family, found: dict[str, str]) -> str:
         else f"no ({reasons(found).index(found[column]) + 1})"
         for column in COLUMNS
     ]
-    return f"| {family.name} | `{family.checkpoint}` | {' | '.join(marks)} | {'; '.join(_numbered(found)) or '-'} |"
+    notes = "; ".join(_numbered(found)) or "-"
+    return f"| {family.name} | `{family.checkpoint}` | {' | '.join(marks)} | {notes} |"
 
 
 def reasons(found: dict[str, str]) -> list[str]:

@@ -138,7 +138,7 @@ class ArrowRows(Source):
 
 
 def as_stored(dataset: Any) -> Iterator[Record]:
-    """Rows of a `datasets.Dataset` as stored: images as {"bytes", "path"}, neither decoded nor cast."""
+    """Rows of a `datasets.Dataset` as stored: images are {"bytes", "path"}, not decoded."""
     for table in dataset.with_format("arrow").iter(batch_size=16):
         yield from table.to_pylist()
 
