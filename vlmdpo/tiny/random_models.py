@@ -135,7 +135,7 @@ def _llava(
         },
     }
     patch = shared["vision_config"]["patch_size"]
-    told = {
+    tokens = {
         "patch_size": patch,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
@@ -148,7 +148,7 @@ def _llava(
     if not following:
         images = tf.CLIPImageProcessorPil(**sizes)
         return tf.LlavaConfig(**shared), tf.LlavaProcessor(
-            images, tok, chat_template=template, **told
+            images, tok, chat_template=template, **tokens
         )
     pinpoints = [
         [image_size, 2 * image_size],
@@ -157,7 +157,7 @@ def _llava(
     ]
     images = tf.LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints)
     config = tf.LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
-    return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **told)
+    return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **tokens)
 
 
 def _paligemma(
@@ -201,8 +201,8 @@ def _internvl(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1
 ) -> tuple[Any, Any]:
     names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-    told = ("start_image_token", "end_image_token", "context_image_token", "video_token")
-    tok = tokenizer(*names, **dict(zip(told, names, strict=True)))
+    tokens = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tok = tokenizer(*names, **dict(zip(tokens, names, strict=True)))
     tok.start_image_token, tok.end_image_token, tok.context_image_token, tok.video_token = names
     start, end, context, video = token_ids(tok, *names)
     (
