@@ -33,7 +33,7 @@ def main(folder: Path = Path("outputs/library"), steps: int = 60) -> tuple[str, 
     )
     model = load_model("tiny", adapter=Path(report["output_dir"]))
     processor = load_processor("tiny")
-    picture = evaluation.picture(evaluation.first_picture())
+    picture = evaluation.draw_image(evaluation.first_image_name())
     asked = (model, processor, [picture], ["Is there a moon in this image?"], 8)
     with model.disable_adapter():
         base = answer(*asked)[0]

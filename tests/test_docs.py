@@ -123,11 +123,11 @@ def place(tmp_path_factory):
     data, runs.
     """
     folder = tmp_path_factory.mktemp("docs")
-    evaluation.picture("SCENE_1.png").save(folder / "photo.jpg")
+    evaluation.draw_image("SCENE_1.png").save(folder / "photo.jpg")
     shutil.copytree(evaluation.FOLDER, folder / "AMBER" / "data")
     (folder / "AMBER" / "image").mkdir()
     for number in range(1, evaluation.SCENES + 1):
-        evaluation.picture(f"SCENE_{number}.png").save(
+        evaluation.draw_image(f"SCENE_{number}.png").save(
             folder / "AMBER" / "image" / f"SCENE_{number}.png"
         )
     answers = [{"id": number, "response": "No"} for number in range(101, 120)]

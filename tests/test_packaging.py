@@ -87,11 +87,17 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(built):
     assert all(wheel[name] == (ROOT / name).read_bytes() for name in files)
 
 
-def test_sdist_holds_every_file_of_the_tree(built):
+def test_sdist_holds_every_file_of_the_package(built):
     files, sdist, _, _ = built
     assert files <= sdist
+    assert {"README.md", "LICENSE", "pyproject.toml"} <= sdist
     assert not [name for name in sdist if "__pycache__" in name]
-    assert {name for name in _tracked() or () if not name.endswith(".gitignore")} <= sdist
+
+
+def test_the_citation_and_the_changelog_name_this_version():
+    version = vlmdpo.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_sdist_and_tree_build_the_same_wheel(built):

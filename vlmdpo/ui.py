@@ -207,12 +207,12 @@ def tokens(name: str, pieces: Sequence[str], note: str, *, counted: bool) -> Non
     out.print(Text(f"{'':<11}{note}", style="italic"), soft_wrap=True)
 
 
-def draws_pictures() -> bool:
+def can_draw_images() -> bool:
     """Whether stdout is a terminal with enough colours for an image."""
     return not _json_only and _out().color_system in ("truecolor", "256")
 
 
-def picture(image: Any, *, columns: int = 48) -> None:
+def image(image: Any, *, columns: int = 48) -> None:
     """A PIL image on stdout as coloured half blocks, two pixels per character."""
     width, height = image.size
     columns = min(columns, width)

@@ -54,7 +54,7 @@ def test_both_answers_grow_and_are_those_of_infer(models):
     flips = _flips()
     different = 0
     for flip in flips[:8]:
-        picture, question = evaluation.picture(flip["image"]), flip["question"]
+        picture, question = evaluation.draw_image(flip["image"]), flip["question"]
         steps = list(models.stream(picture, question, 16))
         assert models.in_one_batch, "both in one batch"
         base, tuned = steps[-1]
@@ -72,7 +72,7 @@ def test_both_answers_grow_and_are_those_of_infer(models):
 
 
 def test_where_peft_cannot_mix_a_batch_the_answers_come_one_after_the_other(models, monkeypatch):
-    picture = evaluation.picture(_flips()[0]["image"])
+    picture = evaluation.draw_image(_flips()[0]["image"])
     both = list(models.stream(picture, QUESTION, 8))[-1]
     plain = models.model.generate
 
@@ -95,7 +95,7 @@ def test_log_probs_are_those_of_training(models, vlmdpo):
 
     from vlmdpo.engine.collate import PairCollator
 
-    picture = evaluation.picture("SCENE_1.png")
+    picture = evaluation.draw_image("SCENE_1.png")
     said = list(models.stream(picture, QUESTION, 16))[-1]
     first, second = models.score(picture, QUESTION, said)
     assert first.reward == pytest.approx(0.1 * (first.tuned_logp - first.base_logp))

@@ -31,7 +31,7 @@ def small(tmp_path):
     names = [f"SCENE_{number}.png" for number in range(1, PICTURES + 1)]
     (folder / "image").mkdir()
     for name in names:
-        evaluation.picture(name).save(folder / "image" / name)
+        evaluation.draw_image(name).save(folder / "image" / name)
     for file in ("query_discriminative.json", "query_generative.json"):
         path = folder / "query" / file
         path.write_text(
@@ -259,7 +259,7 @@ def test_bad_pictures_are_listed_and_the_run_goes_on(small, tmp_path, vlmdpo):
     assert 0.3 < report["coverage"] < 0.7
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 images could not be read" in page
-    evaluation.picture("SCENE_2.png").save(small / "image" / "SCENE_2.png")
+    evaluation.draw_image("SCENE_2.png").save(small / "image" / "SCENE_2.png")
     again, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "out")
     assert again["coverage"] > report["coverage"], "what is there now is asked now"
 

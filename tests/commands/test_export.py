@@ -61,7 +61,7 @@ def test_a_merged_model_answers_as_base_and_adapter(adapter, vlmdpo):
     )
     from vlmdpo.tiny import evaluation
 
-    evaluation.picture(evaluation.first_picture()).save("x.png")
+    evaluation.draw_image(evaluation.first_image_name()).save("x.png")
     answers = {}
     for name, who in (("both", ["--adapter", "run"]), ("merged", ["--model", "./run-merged"])):
         assert vlmdpo("infer", "--input", "q.jsonl", "--output", f"{name}.jsonl", *who)[0] == 0

@@ -18,7 +18,7 @@ def question_file(tmp_path):
     lines = []
     for number in range(1, 6):
         name = f"SCENE_{number}.png"
-        evaluation.picture(name).save(folder / name)
+        evaluation.draw_image(name).save(folder / name)
         lines.append(
             {
                 "id": f"q{number}",
@@ -41,7 +41,7 @@ def test_bare_describes_an_embedded_scene(vlmdpo):
 
 
 def test_one_picture_one_question(tmp_path, vlmdpo):
-    evaluation.picture("SCENE_3.png").save(tmp_path / "my picture.png")
+    evaluation.draw_image("SCENE_3.png").save(tmp_path / "my picture.png")
     code, out, _ = vlmdpo(
         "infer",
         "--image",
@@ -56,7 +56,7 @@ def test_one_picture_one_question(tmp_path, vlmdpo):
 
 def test_batches_give_the_answers_of_single_questions(tiny_model_parts):
     model, processor = tiny_model_parts
-    pictures = [evaluation.picture(f"SCENE_{number}.png") for number in range(1, 7)]
+    pictures = [evaluation.draw_image(f"SCENE_{number}.png") for number in range(1, 7)]
     questions = [
         "Describe this image.",
         "Is there a ring in this image?",

@@ -153,7 +153,7 @@ def test_unknown_columns_are_named_with_the_way_out():
 
 def test_videos_are_refused(tmp_path):
     row = {**ROWS["TRL"], "videos": ["x.mp4"]}
-    with pytest.raises(DataError, match="videos; vlmdpo trains on pictures: sample frames"):
+    with pytest.raises(DataError, match="videos; vlmdpo trains on images: sample frames"):
         schemas.detect(row, row, "here")
     for prompt in (
         "<video>What?",

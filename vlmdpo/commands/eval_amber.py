@@ -53,7 +53,7 @@ def _benchmark(config: EvalAmberConfig) -> tuple[Benchmark, Path | None]:
         from vlmdpo.tiny import evaluation
 
         embedded = questions.load(evaluation.FOLDER, None)
-        return dataclasses.replace(embedded, name="scenes", picture=evaluation.picture), None
+        return dataclasses.replace(embedded, name="scenes", open_image=evaluation.draw_image), None
     generative = config.task != "discriminative"
     whole = questions.load(config.data, config.images, generative=generative)
     if config.task == "generative" and not whole.descriptions:
@@ -156,12 +156,12 @@ def _missing_images(config: EvalAmberConfig, asked: Benchmark, folder: Path | No
 
     Raises DataError if all of them are missing, or any with `--strict`.
     """
-    missing = questions.missing_pictures(asked, folder) if folder is not None else []
+    missing = questions.missing_images(asked, folder) if folder is not None else []
     if not missing:
         return []
     named = ", ".join(missing[:_NAMED_MISSING])
     more = f" and {len(missing) - _NAMED_MISSING:,} more" if len(missing) > _NAMED_MISSING else ""
-    which = f"{len(missing):,} of {len(asked.pictures):,} images are missing: {named}{more}"
+    which = f"{len(missing):,} of {len(asked.image_names):,} images are missing: {named}{more}"
     if config.strict:
         raise DataError(f"'{folder}': {which}; --strict requires all of them")
     ui.warn(f"'{folder}': {which}; questions about them stay unanswered")

@@ -77,9 +77,9 @@ def _image(config: InferConfig) -> tuple[str, Image.Image]:
         raise ConfigError("--image FILE is needed: only the embedded model has an image of its own")
     from vlmdpo.tiny import evaluation
 
-    name = evaluation.first_picture()
+    name = evaluation.first_image_name()
     ui.say(f"no --image: asking about {name} of the embedded set")
-    return name, evaluation.picture(name)
+    return name, evaluation.draw_image(name)
 
 
 def _answer_file(config: InferConfig) -> dict[str, Any]:

@@ -87,9 +87,9 @@ def _show_example(report: dict[str, Any]) -> None:
         f"\nRow {example['row']} (source row {example['source_row']}) as {report['model']} reads "
         f"it, image {sizes}:"
     )
-    if ui.draws_pictures():
+    if ui.can_draw_images():
         for image in store.load(Path(report["path"]))[example["row"]]["images"]:
-            ui.picture(image)
+            ui.image(image)
     ui.tokens(
         "prompt",
         [example["prompt"]],

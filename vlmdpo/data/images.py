@@ -110,30 +110,30 @@ def bounded(data: bytes, max_side: int | None) -> EncodedImage:
     Raises:
         BadImage: "unreadable_image", "truncated_image" or "oversized_image".
     """
-    picture = _open(data)
-    size, kind = picture.size, picture.format or "PNG"
-    changes = _changes(picture, data, max_side)
+    image = _open(data)
+    size, kind = image.size, image.format or "PNG"
+    changes = _changes(image, data, max_side)
     if not changes and kind in ("JPEG", "PNG", "WEBP"):
         if not _is_complete(data, kind):
-            _load(picture)  # raises for an incomplete image
+            _load(image)  # raises for an incomplete image
         return EncodedImage(data, size)
     width, height = _bounded_size(size, max_side)
-    picture.draft(picture.mode, (width, height))  # a no-op for all but JPEG
-    _load(picture)
-    picture = to_rgb(_resized(picture, (width, height)))
+    image.draft(image.mode, (width, height))  # a no-op for all but JPEG
+    _load(image)
+    image = to_rgb(_resized(image, (width, height)))
     if "exif_rotated" in changes:
-        picture = ImageOps.exif_transpose(picture)
+        image = ImageOps.exif_transpose(image)
     target = "JPEG" if kind in ("JPEG", "MPO") else "PNG"
     if not changes:
         changes = [f"{kind.lower()}_to_{target.lower()}"]
-    return EncodedImage(encode(picture, target), picture.size, tuple(changes))
+    return EncodedImage(encode(image, target), image.size, tuple(changes))
 
 
 def decode(data: bytes) -> Image.Image:
     """A decoded image. Raises BadImage if it is unreadable, incomplete or too large."""
-    picture = _open(data)
-    _load(picture)
-    return picture
+    image = _open(data)
+    _load(image)
+    return image
 
 
 def _open(data: bytes) -> Image.Image:
@@ -141,33 +141,33 @@ def _open(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # MAX_PIXELS below is the stricter bound.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, Image.DecompressionBombError) as problem:
         bomb = isinstance(problem, Image.DecompressionBombError)
         raise BadImage("oversized_image" if bomb else "unreadable_image", str(problem)) from problem
     except _BROKEN_DATA as problem:
         raise BadImage("truncated_image", str(problem)) from problem
-    if picture.width * picture.height > MAX_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise BadImage(
-            "oversized_image", f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS:,}"
+            "oversized_image", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}"
         )
-    return picture
+    return image
 
 
-def _load(picture: Image.Image) -> None:
+def _load(image: Image.Image) -> None:
     try:
-        picture.load()
+        image.load()
     except _BROKEN_DATA as problem:
         raise BadImage("truncated_image", str(problem)) from problem
 
 
-def _changes(picture: Image.Image, data: bytes, max_side: int | None) -> list[str]:
+def _changes(image: Image.Image, data: bytes, max_side: int | None) -> list[str]:
     """The names of the changes that an image needs; empty if it needs none."""
     changes = []
-    kind, mode = picture.format, picture.mode
+    kind, mode = image.format, image.mode
     if kind == "MPO":
         changes.append("first_of_several_pictures")
-    elif getattr(picture, "is_animated", False):
+    elif getattr(image, "is_animated", False):
         changes.append("animated_first_frame")
     if mode.startswith("I;16"):
         changes.append("16bit_to_rgb")
@@ -175,17 +175,17 @@ def _changes(picture: Image.Image, data: bytes, max_side: int | None) -> list[st
         changes.append(_MODE_CHANGES[mode])
     elif mode not in _PLAIN_MODES and mode not in _ALPHA:
         changes.append("mode_to_rgb")
-    if mode in _ALPHA or "transparency" in picture.info:
+    if mode in _ALPHA or "transparency" in image.info:
         changes.append("alpha_on_white")
     # A PNG may hold EXIF after its pixels; asking Pillow for it would decode all of them.
     has_exif = (
-        "exif" in picture.info
+        "exif" in image.info
         or (kind == "PNG" and b"eXIf" in data)
         or kind not in ("JPEG", "PNG", "WEBP", "MPO")
     )
-    if has_exif and picture.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
+    if has_exif and image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
         changes.append("exif_rotated")
-    if max_side is not None and max(picture.size) > max_side:
+    if max_side is not None and max(image.size) > max_side:
         changes.append("resized")
     return changes
 
@@ -229,53 +229,51 @@ def _bounded_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Reduced with Pillow's bicubic filter, by PyTorch's kernel for it: equal to one level, and 2.5
     times as fast.
     """
-    if picture.size == size:
-        return picture
-    if picture.mode != "RGB":
-        picture = to_rgb(picture)  # palette indices cannot be averaged
+    if image.size == size:
+        return image
+    if image.mode != "RGB":
+        image = to_rgb(image)  # palette indices cannot be averaged
     import numpy
     import torch
 
-    pixels = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]
     reduced = torch.nn.functional.interpolate(
         pixels, size=(size[1], size[0]), mode="bicubic", antialias=True
     )
     resized = Image.fromarray(reduced[0].permute(1, 2, 0).numpy())
-    resized.info = picture.info
+    resized.info = image.info
     return resized
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, with transparency on white and 16 bits scaled to 8 (Pillow's convert makes transparent
     parts black, and clips 16 bits).
     """
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode in _ALPHA or "transparency" in picture.info:
-        layered = picture.convert("RGBA")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in _ALPHA or "transparency" in image.info:
+        layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")
         rgb = Image.alpha_composite(white, layered).convert("RGB")
-    elif picture.mode == "I" or picture.mode.startswith("I;16"):
-        rgb = (
-            picture.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
-        )
+    elif image.mode == "I" or image.mode.startswith("I;16"):
+        rgb = image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
     else:
-        rgb = picture.convert("RGB")
+        rgb = image.convert("RGB")
     for name in ("exif", "Raw profile type exif", "xmp"):
-        if name in picture.info:
-            rgb.info[name] = picture.info[name]
+        if name in image.info:
+            rgb.info[name] = image.info[name]
     return rgb
 
 
-def encode(picture: Image.Image, kind: str) -> bytes:
+def encode(image: Image.Image, kind: str) -> bytes:
     """The bytes of an image in a format, without its metadata."""
     buffer = io.BytesIO()
-    picture.info = {}
-    picture.save(buffer, format=kind, **({"quality": 90} if kind == "JPEG" else {}))
+    image.info = {}
+    image.save(buffer, format=kind, **({"quality": 90} if kind == "JPEG" else {}))
     return buffer.getvalue()
 
 

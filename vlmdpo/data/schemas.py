@@ -154,9 +154,7 @@ def _swift(row: Record) -> UncheckedPair:
     if not turns:
         raise BadRow("empty_prompt", "messages is empty")
     if row.get("rejected_images") not in (None, [], row.get("images")):
-        raise BadRow(
-            "other_images_for_rejected", "chosen and rejected are about different pictures"
-        )
+        raise BadRow("other_images_for_rejected", "chosen and rejected are about different images")
     if row.get("rejected_messages"):
         return UncheckedPair(_images(row), None, turns, list(row["rejected_messages"]))
     return UncheckedPair(_images(row), turns[:-1], turns[-1], row.get("rejected_response"))
@@ -208,15 +206,15 @@ def detect(columns: Iterable[str], record: Record, where: str) -> Schema:
     videos = [column for column in _VIDEO_COLUMNS if record.get(column)]
     if videos:
         raise DataError(
-            f"{where}: column {videos[0]} holds videos; vlmdpo trains on pictures: sample frames "
+            f"{where}: column {videos[0]} holds videos; vlmdpo trains on images: sample frames "
             "to images first"
         )
-    pictures = tuple(column for column in IMAGE_COLUMNS if column in found)[:1]
+    image_columns = tuple(column for column in IMAGE_COLUMNS if column in found)[:1]
     for name, needed, unchecked_pair in _FORMATS:
         if all(column in found for column in needed) and not (
             name == "RLHF-V" and not _holds_json(record.get("text"))
         ):
-            return Schema(name, tuple(dict.fromkeys([*pictures, *needed])), unchecked_pair)
+            return Schema(name, tuple(dict.fromkeys([*image_columns, *needed])), unchecked_pair)
     raise DataError(
         f"{where}: no known preference format in columns {', '.join(found) or '(none)'}; "
         "say which is which, as in --map image=photo,question=ask,chosen=good,rejected=bad"
@@ -244,8 +242,8 @@ def mapped(
                 f"{where}: --map wants column '{column}' as {target}; found "
                 f"{', '.join(found) or '(none)'}"
             )
-    picture = names["images"] if "images" in mapping or "images" in found else names["image"]
-    used = (picture, names["question"], names["chosen"], names["rejected"])
+    image_column = names["images"] if "images" in mapping or "images" in found else names["image"]
+    used = (image_column, names["question"], names["chosen"], names["rejected"])
     return Schema("mapped", tuple(dict.fromkeys(used)), functools.partial(_mapped, used))
 
 

@@ -158,6 +158,6 @@ def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:
 
 def _data_uri(benchmark: Benchmark, name: str) -> str | None:
     try:
-        return pages.thumbnail(benchmark.picture(name))
+        return pages.thumbnail(benchmark.open_image(name))
     except DataError:  # scoring a response file needs no images
         return None

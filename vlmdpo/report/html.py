@@ -1,4 +1,4 @@
-"""What the pages have in common: one template loader that escapes every text, and pictures as part
+"""What the pages share: one template loader that escapes all text, and images as part
 of the page.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image as PillowImage
 
-SIDE_PX = 320  # the longer side of a picture on a page
+SIDE_PX = 320  # the longer side of an image on a page
 
 
 def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True) -> Environment:
@@ -45,10 +45,10 @@ def uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def thumbnail(picture: PillowImage.Image) -> str:
+def thumbnail(image: PillowImage.Image) -> str:
     """An image as a data URI: small ones lossless, others reduced to JPEG."""
-    kind = "PNG" if max(picture.size) <= SIDE_PX else "JPEG"
-    small = picture.copy()
+    kind = "PNG" if max(image.size) <= SIDE_PX else "JPEG"
+    small = image.copy()
     small.thumbnail((SIDE_PX, SIDE_PX))
     buffer = io.BytesIO()
     small.convert("RGB").save(buffer, kind)

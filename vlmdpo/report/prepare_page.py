@@ -83,17 +83,17 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     answers = {side: row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")}
     copied = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
     return {
-        "pictures": [_picture(stored) for stored in row["images"]],
+        "pictures": [_thumbnail(stored) for stored in row["images"]],
         "turns": turns,
         **answers,
     } | {name: row[name] for name in copied}
 
 
-def _picture(stored: Mapping[str, Any]) -> str:
-    picture = PillowImage.open(io.BytesIO(stored["bytes"]))
+def _thumbnail(stored: Mapping[str, Any]) -> str:
+    image = PillowImage.open(io.BytesIO(stored["bytes"]))
     # Lets a JPEG be decoded at a size not much larger than needed.
-    picture.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))
-    return pages.thumbnail(picture)
+    image.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))
+    return pages.thumbnail(image)
 
 
 def _sizes(sides: Mapping[int, int]) -> list[dict[str, Any]]:

@@ -83,11 +83,9 @@ def page(
     )
 
 
-def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+def image_uris(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
     """{row number: its images as data URIs} of decoded rows of the prepared dataset."""
-    return {
-        row["row"]: [pages.thumbnail(picture) for picture in row["images"] or []] for row in rows
-    }
+    return {row["row"]: [pages.thumbnail(image) for image in row["images"] or []] for row in rows}
 
 
 def _data(

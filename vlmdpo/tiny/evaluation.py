@@ -1,7 +1,7 @@
 """The embedded evaluation set: scenes held out from all else, in AMBER's own JSON layout.
 
 `make` builds it (seeded) and `write` stores it; `FOLDER` is where the shipped copy lies. Its
-pictures are not stored: `picture` draws them from their specs. The numbers of questions keep
+pictures are not stored: `draw_image` draws them from their specs. The numbers of questions keep
 AMBER's proportions over its types and over yes and no; existence is asked only of what is absent,
 and a negative relation is typed plain `relation`, both as AMBER has it.
 """
@@ -108,11 +108,11 @@ def _specs() -> dict[str, Any]:
     return specs
 
 
-def picture(name: str) -> Image.Image:
-    """The picture of that name in the embedded set. Raises KeyError where there is none."""
+def draw_image(name: str) -> Image.Image:
+    """The image of that name in the embedded set. Raises KeyError."""
     return sc.draw(sc.Scene.from_spec(_specs()[name]))
 
 
-def first_picture() -> str:
-    """The name of the picture that `infer` shows when none is given."""
+def first_image_name() -> str:
+    """The name of the image that `infer` asks about if none is given."""
     return next(iter(_specs()))

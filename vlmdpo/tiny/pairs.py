@@ -32,10 +32,10 @@ def load() -> list[dict[str, Any]]:
 
 
 def as_row(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored row with its picture drawn, as PNG bytes."""
-    picture = scenes.draw(scenes.Scene.from_spec(stored["scene"]))
+    """A stored row with its image drawn, as PNG bytes."""
+    image = scenes.draw(scenes.Scene.from_spec(stored["scene"]))
     return {
-        "image": encode(picture, "PNG"),
+        "image": encode(image, "PNG"),
         **{name: stored[name] for name in ("question", "chosen", "rejected")},
     }
 

@@ -165,7 +165,7 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
         trainer.add_callback(samples)
     if trainer.args.process_index:
         return
-    pictures = {} if samples is None else run_page.pictures(samples.rows)
+    pictures = {} if samples is None else run_page.image_uris(samples.rows)
 
     def write() -> None:
         state = trainer.state

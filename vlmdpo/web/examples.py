@@ -56,7 +56,9 @@ def from_flips(
     for flip in flips:
         try:
             image = (
-                benchmark.picture(flip["image"]) if benchmark else evaluation.picture(flip["image"])
+                benchmark.open_image(flip["image"])
+                if benchmark
+                else evaluation.draw_image(flip["image"])
             )
         except DataError:  # AMBER's images may have been moved since
             continue

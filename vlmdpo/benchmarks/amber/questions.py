@@ -77,7 +77,7 @@ class Benchmark:
     questions: tuple[Question, ...]
     descriptions: tuple[Description, ...]
     vocabulary: Vocabulary | None
-    picture: Callable[[str], Image.Image]
+    open_image: Callable[[str], Image.Image]
     is_amber: bool
     digest: str
     # Annotated, but of a half that was not read; response files may contain them.
@@ -89,7 +89,7 @@ class Benchmark:
         return (*self.questions, *self.descriptions)
 
     @property
-    def pictures(self) -> tuple[str, ...]:
+    def image_names(self) -> tuple[str, ...]:
         """The names of all images asked about, each once, in the order of the questions."""
         return tuple(dict.fromkeys(asked.image for asked in self.asked))
 
@@ -123,10 +123,10 @@ def load(folder: Path, images: Path | None, *, generative: bool = True) -> Bench
     }
     if len(asked_ids) < len(questions) + len(descriptions):
         raise DataError(f"'{folder}': two questions have the same id")
-    picture = _opener(images or folder / "image")
+    open_image = _opener(images or folder / "image")
     others = frozenset(by_id) - asked_ids
     return Benchmark(
-        name, questions, descriptions, vocabulary, picture, is_amber, _digest(folder), others
+        name, questions, descriptions, vocabulary, open_image, is_amber, _digest(folder), others
     )
 
 
@@ -198,23 +198,23 @@ def _vocabulary(folder: Path) -> Vocabulary:
 
 
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
-    def picture(name: str) -> Image.Image:
+    def open_image(name: str) -> Image.Image:
         try:
             return to_rgb(decode(inside(folder, name).read_bytes()))
         except (OSError, BadImage) as problem:
             raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
-    return picture
+    return open_image
 
 
-def missing_pictures(benchmark: Benchmark, folder: Path) -> list[str]:
+def missing_images(benchmark: Benchmark, folder: Path) -> list[str]:
     """The names of missing images. Raises DataError if all of them, or the folder, are missing."""
     if not folder.is_dir():
         raise DataError(
             f"folder '{folder}' of AMBER's images does not exist; name it with --images DIR"
         )
-    missing = [name for name in benchmark.pictures if not _exists(folder, name)]
-    if len(missing) == len(benchmark.pictures):
+    missing = [name for name in benchmark.image_names if not _exists(folder, name)]
+    if len(missing) == len(benchmark.image_names):
         raise DataError(
             f"'{folder}' has none of the {len(missing)} images ({missing[0]} ...); name their "
             "folder with --images DIR"

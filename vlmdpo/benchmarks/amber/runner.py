@@ -66,13 +66,13 @@ class AmberRunner:
         self.config, self.benchmark = config, benchmark
         self.model, self.processor = model, processor
         self.roles, self.answers = roles, answers
-        self.pictures = benchmark.pictures[share[0] :: share[1]]
+        self.image_names = benchmark.image_names[share[0] :: share[1]]
         self.stop_when = None if config.strict else is_settled
         self.outcome = outcome
 
     def run(self) -> Outcome:
         """Ask all that is unanswered. Raises DataError for an unreadable image with `strict`."""
-        own_images = set(self.pictures)
+        own_images = set(self.image_names)
         questions = [q for q in self.benchmark.questions if q.image in own_images]
         descriptions = [d for d in self.benchmark.descriptions if d.image in own_images]
         if self.config.engine == "vllm":
@@ -91,7 +91,7 @@ class AmberRunner:
         if name in self.outcome.bad_pictures:
             return None
         try:
-            return self.benchmark.picture(name)
+            return self.benchmark.open_image(name)
         except DataError as problem:
             if self.config.strict:
                 raise
