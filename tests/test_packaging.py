@@ -95,7 +95,7 @@ def test_sdist_holds_every_file_of_the_package(built):
 
 
 def test_the_citation_and_the_changelog_name_this_version():
-    version = vlmdpo.__version__
+    version = package.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
