@@ -80,6 +80,35 @@ class RuntimeOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LengthOptions(Options):
+    """How large images and how long rows may be."""
+
+    group: ClassVar[str] = "Data"
+
+    max_image_side: int | None = option(
+        None,
+        "Longest image side in pixels; larger images are reduced when data is prepared",
+        default_text="half the processor's limit",
+    )
+    max_length: int | None = option(
+        None,
+        "Longest sequence (prompt, image and answer) in tokens",
+        default_text="no limit",
+        common=True,
+    )
+    over_length: str = option(
+        "drop",
+        "Rows longer than --max-length: drop them, or trim their answers (never their images); "
+        "either way they are listed",
+    )
+
+    def _check(self) -> None:
+        require_at_least(self, 1, "max_image_side", unit="pixel")
+        require_at_least(self, 8, "max_length", unit="tokens")
+        require_choice(self.over_length, OVER_LENGTH, "over_length")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProcessOptions(Options):
     """Several processes or machines, by accelerate's names."""
 

@@ -69,16 +69,20 @@ def group_of(config: type[Options], field: dataclasses.Field[Any]) -> str:
     """The heading under which `--help` shows a field: its own, or that of the class it is from."""
     if field.metadata["group"] is not None:
         return str(field.metadata["group"])
-    declares = next(cls for cls in config.__mro__ if field.name in inspect.get_annotations(cls))
-    return str(vars(declares)["group"])
+    return str(vars(_declaring_class(config, field))["group"])
+
+
+def _declaring_class(config: type[Options], field: dataclasses.Field[Any]) -> type:
+    return next(cls for cls in config.__mro__ if field.name in inspect.get_annotations(cls))
 
 
 def ordered_fields(config: type[Options]) -> list[dataclasses.Field[Any]]:
-    """The fields in the order of `--help`: by group, the common ones first, as declared."""
+    """The fields in the order of `--help`: by group, common ones first, inherited ones last."""
 
-    def place(field: dataclasses.Field[Any]) -> tuple[int, bool, bool]:
+    def place(field: dataclasses.Field[Any]) -> tuple[int, bool, int]:
         group = GROUPS.index(group_of(config, field))
-        return group, not field.metadata["common"], field.name in PER_CALL
+        declared_in = config.__mro__.index(_declaring_class(config, field))
+        return group, not field.metadata["common"], declared_in
 
     return sorted(dataclasses.fields(config), key=place)
 

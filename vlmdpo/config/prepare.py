@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdpo.config.common import OVER_LENGTH, ModelOptions, OutputOptions
-from vlmdpo.config.options import Options, option, require, require_at_least, require_choice
+from vlmdpo.config.common import LengthOptions, ModelOptions, OutputOptions
+from vlmdpo.config.options import option, require, require_at_least, require_choice
 from vlmdpo.errors import ConfigError
 
 MAP_TARGETS = ("image", "images", "question", "chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions(Options):
+class SourceOptions(LengthOptions):
     """Which preference data, and how it is read."""
 
     group: ClassVar[str] = "Data"
@@ -23,6 +23,7 @@ class SourceOptions(Options):
         "scenes",
         "Preference data: an alias (scenes, rlaif-v), a Hub id, a local Parquet, JSONL, JSON, CSV "
         "or WebDataset tar file, a folder of such files, or a save_to_disk folder",
+        common=True,
     )
     split: str = option(
         "train", 'Split of the source, slices included: "train", "train[:1%]", "train[100:200]"'
@@ -44,20 +45,6 @@ class SourceOptions(Options):
         default_text="the folder of the data",
     )
     limit: int | None = option(None, "Use at most this many rows", default_text="all rows")
-    max_image_side: int | None = option(
-        None,
-        "Longest image side in pixels; larger images are reduced",
-        default_text="half the processor's limit",
-    )
-    max_length: int | None = option(
-        None,
-        "Longest sequence (prompt, image and answer) in tokens",
-        default_text="no limit",
-    )
-    over_length: str = option(
-        "drop",
-        "Rows longer than --max-length: drop them, or trim their answers (never their images)",
-    )
     on_bad: str = option(
         "drop", "Rows that cannot be used: drop (counted by reason) or fail (stop at the first)"
     )
@@ -70,15 +57,12 @@ class SourceOptions(Options):
     seed: int = option(42, "Seed of --shuffle and --test-size")
 
     def _check(self) -> None:
-        require_at_least(self, 1, "max_image_side", unit="pixel")
-        require_at_least(self, 8, "max_length", unit="tokens")
         require_at_least(self, 1, "limit", unit="row")
         is_share = 0 <= self.test_size < 1
         is_number = self.test_size >= 1 and self.test_size == int(self.test_size)
         wanted = "a share below 1, or a whole number of rows"
         require(is_share or is_number, self, "test_size", wanted)
         require_choice(self.on_bad, ("drop", "fail"), "on_bad")
-        require_choice(self.over_length, OVER_LENGTH, "over_length")
         self.mapping()
         if self.streaming and "[" in self.split:
             raise ConfigError(

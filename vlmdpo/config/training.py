@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 
 from vlmdpo.config.common import (
     LORA_SCOPES,
-    OVER_LENGTH,
     STRATEGIES,
+    LengthOptions,
     OutputOptions,
     ProcessOptions,
 )
@@ -38,7 +38,7 @@ MODEL_PARTS = ("vision", "connector", "language", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
+class DataOptions(LengthOptions):
     """Which rows are trained on."""
 
     group: ClassVar[str] = "Data"
@@ -49,26 +49,6 @@ class DataOptions(Options):
         common=True,
     )
     split: str = option("train", "Split of the source, if it is prepared first")
-    max_image_side: int | None = option(
-        None,
-        "Longest image side in pixels, if the data is prepared first",
-        default_text="half the processor's limit",
-    )
-    max_length: int | None = option(
-        None,
-        "Longest sequence (prompt, image and answer) in tokens",
-        default_text="no limit",
-        common=True,
-    )
-    over_length: str = option(
-        "drop",
-        "Rows longer than --max-length: drop them, or trim their answers (never their images); "
-        "either way they are listed",
-    )
-
-    def _check(self) -> None:
-        require_at_least(self, 8, "max_length", unit="tokens")
-        require_choice(self.over_length, OVER_LENGTH, "over_length")
 
 
 @dataclass(frozen=True, kw_only=True)
