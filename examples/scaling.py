@@ -179,9 +179,9 @@ def tables() -> str:
     """Both tables as Markdown."""
     text = ""
     for full in (False, True):
-        text += f"\n### {'Every weight trains' if full else 'LoRA, r=16, all linear layers'}\n\n"
-        text += "| model | GPUs | strategy | state a GPU, GB | sent a GPU and step, GB | step, s | efficiency "
-        text += "| first bottleneck |\n"
+        text += f"\n### {'Full fine-tuning' if full else 'LoRA, r=16, all linear layers'}\n\n"
+        text += "| model | GPUs | strategy | state per GPU, GB | sent per GPU and step, GB "
+        text += "| step, s | efficiency | first bottleneck |\n"
         text += "|---|---:|---|---:|---:|---:|---:|---|\n"
         for model in MODELS:
             for gpus in COUNTS:

@@ -17,7 +17,7 @@ _OPS = torch.ops.aten
 # torch counts the attention kernels of GPUs; these are the CPU's, counted by its own formulas
 # (causal or not, in full).
 _CPU_ATTENTION = {
-    _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **more: (
+    _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
         sdpa_flop_count(q, k, v)
     ),
     _OPS._scaled_dot_product_flash_attention_for_cpu_backward: (

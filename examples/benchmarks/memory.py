@@ -215,8 +215,9 @@ def markdown(cases: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for c in cases:
-        numbers = f"{c['predicted_bytes'] / 1e6:.2f} | {c['measured_bytes'] / 1e6:.2f} | {100 * c['agreement']:+.3f}%"
-        lines.append(f"| {c['name']} | {numbers} |")
+        predicted, measured = c["predicted_bytes"] / 1e6, c["measured_bytes"] / 1e6
+        difference = 100 * c["agreement"]
+        lines.append(f"| {c['name']} | {predicted:.2f} | {measured:.2f} | {difference:+.3f}% |")
     return "\n".join(lines) + "\n"
 
 

@@ -27,8 +27,7 @@ SIDES = ("chosen", "rejected")
 
 
 class PairBatch(TypedDict):
-    """What `PairCollator` makes of B pairs. Pixels and token types come on top, under the names that
-    the processor gives them.
+    """What `PairCollator` makes of B pairs, besides the processor's pixels and token types.
 
     For TRL: `input_ids` and `completion_mask`, chosen rows first; stock's `attention_mask`, by
     which TRL counts tokens. Packed (share=True):

@@ -1,4 +1,4 @@
-"""Greedy answers to questions about images, many at a time. Knows nothing of benchmarks or files."""
+"""Greedy answers to questions about images, many at a time."""
 
 from __future__ import annotations
 

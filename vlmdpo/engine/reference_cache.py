@@ -66,7 +66,7 @@ class ReferenceCache:
         return None if values_B2.isnan().any() else (values_B2[:, 0], values_B2[:, 1])
 
     def put(self, rows: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Keep the log-probs (B,) of these rows. Raises FloatingPointError where one is not finite."""
+        """Keep the log-probs (B,) of these rows. Raises FloatingPointError if one is not finite."""
         values_B2 = torch.stack([chosen, rejected], dim=1).detach().float().cpu()
         if not values_B2.isfinite().all():
             raise FloatingPointError("a reference log-prob is not finite")

@@ -53,7 +53,7 @@ def _is_paligemma(model_or_processor: object) -> bool:
 
 
 def has_bidirectional_prompt(backbone: Backbone) -> bool:
-    """Whether a prompt's tokens see those that follow them, so that prompts cannot share a prefix."""
+    """Whether prompt tokens see those that follow them, so that prompts cannot share a prefix."""
     return _is_paligemma(backbone) or bool(
         getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False)
     )
@@ -204,7 +204,7 @@ def default_image_side(processor: Processor) -> int | None:
 def parameter_numel(parameter: Tensor) -> int:
     """How many elements a parameter has, over all processes.
 
-    DeepSpeed leaves an empty tensor where a parameter is sharded, and keeps the full size beside it.
+    DeepSpeed leaves an empty tensor where a parameter is sharded, and keeps its size beside it.
     """
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 

@@ -38,7 +38,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def pretrained_source(model: str) -> str:
-    """What `from_pretrained` gets: the package's own folder for "tiny", else the Hub id or a path."""
+    """What `from_pretrained` gets: the embedded folder for "tiny", else a Hub id or a path."""
     if model == "tiny":
         return str(resources.files("vlmdpo").joinpath("tiny", "assets", "model"))
     return registry.hub_id(model)
@@ -167,7 +167,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The data type that `--dtype` names; "auto": bfloat16 on a GPU that supports it, else float32."""
+    """The data type of `--dtype`; "auto": bfloat16 on a GPU that supports it, else float32."""
     if dtype == "auto":
         return (
             torch.bfloat16
