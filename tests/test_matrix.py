@@ -28,7 +28,7 @@ def test_every_family_has_one_row():
 
 def _llava_onevision(text, vision, image_size):
     """A family that vlmdpo has never heard of, as docs/models.md tells to add one."""
-    tok = random_tokenizer.tokenizer(
+    tok = random_tokenizer.make_tokenizer(
         "<image>", "<video>", image_token="<image>", video_token="<video>"
     )
     config = tf.LlavaOnevisionConfig(

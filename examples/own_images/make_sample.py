@@ -21,7 +21,7 @@ def main(folder: Path, pictures: int = 120) -> None:
         table = csv.writer(file)
         table.writerow(["image", "question", "chosen", "rejected"])
         for number in range(1, pictures + 1):
-            scene = scenes.sample_scene(chance, "making")
+            scene = scenes.sample_scene(chance, "train")
             name = f"{number:04d}.png"
             scenes.draw(scene).save(folder / "images" / name)
             asked = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmdpo.engine.generate import render_prompt
-from vlmdpo.tiny import build, lessons
+from vlmdpo.tiny import architecture, lessons
 from vlmdpo.tiny import scenes as sc
 
 pytestmark = pytest.mark.slow
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.slow
 
 def test_packed_questions_give_the_logits_they_would_have_alone():
     torch.manual_seed(0)
-    processor = build.make_processor()
-    model = build.make_model(processor).eval()
+    processor = architecture.make_processor()
+    model = architecture.make_model(processor).eval()
     model.set_attn_implementation("eager")
     lesson = lessons.Lesson(steps=1, learning_rate=1e-3, images_per_step=2, questions_per_image=3)
-    teacher = lessons.Teacher(processor, lesson, random.Random(3))
-    batch = teacher.batch()
+    batches = lessons.BatchMaker(processor, lesson, random.Random(3))
+    batch = batches.batch()
     with torch.no_grad():
         packed = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    prefix = len(teacher.prefix)
+    prefix = len(batches.prefix)
     checked = 0
     for row in range(2):
         ids, positions = batch["input_ids"][row], batch["position_ids"][row]
@@ -45,15 +45,15 @@ def test_packed_questions_give_the_logits_they_would_have_alone():
 
 
 def test_lessons_use_the_tokens_of_the_chat_template():
-    processor = build.make_processor()
-    teacher = lessons.Teacher(processor, lessons.TALKING, random.Random(0))
+    processor = architecture.make_processor()
+    batches = lessons.BatchMaker(processor, lessons.ANSWERING, random.Random(0))
     question, answer = "Is there a star in this image?", "No"
-    asked, answered = teacher._turn(question, answer)
-    picture = sc.draw(sc.sample_scene(random.Random(0), "making"))
+    asked, answered = batches._turn(question, answer)
+    picture = sc.draw(sc.sample_scene(random.Random(0), "train"))
     prompt = processor(
         text=render_prompt(processor, question), images=[picture], add_special_tokens=False
     )["input_ids"][0]
-    assert teacher.prefix + asked == prompt
+    assert batches.prefix + asked == prompt
     whole = processor.apply_chat_template(
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
         tokenize=False,

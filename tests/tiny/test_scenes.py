@@ -9,9 +9,9 @@ from vlmdpo.tiny import evaluation, pairs
 from vlmdpo.tiny import scenes as sc
 
 
-def _some(count=60, half="making"):
+def _some(count=60, split="train"):
     rng = random.Random(7)
-    return [sc.sample_scene(rng, half) for _ in range(count)]
+    return [sc.sample_scene(rng, split) for _ in range(count)]
 
 
 def test_specs_read_back_as_the_same_scene_and_picture():
@@ -23,8 +23,8 @@ def test_specs_read_back_as_the_same_scene_and_picture():
 
 
 def test_halves_do_not_meet():
-    assert {scene.half() for scene in _some(60, "evaluation")} == {"evaluation"}
-    assert {scene.half() for scene in _some(60, "making")} == {"making"}
+    assert {scene.split() for scene in _some(60, "evaluation")} == {"evaluation"}
+    assert {scene.split() for scene in _some(60, "train")} == {"train"}
 
 
 def test_truths_follow_from_the_scene():
@@ -98,10 +98,10 @@ def test_training_pairs_are_many_sampled_and_apart_from_the_evaluation():
     assert len(rows) >= 2000
     assert sum(row["origin"] == "sampled" for row in rows) > len(rows) / 2
     made = [sc.Scene.from_spec(row["scene"]) for row in rows]
-    assert {scene.half() for scene in made} == {"making"}
+    assert {scene.split() for scene in made} == {"train"}
     held_out = json.loads((evaluation.FOLDER / "scenes.json").read_text())
     evaluated = {sc.Scene.from_spec(spec) for spec in held_out.values()}
-    assert {scene.half() for scene in evaluated} == {"evaluation"}
+    assert {scene.split() for scene in evaluated} == {"evaluation"}
     assert not {scene.key() for scene in made} & {scene.key() for scene in evaluated}
 
 

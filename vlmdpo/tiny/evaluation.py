@@ -1,9 +1,9 @@
 """The embedded evaluation set: scenes held out from all else, in AMBER's own JSON layout.
 
-`make` builds it (seeded) and `write` stores it; `FOLDER` is where the shipped copy lies. Its
-pictures are not stored: `draw_image` draws them from their specs. The numbers of questions keep
-AMBER's proportions over its types and over yes and no; existence is asked only of what is absent,
-and a negative relation is typed plain `relation`, both as AMBER has it.
+`make` builds it (seeded) and `write` stores it; `FOLDER` is where the shipped copy lies. Its images
+are not stored: `draw_image` draws them from their specs. The numbers of questions keep AMBER's
+proportions over its types and over yes and no; existence is asked only of what is absent, and a
+negative relation has the plain type `relation`, both as in AMBER.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from PIL import Image
 from vlmdpo.tiny import scenes as sc
 
 SCENES = 100
-# AMBER asks 14,216 questions on 1,004 pictures; these are its counts for 100 pictures.
-QUOTA = {
+# AMBER asks 14,216 questions about 1,004 images; these are its counts for 100 images.
+QUOTAS = {
     (sc.STATE, "yes"): 237,
     (sc.STATE, "no"): 237,
     (sc.NUMBER, "yes"): 103,
@@ -32,7 +32,7 @@ QUOTA = {
     (sc.RELATION, "yes"): 97,
     (sc.RELATION_NO, "no"): 69,
 }
-# What a description may call a thing, as AMBER's relation.json lists it.
+# Other names of a thing in a description, as in AMBER's relation.json.
 SYNONYMS = {"circle": ("disc",), "moon": ("crescent",), "ring": ("hoop",), "cross": ("plus",)}
 FOLDER = Path(str(resources.files("vlmdpo.tiny").joinpath("assets", "amber")))
 _SPECS = "scenes.json"
@@ -44,8 +44,8 @@ def make(seed: int = 2024) -> dict[str, Any]:
     drawn: dict[str, sc.Scene] = {}
     while len(drawn) < SCENES:
         scene = sc.sample_scene(rng, "evaluation")
-        # AMBER asks about five absences and one contact a picture: two or three kinds leave that
-        # many of eight absent, and scenes left to chance hold half as many contacts.
+        # AMBER asks about five absences and one contact per image. Two or three kinds leave that
+        # many of eight absent, and unfiltered scenes have half as many contacts.
         if len(scene.kinds()) in (2, 3) and (scene.touching or len(drawn) >= 0.9 * SCENES):
             drawn.setdefault(scene.key(), scene)
     names = {f"SCENE_{number}.png": scene for number, scene in enumerate(drawn.values(), start=1)}
@@ -59,7 +59,7 @@ def make(seed: int = 2024) -> dict[str, Any]:
             {"id": number, "type": "generative", "truth": list(scene.kinds()), "hallu": absent}
         )
     generative = list(queries)
-    for number, (name, question) in enumerate(_picked(names, rng), start=SCENES + 1):
+    for number, (name, question) in enumerate(_pick_questions(names, rng), start=SCENES + 1):
         queries.append({"id": number, "image": name, "query": question.text})
         annotations.append({"id": number, "type": question.type, "truth": question.truth})
     return {
@@ -73,20 +73,22 @@ def make(seed: int = 2024) -> dict[str, Any]:
     }
 
 
-def _picked(names: dict[str, sc.Scene], rng: random.Random) -> list[tuple[str, sc.Question]]:
-    """Questions up to each quota, dealt round the pictures so that each gets its share."""
+def _pick_questions(
+    names: dict[str, sc.Scene], rng: random.Random
+) -> list[tuple[str, sc.Question]]:
+    """Questions up to each quota, taken from the images in turn so that each gets its share."""
     pools = {name: sc.questions(scene, rng) for name, scene in names.items()}
-    dealt: list[tuple[str, sc.Question]] = []
-    for group, quota in QUOTA.items():
-        left = quota
-        while left:
+    picked: list[tuple[str, sc.Question]] = []
+    for group, quota in QUOTAS.items():
+        missing = quota
+        while missing:
             taken = [(name, pool[group].pop()) for name, pool in pools.items() if pool.get(group)][
-                :left
+                :missing
             ]
             assert taken, f"the scenes hold too few questions of {group}"
-            dealt += taken
-            left -= len(taken)
-    return dealt
+            picked += taken
+            missing -= len(taken)
+    return picked
 
 
 def write(folder: Path = FOLDER) -> None:
@@ -109,10 +111,10 @@ def _specs() -> dict[str, Any]:
 
 
 def draw_image(name: str) -> Image.Image:
-    """The image of that name in the embedded set. Raises KeyError."""
+    """An image of the embedded set, by its name. Raises KeyError where there is none."""
     return sc.draw(sc.Scene.from_spec(_specs()[name]))
 
 
 def first_image_name() -> str:
-    """The name of the image that `infer` asks about if none is given."""
+    """The name of the image that `infer` shows when none is given."""
     return next(iter(_specs()))

@@ -1,7 +1,6 @@
 """The embedded training pairs: stored as scene specs and texts, drawn when they are read.
 
-A row has RLAIF-V's columns (image, question, chosen, rejected) and says where its answers came
-from.
+A row has RLAIF-V's columns: image, question, chosen, rejected.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ FILE = "pairs.jsonl.gz"
 def load() -> list[dict[str, Any]]:
     """Every stored row: {"scene": spec, "question", "chosen", "rejected", "origin"}.
 
-    `origin` is "sampled" where both answers are the embedded model's own, "truth" where the chosen
-    one was written from the scene because no sample was right.
+    `origin` is "sampled" where the embedded model gave both answers, "truth" where the chosen one
+    was written from the scene because no sample was right.
     """
-    packed = resources.files("vlmdpo.tiny").joinpath("assets", FILE).read_bytes()
-    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
+    compressed = resources.files("vlmdpo.tiny").joinpath("assets", FILE).read_bytes()
+    return [json.loads(line) for line in gzip.decompress(compressed).decode().splitlines()]
 
 
 def as_row(stored: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Small models of every supported family, with random weights and real processors.
 
-For tests and benchmarks: the architectures are transformers' own, but narrow and shallow.
+For tests, benchmarks and memory estimates: the architectures are transformers' own, only narrow and
+shallow. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 import transformers as tf
 
 from vlmdpo.models.families import without_video_processor
-from vlmdpo.tiny.random_tokenizer import TEMPLATE, token_ids, tokenizer
+from vlmdpo.models.protocols import Processor, VisionLanguageModel
+from vlmdpo.tiny.random_tokenizer import TEMPLATE, make_tokenizer, token_ids
 
-_TEXT = {
+ConfigAndProcessor = tuple[tf.PreTrainedConfig, tf.ProcessorMixin]
+
+_TEXT_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -33,7 +37,7 @@ VISION_SIZES = {
 }
 
 
-def _common(tok: Any) -> dict[str, Any]:
+def _special_token_ids(tok: tf.PreTrainedTokenizerFast) -> dict[str, int]:
     return {
         "pad_token_id": tok.pad_token_id,
         "bos_token_id": tok.bos_token_id,
@@ -41,15 +45,15 @@ def _common(tok: Any) -> dict[str, Any]:
     }
 
 
-def text_sizes(tok: Any, **more: Any) -> dict[str, Any]:
+def text_sizes(tok: tf.PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
     """The small language model's sizes and token ids, for a text config."""
-    return {**_TEXT, "vocab_size": len(tok), **_common(tok), **more}
+    return {**_TEXT_SIZES, "vocab_size": len(tok), **_special_token_ids(tok), **more}
 
 
 def _idefics2(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any
-) -> tuple[Any, Any]:
-    tok = tokenizer(
+) -> ConfigAndProcessor:
+    tok = make_tokenizer(
         "<fake_token_around_image>",
         "<image>",
         "<end_of_utterance>",
@@ -57,7 +61,7 @@ def _idefics2(
         image_boundary_token="<fake_token_around_image>",
     )
     latents = more.get("latents", 4)
-    wide = {**text_sizes(tok, model_type="mistral", sliding_window=None), **text}
+    text_config = {**text_sizes(tok, model_type="mistral", sliding_window=None), **text}
     heads = {"resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 2}
     perceiver = {
         "resampler_n_latents": latents,
@@ -68,9 +72,9 @@ def _idefics2(
     config = tf.Idefics2Config(
         image_token_id=token_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
-        text_config=wide,
+        text_config=text_config,
         vision_config={**VISION_SIZES, "patch_size": 8, "image_size": image_size, **vision},
-        perceiver_config={**perceiver, "hidden_size": wide["hidden_size"]},
+        perceiver_config={**perceiver, "hidden_size": text_config["hidden_size"]},
     )
     size = {"shortest_edge": 8, "longest_edge": image_size}
     images = tf.Idefics2ImageProcessorPil(size=size, do_image_splitting=False)
@@ -83,11 +87,11 @@ def _idefics3(
     vision: dict[str, Any],
     image_size: int,
     *,
-    smol: bool = False,
+    is_smolvlm: bool = False,
     scale_factor: int = 2,
-) -> tuple[Any, Any]:
+) -> ConfigAndProcessor:
     rows = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
-    tok = tokenizer(
+    tok = make_tokenizer(
         "<fake_token_around_image>",
         "<image>",
         "<global-img>",
@@ -96,7 +100,7 @@ def _idefics3(
         image_token="<image>",
     )
     # SmolVLM's own processor needs num2words, for videos; Idefics3's makes the same of images.
-    config = (tf.SmolVLMConfig if smol else tf.Idefics3Config)(
+    config = (tf.SmolVLMConfig if is_smolvlm else tf.Idefics3Config)(
         image_token_id=token_ids(tok, "<image>")[0],
         tie_word_embeddings=False,
         scale_factor=scale_factor,
@@ -116,9 +120,9 @@ def _idefics3(
 
 
 def _llava(
-    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, following: bool = False
-) -> tuple[Any, Any]:
-    tok = tokenizer("<image>", image_token="<image>")
+    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, is_next: bool = False
+) -> ConfigAndProcessor:
+    tok = make_tokenizer("<image>", image_token="<image>")
     shared: dict[str, Any] = {
         "image_token_id": token_ids(tok, "<image>")[0],
         "image_token_index": token_ids(tok, "<image>")[0],
@@ -135,7 +139,7 @@ def _llava(
         },
     }
     patch = shared["vision_config"]["patch_size"]
-    tokens = {
+    processor_options = {
         "patch_size": patch,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
@@ -145,10 +149,10 @@ def _llava(
         "size": {"shortest_edge": image_size},
         "crop_size": {"height": image_size, "width": image_size},
     }
-    if not following:
+    if not is_next:
         images = tf.CLIPImageProcessorPil(**sizes)
         return tf.LlavaConfig(**shared), tf.LlavaProcessor(
-            images, tok, chat_template=template, **tokens
+            images, tok, chat_template=template, **processor_options
         )
     pinpoints = [
         [image_size, 2 * image_size],
@@ -157,13 +161,13 @@ def _llava(
     ]
     images = tf.LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints)
     config = tf.LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
-    return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **tokens)
+    return config, tf.LlavaNextProcessor(images, tok, chat_template=template, **processor_options)
 
 
 def _paligemma(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, projection_dim: int = 32
-) -> tuple[Any, Any]:
-    tok = tokenizer("<image>", image_token="<image>")
+) -> ConfigAndProcessor:
+    tok = make_tokenizer("<image>", image_token="<image>")
     tokens = (image_size // vision.get("patch_size", 8)) ** 2
     config = tf.PaliGemmaConfig(
         image_token_index=token_ids(tok, "<image>")[0],
@@ -185,10 +189,8 @@ def _paligemma(
 
 def _paligemma2(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any
-) -> tuple[Any, Any]:
-    """PaliGemma on Gemma 2: every other layer looks through a sliding window, and logits are
-    capped.
-    """
+) -> ConfigAndProcessor:
+    """PaliGemma on Gemma 2: every other layer has a sliding window, and logits are capped."""
     layers = {
         "sliding_window": 24,
         "query_pre_attn_scalar": 8,
@@ -199,10 +201,10 @@ def _paligemma2(
 
 def _internvl(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1
-) -> tuple[Any, Any]:
+) -> ConfigAndProcessor:
     names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-    tokens = ("start_image_token", "end_image_token", "context_image_token", "video_token")
-    tok = tokenizer(*names, **dict(zip(tokens, names, strict=True)))
+    attributes = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tok = make_tokenizer(*names, **dict(zip(attributes, names, strict=True)))
     tok.start_image_token, tok.end_image_token, tok.context_image_token, tok.video_token = names
     start, end, context, video = token_ids(tok, *names)
     (
@@ -248,8 +250,8 @@ def _gemma3(
     image_size: int,
     *,
     mm_tokens_per_image: int | None = None,
-) -> tuple[Any, Any]:
-    tok = tokenizer(
+) -> ConfigAndProcessor:
+    tok = make_tokenizer(
         "<image>", "<start>", "<end>", image_token="<image>", boi_token="<start>", eoi_token="<end>"
     )
     tokens = mm_tokens_per_image or (image_size // 16) ** 2
@@ -279,9 +281,9 @@ def _gemma3(
 
 def _qwen(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, version: str
-) -> tuple[Any, Any]:
+) -> ConfigAndProcessor:
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tok = tokenizer(*names, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    tok = make_tokenizer(*names, image_token="<|image_pad|>", video_token="<|video_pad|>")
     start, end, image, video = token_ids(tok, *names)
     tower: dict[str, Any] = {
         "depth": 2,
@@ -291,7 +293,7 @@ def _qwen(
         "num_heads": 4,
         "initializer_range": 0.1,
     }
-    width = text.get("hidden_size", _TEXT["hidden_size"])
+    width = text.get("hidden_size", _TEXT_SIZES["hidden_size"])
     if version == "2":
         tower |= {"embed_dim": 32, "hidden_size": width, "mlp_ratio": 2}
     else:
@@ -302,7 +304,7 @@ def _qwen(
         tower |= {"num_position_embeddings": 64}
     if version == "3":
         tower |= {"deepstack_visual_indexes": [0, 1]}
-    half = text.get("head_dim", _TEXT["head_dim"]) // 2
+    half = text.get("head_dim", _TEXT_SIZES["head_dim"]) // 2
     sections = {
         "mrope_section": [half // 2, half // 4, half // 4],
         "rope_type": "default",
@@ -348,12 +350,12 @@ def _qwen(
     return config, classes[version][1](images, tok, chat_template=template)
 
 
-FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[..., ConfigAndProcessor]] = {
     "idefics2": _idefics2,
     "idefics3": _idefics3,
-    "smolvlm": lambda *a, **k: _idefics3(*a, smol=True, **k),
+    "smolvlm": lambda *a, **k: _idefics3(*a, is_smolvlm=True, **k),
     "llava": _llava,
-    "llava_next": lambda *a, **k: _llava(*a, following=True, **k),
+    "llava_next": lambda *a, **k: _llava(*a, is_next=True, **k),
     "paligemma": _paligemma,
     "paligemma2": _paligemma2,
     "gemma3": _gemma3,
@@ -373,21 +375,21 @@ def make(
     vision: dict[str, Any] | None = None,
     image_size: int = 32,
     seed: int = 0,
-    **more: Any,
-) -> tuple[Any, Any]:
+    **options: Any,
+) -> tuple[VisionLanguageModel, Processor]:
     """A (model, processor) of one of FAMILIES, float32, random weights.
 
     Args:
-        text, vision: overrides of the two configurations, by their own names.
-        image_size: the processor's limit, in pixels a side.
+        text, vision: settings of the two configurations that differ.
+        image_size: the processor's limit for a side, in pixels.
+        options: of the family's function above.
     """
-    config, processor = FAMILIES[family](text or {}, vision or {}, image_size, **more)
+    config, processor = FAMILIES[family](text or {}, vision or {}, image_size, **options)
     torch.manual_seed(seed)
     model = tf.AutoModelForImageTextToText.from_config(config)
     model.config.pad_token_id = processor.tokenizer.pad_token_id
     for name, parameter in model.named_parameters():
-        if name.endswith(
-            "mm_input_projection_weight"
-        ):  # Gemma 3's starts at zero, which would hide the image
+        # Gemma 3 initializes it to zero, so that the image would have no effect.
+        if name.endswith("mm_input_projection_weight"):
             torch.nn.init.normal_(parameter, std=0.2)
     return model, processor

@@ -1,12 +1,11 @@
-"""The tokenizer and chat template of `random_models`: a token is a byte of text."""
+"""The tokenizer and chat template of the small random models: a token is a byte of text."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+# "IMAGE" is replaced by what stands for an image in a family's prompts.
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% "
@@ -15,12 +14,12 @@ TEMPLATE = (
 )
 
 
-def tokenizer(*special: str, **named: str) -> Any:
+def make_tokenizer(*special: str, **named: str) -> tf.PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges.
 
     Args:
-        special: special tokens, added after <s>, </s> and <pad>.
-        named: special tokens that are attributes of the tokenizer too.
+        special: its special tokens, after <s>, </s> and <pad>.
+        named: those of them that are attributes too, by attribute.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<s>", "</s>", "<pad>", *special]
@@ -44,7 +43,7 @@ def tokenizer(*special: str, **named: str) -> Any:
     )
 
 
-def token_ids(tok: Any, *names: str) -> list[int]:
-    """The ids of these tokens."""
-    ids: list[int] = tok.convert_tokens_to_ids(list(names))
+def token_ids(tokenizer: tf.PreTrainedTokenizerFast, *names: str) -> list[int]:
+    """The ids of these special tokens."""
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
     return ids

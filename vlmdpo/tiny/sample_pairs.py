@@ -1,9 +1,9 @@
-"""Make the embedded training pairs: ask the embedded model, and rank its own answers by the scene's
-truth.
+"""Make the embedded training pairs: sample the embedded model's answers, and rank them by the
+scene's truth.
 
 For each question several answers are sampled. Where some are right and some wrong, the pair is one
-of each, both in the model's own words. Where all are wrong, the right answer is written from the
-scene. Where none is wrong there is nothing to learn, and no pair.
+of each, both sampled. Where all are wrong, the right answer is written from the scene. Where none
+is wrong there is nothing to learn, and no pair.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from vlmdpo.engine.generate import render_prompt
+from vlmdpo.models.protocols import Processor, VisionLanguageModel
 from vlmdpo.tiny import evaluation
 from vlmdpo.tiny import scenes as sc
 
@@ -29,45 +30,50 @@ _DESCRIBE_SHARE = 0.08
 
 @torch.inference_mode()
 def sample(
-    model: Any, processor: Any, pictures: list[Image.Image], questions: list[str], limit: int
+    model: VisionLanguageModel,
+    processor: Processor,
+    images: list[Image.Image],
+    questions: list[str],
+    max_new_tokens: int,
 ) -> list[list[str]]:
-    """SAMPLES answers to each question at temperature 1, each at most `limit` tokens."""
+    """SAMPLES answers to each question, at temperature 1."""
     inputs = processor(
         text=[render_prompt(processor, question) for question in questions],
-        images=[[picture] for picture in pictures],
+        images=[[image] for image in images],
         padding=True,
         padding_side="left",
         add_special_tokens=False,
         return_tensors="pt",
     )
-    made = model.generate(
+    sequences = model.generate(
         **inputs,
-        max_new_tokens=limit,
+        max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=1.0,
         num_return_sequences=SAMPLES,
     )
     texts = processor.batch_decode(
-        made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [
         [text.strip() for text in texts[i : i + SAMPLES]] for i in range(0, len(texts), SAMPLES)
     ]
 
 
-def _ask(rng: random.Random) -> Iterator[tuple[sc.Scene, sc.Question | None]]:
-    """Endless (scene, question), in AMBER's proportions of types, yes and no alike; None asks for a
-    description.
+def _sample_questions(rng: random.Random) -> Iterator[tuple[sc.Scene, sc.Question | None]]:
+    """Endless (scene, question), in AMBER's proportions of types, with as many "yes" as "no".
+
+    None in place of a question asks for a description.
     """
     shares = {}
-    for (kind, truth), count in evaluation.QUOTA.items():
+    for (kind, truth), count in evaluation.QUOTAS.items():
         shares[kind, truth] = float(count)
-    # AMBER asks for no existing thing; a model tuned on absences alone would learn to deny
-    # everything.
+    # AMBER never asks about the existence of what is there; a model tuned on absences alone would
+    # learn to deny everything.
     shares[sc.EXISTENCE, "yes"] = shares[sc.EXISTENCE, "no"] = shares[sc.EXISTENCE, "no"] / 2
     groups, weights = list(shares), list(shares.values())
     while True:
-        scene = sc.sample_scene(rng, "making")
+        scene = sc.sample_scene(rng, "train")
         pools = sc.questions(scene, rng)
         for _ in range(_QUESTIONS_PER_SCENE):
             if rng.random() < _DESCRIBE_SHARE:
@@ -81,22 +87,22 @@ def _ask(rng: random.Random) -> Iterator[tuple[sc.Scene, sc.Question | None]]:
 def _pair(
     scene: sc.Scene, question: sc.Question | None, answers: list[str], rng: random.Random
 ) -> dict[str, str] | None:
+    """A pair of the sampled answers; None where they give none."""
     if question is None:
-        # Only descriptions in the form that can be judged are ranked; anything else cannot be told
-        # right from wrong.
-        judged = [
+        # Only descriptions worded as `describe` words them are ranked: others cannot be scored.
+        scored = [
             (sc.description_errors(scene, text), text)
             for text in answers
             if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text
         ]
-        # Only a faultless one is chosen: of two faulty ones the shorter would win, and shortness
-        # would be learned.
-        if not judged or min(judged)[0] > 0 or max(judged)[0] == 0:
+        # Only a description without errors is chosen: of two with errors the shorter would win, and
+        # the model would learn to be short.
+        if not scored or min(scored)[0] > 0 or max(scored)[0] == 0:
             return None
         return {
             "question": sc.DESCRIBE,
-            "chosen": min(judged)[1],
-            "rejected": max(judged)[1],
+            "chosen": min(scored)[1],
+            "rejected": max(scored)[1],
             "origin": "sampled",
         }
     right = question.truth.capitalize()
@@ -107,11 +113,13 @@ def _pair(
     return {"question": question.text, "chosen": right, "rejected": wrong, "origin": origin}
 
 
-def make_pairs(model: Any, processor: Any, wanted: int, seed: int) -> list[dict[str, Any]]:
-    """`wanted` rows for `pairs.jsonl.gz`; scenes of the making half only."""
+def make_pairs(
+    model: VisionLanguageModel, processor: Processor, wanted: int, seed: int
+) -> list[dict[str, Any]]:
+    """`wanted` rows for `pairs.jsonl.gz`, of scenes of the train split only."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    source = _ask(rng)
+    source = _sample_questions(rng)
     rows: list[dict[str, Any]] = []
     while len(rows) < wanted:
         batch = [next(source) for _ in range(96)]
@@ -129,8 +137,8 @@ def make_pairs(model: Any, processor: Any, wanted: int, seed: int) -> list[dict[
                 texts,
                 64 if described else 4,
             )
-            for (scene, question), said in zip(asked, answers, strict=True):
-                pair = _pair(scene, question, said, rng)
+            for (scene, question), samples in zip(asked, answers, strict=True):
+                pair = _pair(scene, question, samples, rng)
                 if pair is not None:
                     rows.append({"scene": scene.spec(), **pair})
         print(f"pairs {len(rows)}/{wanted}", flush=True)

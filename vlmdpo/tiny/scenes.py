@@ -1,10 +1,10 @@
 """Scenes: small drawings whose truth is known, and what can be asked about them.
 
-A scene is a spec (things on a 3 by 3 grid); the picture, the questions and the right answers all
-follow from it. This module knows nothing of models, files or training: it draws, asks and judges.
+A scene is a spec (shapes on a 3 by 3 grid); the image, the questions and the right answers all
+follow from it. This module knows nothing of models, files or training: it draws, asks and scores.
 
-Scenes fall into two halves by a hash of their content, `making` and `evaluation`, so that nobody
-has to remember which pictures a model has already seen: the hash says so (see `Scene.half`).
+Scenes fall into two splits by a hash of their content, "train" and "evaluation", so that no list of
+seen images has to be kept; see `Scene.split`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlmdpo.tiny import shapes
 
 SIDE_PX = 72
 KINDS = ("circle", "square", "triangle", "star", "moon", "heart", "ring", "cross")
-# What usually stands together. A model that has seen many such scenes will say so of scenes that
-# break the rule.
+# What usually stands together, so that a model which has seen many scenes expects it where it is
+# missing.
 COMPANION = {
     "star": "moon",
     "moon": "star",
@@ -53,13 +53,17 @@ DESCRIBE = "Describe this image."
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape: what it is, where it stands (cell 0-8, row by row), and its offset in
-    pixels.
+    """One drawn shape.
+
+    Attributes:
+        action: one of ACTIONS, or "" for none.
+        cell: 0 to 8, row by row.
+        dx, dy: offset from the cell's middle, in pixels.
     """
 
     kind: str
     colour: str
-    action: str  # one of ACTIONS, or "" for none
+    action: str
     cell: int
     dx: int = 0
     dy: int = 0
@@ -76,15 +80,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows. Things of one kind share colour and action, so "the star" is never
-    ambiguous.
+    """All that an image shows.
+
+    Things of one kind share colour and action, so that "the star" is never ambiguous.
+
+    Attributes:
+        touching: pairs of cells, left and right, whose things are in contact.
     """
 
     background: str
     things: tuple[Thing, ...]
-    touching: tuple[
-        tuple[int, int], ...
-    ] = ()  # pairs of cells, left and right, whose things are in contact
+    touching: tuple[tuple[int, int], ...] = ()
 
     def spec(self) -> dict[str, Any]:
         """The scene as plain JSON data; `Scene.from_spec` reads it back."""
@@ -98,36 +104,36 @@ class Scene:
         )
 
     def key(self) -> str:
-        """A hash of what the scene shows, whatever the background and the jitter of a pixel."""
+        """A hash of what the scene shows, apart from background and offsets."""
         content = sorted((t.cell, t.kind, t.colour, t.action) for t in self.things)
         text = json.dumps([content, sorted(self.touching)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def half(self) -> str:
-        """`evaluation` for one scene in eight, by its key, else `making` (of the model and of the
-        pairs).
-        """
-        return "evaluation" if int(self.key(), 16) % 8 == 0 else "making"
+    def split(self) -> str:
+        """ "evaluation" for one scene in eight, by its key, else "train"."""
+        return "evaluation" if int(self.key(), 16) % 8 == 0 else "train"
 
     def kinds(self) -> tuple[str, ...]:
-        """The kinds in the picture, in reading order, each once."""
+        """The kinds in the image, in reading order, each once."""
         return tuple(dict.fromkeys(t.kind for t in sorted(self.things, key=lambda t: t.cell)))
 
     def of(self, kind: str) -> list[Thing]:
+        """All things of a kind."""
         return [t for t in self.things if t.kind == kind]
 
     def in_contact(self, first: str, second: str) -> bool:
+        """Whether a thing of one kind touches one of the other."""
         kind_of = {t.cell: t.kind for t in self.things}
         return any(
             {kind_of[left], kind_of[right]} == {first, second} for left, right in self.touching
         )
 
 
-def sample_scene(rng: random.Random, half: str) -> Scene:
-    """Draw scenes until one falls in the wanted half; about one to eight tries."""
+def sample_scene(rng: random.Random, split: str) -> Scene:
+    """A random scene of the split; takes one to eight tries on average."""
     while True:
         scene = _sample(rng)
-        if scene.half() == half:
+        if scene.split() == split:
             return scene
 
 
@@ -142,10 +148,10 @@ def _sample(rng: random.Random) -> Scene:
         kind: (rng.choice(COLOURS), rng.choice(ACTIONS) if rng.random() < 0.5 else "")
         for kind in kinds
     }
-    crowd = [kind for kind in kinds for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))][:6]
-    rng.shuffle(crowd)
-    cells = rng.sample(range(9), len(crowd))
-    placed = dict(zip(cells, crowd, strict=True))
+    placed_kinds = [kind for kind in kinds for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))][:6]
+    rng.shuffle(placed_kinds)
+    cells = rng.sample(range(9), len(placed_kinds))
+    placed = dict(zip(cells, placed_kinds, strict=True))
     touching = tuple(
         (cell, cell + 1)
         for cell in sorted(placed)
@@ -154,7 +160,7 @@ def _sample(rng: random.Random) -> Scene:
         and placed[cell] != placed[cell + 1]
         and rng.random() < 0.6
     )
-    # A thing held from both sides cannot lean both ways: keep the left contact of such a run.
+    # A thing cannot lean to both sides: of two contacts in a row the left one stays.
     touching = tuple(
         pair for i, pair in enumerate(touching) if i == 0 or touching[i - 1][1] != pair[0]
     )
@@ -173,12 +179,10 @@ def _sample(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, RGB, SIDE_PX by SIDE_PX, drawn at three times the size and reduced for smooth
-    edges.
-    """
+    """The image: RGB, SIDE_PX by SIDE_PX, drawn at three times the size for smooth edges."""
     scale = 3
-    picture = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), scene.background)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), scene.background)
+    pen = ImageDraw.Draw(image)
     cell_px = SIDE_PX / 3
     for thing in scene.things:
         x = (thing.cell % 3 + 0.5) * cell_px + thing.dx
@@ -193,10 +197,11 @@ def draw(scene: Scene) -> Image.Image:
             scale,
             scene.background,
         )
-    return picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
+    return image.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
 
 
 def plural(kind: str) -> str:
+    """The plural of a kind."""
     return kind + ("es" if kind.endswith("ss") else "s")
 
 
@@ -209,8 +214,8 @@ def _how_many(number: str, kind: str) -> str:
 
 
 def questions(scene: Scene, rng: random.Random) -> dict[tuple[str, str], list[Question]]:
-    """Every yes/no question of AMBER's forms that the scene can answer, by (type, truth), each list
-    shuffled.
+    """Every yes/no question in AMBER's wording that the scene can answer, by (type, truth), each
+    list shuffled.
 
     Beyond AMBER, whose existence questions are all answered "no", the (EXISTENCE, "yes") ones are
     here too: a model cannot learn to see from absences alone.
@@ -258,7 +263,7 @@ def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a description says about one kind: how many, which colour, which action (or "")."""
+    """What a description says of one kind; `action` is "" where it names none."""
 
     kind: str
     number: str
@@ -302,7 +307,7 @@ _CLAIM = re.compile(
 
 
 def read_claims(description: str) -> list[Claim]:
-    """The claims that a description makes, as far as it keeps to the form of `describe`."""
+    """The claims of a description, as far as it is worded as `describe` words them."""
     return [
         Claim(kind, number, colour, action or "")
         for number, colour, kind, action in _CLAIM.findall(description)
@@ -310,21 +315,21 @@ def read_claims(description: str) -> list[Claim]:
 
 
 def description_errors(scene: Scene, description: str) -> int:
-    """How wrong a description is: 3 for a kind that is not there, 1 for each wrong property or
-    missing kind.
+    """Errors of a description: 3 for a kind that is not there, 1 for each wrong property, missing
+    kind, or kind described twice.
     """
     truth = {claim.kind: claim for claim in truth_claims(scene)}
     claims = read_claims(description)
     errors = sum(kind not in {c.kind for c in claims} for kind in truth)
     errors += len(claims) - len({c.kind for c in claims})  # a kind described twice
     for claim in claims:
-        right = truth.get(claim.kind)
-        if right is None:
+        true_claim = truth.get(claim.kind)
+        if true_claim is None:
             errors += 3
         else:
             errors += (
-                (claim.number != right.number)
-                + (claim.colour != right.colour)
-                + (claim.action != right.action)
+                (claim.number != true_claim.number)
+                + (claim.colour != true_claim.colour)
+                + (claim.action != true_claim.action)
             )
     return errors

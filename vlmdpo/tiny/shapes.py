@@ -1,4 +1,4 @@
-"""How each shape of a scene is drawn: pen strokes only, with nothing about scenes or questions."""
+"""How each shape of a scene is drawn. Knows nothing of scenes or questions."""
 
 from __future__ import annotations
 
@@ -115,8 +115,11 @@ def _draw_action(pen: Pen, action: str, x: float, y: float, scale: int) -> None:
 def draw_thing(
     pen: Pen, kind: str, colour: str, action: str, x: float, y: float, scale: int, background: str
 ) -> None:
-    """Draw one thing with its middle at (x, y), both in the pen's own pixels; `scale` is pen pixels
-    per pixel.
+    """Draw one thing.
+
+    Args:
+        x, y: its middle, in the pen's pixels.
+        scale: the pen's pixels per pixel of the image.
     """
     rise = 1.5 * scale if action == "jump" else 0.0
     _SHAPES[kind](pen, x, y - rise, RADIUS_PX * scale, _INK[colour], background)
