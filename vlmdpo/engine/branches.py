@@ -101,8 +101,11 @@ class Step:
 
 
 class BranchLayout:
-    """A shared prefix of `prefix` cached slots, and behind it the slots of branches that do not see
-    each other. A `packed_attention.Layout`.
+    """The slots of branches behind a shared prefix. A `packed_attention.Layout`.
+
+    Args:
+        prefix: slots of the prefix, whose keys and values are cached.
+        device: where masks are needed.
     """
 
     def __init__(self, prefix: int, device: torch.device) -> None:

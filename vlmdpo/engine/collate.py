@@ -67,8 +67,9 @@ class PairCollator:
     share: bool = True
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """A `PairBatch`, with the processor's pixels and token types. Raises DataError for a prompt
-        that leaves no room for an answer, and for an answer without tokens.
+        """A `PairBatch`, with the processor's pixels and token types.
+
+        Raises DataError for a prompt that leaves no room for an answer, and for an empty answer.
         """
         texts = [self.render(example) for example in examples]
         inputs = self.process_prompts(
@@ -100,9 +101,7 @@ class PairCollator:
         return {**batch, **placed_types, **inputs}
 
     def render(self, example: Example) -> dict[str, str]:
-        """The texts of one example through the chat template, split into prompt and answers as TRL
-        does.
-        """
+        """Prompt and answers of one example through the chat template, split as TRL splits them."""
         if isinstance(example["prompt"], str):
             return {name: example[name] for name in ("prompt", *SIDES)}
         messages = {

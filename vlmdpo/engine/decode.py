@@ -117,7 +117,7 @@ class OpenedImage:
     def __init__(self, decoder: PromptTreeDecoder, image: Image.Image) -> None:
         self.decoder, self.image = decoder, image
         self._prompts: dict[str, Prompt] = {}
-        self._pixel_inputs: dict[str, Any] = {}
+        self._pixel_inputs: dict[str, Tensor | list[object]] = {}
         self._features: ModelOutput | None = None
 
     @torch.inference_mode()
@@ -293,9 +293,7 @@ class OpenedImage:
     def image_features(
         self, get_image_features: Callable[..., ModelOutput], *args: Any, **kwargs: Any
     ) -> ModelOutput:
-        """In place of the backbone's `get_image_features`: computed once for the opened image, and
-        repeated as often as it stands in the batch.
-        """
+        """In place of `get_image_features`: once for the opened image, then repeated."""
         if not self._pixel_inputs:  # not asked through this object
             return get_image_features(*args, **kwargs)
         pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]

@@ -58,9 +58,7 @@ class FeatureCache:
         return sum(1 for _ in self.path.rglob("*.safetensors"))
 
     def get(self, rows: Sequence[int], device: torch.device) -> ModelOutput | None:
-        """What `get_image_features` returned for the images of these rows, one after the other;
-        None if any is missing.
-        """
+        """What `get_image_features` returned for these rows, in order; None if any is missing."""
         parts = []
         for row in rows:
             file = self._file(row)

@@ -47,8 +47,9 @@ def model_inputs(
     images: Sequence[Image.Image],
     questions: Sequence[str],
 ) -> BatchFeature:
-    """The model's inputs for one question about each image, padded on the left, on its device and
-    in its data type.
+    """The model's inputs for one question about each image, on its device and in its data type.
+
+    Prompts are padded on the left.
     """
     return processor(
         text=[render_prompt(processor, question) for question in questions],
@@ -68,8 +69,7 @@ def is_near_tie(
     question: str,
     max_new_tokens: int,
 ) -> bool:
-    """Whether the model's two best next tokens lie, somewhere in its answer, within its data type's
-    rounding.
+    """Whether somewhere in an answer the two best next tokens lie within rounding of each other.
 
     Then either is a correct greedy answer: which one comes depends on the order of the arithmetic.
     """

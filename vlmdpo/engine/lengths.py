@@ -59,8 +59,10 @@ class TokenCounter:
         self._trusts_estimates = True  # until the processor is wrong about a size
 
     def count(self, pair: PreferencePair, images: list[EncodedImage]) -> TokenCounts:
-        """Tokens of a checked pair. Raises BadRow where the template or the processor refuses it,
-        or its text contains their special tokens.
+        """Tokens of a checked pair.
+
+        Raises:
+            BadRow: template or processor refuses it, or its text contains their special tokens.
         """
         texts = [
             str(part["text"])
@@ -124,8 +126,9 @@ class TokenCounter:
         return measured
 
     def _surroundings(self, text: str) -> str:
-        """One character for what follows each placeholder: processors merge the tokens between
-        neighbouring images, and add a space before words.
+        """One character for what follows each placeholder.
+
+        Processors merge the tokens between neighbouring images, and add a space before words.
         """
         following = self._placeholders.split(text)[1:]
         return "".join(
@@ -139,8 +142,9 @@ class TokenCounter:
     def trim(
         self, pair: PreferencePair, images: list[EncodedImage], limit: int
     ) -> tuple[PreferencePair, TokenCounts]:
-        """The pair with both answers cut so that prompt and answer have at most `limit` tokens: at
-        the end of a sentence, else of a word.
+        """The pair with answers cut so that prompt and answer have at most `limit` tokens.
+
+        Answers end with a sentence if that keeps half of them, else with a word.
 
         Raises:
             BadRow: the prompt leaves no room, or both answers become the same.
@@ -202,8 +206,7 @@ def load_token_counter(model: str, revision: str | None, trust_remote_code: bool
 def row_lengths(
     processor: Processor, dataset: Dataset, manifest: dict[str, Any] | None = None
 ) -> list[RowLength]:
-    """The tokens of every row: as `prepare` counted them where it used this very processor, else
-    counted now.
+    """The tokens of every row, as `prepare` counted them with this very processor, or counted now.
 
     Args:
         manifest: the prepared dataset's; without one the rows are counted.

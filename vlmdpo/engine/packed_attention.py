@@ -56,8 +56,10 @@ class CannotShare(Exception):
 
 
 def check_shareable(model: VisionLanguageModel) -> None:
-    """Raise CannotShare for recurrent or convolution layers, prompt-learning adapters, and
-    attention that takes no mask of ours.
+    """Raise CannotShare where a row of this model cannot hold more than one text.
+
+    That is so for recurrent or convolution layers, prompt-learning adapters, and attention that
+    takes no mask of ours.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise CannotShare("prompt-learning adapters put tokens of their own before each row")
@@ -103,9 +105,7 @@ def _mask(
     device: torch.device | str,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask interface: the layout's mask while a packed row is running, else the plain
-    one.
-    """
+    """transformers' mask interface: the layout's mask within a packed row, else the plain one."""
     layout = _active_layout.get()
     if layout is None:
         return plain_mask(mask_function=mask_function, device=device, **kwargs)
@@ -137,10 +137,10 @@ def packed(layout: Layout) -> Iterator[None]:
 
 
 def use_packed_attention(configs: Sequence[PreTrainedConfig]) -> None:
-    """Switch these text configurations to attention that also takes packed rows, and passes all
-    other rows through unchanged.
+    """Switch these text configurations to attention that also takes packed rows.
 
-    FlashAttention takes no mask, so its users get sdpa, which runs the same kernels where it can.
+    All other rows pass through unchanged. FlashAttention takes no mask, so its users get sdpa,
+    which runs the same kernels where it can.
     """
     for config in configs:
         name = config._attn_implementation

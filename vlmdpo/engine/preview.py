@@ -41,9 +41,7 @@ def preview(collator: PairCollator, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Ids as text; a token repeated more than twice, as image tokens are, is written once with its
-    count.
-    """
+    """Ids as text, where a token repeated more than twice, as image tokens are, has its count."""
     text, pending = "", []
     for token, run in groupby(ids):
         count = len(list(run))
@@ -56,9 +54,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text of each token, together the whole text; tokens that share a character's bytes stand
-    together.
-    """
+    """The text of each token; tokens that share the bytes of one character stand together."""
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])

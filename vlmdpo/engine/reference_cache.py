@@ -59,8 +59,9 @@ class ReferenceCache:
         return not bool(self._values_R2[list(rows)].isnan().any())
 
     def get(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(chosen, rejected) log-probs of these rows, each (B,) float32 on the CPU; None where any
-        is missing.
+        """(chosen, rejected) log-probs of these rows, or None where any is missing.
+
+        Each is (B,), float32, on the CPU.
         """
         values_B2 = self._values_R2[rows.cpu()]
         return None if values_B2.isnan().any() else (values_B2[:, 0], values_B2[:, 1])

@@ -83,8 +83,9 @@ class _StopOnRequest(StoppingCriteria):
 
 @contextlib.contextmanager
 def _removing_new_hooks(model: Module) -> Iterator[None]:
-    """At the end, remove the hooks added inside: PEFT leaves some on its layers where a mixed batch
-    fails halfway.
+    """At the end, remove the hooks added inside.
+
+    PEFT leaves some on its layers where a mixed batch fails halfway.
     """
     before = {module: set(module._forward_pre_hooks) for module in model.modules()}
     try:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from vlmdpo.config.common import RuntimeOptions
 
+if TYPE_CHECKING:
+    from vlmdpo.models.protocols import AdaptedModel, Processor
 
+
+@overload
+def configured_model(options: RuntimeOptions, *, adapter: Path) -> AdaptedModel: ...
+@overload
+def configured_model(options: RuntimeOptions, *, adapter: Path | None = None) -> Any: ...
 def configured_model(options: RuntimeOptions, *, adapter: Path | None = None) -> Any:
     """`load_model` by these options. Raises ModelError, MissingDependencyError."""
     from vlmdpo.models.load import load_model
@@ -23,7 +30,7 @@ def configured_model(options: RuntimeOptions, *, adapter: Path | None = None) ->
     )
 
 
-def configured_processor(options: RuntimeOptions) -> Any:
+def configured_processor(options: RuntimeOptions) -> Processor:
     """`load_processor` by these options. Raises ModelError."""
     from vlmdpo.models.load import load_processor
 

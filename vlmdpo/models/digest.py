@@ -22,8 +22,9 @@ def weights_digest(model: Module) -> str:
 
 
 def processor_digest(processor: Processor) -> str:
-    """SHA-256 over everything that turns a row into ids and pixels: settings, chat template,
-    tokenizer.
+    """SHA-256 over all that turns a row into ids and pixels.
+
+    That is settings, chat template and tokenizer.
     """
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)

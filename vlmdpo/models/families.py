@@ -60,20 +60,19 @@ def has_bidirectional_prompt(backbone: Backbone) -> bool:
 
 
 def answer_token_type(processor: Processor, name: str) -> int:
-    """The token type of an answer: 1 where PaliGemma tells the causal part from the prefix, else 0
-    (text).
-    """
+    """The token type of an answer: 1 where PaliGemma marks the causal part, else 0 (text)."""
     return int(name == "token_type_ids" and _is_paligemma(processor))
 
 
-def unwrap_peft(model: VisionLanguageModel) -> Any:
+def unwrap_peft(model: VisionLanguageModel) -> VisionLanguageModel:
     """The transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def text_configs(backbone: Backbone) -> list[PreTrainedConfig]:
-    """Every configuration object that the language model reads, each once; modules may hold
-    copies.
+    """Every configuration object that the language model reads, each once.
+
+    Modules may hold copies of their model's configuration.
     """
     configs = [backbone.config.get_text_config()]
     configs += [
@@ -139,8 +138,10 @@ def vision_parameters(backbone: Backbone) -> list[nn.Parameter]:
 
 
 def vision_models(backbone: Backbone) -> list[nn.Module]:
-    """Every transformers model inside `backbone` besides the language model: towers, and connectors
-    that are models of their own. One that contains another comes first.
+    """Every transformers model inside `backbone` besides the language model.
+
+    These are towers, and connectors that are models of their own. One that contains another comes
+    first.
     """
     language = set(map(id, backbone.get_decoder().modules()))
     return [
@@ -166,14 +167,13 @@ def frozen_towers(backbone: Backbone) -> list[nn.Module]:
 
 
 def image_side_limit(processor: Processor) -> tuple[int | None, bool]:
-    """The longest image side, in pixels, that a processor passes on, and whether smaller images
-    stay smaller.
+    """(longest side in pixels that a processor passes on, whether smaller images stay smaller).
 
     The limit has another name in every family. Idefics2/3 and SmolVLM: `longest_edge`, and smaller
     images stay as they are, so bounding them saves work. Qwen2-VL and its successors:
-    `longest_edge` is an *area* in pixels, likewise an upper bound. CLIP (LLaVA) and SigLIP
-    (PaliGemma, Gemma 3): one fixed size that every image is scaled to. (None, True) where the
-    processor names no limit.
+    `longest_edge` is an *area* in pixels, also an upper bound. CLIP (LLaVA) and SigLIP (PaliGemma,
+    Gemma 3): one fixed size that every image is scaled to. (None, True) where the processor names
+    no limit.
     """
     image_processor = processor.image_processor
     size = dict(getattr(image_processor, "size", None) or {})
@@ -224,8 +224,7 @@ def without_video_processor(processor_class: type[ProcessorMixin]) -> type[Proce
 
 
 def estimated_image_tokens(processor: Processor, sizes: Sequence[tuple[int, int]]) -> int | None:
-    """Tokens of images of these sizes (width, height), without their pixels, up to a constant for
-    each image.
+    """Tokens of images of these sizes (width, height), up to a constant for each image.
 
     None where the processor offers no estimate. Raises ValueError for a size that it refuses.
     """
@@ -241,16 +240,16 @@ def estimated_image_tokens(processor: Processor, sizes: Sequence[tuple[int, int]
 
 
 def reserved_tokens(processor: Processor) -> tuple[str, ...]:
-    """Texts that a processor or its tokenizer takes for an image or video, so that no question or
-    answer may contain them.
-    """
+    """Texts that a processor takes for an image or video, which no text may contain."""
     names = ("image_token", "boi_token", "fake_image_token", "video_token")
     return tuple({str(token) for name in names if (token := getattr(processor, name, None))})
 
 
 def linear_layers(model: VisionLanguageModel, scope: str) -> list[str]:
-    """Names of all linear layers that LoRA may adapt: those of the language model, and with `scope`
-    "connector" those of the connector too.
+    """Names of all linear layers that LoRA may adapt.
+
+    Args:
+        scope: "language", or "connector" for the connector's too.
     """
     base = unwrap_peft(model)
     language = {id(module) for module in base.base_model.get_decoder().modules()}
@@ -270,9 +269,7 @@ def linear_layers(model: VisionLanguageModel, scope: str) -> list[str]:
 def keep_signature(
     method: Callable[..., Any], replacement: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`replacement` with the name and signature of `method`, because transformers' `generate`
-    inspects signatures.
-    """
+    """`replacement` with the name and signature of `method`, which `generate` inspects."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -282,8 +279,9 @@ def keep_signature(
 
 
 def repeat_features(features: ModelOutput | None, copies: int) -> ModelOutput | None:
-    """Image features as if every image stood `copies` times in the batch, the whole list after
-    itself. Changed in place.
+    """Image features as if each image stood `copies` times in the batch. Changed in place.
+
+    The whole list of images is repeated after itself.
     """
     if copies == 1 or features is None:
         return features

@@ -131,7 +131,7 @@ def load_processor(
     return processor
 
 
-def _load_processor_parts(source: str, origin: dict[str, Any]) -> Any:
+def _load_processor_parts(source: str, origin: dict[str, Any]) -> ProcessorMixin:
     """A processor, without its video part where that cannot be loaded: it needs torchvision."""
     processor, problem = None, None
     try:
@@ -240,7 +240,7 @@ def load_model(
     attention: str = "auto",
     quantization: str = "none",
     adapter: Path | None = None,
-) -> Any:
+) -> VisionLanguageModel:
     """The model on its device, in evaluation mode, with an adapter where one is given.
 
     Only safetensors are read.

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
     from transformers.utils import ModelOutput
 
 
@@ -64,6 +69,7 @@ class AdaptedModel(VisionLanguageModel, Protocol):
 
     def disable_adapter(self) -> AbstractContextManager[None]: ...
     def get_base_model(self) -> VisionLanguageModel: ...
+    def merge_and_unload(self) -> PreTrainedModel: ...
 
 
 class ImageProcessor(Protocol):

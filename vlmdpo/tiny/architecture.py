@@ -35,8 +35,9 @@ CHAT_TEMPLATE = (
 
 
 def make_processor() -> Idefics2Processor:
-    """An Idefics2 processor: PIL images (no torchvision), byte-level BPE trained on the scenes'
-    questions, and a chat template.
+    """An Idefics2 processor: PIL images (no torchvision), byte-level BPE, and a chat template.
+
+    The tokenizer is trained on the scenes' questions.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,10 +80,9 @@ def make_processor() -> Idefics2Processor:
     )
 
 
-def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration:
-    """An untrained Idefics2 of the embedded size, float32."""
+def _model_config(processor: Idefics2Processor) -> Idefics2Config:
     ids = processor.tokenizer.convert_tokens_to_ids
-    config = Idefics2Config(
+    return Idefics2Config(
         image_token_id=ids("<image>"),
         tie_word_embeddings=False,
         vision_config={
@@ -119,7 +119,12 @@ def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration
             "initializer_range": 0.04,
         },
     )
-    model = Idefics2ForConditionalGeneration(config)
+
+
+def make_model(processor: Idefics2Processor) -> Idefics2ForConditionalGeneration:
+    """An untrained Idefics2 of the embedded size, float32."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    model = Idefics2ForConditionalGeneration(_model_config(processor))
     _initialize_language_model(model)
     # transformers initializes all latents to the same value, and with equal gradients they would
     # stay equal.

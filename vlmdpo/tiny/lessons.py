@@ -92,8 +92,11 @@ class BatchMaker:
         return turns
 
     def batch(self) -> dict[str, Tensor]:
-        """One step's data: `input_ids`, `labels`, `position_ids` (B, T), `attention_mask` (B, 1, T,
-        T), `pixel_values`.
+        """One step's data.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids` (B, T), `attention_mask` (B, 1, T, T),
+            `pixel_values`.
         """
         scenes = [sc.sample_scene(self.rng, "train") for _ in range(self.lesson.images_per_step)]
         rows = []
@@ -133,8 +136,9 @@ class BatchMaker:
 
 
 def _cell_labels(scene: sc.Scene) -> list[list[int]]:
-    """For each of the nine cells its kind (the last number: empty), colour, action, and whether it
-    is in contact; the last three are ignored where it is empty.
+    """Kind, colour, action and contact of each of the nine cells, as class numbers.
+
+    The kind of an empty cell is the last number; its other labels are ignored.
     """
     labels = [[len(sc.KINDS), _IGNORED, _IGNORED, _IGNORED] for _ in range(9)]
     in_contact = {cell for pair in scene.touching for cell in pair}

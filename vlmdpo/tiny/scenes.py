@@ -214,8 +214,7 @@ def _how_many(number: str, kind: str) -> str:
 
 
 def questions(scene: Scene, rng: random.Random) -> dict[tuple[str, str], list[Question]]:
-    """Every yes/no question in AMBER's wording that the scene can answer, by (type, truth), each
-    list shuffled.
+    """Every yes/no question in AMBER's wording that the scene answers, shuffled, by (type, truth).
 
     Beyond AMBER, whose existence questions are all answered "no", the (EXISTENCE, "yes") ones are
     here too: a model cannot learn to see from absences alone.
@@ -315,8 +314,9 @@ def read_claims(description: str) -> list[Claim]:
 
 
 def description_errors(scene: Scene, description: str) -> int:
-    """Errors of a description: 3 for a kind that is not there, 1 for each wrong property, missing
-    kind, or kind described twice.
+    """Errors of a description.
+
+    3 for a kind that is not there, 1 for each wrong property, missing kind, or kind named twice.
     """
     truth = {claim.kind: claim for claim in truth_claims(scene)}
     claims = read_claims(description)

@@ -95,33 +95,8 @@ class Page:
                     )
                     ask = gr.Button("Ask both", variant="primary", elem_id="ask")
                 with gr.Column(scale=2, min_width=280):
-                    with gr.Row():
-                        panes = [
-                            self._column(role, name)
-                            for role, name in zip(ROLES, self.names, strict=True)
-                        ]
-                    scores = gr.HTML()
-                    with gr.Row():
-                        better = [
-                            gr.Button(
-                                f"{role} is better",
-                                interactive=False,
-                                elem_id=f"vote-{role.lower()}",
-                            )
-                            for role in ("Base", "Tuned")
-                        ]
-                    with gr.Accordion("Neither is correct", open=False):
-                        correct = gr.Textbox(
-                            label="The correct answer",
-                            max_length=MAX_QUESTION,
-                            elem_id="right",
-                        )
-                        neither = gr.Button(
-                            "Prefer this to both answers", interactive=False, elem_id="vote-neither"
-                        )
-                    status = gr.Markdown(f"Votes go to `{self.votes_file}`.", elem_id="status")
+                    panes, scores, voting, correct, status = self._answer_column()
             exchange = gr.State(None)  # the image, question and answers to vote on
-            voting = [*better, neither]
             if self.examples:
                 self._examples(image, question)
             asking: dict[str, Any] = {"fn": self.ask, "inputs": [image, question]}
@@ -141,6 +116,32 @@ class Page:
                     api_visibility="private",
                 )
         return app
+
+    def _answer_column(self) -> tuple[list[Any], Any, list[Any], Any, Any]:
+        """Panes, score table, vote buttons, field of the correct answer, and status line."""
+        with gr.Row():
+            panes = [self._column(role, name) for role, name in zip(ROLES, self.names, strict=True)]
+        scores = gr.HTML()
+        with gr.Row():
+            better = [
+                gr.Button(
+                    f"{role} is better",
+                    interactive=False,
+                    elem_id=f"vote-{role.lower()}",
+                )
+                for role in ("Base", "Tuned")
+            ]
+        with gr.Accordion("Neither is correct", open=False):
+            correct = gr.Textbox(
+                label="The correct answer",
+                max_length=MAX_QUESTION,
+                elem_id="right",
+            )
+            neither = gr.Button(
+                "Prefer this to both answers", interactive=False, elem_id="vote-neither"
+            )
+        status = gr.Markdown(f"Votes go to `{self.votes_file}`.", elem_id="status")
+        return panes, scores, [*better, neither], correct, status
 
     def _column(self, role: str, name: str) -> Any:
         """An empty pane, beside the other if there is room, else below it."""
