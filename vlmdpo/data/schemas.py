@@ -70,7 +70,7 @@ def _rlhf_v(row: Record) -> UncheckedPair:
     try:
         fields = json.loads(text) if isinstance(text, str) else text
     except ValueError as problem:
-        raise BadRow("bad_json", f"text is no valid JSON: {problem}") from problem
+        raise BadRow("bad_json", f"text is not valid JSON: {problem}") from problem
     if not isinstance(fields, dict):
         raise BadRow(
             "bad_json",
