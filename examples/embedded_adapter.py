@@ -1,6 +1,7 @@
-"""How the adapter that ships with the embedded model was made: what bare `vlmdpo train` gives, in
-bfloat16, and some of the answers that it changed. Run it anew after a change to the embedded model
-or data:
+"""Make the adapter that ships with the embedded model.
+
+It is the result of `vlmdpo train` without options, in bfloat16, with some of the answers that it
+changed. Run it again after a change to the embedded model or data:
 
     python examples/embedded_adapter.py
 """

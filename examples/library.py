@@ -1,5 +1,4 @@
-"""vlmdpo as a library, without its command line: prepare, train, ask. Runs offline on the embedded
-model.
+"""vlmdpo as a library: prepare, train and ask without the command line, offline.
 
 python examples/library.py
 """
@@ -33,11 +32,11 @@ def main(folder: Path = Path("outputs/library"), steps: int = 60) -> tuple[str, 
     )
     model = load_model("tiny", adapter=Path(report["output_dir"]))
     processor = load_processor("tiny")
-    picture = evaluation.draw_image(evaluation.first_image_name())
-    asked = (model, processor, [picture], ["Is there a moon in this image?"], 8)
+    image = evaluation.draw_image(evaluation.first_image_name())
+    request = (model, processor, [image], ["Is there a moon in this image?"], 8)
     with model.disable_adapter():
-        base = answer(*asked)[0]
-    return base, answer(*asked)[0]
+        base = answer(*request)[0]
+    return base, answer(*request)[0]
 
 
 if __name__ == "__main__":  # worker processes of `prepare` import this file too

@@ -1,13 +1,12 @@
-"""What DPO costs on 8, 64 and 512 GPUs, on paper: memory, bytes on the wire, and a step's time by a
-small simulation.
+"""What DPO costs on 8, 64 and 512 GPUs, on paper: memory, bytes sent, and time per step.
 
-    python examples/scaling.py            # the tables of docs/scaling.md, between its marks
-    python examples/scaling.py --write    # put them there
+    python examples/scaling.py            # print the tables of docs/scaling.md
+    python examples/scaling.py --write    # write them into that page
 
-Every formula stands in docs/scaling.md with its source. The simulation walks through one optimizer
-step layer by layer with two resources, the GPU's arithmetic and its link: a collective may run
-beside the layer before it; a layer waits for its own. Nothing here was measured; the constants
-below are data sheets' and one assumed share of peak.
+docs/scaling.md has every formula with its source. The time comes from a small simulation that goes
+through one optimizer step layer by layer with two resources, the GPU's arithmetic and its link. A
+collective may overlap with the layer before it; a layer waits for its own. Nothing here was
+measured: the constants below are from data sheets, or assumed.
 """
 
 from __future__ import annotations
@@ -17,26 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PEAK_FLOPS = 989e12  # H100 SXM, bfloat16 without sparsity: NVIDIA's data sheet
-SHARE_OF_PEAK = 0.4  # assumed for arithmetic alone
+SHARE_OF_PEAK = 0.4  # assumed, for arithmetic only
 NVLINK_BYTES_S = 450e9  # per GPU and direction, 4th generation: NVIDIA's data sheet
 NETWORK_BYTES_S = 50e9  # per GPU and direction: one 400 Gb/s port each, as in a DGX H100
-SHARE_OF_LINK = 0.8  # assumed: what collectives reach of a link
-HOP_S = 5e-6  # assumed latency of a ring's hop
-GPUS_A_NODE, GPU_BYTES = 8, 80e9
-TOKENS = 1_570  # of a pair in one row: prompt and picture 1,330, two answers of 120
-ADAMW, FLOAT32, BFLOAT16 = (
-    8,
-    4,
-    2,
-)  # bytes a trained number: two float32 moments; its gradient and master copy
+SHARE_OF_LINK = 0.8  # assumed: the share of a link that collectives reach
+HOP_S = 5e-6  # assumed: latency of one hop on a ring
+GPUS_PER_NODE, GPU_BYTES = 8, 80e9
+TOKENS = 1_570  # of a pair in one row: prompt with image 1,330, two answers of 120
+# Bytes per parameter: AdamW's two float32 moments; a gradient or a master copy; a weight.
+ADAMW, FLOAT32, BFLOAT16 = 8, 4, 2
 COUNTS = (8, 64, 512)
 BEGIN, END = "<!-- tables: python examples/scaling.py --write -->\n", "<!-- end of tables -->\n"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's sizes: parameters, numbers that a LoRA adapter (r=16, all linear layers) trains,
-    language layers.
+    """A model's sizes.
+
+    Attributes:
+        parameters: of the whole model.
+        adapter: parameters of a LoRA adapter (r=16, all linear layers).
+        layers: of the language model.
     """
 
     name: str
@@ -67,8 +67,11 @@ MODELS = (Model("Idefics2-8B", 8_402_768_112, 55_348_736, 32), _qwen_72b())
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: how many GPUs share it and how, and whether every weight trains. One pair a GPU and
-    pass, 64 a step or more.
+    """A run, with one pair per GPU and pass, and at least 64 per step.
+
+    Attributes:
+        strategy: "ddp", "zero2" or "fsdp2".
+        full: train every weight, not an adapter.
     """
 
     model: Model
@@ -78,19 +81,17 @@ class Plan:
 
     @property
     def trained(self) -> float:
-        """Numbers that train."""
+        """Parameters that train."""
         return self.model.parameters if self.full else self.model.adapter
 
     @property
     def accumulation(self) -> int:
-        """Passes an optimizer step: 64 pairs a step as in the article, or one a GPU where there are
-        more.
-        """
+        """Passes per optimizer step: 64 pairs as in the article, or one per GPU if that is more."""
         return max(1, 64 // self.gpus)
 
     @property
     def state_bytes(self) -> float:
-        """Weights, gradients, optimizer on each GPU, without activations."""
+        """Weights, gradients and optimizer state on each GPU, without activations."""
         weights = self.model.parameters * BFLOAT16 + (0 if self.full else self.trained * FLOAT32)
         gradients, moments = (
             self.trained * FLOAT32,
@@ -104,13 +105,14 @@ class Plan:
 
     @property
     def link_bytes_s(self) -> float:
-        """What a GPU's slowest link on the ring carries."""
-        return SHARE_OF_LINK * (NVLINK_BYTES_S if self.gpus <= GPUS_A_NODE else NETWORK_BYTES_S)
+        """Speed of the slowest link on the ring."""
+        return SHARE_OF_LINK * (NVLINK_BYTES_S if self.gpus <= GPUS_PER_NODE else NETWORK_BYTES_S)
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each GPU sends in an optimizer step (ring: (N-1)/N of the data for each gather
-        or scatter).
+        """Bytes that each GPU sends per optimizer step.
+
+        On a ring, each gather or scatter sends (N-1)/N of the data.
         """
         part = (self.gpus - 1) / self.gpus
         gradients = self.trained * FLOAT32
@@ -122,41 +124,44 @@ class Plan:
         return part * (gathers + gradients)
 
     def collective_s(self, size: float) -> float:
-        """One gather or scatter of so many bytes on a ring: (N-1) hops and (N-1)/N of the bytes."""
+        """Time of one gather or scatter of `size` bytes on a ring.
+
+        It sends (N-1)/N of the bytes. Within a node there are N-1 hops; across nodes, those of a ring
+        of nodes and of a ring within each node.
+        """
         hops = (
             self.gpus - 1
-            if self.gpus <= GPUS_A_NODE
-            else self.gpus // GPUS_A_NODE - 1 + GPUS_A_NODE - 1
+            if self.gpus <= GPUS_PER_NODE
+            else self.gpus // GPUS_PER_NODE - 1 + GPUS_PER_NODE - 1
         )
         return hops * HOP_S + (self.gpus - 1) / self.gpus * size / self.link_bytes_s
 
 
-def flops_a_pair(plan: Plan) -> float:
-    """Forward 2PT, recomputing 2PT, backward 2PT for the activations, and 2PT for weights where all
-    of them train.
+def flops_per_pair(plan: Plan) -> float:
+    """Forward 2PT, recomputing 2PT, backward 2PT for activations, and 2PT for weights that train.
+
+    The gradients of an adapter are neglected.
     """
     return (8 if plan.full else 6) * plan.model.parameters * TOKENS
 
 
 def step_s(plan: Plan) -> tuple[float, float]:
-    """(an optimizer step's seconds, those of its arithmetic alone), by walking through it layer by
-    layer.
-    """
+    """(seconds of an optimizer step, seconds of its arithmetic alone), simulated layer by layer."""
     layers = plan.model.layers
-    arithmetic = flops_a_pair(plan) / (PEAK_FLOPS * SHARE_OF_PEAK)
+    arithmetic = flops_per_pair(plan) / (PEAK_FLOPS * SHARE_OF_PEAK)
     forward = arithmetic * 2 / (8 if plan.full else 6) / layers
     backward = arithmetic / layers - forward
     gathers = plan.strategy == "fsdp2"
     gather = plan.collective_s(plan.model.parameters * BFLOAT16 / layers) if gathers else 0.0
     copies = 2 if plan.strategy == "ddp" else 1
     scatter = copies * plan.collective_s(plan.trained * FLOAT32 / layers)
-    busy = link = 0.0  # until when arithmetic and link are taken
+    busy = link = 0.0  # times until which arithmetic and link are busy
     for step in range(plan.accumulation):
         last = step == plan.accumulation - 1
         for cost in (forward, backward):
             for _ in range(layers):
                 began = busy
-                link = max(link, began - cost) + gather  # asked for while the layer before it runs
+                link = max(link, began - cost) + gather  # requested while the layer before runs
                 busy = max(began, link if gathers else began) + cost
                 if last and cost == backward:
                     link = max(link, busy) + scatter
@@ -166,12 +171,12 @@ def step_s(plan: Plan) -> tuple[float, float]:
 
 
 def verdict(plan: Plan) -> str:
-    """What stops or slows the run first."""
+    """The first bottleneck of the run, or "does not fit"."""
     if plan.state_bytes > 0.9 * GPU_BYTES:
         return "does not fit"
     seconds, alone = step_s(plan)
     if seconds > 1.15 * alone:
-        return "the network" if plan.gpus > GPUS_A_NODE else "NVLink"
+        return "the network" if plan.gpus > GPUS_PER_NODE else "NVLink"
     return "the batch" if plan.gpus > 64 else "arithmetic"
 
 
@@ -199,7 +204,7 @@ def tables() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + tables() + END + after

@@ -1,4 +1,4 @@
-"""docs/models.md says of every family what happens: each row is made anew and compared."""
+"""The table in docs/models.md: each row is made again and compared."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.small)
-def test_the_table_says_what_happens(family):
+def test_each_row_of_the_table_matches_what_happens(family):
     made = row(family, examine(family))
     assert made in DOCS.read_text(encoding="utf-8").splitlines(), (
         f"python -m tests.support.matrix --write; it is now: {made}"
@@ -27,7 +27,7 @@ def test_every_family_has_one_row():
 
 
 def _llava_onevision(text, vision, image_size):
-    """A family that vlmdpo has never heard of, as docs/models.md tells to add one."""
+    """A family that vlmdpo has never heard of, added as docs/models.md describes."""
     tok = random_tokenizer.make_tokenizer(
         "<image>", "<video>", image_token="<image>", video_token="<video>"
     )
@@ -59,12 +59,12 @@ def _llava_onevision(text, vision, image_size):
     )
 
 
-def test_a_family_that_nobody_added_works_by_one_entry(monkeypatch):
+def test_an_unknown_family_works_after_adding_one_entry(monkeypatch):
     monkeypatch.setitem(random_models.FAMILIES, "llava_onevision", _llava_onevision)
     torch.manual_seed(0)
     found = examine(
         Family("LLaVA-OneVision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision")
     )
     assert [name for name, said in found.items() if said != "yes"] == [
-        "compare, at once"
-    ]  # its pictures are cut into tiles
+        "compare, in one batch"
+    ]  # its images are split into tiles

@@ -1,4 +1,4 @@
-"""What the benchmarks share: counted FLOPs, interleaved timing, versions."""
+"""Helpers of the benchmarks: counted FLOPs, interleaved timing, versions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 _OPS = torch.ops.aten
-# torch counts the attention kernels of GPUs; these are the CPU's, counted by its own formulas
-# (causal or not, in full).
+# torch counts only the attention kernels of GPUs; these are the CPU's, counted by torch's own
+# formulas (in full, whether causal or not).
 _CPU_ATTENTION = {
     _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
         sdpa_flop_count(q, k, v)
@@ -47,8 +47,9 @@ _PARTS = {
 
 
 def by_part(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that one call spends in matrix products, in attention, and in all the rest (of each
-    operator's own time).
+    """Seconds that one call spends in matrix products, attention and the rest.
+
+    Each operator's own time counts, without that of the operators it calls.
     """
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
@@ -72,9 +73,7 @@ def interleaved(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, float]]:
-    """Seconds of each call in each round by `clock`, taken in turns A B C A B C, after one
-    unmeasured round.
-    """
+    """Seconds of each call in each round, in turns (A B C A B C), after one unmeasured round."""
     rounds = []
     for _ in range(repeats + 1):
         seconds = {}
@@ -92,7 +91,7 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def versions(*names: str) -> str:
-    """Python's and these packages' versions, for a report's head."""
+    """The versions of Python and these packages, for the head of a report."""
     return ", ".join(
         [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
     )

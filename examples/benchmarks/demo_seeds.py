@@ -1,11 +1,11 @@
 """The demo's gain over several training seeds: does it hold, or was it luck?
 
-    python examples/benchmarks/demo_seeds.py --seeds 1 2 3 4 5 [--json] [--markdown
-    docs/benchmarks/demo-seeds.md]
+    python examples/benchmarks/demo_seeds.py --seeds 1 2 3 4 5 [--json]
+        [--markdown docs/benchmarks/demo-seeds.md]
 
-Each seed is one whole `vlmdpo demo`: only the adapter's start and the order of the data differ. A
-case passes where the tuned model beats the base on the held-out questions by at least five points
-of accuracy.
+Each seed is one whole `vlmdpo demo`; only the initial adapter weights and the order of the data
+differ. A case passes if the tuned model's accuracy on the held-out questions is at least five
+points above the base model's.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ from vlmdpo import ui
 from vlmdpo.commands import demo
 from vlmdpo.config import DemoConfig
 
-WANTED_POINTS = 5.0
+MIN_GAIN_POINTS = 5.0
 
 
 def case(seed: int, folder: Path) -> dict:
-    """One demo: accuracy and F1 before and after, the interval, McNemar's p, and how often each
-    said No.
-    """
+    """One demo: scores of base and tuned, the interval, McNemar's p, how often each said No."""
     report = demo.run(DemoConfig(seed=seed, output_dir=folder / f"seed-{seed}"))["eval"]
-    scores = {who: table["Discriminative"] for who, table in report["scores"].items()}
-    found = report["comparison"]
+    scores = {role: table["Discriminative"] for role, table in report["scores"].items()}
+    comparison = report["comparison"]
     return {
         "name": f"seed {seed}",
         "base": scores["base"],
         "tuned": scores["tuned"],
-        "said_no": {who: facts["said_no"] for who, facts in report["models"].items()},
+        "said_no": {role: facts["said_no"] for role, facts in report["models"].items()},
         "always_no": report["always_no"]["accuracy"],
-        **{key: found[key] for key in ("delta_accuracy", "ci95", "mcnemar_p")},
-        "passed": found["delta_accuracy"] >= WANTED_POINTS,
+        **{key: comparison[key] for key in ("delta_accuracy", "ci95", "mcnemar_p")},
+        "passed": comparison["delta_accuracy"] >= MIN_GAIN_POINTS,
     }
 
 
 def markdown(cases: list[dict]) -> str:
+    """The dated report."""
     names = ("torch", "transformers", "trl", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     lines = [
@@ -68,7 +67,7 @@ def markdown(cases: list[dict]) -> str:
             f"| {100 * c['said_no']['base']:.0f}% → {100 * c['said_no']['tuned']:.0f}% |"
         )
     passed = sum(c["passed"] for c in cases)
-    lines += ["", f"{passed} of {len(cases)} gain at least {WANTED_POINTS:.0f} points. "]
+    lines += ["", f"{passed} of {len(cases)} gain at least {MIN_GAIN_POINTS:.0f} points. "]
     lines[-1] += f"Always answering No would score {cases[0]['always_no']} on the same questions."
     return "\n".join(lines) + "\n"
 

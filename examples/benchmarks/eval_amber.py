@@ -1,20 +1,19 @@
-"""AMBER's yes/no questions asked three ways: one at a time, batched, and ours; same model, same
-pictures, same process.
+"""AMBER's yes/no questions asked in three ways: one at a time, batched, and shared.
 
     python examples/benchmarks/eval_amber.py [--json] [--markdown FILE] [--cases llava ...]
 
-Fourteen questions a picture, as AMBER has on average, three tokens of answer ("No", ".", end) to
-each. "One at a time" is the article's loop: processor and `generate` for each question. "Batched"
-is `generate` on left-padded batches of 14. Ours is what `vlmdpo eval-amber` does: each picture and
-the prompts' common beginning once. Image processing is part of all three. Models are small with
-random weights; image tokens, prompt tokens, and the ratio of the vision tower's work to the
-language model's are the real ones', and printed (a letter is a token here, so questions and chat
-templates are short). How large that ratio is decides the limit: at 640×480 Idefics2's tower sees
-1,530 patches, at its full 980 pixels 3,640.
+All three use the same model and images, in the same process: fourteen questions per image, as AMBER
+has on average, and three tokens per answer ("No", ".", end). "One at a time" is the article's loop:
+processor and `generate` for each question. "Batched" is `generate` on left-padded batches of 14.
+"Ours" is what `vlmdpo eval-amber` does: each image and the common beginning of its prompts once.
+Image processing is included in all three. Models are small, with random weights. Image tokens,
+prompt tokens, and the ratio of the vision tower's work to the language model's are those of the
+real models, and are printed (a letter is a token here, so questions and chat templates are short).
+This ratio decides what is possible: at 640×480, Idefics2's tower sees 1,530 patches; at its full
+980 pixels, 3,640.
 
-Ratios are of CPU time in each round, on one thread, of which the median counts. A case passes where
-every answer is the same all three ways, and ours is as many times faster than one at a time as it
-must be.
+Ratios are of CPU time on one thread; the median over the rounds counts. A case passes if all three
+ways give the same answers, and ours reaches its required speed-up over one at a time.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ from vlmdpo.engine.generate import answer, render_prompt
 from vlmdpo.tiny import random_models
 
 QUESTIONS, TOKENS = 14, 3
-# (shape, tokens of a real prompt, how many times faster ours must be; None: only the answers must
-# agree)
+# (shape, tokens of a real prompt, required speed-up of ours; None: only the answers must agree)
 CASES = (
     (replace(LLAVA, name="LLaVA-1.5-7B, 576 image tokens"), 592, 9.0),
     (
@@ -67,7 +65,7 @@ CASES = (
         None,
     ),
 )
-# As many tokens as real templates have around picture and question.
+# As many tokens as real templates have around image and question.
 _TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}u:<image>{% else %}{{ part['text'] }}{% endif %}{% endfor "
@@ -75,19 +73,19 @@ _TEMPLATE = (
 )
 
 
-def asked(shape: Shape, pictures: int) -> list[tuple[Image.Image, list[str]]]:
-    """Random pictures, each with its questions of 8 to 10 letters."""
+def questions_of(shape: Shape, images: int) -> list[tuple[Image.Image, list[str]]]:
+    """Random images, each with its questions of 8 to 10 letters."""
     rng = np.random.default_rng(0)
 
     def question() -> str:
         return "".join(rng.choice(list("abcdefgh"), size=int(rng.integers(8, 11))))
 
-    def picture() -> Image.Image:
+    def image() -> Image.Image:
         return Image.fromarray(
             rng.integers(0, 255, (shape.image[1], shape.image[0], 3), dtype=np.uint8)
         )
 
-    return [(picture(), [question() for _ in range(QUESTIONS)]) for _ in range(pictures)]
+    return [(image(), [question() for _ in range(QUESTIONS)]) for _ in range(images)]
 
 
 def toy(shape: Shape) -> tuple[Any, Any]:
@@ -100,16 +98,16 @@ def toy(shape: Shape) -> tuple[Any, Any]:
         **shape.more,
     )
     processor.chat_template = _TEMPLATE
-    model.eval().requires_grad_(False)  # counting FLOPs follows gradients, of which there are none
+    model.eval().requires_grad_(False)  # FlopCounterMode hooks into gradients; none are needed
     return model, processor
 
 
 def measured_share(model: Any, processor: Any, shape: Shape) -> tuple[int, float]:
     """Tokens of a prompt, and vision FLOPs over the language model's on it."""
-    [(picture, questions)] = asked(shape, 1)
+    [(image, questions)] = questions_of(shape, 1)
     text = render_prompt(processor, questions[0])
     inputs = dict(
-        processor(text=[text], images=[[picture]], add_special_tokens=False, return_tensors="pt")
+        processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
     )
     pixels = {
         name: inputs[name]
@@ -122,10 +120,10 @@ def measured_share(model: Any, processor: Any, shape: Shape) -> tuple[int, float
 
 
 def ways(
-    model: Any, processor: Any, shape: Shape, pictures: int
+    model: Any, processor: Any, shape: Shape, images: int
 ) -> dict[str, Callable[[], list[str]]]:
     """The three ways of asking the same model the same questions."""
-    everything = asked(shape, pictures)
+    everything = questions_of(shape, images)
 
     def one_at_a_time() -> list[str]:
         return [
@@ -144,30 +142,30 @@ def ways(
     def ours() -> list[str]:
         decoder = PromptTreeDecoder(model, processor, keep_features=True)
         assert not decoder.reason_not_shared
-        said = []
-        for picture, questions in everything:
-            with decoder.open(picture) as opened:
-                said += opened.answer(questions, TOKENS)
-        return said
+        answers = []
+        for image, questions in everything:
+            with decoder.open(image) as opened:
+                answers += opened.answer(questions, TOKENS)
+        return answers
 
     return {"one at a time": one_at_a_time, "batched": batched, "ours": ours}
 
 
 def measure(
-    shape: Shape, prompt: int, least: float | None, pictures: int, repeats: int
+    shape: Shape, prompt: int, required: float | None, images: int, repeats: int
 ) -> dict[str, Any]:
     """One case: medians, ratios, counted FLOPs, agreement."""
     model, processor = toy(shape)
     tokens, share = measured_share(model, processor, shape)
-    runs = ways(model, processor, shape, pictures)
-    said = {way: run() for way, run in runs.items()}
-    differ = sum(len({said[way][i] for way in runs}) > 1 for i in range(len(said["ours"])))
+    runs = ways(model, processor, shape, images)
+    answers = {way: run() for way, run in runs.items()}
+    differ = sum(len(set(texts)) > 1 for texts in zip(*answers.values(), strict=True))
     flops = {way: counted_flops(run) for way, run in runs.items()}
     rounds = interleaved(runs, repeats, clock=time.process_time)
     ratios = medians(
         [{way: spent["one at a time"] / spent[way] for way in runs} for spent in rounds]
     )
-    count = pictures * QUESTIONS
+    count = images * QUESTIONS
     return {
         "name": shape.name,
         "questions": count,
@@ -178,9 +176,9 @@ def measure(
         "agreement": differ,
         "vision_share": {"toy": share, "real": shape.real_vision_share(prompt)},
         "prompt_tokens": {"toy": tokens, "real": prompt},
-        "distinct_answers": len(set(said["ours"])),
-        "wanted": least,
-        "passed": differ == 0 and ratios["ours"] >= (least or 0),
+        "distinct_answers": len(set(answers["ours"])),
+        "wanted": required,
+        "passed": differ == 0 and ratios["ours"] >= (required or 0),
     }
 
 
@@ -192,7 +190,7 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         f"{datetime.date.today()}, {versions('torch', 'transformers')}, 1 CPU thread, float32, "
         "CPU time, medians of",
         f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/eval_amber.py`, "
-        "which says what is measured.",
+        "whose head says what is measured.",
         "",
         "| model's proportions | questions/CPU s: one at a time / batched / ours | batched | ours "
         "| counted FLOPs, ours "
@@ -208,7 +206,7 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         )
     lines += [
         "",
-        "Vision over language model, FLOPs of one prompt, and its tokens (toy / real):",
+        "FLOPs of vision over language model on one prompt, and its tokens (toy / real):",
         "",
     ]
     for c in cases:
@@ -227,7 +225,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", help="only shapes whose name contains one of these, in any case"
     )
-    parser.add_argument("--pictures", type=int, default=3, help="pictures a round")
+    parser.add_argument("--pictures", type=int, default=3, help="images per round")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")

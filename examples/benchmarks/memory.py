@@ -1,13 +1,12 @@
-"""Foreseen memory beside measured: the estimator's simulated step, and PyTorch's own allocator
-during a real `train()`.
+"""Estimated memory beside measured: the simulated step, and PyTorch's allocator in a real run.
 
     python examples/benchmarks/memory.py [--json] [--markdown FILE] [--cases llava ...]
 
 Each case trains a small real model for three optimizer steps on the CPU, through the trainer's own
 `train()`, while the profiler records every allocation and release of PyTorch's allocator; the
-highest total above what lived before is the measured peak. The estimator is given the architecture,
-the settings and the rows' lengths, nothing of the run. A case passes where the two differ by less
-than 0.5%. What only a GPU has (context, workspaces, fragmentation) is not measured here.
+highest total above what was allocated before is the measured peak. The estimator gets the
+architecture, the settings and the rows' lengths, nothing of the run. A case passes if the two
+differ by less than 0.5%. What only a GPU has (context, workspaces, fragmentation) is not measured.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ TEXT = {
     "head_dim": 32,
     "vocab_size": 2048,
 }
-WITHIN = 0.005
+MAX_DIFFERENCE = 0.005
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,7 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
 
 
 def measured_peak(trainer: PairTrainer) -> int:
-    """Bytes at the highest point of a real `train()` above what lived before it, as the allocator
-    reports them.
-    """
+    """Peak bytes that the allocator reports during `train()`, above those allocated before."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainer.train()
@@ -183,35 +180,36 @@ def measured_peak(trainer: PairTrainer) -> int:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """One case: foreseen and measured peak above the weights, and their difference."""
+    """One case: estimated and measured peak above the weights, and their difference."""
     shape = architecture(case)
     rows = synthetic_rows(shape.processor, workload(case), case.batch)
-    foreseen = simulate(shape, settings(case), rows, dtype=getattr(torch, case.dtype))
+    estimate = simulate(shape, settings(case), rows, dtype=getattr(torch, case.dtype))
     with tempfile.TemporaryDirectory() as name:
         measured = measured_peak(real_trainer(case, Path(name)))
-    predicted = foreseen.peak - foreseen.static
-    ratio = (foreseen.static + predicted) / (foreseen.static + measured)
+    predicted = estimate.peak - estimate.static
+    ratio = (estimate.static + predicted) / (estimate.static + measured)
     return {
         "name": case.name,
-        "weights_bytes": foreseen.static,
+        "weights_bytes": estimate.static,
         "predicted_bytes": predicted,
         "measured_bytes": measured,
         "ratio": ratio,
         "agreement": predicted / measured - 1,
-        "passed": abs(predicted / measured - 1) < WITHIN,
+        "passed": abs(predicted / measured - 1) < MAX_DIFFERENCE,
     }
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:
     """The dated report."""
     lines = [
-        "# Foreseen memory beside measured, on the CPU",
+        "# Estimated memory beside measured, on the CPU",
         "",
         f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}. Peak of "
         "tensors above the weights,",
-        "in MB. Repeat with `python examples/benchmarks/memory.py`, which says what is measured.",
+        "in MB. Repeat with `python examples/benchmarks/memory.py`, whose head says what is "
+        "measured.",
         "",
-        "| setting | foreseen | measured | difference |",
+        "| setting | estimated | measured | difference |",
         "| --- | ---: | ---: | ---: |",
     ]
     for c in cases:
@@ -244,7 +242,7 @@ def main() -> None:
         print(json.dumps({"cases": cases}, indent=2))
         return
     table = Table(title="peak of tensors above the weights, MB")
-    for column in ("setting", "foreseen", "measured", "difference", "passed"):
+    for column in ("setting", "estimated", "measured", "difference", "passed"):
         table.add_column(column)
     for c in cases:
         numbers = (f"{c[name] / 1e6:.2f}" for name in ("predicted_bytes", "measured_bytes"))

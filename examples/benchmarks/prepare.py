@@ -1,21 +1,22 @@
-"""The article's `dataset.map(format)` beside `vlmdpo prepare`: the same JPEGs, two processes each.
+"""The article's `dataset.map(format)` beside `vlmdpo prepare`: same JPEGs, two processes each.
 
     python examples/benchmarks/prepare.py [--json] [--markdown FILE] [--rows 1500] [--rounds 3]
 
-The pictures are photo-like (noise at five scales, so that they compress as photographs do), JPEG at
-quality 90, 640 to 4000 pixels on the longer side, evenly spaced by ratio, in seven camera formats,
-upright and across; every row's bytes differ. They lie in one Parquet file with RLAIF-V's columns.
-Three bounds on the longer side: 490 (half of Idefics2's limit, as in the article: every picture is
-reduced), 1792 (half of Qwen2-VL's: a third are), none (half of any limit beyond 4000).
+The images resemble photos (noise at five scales, so that they compress like photos): JPEGs of
+quality 90, 640 to 4000 pixels on the longer side, geometrically spaced, in seven camera formats,
+portrait and landscape. The bytes of every row differ. All are in one Parquet file with RLAIF-V's
+columns. There are three limits on the longer side: 490 (half of Idefics2's limit, as in the
+article: every image is reduced), 1792 (half of Qwen2-VL's: a third are reduced), and none (half of
+any limit beyond 4000).
 
-Each run is a process of its own, in turns A B A B; a rate counts from libraries imported and
-processor loaded to data written, starting the workers included, and the median of the rounds
-counts. Ours does more in that time: it checks each row, finds copies, counts tokens, draws a
-report. Both must have the same rows, texts and picture sizes, and pictures that differ by less than
-3 of 255 levels on average where both reduced them.
+Each run is a separate process, in turns (A B A B). The time counts from when libraries are imported
+and the processor is loaded until the data is written, including the start of the workers; the
+median of the rounds counts. Ours does more in that time: it checks each row, finds duplicates,
+counts tokens, and writes a report. Both must give the same rows, texts and image sizes, and images
+that differ by less than 3 of 255 levels on average.
 
-A last case runs ours on 1,000 and on 20,000 small pictures and compares the memory of all its
-processes at their peak.
+A last case runs ours on 1,000 and on 20,000 small images and compares the peak memory of all its
+processes.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-BOUNDS = (("all reduced to 490 px", 490), ("bound 1792 px", 1792), ("none reduced", 4000))
-WANTED = 5.0
-MOST_BYTES = 1.05  # of the source's, where nothing is reduced
-FLAT = 1.25  # peak memory at 20,000 rows over that at 1,000
+BOUNDS = (("all reduced to 490 px", 490), ("limit of 1792 px", 1792), ("none reduced", 4000))
+MIN_RATIO = 5.0
+MAX_BYTES = 1.05  # of the source's bytes, if nothing is reduced
+MAX_MEMORY_RATIO = 1.25  # peak memory at 20,000 rows over that at 1,000
 _FORMATS = ((4, 3), (3, 2), (16, 9), (1, 1), (3, 4), (2, 3), (9, 16))
 _ANSWER = (
     "The picture shows a street with several people walking beside parked cars and a bicycle. " * 4
@@ -69,7 +70,7 @@ def photo(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def photos(sides: list[int]) -> list[bytes]:
-    """One picture for each longer side, in the camera formats by turns."""
+    """One image for each longer side, in the camera formats in turn."""
     rng = np.random.default_rng(0)
     made = []
     for number, side in enumerate(sides):
@@ -79,9 +80,10 @@ def photos(sides: list[int]) -> list[bytes]:
     return made
 
 
-def write_rows(path: Path, pictures: list[bytes], rows: int) -> int:
-    """A Parquet file of RLAIF-V's columns, 100 rows a row group as the Hub has them. Returns the
-    bytes of its pictures.
+def write_rows(path: Path, images: list[bytes], rows: int) -> int:
+    """Write a Parquet file with RLAIF-V's columns; return the bytes of its images.
+
+    It has 100 rows per row group, as files on the Hub do.
     """
     import pyarrow
     import pyarrow.parquet as pq
@@ -95,32 +97,26 @@ def write_rows(path: Path, pictures: list[bytes], rows: int) -> int:
         for start in range(0, rows, 100):
             held = []
             for row in range(start, min(rows, start + 100)):
-                picture = pictures[row * 7 % len(pictures)]
-                mark = str(row).encode()  # a comment in the file: the same pixels, other bytes
-                picture = (
-                    picture[:2]
-                    + b"\xff\xfe"
-                    + (len(mark) + 2).to_bytes(2, "big")
-                    + mark
-                    + picture[2:]
+                image = images[row * 7 % len(images)]
+                mark = str(row).encode()  # a JPEG comment: the same pixels, other bytes
+                image = (
+                    image[:2] + b"\xff\xfe" + (len(mark) + 2).to_bytes(2, "big") + mark + image[2:]
                 )
                 answers = {"chosen": f"{_ANSWER}{row}", "rejected": f"{_ANSWER[50:]}{row}"}
                 held.append(
                     {
-                        "image": {"bytes": picture, "path": None},
+                        "image": {"bytes": image, "path": None},
                         "question": f"What is in picture {row}?",
                         **answers,
                     }
                 )
-                size += len(picture)
+                size += len(image)
             writer.write_table(pyarrow.Table.from_pylist(held, schema=schema))
     return size
 
 
 def article(source: Path, out: Path, side: int) -> dict[str, Any]:
-    """The article's preprocessing: `map` with two processes, then the cast that makes the pictures
-    decoded.
-    """
+    """The article's preprocessing: `map` with two processes, then the cast to decoded images."""
     from datasets import features, load_dataset
 
     from vlmdpo.models.load import load_processor
@@ -182,7 +178,7 @@ def ours(source: Path, out: Path, side: int) -> dict[str, Any]:
 
 
 def measured(way: str, source: Path, out: Path, side: int) -> dict[str, Any]:
-    """One run in a process of its own, with the peak of all its processes' own memory in bytes."""
+    """One run in a separate process, with the peak memory of all its processes in bytes."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     command = [sys.executable, __file__, "--run", way, str(source), str(out), str(side)]
@@ -192,20 +188,18 @@ def measured(way: str, source: Path, out: Path, side: int) -> dict[str, Any]:
     while running.poll() is None:
         peak = max(peak, _own_memory(running.pid))
         time.sleep(0.1)
-    said, error = running.communicate()
+    stdout, stderr = running.communicate()
     if running.returncode:
-        raise SystemExit(error)
+        raise SystemExit(stderr)
     return {
-        **json.loads(said.splitlines()[-1]),
+        **json.loads(stdout.splitlines()[-1]),
         "whole_s": time.perf_counter() - started,
         "peak_bytes": peak,
     }
 
 
 def _own_memory(pid: int) -> int:
-    """What a process and its children hold for themselves: resident, less what is shared or mapped
-    from files.
-    """
+    """Memory that a process and its children do not share: resident, less shared or file-mapped."""
     total = 0
     for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
         try:
@@ -217,9 +211,7 @@ def _own_memory(pid: int) -> int:
 
 
 def agreement(theirs: Path, mine: Path, rows: int) -> tuple[float, bool]:
-    """Mean difference of the pictures' levels over some rows, and whether rows, texts and picture
-    sizes are the same.
-    """
+    """Mean difference in levels over some rows, and whether rows, texts and sizes are the same."""
     from datasets import load_from_disk
 
     from vlmdpo.data import store
@@ -232,19 +224,19 @@ def agreement(theirs: Path, mine: Path, rows: int) -> tuple[float, bool]:
             other["prompt"][0]["content"][-1]["text"],
             *(other[side][0]["content"][0]["text"] for side in ("chosen", "rejected")),
         ]
-        said = (one["prompt"], one["chosen"], one["rejected"])
-        same = same and all(text in whole for text, whole in zip(texts, said, strict=True))
-        pictures = [
+        rendered = (one["prompt"], one["chosen"], one["rejected"])
+        same = same and all(text in whole for text, whole in zip(texts, rendered, strict=True))
+        images = [
             np.asarray(row["images"][0].convert("RGB"), dtype=np.int16) for row in (one, other)
         ]
-        same = same and pictures[0].shape == pictures[1].shape
+        same = same and images[0].shape == images[1].shape
         if same:
-            differences.append(float(np.abs(pictures[0] - pictures[1]).mean()))
+            differences.append(float(np.abs(images[0] - images[1]).mean()))
     return statistics.mean(differences or [255.0]), same
 
 
 def speed_cases(place: Path, rows: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A case for each bound: rates of both, bytes written, and whether the results agree."""
+    """A case for each size limit: rates of both, bytes written, whether the results agree."""
     source = place / "photos.parquet"
     held = write_rows(
         source, photos([round(640 * (4000 / 640) ** (i / 27)) for i in range(28)]), rows
@@ -263,12 +255,12 @@ def speed_cases(place: Path, rows: int, rounds: int) -> Iterator[dict[str, Any]]
         ]
         difference, same = agreement(place / "article" / "made", place / "ours" / "made", rows)
         written = {way: runs[0]["bytes"] / held for way, runs in ways.items()}
-        small = side < 4000 or written["ours"] <= MOST_BYTES
+        small = side < 4000 or written["ours"] <= MAX_BYTES
         yield {
             "name": name,
             "ratio": statistics.median(ratios),
             "agreement": difference,
-            "passed": same and difference < 3 and small and statistics.median(ratios) >= WANTED,
+            "passed": same and difference < 3 and small and statistics.median(ratios) >= MIN_RATIO,
             "same_rows_texts_and_sizes": same,
             "rows_per_s": {way: rows / value for way, value in seconds.items()},
             "whole_s": {
@@ -280,19 +272,19 @@ def speed_cases(place: Path, rows: int, rounds: int) -> Iterator[dict[str, Any]]
 
 
 def memory_case(place: Path) -> dict[str, Any]:
-    """Ours on 1,000 and on 20,000 pictures of 640 pixels: peak memory."""
-    pictures = photos([640] * 7)
+    """Ours on 1,000 and on 20,000 images of 640 pixels: peak memory."""
+    images = photos([640] * 7)
     peaks = {}
     for rows in (1_000, 20_000):
         source = place / f"small-{rows}.parquet"
-        write_rows(source, pictures, rows)
+        write_rows(source, images, rows)
         peaks[rows] = measured("ours", source, place / "ours", 490)["peak_bytes"]
     ratio = peaks[20_000] / peaks[1_000]
     return {
         "name": "memory, 20,000 rows over 1,000",
         "ratio": ratio,
         "agreement": None,
-        "passed": ratio <= FLAT,
+        "passed": ratio <= MAX_MEMORY_RATIO,
         "peaks": peaks,
     }
 
@@ -309,19 +301,16 @@ def markdown(cases: list[dict[str, Any]], memory: dict[str, Any]) -> str:
     )
     peaks = memory["peaks"]
     return (
-        "# Preparing data: the article's `map` beside `vlmdpo "
-        f"prepare`\n\n{datetime.date.today()}, {os.cpu_count()} CPU "
-        "cores, "
+        "# Preparing data: the article's `map` beside `vlmdpo prepare`\n\n"
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, "
         f"{versions('datasets', 'pillow', 'pyarrow', 'torch', 'transformers')}.\n"
-        f"{cases[0]['rows']:,} rows, two "
-        "processes each. "
-        "Repeat: `python examples/benchmarks/prepare.py`, whose head says what is measured.\n\n"
-        "| | article, rows/s | ours, rows/s | ratio | whole process, article | ours | bytes "
-        "written / source, article | ours "
-        f"| mean difference of levels |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n{rows}\n"
-        f"Peak memory of all processes of ours: {peaks[1_000] / 1e6:.0f} MB at 1,000 rows, "
-        f"{peaks[20_000] / 1e6:.0f} MB at "
-        f"20,000 ({memory['ratio']:.2f}×).\n"
+        f"{cases[0]['rows']:,} rows, two processes each. "
+        "Repeat with `python examples/benchmarks/prepare.py`, whose head says what is measured.\n\n"
+        "| | article, rows/s | ours, rows/s | ratio | whole process, article | ours "
+        "| bytes written / source, article | ours | mean difference in levels |\n"
+        f"|---|---:|---:|---:|---:|---:|---:|---:|---:|\n{rows}\n"
+        f"Peak memory of all our processes: {peaks[1_000] / 1e6:.0f} MB at 1,000 rows, "
+        f"{peaks[20_000] / 1e6:.0f} MB at 20,000 ({memory['ratio']:.2f}×).\n"
     )
 
 

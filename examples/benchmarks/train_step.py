@@ -1,19 +1,18 @@
-"""One training step of stock TRL beside the pair engine: same model, same pairs, same process, in
-turns.
+"""One training step of stock TRL beside the pair engine, in turns in the same process.
 
-    python examples/benchmarks/train_step.py [--json] [--markdown FILE] [--plot FILE] [--cases llava
-    ...]
+    python examples/benchmarks/train_step.py [--json] [--markdown FILE] [--plot FILE]
+        [--cases llava ...]
 
-Models are small with random weights, but in proportion: image tokens, answer lengths, and the ratio
-of the vision tower's work to the language model's are those of the real ones, and printed beside
-them. LoRA r=16 on the language model, vision tower frozen, gradient checkpointing on in both.
-Batches are collated beforehand, so image processing, which the engine halves, is not in the times.
-"1 epoch" computes the reference as it goes; "3 epochs" reads it from the cache after the first;
-both pay for it.
+Both take the same model and the same pairs. Models are small, with random weights, but in
+proportion: image tokens, answer lengths, and the ratio of the vision tower's work to the language
+model's are those of the real models, and are printed beside them. LoRA r=16 on the language model,
+vision tower frozen, gradient checkpointing on in both. Batches are collated beforehand, so image
+processing, which the engine halves, is not in the times. "1 epoch" computes the reference during
+the step; "3 epochs" reads it from the cache after the first epoch. Both include its cost.
 
-Ratios are those of each round, of which the median counts: the rounds themselves drift on a busy
-machine. A case passes where loss and metrics agree to 1e-4, and the ratios reach both what they
-must and 95% of the ratio of counted FLOPs.
+Ratios are computed per round, since a busy machine drifts between rounds, and their median counts.
+A case passes if loss and metrics agree to 1e-4, and the ratios reach both their targets and 95% of
+the ratio of counted FLOPs.
 """
 
 from __future__ import annotations
@@ -50,12 +49,13 @@ from vlmdpo.training.trainer import PairTrainer
 
 @dataclass(frozen=True)
 class Shape:
-    """One family at one size: the toy's make-up, the image in pixels, token counts, and what must
-    be reached.
+    """One family at one size: the toy model, the image in pixels, token counts, and the targets.
 
-    `real_vision_share`: the real model's vision and connector FLOPs over its language model's, by a
-    stock row's tokens. `wanted`: ratios over 1 and 3 epochs (None: 95% of the counted ones is all
-    that is asked). `wanted_peak`: the largest share of stock's peak memory.
+    Attributes:
+        real_vision_share: the real model's vision and connector FLOPs over its language model's, by
+            the tokens of a stock row.
+        wanted: required ratios over 1 and 3 epochs; None: only 95% of the counted ones.
+        wanted_peak: the largest allowed share of stock TRL's peak memory.
     """
 
     name: str
@@ -77,8 +77,9 @@ class Shape:
 def _share(
     patches: int, tower: float, layers: int, width: int, lm: float, extra: float = 0.0
 ) -> Callable[[float], float]:
-    """Vision over language FLOPs of one row: 2 × parameters × tokens, and 4 × tokens² × width ×
-    layers of attention.
+    """Vision over language FLOPs of one row, by its tokens.
+
+    2 × parameters × tokens, and 4 × tokens² × width × layers for attention.
     """
     vision = 2 * tower * patches + 4 * patches**2 * width * layers + extra
     return lambda tokens: vision / (2 * lm * tokens + 4 * tokens**2 * 4096 * 32)
@@ -95,8 +96,8 @@ _LM = {
     "initializer_range": 0.05,
 }
 _GQA = {**_LM, "num_key_value_heads": 1}
-# Wider and less deep: at 600 tokens attention would else take a far larger share than it does at
-# 4,096 dimensions.
+# Wider and less deep: otherwise attention would take a far larger share at 600 tokens than it does
+# at 4,096 dimensions.
 _WIDE = {
     **_LM,
     "hidden_size": 512,
@@ -122,7 +123,7 @@ IDEFICS2 = Shape(
     text={
         **_GQA,
         "num_hidden_layers": 16,
-    },  # deep, so that its connector is as small beside it as the real one
+    },  # deep, so that the connector's share is as small as in the real model
     vision=_tower(72, 3, 200),
     image_size=368,
     image=(368, 272),
@@ -191,9 +192,7 @@ SHAPES = (
 
 
 def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
-    """Random pictures and letters; a letter is a token. `answers` are the shortest and longest
-    answer in tokens.
-    """
+    """Random images and letters; a letter is a token."""
     rng = np.random.default_rng(0)
     shortest, longest = shape.answers
 
@@ -223,7 +222,7 @@ def rows_of(shape: Shape, prompt_letters: int) -> Dataset:
 def trainer_of(
     shape: Shape, rows: Dataset, engine: str, folder: Path, *, cached: bool = False
 ) -> PairTrainer:
-    """Stock TRL's trainer or ours on the same toy, its adapter moved off zero, ready to step."""
+    """Stock TRL's trainer or ours on the same toy model, with an adapter that is not zero."""
     model, processor = random_models.make(
         shape.family,
         text=shape.text,
@@ -255,14 +254,16 @@ def trainer_of(
     return trainer
 
 
-def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
-    """One training step on the whole batch: forward, reference, loss, backward. `forget`: the cache
-    is empty again.
+def stepper(trainer: PairTrainer, *, clear_cache: bool = False) -> Any:
+    """One training step on the whole batch: forward, reference, loss, backward.
+
+    Args:
+        clear_cache: empty the reference cache before each step.
     """
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
 
     def run() -> float:
-        if forget:
+        if clear_cache:
             trainer.reference_cache._values_R2.fill_(math.nan)
         for parameter in trainer.model.parameters():
             parameter.grad = None
@@ -274,9 +275,7 @@ def stepper(trainer: PairTrainer, *, forget: bool = False) -> Any:
 
 
 def measured_share(trainer: PairTrainer) -> float:
-    """The toy's vision FLOPs over its language model's, forward, two stock rows a pair, each pair
-    alone.
-    """
+    """The toy's forward FLOPs of vision over language model, one pair of stock rows at a time."""
     backbone = trainer.model.get_base_model().base_model
     vision = whole = 0
     for row in trainer.train_dataset:
@@ -305,7 +304,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
         lengths = ours.data_collator([dict(row) for row in ours.train_dataset])["pairs"]
         steps = {
             "stock": stepper(stock),
-            "first": stepper(ours, forget=True),
+            "first": stepper(ours, clear_cache=True),
             "cached": stepper(ours),
         }
         losses = {step: run() for step, run in steps.items()}
@@ -323,7 +322,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
         kept.checkpointed_layers = layers
         free = {
             "stock": steps["stock"],
-            "first": stepper(kept, forget=True),
+            "first": stepper(kept, clear_cache=True),
             "cached": stepper(kept),
         }
         at_equal = medians([_ratios(seconds) for seconds in interleaved(free, repeats)])
@@ -377,9 +376,7 @@ def _ratios(cost: dict[str, float]) -> dict[str, float]:
 
 
 def _free_layers(shape: Shape, rows: Dataset, folder: Path, budget: int) -> tuple[int, int]:
-    """The fewest language layers to checkpoint so that our peak stays at or below stock's, and that
-    peak.
-    """
+    """The fewest language layers to checkpoint at a peak within `budget`, and that peak."""
     trainer = trainer_of(shape, rows, "shared", folder)
     weights = list(trainer.model.parameters())
     run = stepper(trainer)
@@ -400,7 +397,7 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         f"{datetime.date.today()}, {versions('torch', 'transformers', 'trl', 'peft')}, 2 CPU "
         "threads, float32, medians of",
         f"{repeats} interleaved rounds. Repeat with `python examples/benchmarks/train_step.py`, "
-        "which says what is measured.",
+        "whose head says what is measured.",
         "",
         "| shape | pairs/s stock → ours (cached) | 1 epoch | 3 epochs | cache on disk | counted "
         "FLOPs 1 / 3 / disk "
@@ -419,7 +416,7 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         )
     lines += [
         "",
-        "At equal peak memory, ours keeps the activations that sharing frees:",
+        "At equal peak memory, ours uses the memory that sharing frees to keep activations:",
         "",
         "| shape | layers checkpointed | peak, MB stock / ours | 1 epoch | 3 epochs | cache on "
         "disk |",
@@ -437,8 +434,8 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         )
     lines += [
         "",
-        "Where the time of a step goes, in seconds, stock / ours with the cache (one profiled "
-        "step each; × is their ratio):",
+        "Time of one profiled step by operator, in seconds, stock / ours with the cache (× is "
+        "their ratio):",
         "",
         "| shape | matrix products | attention | the rest |",
         "| --- | --- | --- | --- |",
@@ -452,7 +449,7 @@ def markdown(cases: list[dict[str, Any]], repeats: int) -> str:
         lines.append(f"| {c['name']} | {cells} |")
     lines += [
         "",
-        "Vision and connector over language model, forward FLOPs of one stock row (toy / real):",
+        "Forward FLOPs of vision and connector over language model, in one stock row (toy / real):",
         "",
     ]
     lines += [
@@ -508,7 +505,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
-    parser.add_argument("--plot", type=Path, help="write the picture here")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
     options = parser.parse_args()
     torch.set_num_threads(2)
     wanted = [

@@ -1,4 +1,4 @@
-"""A stand-in for a folder of one's own: pictures, and a table of preferences about them.
+"""Sample data in place of your own: a folder of images, and a table of preferences about them.
 
 python examples/own_images/make_sample.py my [--pictures 120]
 """
@@ -10,24 +10,24 @@ from pathlib import Path
 
 from vlmdpo.tiny import scenes
 
-_EACH = 3  # questions about a picture
+_QUESTIONS_PER_IMAGE = 3
 
 
-def main(folder: Path, pictures: int = 120) -> None:
-    """Draw pictures into `folder`/images and write `folder`/preferences.csv."""
-    chance = random.Random(7)
+def main(folder: Path, count: int = 120) -> None:
+    """Draw images into `folder`/images and write `folder`/preferences.csv."""
+    rng = random.Random(7)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "preferences.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", "question", "chosen", "rejected"])
-        for number in range(1, pictures + 1):
-            scene = scenes.sample_scene(chance, "train")
+        for number in range(1, count + 1):
+            scene = scenes.sample_scene(rng, "train")
             name = f"{number:04d}.png"
             scenes.draw(scene).save(folder / "images" / name)
-            asked = [
-                question for group in scenes.questions(scene, chance).values() for question in group
+            questions = [
+                question for group in scenes.questions(scene, rng).values() for question in group
             ]
-            for question in chance.sample(asked, min(_EACH, len(asked))):
+            for question in rng.sample(questions, min(_QUESTIONS_PER_IMAGE, len(questions))):
                 right, wrong = ("Yes", "No") if question.truth == "yes" else ("No", "Yes")
                 table.writerow([name, question.text, right, wrong])
 

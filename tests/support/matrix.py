@@ -44,10 +44,10 @@ COLUMNS = (
     "estimate-memory",
     "LoRA",
     "full",
-    "one row a pair",
+    "one row per pair",
     "infer",
     "eval-amber, shared",
-    "compare, at once",
+    "compare, in one batch",
     "reload",
     "merge",
 )
@@ -114,7 +114,7 @@ def examine(family: Family) -> dict[str, str]:
     found["LoRA"] = _yes(tuned["steps"] == 2 and _learnt("lora"))
     whole = train.run(TrainConfig(output_dir=Path("full"), lora=False, sample_every=0, **settings))
     found["full"] = _yes(whole["steps"] == 2 and _learnt("full"))
-    found["one row a pair"] = _yes(tuned["engine"] == "shared", tuned["fallback_reason"])
+    found["one row per pair"] = _yes(tuned["engine"] == "shared", tuned["fallback_reason"])
     Image.new("RGB", (40, 30), "red").save("x.png")
     said = infer.run(
         InferConfig(
@@ -135,7 +135,7 @@ def examine(family: Family) -> dict[str, str]:
     found["eval-amber, shared"] = _yes(
         asked["engine"] == "shared" and not asked["fallback_reason"], asked["fallback_reason"]
     )
-    found["compare, at once"] = _side_by_side("x.png", said["answer"])
+    found["compare, in one batch"] = _side_by_side("x.png", said["answer"])
     # `train` has compared what it saved with the live model, and raises where they differ.
     found["reload"] = _yes(
         isinstance(load_processor("./full").chat_template, str)
@@ -222,7 +222,7 @@ def _numbered(found: dict[str, str]) -> list[str]:
 
 def table() -> str:
     """All rows, each family examined in a folder of its own."""
-    head = ["Family", "Such as", *COLUMNS, "Why not"]
+    head = ["Family", "Example checkpoint", *COLUMNS, "Reason"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     here = os.getcwd()
     for family in FAMILIES:
