@@ -126,8 +126,8 @@ class Plan:
     def collective_s(self, size: float) -> float:
         """Time of one gather or scatter of `size` bytes on a ring.
 
-        It sends (N-1)/N of the bytes. Within a node there are N-1 hops; across nodes, those of a ring
-        of nodes and of a ring within each node.
+        It sends (N-1)/N of the bytes. Within a node there are N-1 hops; across nodes, those of a
+        ring of nodes and of a ring within each node.
         """
         hops = (
             self.gpus - 1

@@ -1,6 +1,4 @@
-"""Shared by all tests: offline, two threads, a fresh working folder, and AMBER's public data where
-it is at hand.
-"""
+"""Shared by all tests: offline, two threads, a new working folder, AMBER's public data."""
 
 import gc
 import os
@@ -18,7 +16,7 @@ import pytest
 
 
 def unfolded(err):
-    """Warnings and errors without the folding that keeps them within 80 columns."""
+    """Warnings and errors without the line breaks that keep them within 80 columns."""
     return re.sub(r"\n {7,9}(?=\S)", " ", err)
 
 
@@ -29,9 +27,7 @@ if (
 
 
 def pytest_runtest_setup(item):
-    """Once training's libraries are loaded, the collector need not look through them after every
-    run: half a second each.
-    """
+    """Freeze the libraries of training once they are loaded: each collection takes 0.5 s less."""
     if "trl.trainer.dpo_trainer" in sys.modules and not gc.get_freeze_count():
         gc.collect()
         gc.freeze()
@@ -48,15 +44,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
-    """Commands write below the working folder; each test gets its own."""
+    """Commands write into the working folder; each test gets its own."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def vlmdpo(capfd):
-    """Run a command line in this process: returns (exit code, stdout, stderr), each error in one
-    line.
-    """
+    """Run a command line in this process: (exit code, stdout, stderr), each error in one line."""
     from vlmdpo import cli
 
     def call(*arguments):

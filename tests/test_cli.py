@@ -1,6 +1,4 @@
-"""The command line: help without weight, options in step with configs, layers, one clear line for
-every mistake.
-"""
+"""The command line: fast help, options in step with configs, layers, one clear line per mistake."""
 
 import dataclasses
 import json

@@ -1,9 +1,8 @@
-"""The documentation keeps its word: every command it shows is run, tables of options and texts of
-errors are the program's.
+"""The documentation is true: its commands run, and its tables and messages are the program's.
 
-A command is first read by the command line exactly as it stands. Then it is run on the embedded
-model: what belongs to full size or to a machine that is not here (a large model, the Hub, eight
-GPUs) is replaced, by `_small`, and nothing else.
+A command is first parsed exactly as it is shown. Then it runs on the embedded model: `_small`
+replaces what needs full size or another machine (a large model, the Hub, eight GPUs), and nothing
+else.
 """
 
 import json
@@ -30,15 +29,17 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
-# What full size needs, and what stands for it here; None: it takes no value.
+# Options that need full size, with the values that replace theirs; [] removes the option.
 _REPLACED = {"--model": ["tiny"], "--dtype": ["float32"], "--push-to-hub": []}
+# Options that are left out with their value.
 _NOT_HERE = {
-    **dict.fromkeys(
-        ["--num-processes", "--num-machines", "--machine-rank", "--main-process-ip", "--strategy"],
-        True,
-    ),
-    **dict.fromkeys(["--gpu"], True),
-    "--quantization": True,
+    "--num-processes",
+    "--num-machines",
+    "--machine-rank",
+    "--main-process-ip",
+    "--strategy",
+    "--gpu",
+    "--quantization",
 }
 _SMALLER = {
     "prepare": ["--limit", "40"],
@@ -50,7 +51,7 @@ _SMALLER = {
 
 
 def _blocks(text):
-    """Lines of code: those indented by four or more, and those in fences, without their prompt."""
+    """Lines of code, indented or in fences, without their prompt; other lines are empty."""
     fenced, found = False, []
     for line in text.split("\n"):
         if line.strip().startswith("```"):
@@ -63,7 +64,7 @@ def _blocks(text):
 
 
 def shown():
-    """(page and line, words) of every command in a block of code or between backticks."""
+    """(page and line, words) of every command in a code block or between backticks."""
     commands = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -87,7 +88,7 @@ SHOWN = shown()
 
 
 def _small(words):
-    """The same command, of a size that runs here."""
+    """The same command at a size that runs here."""
     command, rest = words[0], iter(words[1:])
     plain = (command == "train" and "--dry-run" in words) or command == "estimate-memory"
     made = []
@@ -119,9 +120,7 @@ def _small(words):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the documentation speaks of: pictures, preferences, questions, AMBER's
-    data, runs.
-    """
+    """A folder with what the documentation uses: images, preferences, AMBER's data, runs."""
     folder = tmp_path_factory.mktemp("docs")
     evaluation.draw_image("SCENE_1.png").save(folder / "photo.jpg")
     shutil.copytree(evaluation.FOLDER, folder / "AMBER" / "data")
@@ -205,7 +204,7 @@ def _read(words, monkeypatch):
 @pytest.mark.parametrize(
     ("where", "words"), SHOWN, ids=[f"{where} {words[0]}" for where, words in SHOWN]
 )
-def test_every_command_shown_is_one_that_the_program_takes(where, words, there, monkeypatch, capfd):
+def test_every_command_shown_is_accepted(where, words, there, monkeypatch, capfd):
     if words[0] not in cli.COMMANDS:
         assert words in (["--install-completion"], ["--help"]), (
             f"{where}: {nearest(words[0], cli.COMMANDS)}"
@@ -245,7 +244,7 @@ def test_every_command_shown_runs(small, there, runs, vlmdpo):
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_each_command_has_a_page_whose_table_is_the_programs(command):
+def test_each_command_has_a_page_with_an_up_to_date_table(command):
     page = (options.DOCS / f"{command}.md").read_text(encoding="utf-8")
     assert page == options.put(command, page), "run: python -m tests.support.options --write"
     for field in cli.dataclasses.fields(cli.COMMANDS[command][0]):
@@ -258,7 +257,7 @@ def _headings():
 
 
 @pytest.mark.parametrize("heading", _headings())
-def test_troubleshooting_quotes_what_the_program_says(heading):
+def test_troubleshooting_quotes_messages_of_the_program(heading):
     if heading == "No such option":  # Typer's own
         return
     sources = "\n".join(
@@ -269,7 +268,7 @@ def test_troubleshooting_quotes_what_the_program_says(heading):
 
 
 @pytest.mark.slow
-def test_the_site_is_built_and_a_dead_link_would_stop_it(tmp_path):
+def test_the_site_builds_and_a_dead_link_fails(tmp_path):
     pytest.importorskip("mkdocs")
 
     def build(root):

@@ -1,4 +1,4 @@
-"""Rules of the code's layout that no other test would notice breaking."""
+"""Rules of the code's layout."""
 
 import ast
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_each_folder_imports_only_from_those_before_it():
     assert checked > 200
 
 
-def test_no_module_imports_itself_through_others():
+def test_no_circular_imports():
     graph = _graph()
     done: set[str] = set()
 
@@ -109,7 +109,7 @@ def test_the_root_holds_only_what_every_folder_shares():
     assert {path.stem for path in ROOT.glob("*.py")} == AT_THE_ROOT
 
 
-def test_heavy_packages_are_imported_at_module_level_only_where_listed():
+def test_heavy_packages_are_imported_at_module_level_only_in_listed_modules():
     for path, name in _files():
         for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):

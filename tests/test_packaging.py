@@ -1,4 +1,4 @@
-"""Wheel and sdist hold every file, build alike, and messages name install commands that work."""
+"""Wheel and sdist contain every file and build alike; install commands in messages work."""
 
 import importlib.metadata
 import re
@@ -34,7 +34,7 @@ def _tracked():
 
 
 def _copy_of_the_tree(folder):
-    """A copy to build in, without build artefacts; other tests run in the tree meanwhile."""
+    """A copy to build in, without build artifacts, since other tests use the tree meanwhile."""
     tracked = _tracked()
     if tracked is None:
         shutil.copytree(ROOT, folder, ignore=_NOT_SOURCE)
@@ -47,7 +47,7 @@ def _copy_of_the_tree(folder):
 
 
 def _build(source, output, *what):
-    """Offline, with the setuptools that is installed here."""
+    """Build offline, with the installed setuptools."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, *what, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +61,7 @@ def _members(wheel):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(the package's files, the sdist's, members of the sdist's wheel, of the tree's wheel)."""
+    """(files of the package, of the sdist, of the sdist's wheel, of the tree's wheel)."""
     folder = tmp_path_factory.mktemp("packaging")
     tree = _copy_of_the_tree(folder / "tree")
     files = {

@@ -28,9 +28,7 @@ def test_the_page_holds_the_tables_of_the_script(scaling):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
-def test_a_step_is_no_shorter_than_its_arithmetic_or_its_bytes_and_no_longer_than_both(
-    strategy, scaling
-):
+def test_a_step_takes_between_the_longer_and_the_sum_of_arithmetic_and_transfer(strategy, scaling):
     for model in scaling.MODELS:
         for gpus in scaling.COUNTS:
             for full in (False, True):

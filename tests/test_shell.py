@@ -1,6 +1,4 @@
-"""The habits of a good neighbour in a shell: pipes, colours, quiet, questions, completion, errors
-that fit, a bug report.
-"""
+"""Conventions of a shell: pipes, colors, quiet, questions, completion, short errors."""
 
 import io
 import json
@@ -64,7 +62,7 @@ def test_a_command_at_the_end_of_an_error_can_be_copied(capfd):
     assert err.splitlines()[-1].strip() == f"vlmdpo train --config {_LONG}recipe.yaml --resume"
 
 
-def test_data_goes_to_stdout_and_talk_to_stderr_which_quiet_silences(vlmdpo):
+def test_results_go_to_stdout_and_messages_to_stderr_which_quiet_silences(vlmdpo):
     code, out, err = vlmdpo("prepare", "--limit", "8", "--output-dir", "data")
     assert code == 0
     assert "Prepared:" in out
@@ -109,7 +107,7 @@ def test_on_a_terminal_it_asks_before_it_replaces(vlmdpo, monkeypatch, typed, co
     )
 
 
-def test_yes_answers_and_without_a_terminal_nobody_is_asked(vlmdpo):
+def test_yes_answers_and_without_a_terminal_nothing_is_asked(vlmdpo):
     assert vlmdpo("prepare", "--limit", "8", "--output-dir", "data")[0] == 0
     code, _, err = vlmdpo("prepare", "--limit", "9", "--output-dir", "data")
     assert code == 3
@@ -134,7 +132,7 @@ def test_uploads_and_shares_are_asked_for_on_a_terminal(monkeypatch):
     assert cli.run(["compare", "--share"]) == 2
 
 
-def test_no_color_is_honoured_and_colours_are_for_terminals():
+def test_no_color_is_respected_and_colors_need_a_terminal():
     plain = _ran("train", "--loss", "sigmod")
     assert "\x1b" not in plain.stderr
     forced = _ran("train", "--loss", "sigmod", FORCE_COLOR="1")
@@ -144,7 +142,7 @@ def test_no_color_is_honoured_and_colours_are_for_terminals():
     assert "31m" not in refused.stderr
 
 
-def test_whoever_reads_half_of_it_breaks_nothing():
+def test_a_reader_that_closes_the_pipe_early_is_fine():
     program = f"{shlex.quote(sys.executable)} -m vlmdpo estimate-memory --fast --json"
     command = f"{program} | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -152,7 +150,7 @@ def test_whoever_reads_half_of_it_breaks_nothing():
     assert "Traceback" not in done.stderr
 
 
-def test_a_closed_pipe_is_no_traceback():
+def test_a_closed_pipe_gives_no_traceback():
     done = subprocess.run(
         [
             sys.executable,

@@ -1,6 +1,4 @@
-"""AMBER: the official scores to the digit, answers read without guessing, and how sure a difference
-is.
-"""
+"""AMBER: the official scores to the digit, answers read without guessing, and their uncertainty."""
 
 import json
 
@@ -94,7 +92,7 @@ def test_comparison_is_the_exact_one():
     assert compare(base, base, ["a"] * 65).mcnemar_p == 1.0
 
 
-def test_interval_is_wider_when_one_picture_decides():
+def test_interval_is_wider_if_one_image_decides():
     rng = np.random.default_rng(0)
     gain_of_image = rng.random(40) < 0.5
     base, tuned = [False] * 400, [bool(gain_of_image[i // 10]) for i in range(400)]
@@ -151,7 +149,7 @@ def test_bad_answer_files(content, says, tmp_path, vlmdpo):
     assert says in err
 
 
-def test_a_folder_without_its_pictures_is_refused_before_a_model_is_loaded(tmp_path, vlmdpo):
+def test_a_folder_without_its_images_is_refused_before_a_model_is_loaded(tmp_path, vlmdpo):
     data = _folder(tmp_path, [_QUERY], [{"id": 5, "type": "relation", "truth": "no"}])
     (tmp_path / "image").mkdir()
     code, _, err = vlmdpo("eval-amber", "--data", data, "--model", "nobody/nothing")

@@ -1,6 +1,4 @@
-"""AMBER's generative scores, against a second telling of its scorer's procedure, and the two noun
-extractors.
-"""
+"""AMBER's generative scores against a second implementation, and the two noun extractors."""
 
 import json
 import random
@@ -17,9 +15,7 @@ from vlmdpo.tiny import evaluation
 
 
 def as_amber_counts(named, truth, hallu, association, safe, alike):
-    """The scorer's procedure told in its own terms: flat lists with a running number per synonym,
-    searched from the left.
-    """
+    """The scorer's procedure written like the original: flat lists, searched from the left."""
 
     def flat(words):
         numbered = [
@@ -102,7 +98,7 @@ def test_counts_follow_ambers_procedure():
     check_random_cases(VOCABULARY)
 
 
-def test_counts_follow_ambers_procedure_on_its_own_words(amber_data):
+def test_counts_follow_ambers_procedure_on_its_own_vocabulary(amber_data):
     vocabulary = load(amber_data, None).vocabulary
     assert (len(vocabulary.association), len(vocabulary.words), len(vocabulary.safe)) == (
         340,

@@ -1,6 +1,4 @@
-"""`vlmdpo compare`: both answers, what both models think of them, votes as data, and the page in a
-real browser.
-"""
+"""`vlmdpo compare`: both answers, their scores, votes as data, and the page in a real browser."""
 
 import json
 import os
@@ -71,7 +69,7 @@ def test_both_answers_grow_and_are_those_of_infer(models):
     assert different == 8, "the shipped flips are answers that changed"
 
 
-def test_where_peft_cannot_mix_a_batch_the_answers_come_one_after_the_other(models, monkeypatch):
+def test_if_peft_cannot_mix_a_batch_the_answers_come_one_after_the_other(models, monkeypatch):
     picture = evaluation.draw_image(_flips()[0]["image"])
     both = list(models.stream(picture, QUESTION, 8))[-1]
     plain = models.model.generate
@@ -157,7 +155,7 @@ def test_votes_are_data_that_prepare_accepts(page, vlmdpo, tmp_path):
     assert json.loads(out)["rows_out"] == 4
 
 
-def test_what_cannot_be_asked_or_voted_on_is_said(page, tmp_path):
+def test_invalid_questions_and_votes_are_explained(page, tmp_path):
     def status(*asked):
         *_, last = page.ask(*asked)
         assert last[3] is None
@@ -252,7 +250,7 @@ def _served(*more):
     return server, found[0]
 
 
-def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path):
+def test_in_a_browser_ask_compare_vote_and_find_the_file(tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -322,7 +320,7 @@ def test_in_a_browser_load_ask_see_both_answers_vote_and_find_the_file(tmp_path)
 
 
 def test_a_page_shows_what_models_say_as_text(page, monkeypatch):
-    """Answers, not only questions, may hold markup."""
+    """Answers may contain markup, not only questions."""
     said = (Answer((1, 2), EVIL), Answer((1, 3), EVIL + "!"))
     monkeypatch.setattr(type(page.models), "stream", lambda *_: iter([said]))
     picture = Path("p.png")
@@ -334,7 +332,7 @@ def test_a_page_shows_what_models_say_as_text(page, monkeypatch):
     assert "&lt;img" in pane
 
 
-def test_votes_of_a_picture_that_is_none_are_not_written(tmp_path):
+def test_votes_on_an_unreadable_image_are_not_written(tmp_path):
     from vlmdpo.data.images import BadImage
 
     (tmp_path / "no.png").write_text("no")

@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder that Python finds installed distributions in, before all others."""
+    """A folder in which Python finds installed distributions first."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -32,7 +32,7 @@ def installed(site, direct_url=None):
 
 
 def running_from(folder, monkeypatch):
-    """Let the package that runs be the one in `folder`."""
+    """Make the package in `folder` the running one."""
     monkeypatch.setattr(env, "__file__", str(folder / "vlmdpo" / "commands" / "env.py"))
 
 
@@ -55,7 +55,7 @@ def checkout(folder):
 
 
 def reported(vlmdpo):
-    """(the JSON's `install`, the line of the list)."""
+    """(`install` in the JSON, the line in the list)."""
     report = json.loads(vlmdpo("env", "--json")[1])
     assert report["versions"]["vlmdpo"] == __version__  # of the package that runs, not of metadata
     lines = vlmdpo("env")[1].splitlines()
@@ -96,7 +96,9 @@ def test_an_editable_install_has_its_checkouts_commit(site, tmp_path, monkeypatc
     assert line.endswith(f"commit {head} (with uncommitted changes)")
 
 
-def test_a_source_tree_is_not_taken_for_another_installation(site, tmp_path, monkeypatch, vlmdpo):
+def test_a_source_tree_is_not_mistaken_for_another_installation(
+    site, tmp_path, monkeypatch, vlmdpo
+):
     installed(site)
     source = tmp_path / "source"
     head = checkout(source)

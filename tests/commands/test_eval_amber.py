@@ -1,6 +1,4 @@
-"""eval-amber as people use it: both tasks, kept answers, resuming, bad pictures, several processes,
-and the page.
-"""
+"""eval-amber as a user runs it: both tasks, kept answers, resuming, bad images, the page."""
 
 import json
 import os
@@ -25,7 +23,7 @@ PICTURES = 4
 
 @pytest.fixture
 def small(tmp_path):
-    """An AMBER folder with the first pictures of the embedded set, as files."""
+    """An AMBER folder with the first images of the embedded set, as files."""
     folder = tmp_path / "small"
     shutil.copytree(evaluation.FOLDER, folder)
     names = [f"SCENE_{number}.png" for number in range(1, PICTURES + 1)]
@@ -134,7 +132,7 @@ def test_shared_answers_are_the_plain_ones(small, tmp_path, vlmdpo):
     assert all(plain[n]["said"].startswith(e["said"]) for n, e in shared.items())
 
 
-def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(
+def test_a_wrong_shared_answer_is_noticed_and_plain_generate_is_used(
     small, tmp_path, vlmdpo, monkeypatch
 ):
     plain, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "a", "--engine", "plain")
@@ -150,7 +148,7 @@ def test_a_wrong_shared_answer_is_noticed_and_the_plain_way_taken(
     assert report["scores"] == plain["scores"]
 
 
-def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(
+def test_answered_questions_are_not_asked_again_and_more_can_be_asked(
     small, tmp_path, vlmdpo, monkeypatch
 ):
     out = ["--data", small, "--output-dir", tmp_path / "out"]
@@ -179,9 +177,7 @@ def test_what_is_answered_is_not_asked_again_and_more_can_be_asked(
     assert len(answers(tmp_path / "out")) > known, "a smaller question loses no answers"
 
 
-def test_answers_of_another_run_are_refused_and_overwritten_only_when_asked(
-    small, adapter, tmp_path, vlmdpo
-):
+def test_answers_of_another_run_are_overwritten_only_when_asked(small, adapter, tmp_path, vlmdpo):
     out = ["--output-dir", tmp_path / "out", "--limit", "2"]
     run(vlmdpo, "--data", small, *out)
     before = (tmp_path / "out" / "answers_base.json").read_text()
@@ -209,7 +205,7 @@ def test_a_damaged_answer_file_is_named(small, tmp_path, vlmdpo):
     assert "answers_base.json' is damaged" in said
 
 
-def test_a_killed_run_goes_on_without_loss(small, tmp_path, vlmdpo):
+def test_a_killed_run_continues_without_loss(small, tmp_path, vlmdpo):
     whole = tmp_path / "whole"
     run(vlmdpo, "--data", small, "--output-dir", whole)
     out = tmp_path / "out"
@@ -237,7 +233,7 @@ def test_a_killed_run_goes_on_without_loss(small, tmp_path, vlmdpo):
     assert not (out / "partial").exists()
 
 
-def test_a_run_killed_as_it_starts_is_known_again(small, tmp_path, vlmdpo):
+def test_a_run_killed_as_it_starts_is_recognized(small, tmp_path, vlmdpo):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".run.json.partial").write_text('{"data"')
@@ -249,7 +245,7 @@ def test_a_run_killed_as_it_starts_is_known_again(small, tmp_path, vlmdpo):
     assert "0.jsonl' is damaged" in said
 
 
-def test_bad_pictures_are_listed_and_the_run_goes_on(small, tmp_path, vlmdpo):
+def test_bad_images_are_listed_and_the_run_continues(small, tmp_path, vlmdpo):
     (small / "image" / "SCENE_2.png").write_bytes(b"no picture")
     (small / "image" / "SCENE_3.png").unlink()
     report, said = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "out")
@@ -264,7 +260,7 @@ def test_bad_pictures_are_listed_and_the_run_goes_on(small, tmp_path, vlmdpo):
     assert again["coverage"] > report["coverage"], "what is there now is asked now"
 
 
-def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(
+def test_strict_stops_at_bad_images_and_accepts_only_exact_words(
     small, tmp_path, vlmdpo, monkeypatch
 ):
     monkeypatch.setattr(
@@ -314,7 +310,7 @@ def test_strict_stops_at_bad_pictures_and_takes_only_exact_words(
     assert "SCENE_2.png; --strict requires all of them" in said
 
 
-def test_tasks_and_what_is_not_installed(small, tmp_path, vlmdpo):
+def test_tasks_and_missing_packages(small, tmp_path, vlmdpo):
     report, _ = run(vlmdpo, "--data", small, "--output-dir", tmp_path / "a", "--task", "generative")
     assert set(report["scores"]["base"]) == {"Generative"}
     (small / "query" / "query_generative.json").unlink()
@@ -413,7 +409,7 @@ def hostile_report(small, adapter, tmp_path, vlmdpo, monkeypatch):
     return out
 
 
-def test_every_text_is_escaped_and_nothing_is_loaded(hostile_report):
+def test_every_text_is_escaped_and_nothing_external_is_loaded(hostile_report):
     text = (hostile_report / "report.html").read_text()
     assert "document.title" in text, "the hostile text must be there for this test to mean anything"
     page = Page(text)
@@ -490,7 +486,7 @@ def test_an_adapter_of_another_model_is_refused(small, adapter, tmp_path, vlmdpo
     assert "does not fit the model" in said
 
 
-def test_ask_knows_whether_an_adapter_touches_the_picture(adapter, tiny_model_parts):
+def test_an_adapter_on_the_vision_tower_is_noticed(adapter, tiny_model_parts):
     from vlmdpo.models.load import load_adapter, load_model
 
     assert not runner.adapts_vision(tiny_model_parts[0])

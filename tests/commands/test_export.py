@@ -1,6 +1,4 @@
-"""Export: what is merged answers as base and adapter, cards tell what was done, and uploads happen
-only when asked.
-"""
+"""Export: a merged model gives the same answers, cards are complete, uploads need a request."""
 
 import json
 import shutil
@@ -78,7 +76,7 @@ def test_a_merged_model_answers_as_base_and_adapter(adapter, vlmdpo):
     )
 
 
-def test_a_merge_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, vlmdpo, monkeypatch):
+def test_a_wrong_merge_is_noticed_and_leaves_nothing(adapter, vlmdpo, monkeypatch):
     from peft import LoraModel
 
     merge = LoraModel.merge_and_unload
@@ -96,7 +94,7 @@ def test_a_merge_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, vlmdpo, 
     assert not list(Path().glob(".run-merged*"))
 
 
-def test_the_card_tells_data_settings_versions_and_amber(adapter, vlmdpo):
+def test_the_card_has_data_settings_versions_and_amber(adapter, vlmdpo):
     card = (adapter / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "peft"

@@ -1,6 +1,4 @@
-"""infer: one answer, files of questions, batches that do not matter, and resuming without asking
-twice.
-"""
+"""infer: one answer, files of questions, batches, and resuming."""
 
 import json
 
@@ -33,14 +31,14 @@ def question_file(tmp_path):
     return path
 
 
-def test_bare_describes_an_embedded_scene(vlmdpo):
+def test_without_options_it_describes_an_embedded_scene(vlmdpo):
     code, out, err = vlmdpo("infer")
     assert code == 0
     assert out.strip()
     assert "SCENE_1.png of the embedded set" in err
 
 
-def test_one_picture_one_question(tmp_path, vlmdpo):
+def test_one_image_one_question(tmp_path, vlmdpo):
     evaluation.draw_image("SCENE_3.png").save(tmp_path / "my picture.png")
     code, out, _ = vlmdpo(
         "infer",
@@ -130,7 +128,7 @@ def test_bad_question_files(line, says, tmp_path, vlmdpo):
     assert says in err
 
 
-def test_bad_pictures_and_adapters(tmp_path, vlmdpo):
+def test_bad_images_and_adapters(tmp_path, vlmdpo):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (300, 300)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])

@@ -1,6 +1,4 @@
-"""prepare, from the command line: the embedded pairs, files of all kinds, reuse, splits, lengths,
-and what it refuses.
-"""
+"""prepare on the command line: embedded pairs, files, reuse, splits, lengths, refusals."""
 
 import json
 import re
@@ -10,14 +8,14 @@ from pathlib import Path
 import pytest
 from datasets import Image, List, load_from_disk
 
-from tests.support.pictures import encoded, noise
+from tests.support.images import encoded, noise
 from vlmdpo.data import store
 
 pytestmark = pytest.mark.slow
 
 
 def _rows(folder, rows):
-    """A JSONL of RLAIF-V's columns beside one picture."""
+    """A JSONL with RLAIF-V's columns beside one image."""
     folder.mkdir(exist_ok=True)
     (folder / "x.png").write_bytes(encoded((300, 200)))
     path = folder / "rows.jsonl"
@@ -30,7 +28,7 @@ def _questions(folder):
     return [row["prompt"][-1]["content"][-1]["text"] for row in load_from_disk(str(folder))]
 
 
-def test_bare_prepares_the_scenes_and_reuses_them(vlmdpo):
+def test_without_options_it_prepares_the_scenes_and_reuses_them(vlmdpo):
     code, out, err = vlmdpo("prepare", "--json")
     assert code == 0
     first = json.loads(out)
@@ -92,7 +90,7 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path, vlmdpo):
 
 
 def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
-    """Rows of several turns and pictures, and of none, reach the collator as they were written."""
+    """Rows of several turns and images, and of none, reach the collator unchanged."""
     from vlmdpo.engine.collate import PairCollator
     from vlmdpo.engine.stock_collator import StockCollator
     from vlmdpo.models.load import load_processor
@@ -198,7 +196,7 @@ def test_another_format_is_mapped(tmp_path, vlmdpo):
     assert json.loads(out)["rows_out"] == 1
 
 
-def test_a_test_split_shares_no_picture(tmp_path, vlmdpo):
+def test_a_test_split_shares_no_image(tmp_path, vlmdpo):
     folder = tmp_path / "d"
     folder.mkdir()
     for i in range(12):
@@ -254,7 +252,7 @@ def test_shuffling_keeps_every_row_and_repeats_itself(tmp_path, vlmdpo, monkeypa
     ]
 
 
-def test_long_rows_are_dropped_or_trimmed_and_pictures_never(tmp_path, vlmdpo):
+def test_long_rows_are_dropped_or_trimmed_but_images_never(tmp_path, vlmdpo):
     long = "A red circle is on the left. " * 3 + "Beside it there is a very blue square. " * 4
     rows = [{}, {"question": "long?", "chosen": long}, {"question": "What is it? " * 30}]
     base = [
@@ -335,7 +333,7 @@ def test_a_template_that_refuses_a_row_is_named(tmp_path, vlmdpo):
     }
 
 
-def test_the_report_page_escapes_what_data_says(tmp_path, vlmdpo):
+def test_the_report_page_escapes_texts_of_the_data(tmp_path, vlmdpo):
     hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     rows = [
         {"question": hostile},
@@ -352,7 +350,7 @@ def test_the_report_page_escapes_what_data_says(tmp_path, vlmdpo):
     assert "missing_image" in page
 
 
-def test_the_picture_is_drawn_where_a_terminal_can(tmp_path, vlmdpo, monkeypatch):
+def test_the_image_is_drawn_if_the_terminal_can(tmp_path, vlmdpo, monkeypatch):
     from rich.console import Console
 
     from vlmdpo import ui
@@ -441,7 +439,7 @@ def test_refusals(arguments, code, says, tmp_path, vlmdpo):
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
 
 
-def test_no_usable_row_is_an_error(tmp_path, vlmdpo):
+def test_data_without_a_usable_row_is_an_error(tmp_path, vlmdpo):
     code, _, err = vlmdpo(
         "prepare", "--dataset", _rows(tmp_path / "d", [{"chosen": ""}, {"image": "gone.png"}])
     )
@@ -452,7 +450,7 @@ def test_no_usable_row_is_an_error(tmp_path, vlmdpo):
     )
 
 
-def test_the_report_can_be_left_out_and_had_later(vlmdpo):
+def test_the_report_can_be_left_out_and_made_later(vlmdpo):
     assert vlmdpo("prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "a")[0] == 0
     code, out, _ = vlmdpo(
         "prepare", "--limit", "20", "--test-size", "0.2", "--output-dir", "b", "--no-report"

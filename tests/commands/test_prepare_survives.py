@@ -1,6 +1,4 @@
-"""prepare when things go wrong: killed, interrupted, out of space, a dead worker, two at once. All
-with real processes.
-"""
+"""prepare in real processes if things go wrong: kills, interrupts, full disks, two at once."""
 
 import contextlib
 import json
@@ -19,8 +17,8 @@ import pytest
 
 import vlmdpo as package
 from tests.conftest import unfolded
+from tests.support.images import noise
 from tests.support.killing import contents
-from tests.support.pictures import noise
 from vlmdpo.data import store
 
 pytestmark = pytest.mark.slow
@@ -101,9 +99,7 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path, vlmdpo, monkeypa
 
 
 def _at_work(running, others):
-    """The processes that write units, once the first does (`others` False) or another does beside
-    it.
-    """
+    """The processes that write units, once the first one (or with `others` another) does."""
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end and running.poll() is None:
         writing = {int(path.suffix[1:]) for path in Path(".").glob(".out.partial/units/*.arrow.*")}
@@ -115,7 +111,7 @@ def _at_work(running, others):
 
 @contextlib.contextmanager
 def _busy(place, others=True):
-    """A call with two processes at work for some seconds, and those beside the first."""
+    """A run whose two processes work for some seconds, and its other processes."""
     data = _data(place / "d", 900, size=(3000, 2000))
     running = subprocess.Popen(
         _command("--dataset", data, "--num-proc", 2),
@@ -130,7 +126,7 @@ def _busy(place, others=True):
         running.communicate()
 
 
-def test_a_killed_parent_takes_its_processes_along_and_the_work_goes_on(tmp_path, vlmdpo):
+def test_workers_of_a_killed_parent_end_and_the_next_run_continues(tmp_path, vlmdpo):
     with _busy(tmp_path) as (data, running, workers):
         assert len(workers) == 1
         running.kill()
@@ -143,7 +139,7 @@ def test_a_killed_parent_takes_its_processes_along_and_the_work_goes_on(tmp_path
     assert store.read_manifest(Path("out"))["rows_out"] == 898
 
 
-def test_a_dead_process_is_an_error_and_no_hang(tmp_path):
+def test_a_dead_process_is_an_error_not_a_hang(tmp_path):
     with _busy(tmp_path) as (_, running, workers):
         workers[0].kill()
         _, err = running.communicate(timeout=_PATIENCE_S)
@@ -156,7 +152,7 @@ def test_a_dead_process_is_an_error_and_no_hang(tmp_path):
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["while_others_load", "while_others_work"])
-def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path, others):
+def test_ctrl_c_stops_at_once_and_keeps_finished_work(tmp_path, others):
     with _busy(tmp_path, others) as (_, running, _workers):
         children = psutil.Process(running.pid).children(recursive=True)
         # A terminal tells the whole group.
@@ -170,7 +166,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path, others):
     assert Path(".out.partial").is_dir()
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdpo):
+def test_a_full_disk_is_reported_and_leaves_nothing_that_looks_complete(tmp_path, vlmdpo):
     data = _data(tmp_path / "d", 60)
 
     def little_room():
@@ -192,7 +188,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(tmp_path, vlmdp
     assert store.read_manifest(Path("out"))["rows_out"] == 58
 
 
-def test_of_two_at_once_one_waits_and_finds_it_prepared(tmp_path):
+def test_the_second_of_two_runs_waits_and_finds_the_data_prepared(tmp_path):
     data = _data(tmp_path / "d", 20)
     with store.locked(Path("out")):
         running = subprocess.Popen(
@@ -209,7 +205,7 @@ def test_of_two_at_once_one_waits_and_finds_it_prepared(tmp_path):
     assert store.read_manifest(Path("out"))["rows_out"] == 18
 
 
-def test_another_data_set_is_not_mixed_with_what_an_earlier_call_left(tmp_path, vlmdpo):
+def test_another_dataset_is_not_mixed_with_leftovers_of_an_earlier_run(tmp_path, vlmdpo):
     data = _data(tmp_path / "d", 20)
     Path(".out.partial/units").mkdir(parents=True)
     Path(".out.partial/key").write_text("another")

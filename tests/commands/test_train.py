@@ -1,4 +1,4 @@
-"""train: what a run leaves behind, what it refuses, and that Ctrl-C loses nothing."""
+"""train: what a run writes, what it refuses, and that Ctrl-C loses nothing."""
 
 import json
 import os
@@ -270,7 +270,7 @@ def test_stock_and_shared_log_the_same(few_pairs, tmp_path, vlmdpo):
 @pytest.mark.parametrize(
     ("scope", "parts"), [("language", {"text_model"}), ("connector", {"text_model", "connector"})]
 )
-def test_lora_scope_is_where_the_adapter_is(scope, parts, few_pairs, tmp_path, vlmdpo):
+def test_lora_scope_places_the_adapter(scope, parts, few_pairs, tmp_path, vlmdpo):
     out = tmp_path / "out"
     more = ["--max-steps", "1", "--lora-scope", scope, "--output-dir", out, "--json"]
     code, _, err = vlmdpo("train", "--dataset", few_pairs, *more)

@@ -1,6 +1,4 @@
-"""--dry-run: every recipe of examples/ resolves offline, with steps and a verdict on memory;
-nothing is written.
-"""
+"""--dry-run: every recipe in examples/ resolves offline, with steps and a verdict on memory."""
 
 import json
 from pathlib import Path
@@ -52,7 +50,7 @@ def test_the_screen_shows_the_plan(vlmdpo):
     assert "--gpu h100 gives a verdict" in out
 
 
-def test_data_that_is_here_is_counted(vlmdpo):
+def test_local_data_is_counted(vlmdpo):
     assert vlmdpo("prepare", "--limit", "40", "--output-dir", "data")[0] == 0
     assert (_plan(vlmdpo, "--dataset", "data")["rows"], _plan(vlmdpo)["rows"]) == (40, 2400)
     Path("rows.jsonl").write_text('{"question": "q", "chosen": "a", "rejected": "b"}\n' * 7)

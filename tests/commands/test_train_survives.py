@@ -43,9 +43,7 @@ def data(vlmdpo):
 
 
 def rounds(kind, number, *settings):
-    """Runs disturbed at random points by a signal, each resumed: how each ended, and whether the
-    resumed one was the same.
-    """
+    """Runs interrupted at random points and resumed: how each ended, and if it is the same."""
     done = subprocess.run(
         [
             sys.executable,
@@ -88,9 +86,7 @@ def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter
 
 
 def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):
-    """Most signals arrive while gradients accumulate: random numbers of that part must be drawn
-    again.
-    """
+    """Most signals arrive during accumulation, whose random numbers must be drawn again."""
     settings = [
         "--gradient-accumulation-steps",
         "8",
@@ -169,7 +165,7 @@ def test_a_signal_in_the_middle_of_a_line_stops_the_run_and_is_reported(monkeypa
     assert capfd.readouterr().err == "warning: SIGTERM: saving a checkpoint\n"
 
 
-def test_a_full_disk_leaves_the_last_whole_checkpoint(data, vlmdpo):
+def test_a_full_disk_leaves_the_last_complete_checkpoint(data, vlmdpo):
     assert (
         vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "1", "--save-steps", "2")[0]
         == 0
@@ -266,7 +262,7 @@ def test_a_learning_rate_that_breaks_the_weights_is_an_error(data, vlmdpo):
     )
 
 
-def test_a_dead_data_worker_is_an_error_and_no_hang(data, vlmdpo, monkeypatch):
+def test_a_dead_data_worker_is_an_error_not_a_hang(data, vlmdpo, monkeypatch):
     from torch.utils.data import get_worker_info
 
     plain = PairCollator.__call__
@@ -282,7 +278,7 @@ def test_a_dead_data_worker_is_an_error_and_no_hang(data, vlmdpo, monkeypatch):
     assert "one of --dataloader-num-workers 1 died at step 1" in err.splitlines()[-1]
 
 
-def test_resume_with_other_settings_is_warned_of_and_an_ended_run_takes_no_step(data, vlmdpo):
+def test_resuming_with_other_settings_warns_and_a_finished_run_takes_no_step(data, vlmdpo):
     code, _, err = vlmdpo("train", *_FEW, "--output-dir", "out", "--max-steps", "2", "--resume")
     assert code == 0, err
     assert "no checkpoint in 'out' yet: starting from the beginning" in err

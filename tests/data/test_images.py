@@ -1,4 +1,4 @@
-"""Pictures: what passes untouched, what is put right and by what name, and what is refused."""
+"""Images: which keep their bytes, which are corrected and noted, and which are refused."""
 
 import base64
 import io
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.pictures import encoded, noise, opened
+from tests.support.images import encoded, noise, opened
 from vlmdpo.data import images
 
 
@@ -15,7 +15,7 @@ from vlmdpo.data import images
     ("kind", "mode"),
     [("PNG", "RGB"), ("PNG", "L"), ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")],
 )
-def test_fitting_pictures_pass_untouched_and_undecoded(kind, mode, monkeypatch):
+def test_images_that_fit_keep_their_bytes_and_are_not_decoded(kind, mode, monkeypatch):
     data = encoded(kind=kind, mode=mode)
     monkeypatch.setattr(images, "_load", lambda picture: pytest.fail("decoded"))
     for side in (40, None):
@@ -24,7 +24,7 @@ def test_fitting_pictures_pass_untouched_and_undecoded(kind, mode, monkeypatch):
         assert (made.size, made.changes) == ((40, 30), ())
 
 
-def test_large_pictures_are_bounded_and_keep_their_shape():
+def test_large_images_are_reduced_and_keep_their_aspect_ratio():
     for size, side, wanted in (
         ((200, 100), 50, (50, 25)),
         ((101, 3), 10, (10, 1)),
@@ -41,7 +41,7 @@ def test_large_pictures_are_bounded_and_keep_their_shape():
         assert made.changes == ("resized",)
 
 
-def test_reduced_pictures_look_as_pillow_reduces_them():
+def test_reduced_images_look_like_pillows():
     for size in ((640, 480), (1300, 900), (2000, 2500)):  # decoded whole, at a half, at a quarter
         data = noise(size, quality=95)
         made = opened(images.bounded(data, 490).data)
@@ -68,7 +68,7 @@ def test_reduced_pictures_look_as_pillow_reduces_them():
         ("RGB", "TIFF", ("tiff_to_png",)),
     ],
 )
-def test_other_kinds_become_plain_ones_by_name(mode, kind, changes):
+def test_other_modes_are_converted_and_named(mode, kind, changes):
     for side, more in ((None, ()), (20, ("resized",))):
         made = images.bounded(encoded(mode=mode, kind=kind), side)
         picture = opened(made.data)
@@ -102,7 +102,7 @@ def test_exif_rotation_is_applied_once(kind):
         assert turned.getexif().get(0x0112) is None
 
 
-def test_of_several_frames_the_first_is_taken_and_said():
+def test_the_first_of_several_frames_is_used_and_noted():
     red = Image.new("RGB", (9, 9), "red")
     for kind, name in (
         ("GIF", "animated_first_frame"),
@@ -119,7 +119,7 @@ def test_of_several_frames_the_first_is_taken_and_said():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pictures_cut_at_any_point_are_refused(kind):
+def test_images_truncated_at_any_point_are_refused(kind):
     data = noise((120, 90), kind=kind)
     for stop in range(1, len(data), len(data) // 40):
         with pytest.raises(images.BadImage) as caught:
@@ -138,7 +138,7 @@ def test_a_damaged_png_is_refused_and_a_jpeg_with_trailing_bytes_is_not():
         assert images.bounded(whole + tail, None).data == whole + tail
 
 
-def test_no_picture_has_a_reason():
+def test_bytes_that_are_not_an_image_have_a_reason():
     for data in (b"no picture at all", b""):
         with pytest.raises(images.BadImage) as caught:
             images.bounded(data, 64)
@@ -152,7 +152,7 @@ def test_bombs_are_refused_before_decoding(monkeypatch):
     assert caught.value.reason == "oversized_image"
 
 
-def test_a_bomb_beyond_what_pillow_opens_is_named_so(monkeypatch):
+def test_a_bomb_that_pillow_refuses_has_the_same_reason(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(images.BadImage) as caught:
         images.bounded(encoded(), 64)

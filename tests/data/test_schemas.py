@@ -1,12 +1,10 @@
-"""Formats of preference data: each recognised by its columns and turned into the same pair; bad
-rows by name.
-"""
+"""Formats of preference data: recognized by columns, and turned into the same pair; bad rows."""
 
 import json
 
 import pytest
 
-from tests.support.pictures import encoded, sent
+from tests.support.images import encoded, sent
 from vlmdpo.data import schemas
 from vlmdpo.data.pairs import BadRow, UncheckedPair, check, text_of
 from vlmdpo.errors import DataError
@@ -96,7 +94,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_every_format_is_recognised_and_gives_the_same_pair(name, tmp_path):
+def test_every_format_is_recognized_and_gives_the_same_pair(name, tmp_path):
     row = ROWS[name]
     schema = schemas.detect(row, row, "here")
     assert schema.name == name
@@ -141,7 +139,7 @@ def test_a_vlfeedback_list_of_completions_and_its_ties():
         assert caught.value.reason == reason
 
 
-def test_unknown_columns_are_named_with_the_way_out():
+def test_unknown_columns_are_named_with_the_remedy():
     with pytest.raises(
         DataError, match=r"no known preference format in columns photo, ask; .*--map image=photo"
     ):
@@ -230,7 +228,7 @@ def test_bad_rows_have_a_reason(changes, reason, tmp_path):
     assert caught.value.reason == reason
 
 
-def test_several_turns_and_pictures_keep_their_places(tmp_path):
+def test_several_turns_and_images_keep_their_places(tmp_path):
     second = encoded((5, 5))
     pair = check(
         _draft(images=[PICTURE, {"bytes": second}], prompt=TWO_TURNS, system="Be brief."), tmp_path
@@ -247,13 +245,13 @@ def test_several_turns_and_pictures_keep_their_places(tmp_path):
     assert text_of(front.prompt[0]) == "<image>\n<image>\nWhat?"
 
 
-def test_rows_without_a_picture_are_taken_and_noted(tmp_path):
+def test_rows_without_an_image_are_accepted_and_noted(tmp_path):
     for nothing in (None, [], {"bytes": None, "path": None}):
         pair = check(_draft(images=nothing), tmp_path)
         assert (pair.images, pair.notes) == ((), ("no_image",))
 
 
-def test_keys_tell_copies_and_swapped_copies(tmp_path):
+def test_keys_identify_duplicates_and_swapped_copies(tmp_path):
     key, swapped, pictures = check(_draft(), tmp_path).keys()
     again = check(_draft(chosen="bad", rejected="good"), tmp_path).keys()
     assert again == (swapped, key, pictures)

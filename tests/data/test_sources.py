@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 
-from tests.support.pictures import encoded, sent
+from tests.support.images import encoded, sent
 from vlmdpo.data import hub, schemas, sources
 from vlmdpo.data.pairs import check, text_of
 from vlmdpo.data.sources import Streamed, Unit, bounds
@@ -114,7 +114,7 @@ def _numbers(units):
     return [(unit.number, unit.first, unit.last) for unit in units]
 
 
-def test_units_are_the_same_at_every_call_and_cut_by_rows_or_bytes(monkeypatch):
+def test_units_are_the_same_in_every_run_and_limited_by_rows_or_bytes(monkeypatch):
     monkeypatch.setattr(sources, "UNIT_ROWS", 4)
     monkeypatch.setattr(sources, "_UNIT_BYTES", 100)
     source = Streamed(
@@ -198,7 +198,7 @@ def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):
         hub.open_source(str(tmp_path / "empty"), "train")
 
 
-def test_saved_lists_of_pictures_are_read_as_stored_and_leave_nothing_behind(tmp_path):
+def test_saved_lists_of_images_are_read_as_stored_and_leave_nothing_behind(tmp_path):
     features = Features(
         {"images": List(ImageFeature()), "prompt": Value("string"), "n": Value("int32")}
     )
@@ -226,7 +226,7 @@ def test_bad_splits(split, says):
         bounds(source, split, None)
 
 
-def test_a_stream_of_unknown_length_takes_a_limit_and_no_slice():
+def test_a_stream_of_unknown_length_accepts_a_limit_but_not_a_slice():
     source = Streamed(
         name="s",
         fingerprint="f",
@@ -241,7 +241,7 @@ def test_a_stream_of_unknown_length_takes_a_limit_and_no_slice():
     assert list(source.units(0, 3)) == [Unit(0, 0, 3, [{"n": 0}, {"n": 1}, {"n": 2}])]
 
 
-def test_the_hub_is_streamed_with_stored_pictures(monkeypatch):
+def test_the_hub_is_streamed_with_stored_images(monkeypatch):
     """What `load_dataset(streaming=True)` returns, made here: nothing is downloaded in tests."""
     import datasets
     import huggingface_hub

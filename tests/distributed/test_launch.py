@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import vlmdpo as package
 from tests.conftest import unfolded
-from tests.support.pictures import noise
+from tests.support.images import noise
 from tests.support.ranks import FSDP2, PATIENCE_S, run_groups
 from vlmdpo.config import InferConfig, TrainConfig
 from vlmdpo.distributed import launch
@@ -42,9 +42,7 @@ _ONE_CURVE = [
 
 
 def spec(name, processes, batch, accumulation, *more, data="data", env=None, again=False):
-    """A training run of 8 pairs a step, on CPU; `again` without what came after its first
-    checkpoint.
-    """
+    """A training run of 8 pairs per step on CPU; `again` starts from its first checkpoint."""
     arguments = [
         "train",
         "--dataset",
@@ -289,7 +287,7 @@ def test_the_launcher_on_two_machines_gives_one_report(data):
 
 
 def _training(name, process):
-    """Wait until steps are logged; returns the processes that train, not their parent."""
+    """Wait until steps are logged; return the processes that train, without their parent."""
     metrics = Path(name) / "metrics.jsonl"
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and process.poll() is None:

@@ -1,6 +1,4 @@
-"""Shared asking: on every family the answers of one-by-one greedy `generate`, whatever the picture,
-adapter or batch.
-"""
+"""Shared decoding gives the answers of one-by-one greedy `generate`, for every family."""
 
 import numpy as np
 import pytest
@@ -79,7 +77,7 @@ def test_answers_are_those_of_one_by_one_generate(family):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "paligemma"])
-def test_a_picture_is_encoded_once_for_all_its_questions(family):
+def test_an_image_is_encoded_once_for_all_its_questions(family):
     model, processor = made(family)
     towers = [
         module
@@ -100,7 +98,7 @@ def test_a_picture_is_encoded_once_for_all_its_questions(family):
 
 @pytest.mark.parametrize("where", ["language", "everywhere"])
 @pytest.mark.parametrize("family", ["idefics2", "qwen2_vl", "gemma3"])
-def test_base_and_adapter_never_serve_each_other(family, where):
+def test_base_and_adapter_share_no_keys_and_values(family, where):
     target = (
         r".*(language_model|text_model).*(q_proj|v_proj|down_proj)"
         if where == "language"
@@ -130,7 +128,7 @@ def test_a_sliding_window_shorter_than_the_prompt():
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
-def test_a_decided_answer_is_cut_short_and_others_go_on(family):
+def test_a_settled_answer_ends_early_and_others_continue(family):
     model, processor = made(family)
     whole = one_by_one(model, processor, picture(0), QUESTIONS, 8)
     first = whole[0][:2]
@@ -153,7 +151,7 @@ def test_a_repetition_penalty_is_kept():
         assert opened.answer(QUESTIONS, 10) == expected
 
 
-def test_settings_that_change_greedy_answers_are_left_to_generate():
+def test_settings_that_change_greedy_answers_use_generate():
     model, processor = made("llava")
     model.generation_config.no_repeat_ngram_size = 2
     expected = one_by_one(model, processor, picture(0), QUESTIONS, 10)

@@ -1,6 +1,4 @@
-"""Frozen vision parts: once a batch, without gradient, and from disk where asked; the loss stays
-the same.
-"""
+"""Frozen vision towers run once per batch, without gradient, or are read from disk."""
 
 import json
 
@@ -44,7 +42,7 @@ def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
         assert_same(wanted, found)
 
 
-def test_a_damaged_file_is_reported_and_made_anew(tmp_path, capfd):
+def test_a_damaged_file_is_reported_and_rebuilt(tmp_path, capfd):
     rows = pairs(2)
     cache = FeatureCache(tmp_path, "k")
     made = trainer("llava", "shared", rows, tmp_path, lora=LANGUAGE)
@@ -77,7 +75,7 @@ def test_with_a_trained_connector_the_frozen_tower_still_runs_once(family, tmp_p
     assert len(runs) == 1
 
 
-def test_no_gradient_goes_back_to_the_pixels(tmp_path):
+def test_no_gradient_reaches_the_pixels(tmp_path):
     rows = pairs(2)
     names = r".*(merger.mlp.0|language_model.*q_proj)"
     asked = {}
@@ -132,7 +130,7 @@ def test_the_command_states_the_size_and_reuses_the_features(tmp_path, vlmdpo):
     assert "--lora-scope language" in err
 
 
-def test_a_full_disk_is_said_before_training(tmp_path, vlmdpo, monkeypatch):
+def test_a_full_disk_is_reported_before_training(tmp_path, vlmdpo, monkeypatch):
     import shutil
 
     from vlmdpo.commands import prepare

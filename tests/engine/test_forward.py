@@ -1,6 +1,4 @@
-"""The pair engine: the same loss, metrics and gradients as stock TRL on every family, and each
-mistake noticed.
-"""
+"""The pair engine: loss, metrics and gradients of stock TRL on every family."""
 
 import pytest
 import torch
@@ -19,9 +17,7 @@ ALL = sorted(set(random_models.FAMILIES) - set(random_models.RECURRENT))
 
 
 def stock_step(family, rows, folder, **more):
-    """One step of stock TRL; for PaliGemma, where TRL's collator fails, of the repaired two-row
-    batch.
-    """
+    """One step of stock TRL; for PaliGemma, on which TRL's collator fails, on corrected rows."""
     made = trainer(family, "stock", rows, folder, **more)
     if not family.startswith("paligemma"):
         return step(made)
@@ -32,7 +28,7 @@ def stock_step(family, rows, folder, **more):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("family", ALL)
-def test_shared_is_stock(family, checkpointing, tmp_path):
+def test_the_shared_engine_equals_stock_trl(family, checkpointing, tmp_path):
     rows = pairs(1 if family.startswith("paligemma") else 3)
     expected = stock_step(family, rows, tmp_path, gradient_checkpointing=checkpointing)
     assert_same(
@@ -42,7 +38,7 @@ def test_shared_is_stock(family, checkpointing, tmp_path):
 
 
 @pytest.mark.parametrize("family", [*ALL, *random_models.RECURRENT])
-def test_rows_with_images_once_are_stock(family, tmp_path):
+def test_the_rows_engine_equals_stock_trl(family, tmp_path):
     rows = pairs(1 if family.startswith("paligemma") else 3, seed=1)
     assert_same(stock_step(family, rows, tmp_path), step(trainer(family, "rows", rows, tmp_path)))
 
@@ -58,7 +54,7 @@ def test_any_number_of_images(family, images, tmp_path):
 
 
 @pytest.mark.parametrize("family", random_models.RECURRENT)
-def test_recurrent_layers_cannot_share_and_say_so(family):
+def test_recurrent_layers_cannot_share_and_give_the_reason(family):
     model, _ = random_models.make(family)
     with pytest.raises(CannotShare, match="linear_attention carry state"):
         check_pairs_shareable(model)
@@ -115,7 +111,7 @@ def test_trl_options_that_look_at_tokens(more, tmp_path):
     )
 
 
-def test_one_batch_of_eight_is_eight_of_one(tmp_path):
+def test_one_batch_of_eight_equals_eight_of_one(tmp_path):
     rows = pairs(8, seed=8)
     whole = step(trainer("idefics2", "shared", rows, tmp_path))
     made = trainer("idefics2", "shared", rows, tmp_path)
@@ -129,7 +125,7 @@ def test_one_batch_of_eight_is_eight_of_one(tmp_path):
         )
 
 
-def test_a_frozen_vision_tower_runs_once_a_batch_and_without_gradient(tmp_path):
+def test_a_frozen_vision_tower_runs_once_per_batch_without_gradient(tmp_path):
     rows = pairs(2, seed=9)
     language = r".*(language_model|text_model).*(q_proj|v_proj|down_proj)"
     expected = step(trainer("llava", "stock", rows, tmp_path, lora=language))

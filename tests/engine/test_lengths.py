@@ -1,6 +1,4 @@
-"""Token counts: for every family what the collator makes, though pictures are seldom processed for
-it.
-"""
+"""Token counts equal the collator's for every family, while few images are processed."""
 
 import dataclasses
 import io
@@ -8,7 +6,7 @@ import io
 import pytest
 from PIL import Image
 
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import BadRow, PreferencePair, message
 from vlmdpo.engine import lengths
@@ -47,7 +45,7 @@ def _made(processor, pair):
 
 
 @pytest.mark.parametrize("family", list(random_models.FAMILIES))
-def test_counts_are_what_the_collator_makes(family):
+def test_counts_equal_the_collators(family):
     counter = lengths.TokenCounter(_processor(family))
     for sizes in [(size,) for size in SIZES]:
         pair, pictures = _pair(*sizes)
@@ -65,10 +63,8 @@ def test_counts_are_what_the_collator_makes(family):
 @pytest.mark.parametrize(
     "family", ["idefics2", "idefics3", "llava", "llava_next", "gemma3", "qwen2_5_vl"]
 )
-def test_places_of_pictures_are_told_apart(family):
-    """Neighbours share a mark in Idefics2, and a word behind a picture gets a space: the same
-    sizes, other counts.
-    """
+def test_counts_depend_on_the_neighbors_of_an_image(family):
+    """The same sizes may count differently."""
     counter = lengths.TokenCounter(_processor(family))
     place = message("user", "", 1)["content"][0]
     texts = [{"type": "text", "text": text} for text in ("One?", " two?", "\n")]
@@ -85,7 +81,7 @@ def test_places_of_pictures_are_told_apart(family):
             assert counter.count(pair, pictures).prompt == _made(counter.processor, pair)[0], order
 
 
-def test_a_processor_that_tells_wrong_sizes_is_not_believed(monkeypatch):
+def test_wrong_sizes_from_a_processor_are_not_used(monkeypatch):
     monkeypatch.setattr(lengths, "estimated_image_tokens", lambda processor, sizes: 7)
     counter = lengths.TokenCounter(_processor("qwen2_vl"))
     for size in SIZES:
@@ -94,7 +90,7 @@ def test_a_processor_that_tells_wrong_sizes_is_not_believed(monkeypatch):
     assert not counter._trusts_estimates
 
 
-def test_a_row_without_pictures_and_one_that_the_processor_refuses():
+def test_a_row_without_images_and_one_that_the_processor_refuses():
     counter = lengths.TokenCounter(_processor("qwen2_vl"))
     pair, _ = _pair()
     assert counter.count(pair, []).images == 0

@@ -1,6 +1,4 @@
-"""Reference log-probs on disk: found again by whoever may use them, never used where anything
-differs.
-"""
+"""Reference log-probs on disk: found again if they match, and never used if anything differs."""
 
 import json
 
@@ -68,7 +66,7 @@ def test_a_damaged_or_foreign_file_is_reported_and_not_used(damage, tmp_path, ca
     assert ReferenceCache(tmp_path, again.key, rows).num_known == rows
 
 
-def test_numbers_that_are_none_are_refused(tmp_path):
+def test_non_finite_values_are_refused(tmp_path):
     cache = ReferenceCache(tmp_path, "k", 1)
     with pytest.raises(FloatingPointError):
         cache.put(torch.tensor([0]), torch.tensor([float("nan")]), torch.tensor([-1.0]))
@@ -160,7 +158,7 @@ def test_lora_and_full_fine_tuning_start_from_the_same_reference(few, tmp_path, 
     assert "24 of 24 rows found" in said
 
 
-def test_a_damaged_cache_is_made_anew_by_the_next_run(few, tmp_path, vlmdpo):
+def test_a_damaged_cache_is_rebuilt_by_the_next_run(few, tmp_path, vlmdpo):
     train(vlmdpo, few, tmp_path / "a", "--num-train-epochs", "1")
     [path] = (few / "reference-logprobs").glob("*.arrow")
     before = pa.ipc.open_file(path).read_all()

@@ -326,7 +326,7 @@ def test_a_folder_with_a_configuration_is_enough_to_count(tmp_path, vlmdpo):
     assert "error: --model" in err
 
 
-def test_what_to_switch_on_first_is_a_command(vlmdpo):
+def test_the_first_saving_that_fits_is_shown_as_a_command(vlmdpo):
     small = [
         "--model",
         "smolvlm-256m",

@@ -1,6 +1,4 @@
-"""Shared by the engine's tests: small random pairs and one step of each engine on them, on tiny
-models.
-"""
+"""Shared by the engine's tests: random pairs and one step of each engine, on tiny models."""
 
 import numpy as np
 import pytest
@@ -18,9 +16,7 @@ from vlmdpo.training.trainer import PairTrainer
 
 
 def pairs(count, *, images=(1,), seed=0, answer=14):
-    """`count` rows of random pixels and letters; row i has images[i % len(images)] pictures.
-    Lengths differ.
-    """
+    """`count` rows of random pixels and letters; row i has `images[i % len(images)]` images."""
     rng = np.random.default_rng(seed)
 
     def text(longest):
@@ -58,9 +54,7 @@ def trainer(
     mdpo_rows=0,
     **settings,
 ):
-    """A PairTrainer on a tiny model of `family`, its adapter moved off zero so that policy and
-    reference differ.
-    """
+    """A PairTrainer on a tiny model whose adapter is not zero: policy and reference differ."""
     model, processor = random_models.make(family, **(build or {}))
     processor.chat_template = processor.chat_template or fallback_chat_template(processor)
     if bf16:
@@ -115,10 +109,10 @@ def step(made, rows=None, batch=None):
 
 
 def assert_same(expected, found, tolerance=1e-5):
-    """Loss, every metric and every gradient agree to `tolerance`, relative to what each is made of.
+    """Loss, every metric and every gradient agree to `tolerance`, relative to float32's resolution.
 
-    Metrics that are small differences of log-probs are held against the log-probs' size, gradients
-    against the largest one of their kind: what float32 can resolve.
+    Metrics that are small differences of log-probs are compared relative to the log-probs,
+    gradients relative to the largest one of their kind.
     """
     loss, metrics, gradients = expected
     assert found[0] == pytest.approx(loss, rel=tolerance)

@@ -1,5 +1,4 @@
-"""Run a command again and again from one process that has its libraries imported, killing some of
-the runs.
+"""Run a command repeatedly from one process with imported libraries, killing some of the runs.
 
     python -m tests.support.killing prepare|train KILL|TERM SEED ROUNDS ARGUMENTS...
 
@@ -40,9 +39,7 @@ def contents(folder):
 
 
 def trained(folder):
-    """What a training run must leave the same: adapter, losses, samples, steps, and the last
-    checkpoint's optimizer.
-    """
+    """What must be the same after a run: adapter, losses, samples, steps, and optimizer state."""
     adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
@@ -59,7 +56,7 @@ def trained(folder):
 
 
 def start(command, arguments):
-    """Fork a process that runs the command and ends with its exit code; returns its number."""
+    """Fork a process that runs the command and exits with its code; return its pid."""
     child = os.fork()
     if child == 0:
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -74,11 +71,11 @@ def finish(child):
 def main(command, kind, seed, rounds, *arguments):
     assert all(
         (matplotlib.pyplot, lengths, preview, doctor, reference_cache, trainer)
-    )  # the forked ones need not
+    )  # imported before the fork
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     lengths.load_token_counter("tiny", None, False)
     sources.UNIT_ROWS = UNIT_ROWS
-    gc.freeze()  # the forked ones need not look through the libraries again and again
+    gc.freeze()  # so that forked processes do not scan the libraries
     look = contents if command == "prepare" else trained
     chance = random.Random(int(seed))
     began = time.monotonic()

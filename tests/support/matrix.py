@@ -1,9 +1,9 @@
-"""Every family through every command, on a small model of random weights with a real processor: the
-table in docs/models.md.
+"""The table in docs/models.md: every family through every command.
 
     python -m tests.support.matrix --write    # after a change that changes the table
 
-`tests/test_matrix.py` holds the table against what happens, row by row.
+Each family is a small model with random weights and a real processor. `tests/test_matrix.py`
+compares the table with what happens, row by row.
 """
 
 import argparse
@@ -55,9 +55,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table: the name people know, a checkpoint, and the small family that stands for
-    it.
-    """
+    """A row of the table: a name, an example checkpoint, and the small family for it."""
 
     name: str
     checkpoint: str
@@ -99,10 +97,10 @@ def examine(family: Family) -> dict[str, str]:
     found["prepare"] = _yes(
         prepared["rows_out"] == 6 and prepared["lengths"]["image_tokens"]["max"] > 0
     )
-    foreseen = estimate_memory.run(
+    estimate = estimate_memory.run(
         EstimateMemoryConfig(dataset="data", lora=True, per_device_train_batch_size=2, **base)
     )
-    found["estimate-memory"] = _yes(foreseen["peak_bytes"] > foreseen["allocated"]["total_bytes"])
+    found["estimate-memory"] = _yes(estimate["peak_bytes"] > estimate["allocated"]["total_bytes"])
     settings = {
         **short,
         **base,
@@ -136,7 +134,7 @@ def examine(family: Family) -> dict[str, str]:
         asked["engine"] == "shared" and not asked["fallback_reason"], asked["fallback_reason"]
     )
     found["compare, in one batch"] = _side_by_side("x.png", said["answer"])
-    # `train` has compared what it saved with the live model, and raises where they differ.
+    # `train` has compared what it saved with the live model, and raises an error if they differ.
     found["reload"] = _yes(
         isinstance(load_processor("./full").chat_template, str)
         and Path("lora/adapter_model.safetensors").is_file()
@@ -146,17 +144,15 @@ def examine(family: Family) -> dict[str, str]:
     return found
 
 
-def _side_by_side(picture: str, tuned_says: str) -> str:
-    """Whether base and tuned model can answer in one batch; either way their answers are those of
-    `infer`.
-    """
+def _side_by_side(image: str, tuned_answer: str) -> str:
+    """Whether base and tuned answer in one batch; either way the answers equal those of `infer`."""
     model = load_model("./model", adapter=Path("lora"))
     models = SideBySide(model, load_processor("./model"), 0.1)
-    opened = open_file(Path(picture))
+    opened = open_file(Path(image))
     said = list(models.stream(opened, "What?", 4))[-1]
     with model.disable_adapter():
-        base_says = answer(model, models.processor, [opened], ["What?"], 4)[0]
-    assert (said[0].text, said[1].text) == (base_says, tuned_says)
+        base_answer = answer(model, models.processor, [opened], ["What?"], 4)[0]
+    assert (said[0].text, said[1].text) == (base_answer, tuned_answer)
     judged = models.score(opened, "What?", said)
     assert all(
         np.isfinite([one.base_logp, one.tuned_logp]).all() and one.tuned_logp < 0 for one in judged
@@ -197,7 +193,7 @@ def _yes(holds: bool, reason: str | None = None) -> str:
 
 
 def row(family: Family, found: dict[str, str]) -> str:
-    """A family's line of the table; what does not work has its reason below it."""
+    """A family's line of the table, with a reason for each `no`."""
     marks = [
         found[column]
         if found[column] == "yes"
@@ -209,8 +205,8 @@ def row(family: Family, found: dict[str, str]) -> str:
 
 
 def reasons(found: dict[str, str]) -> list[str]:
-    """Why columns do not hold, each reason once."""
-    return list(dict.fromkeys(said for said in found.values() if said != "yes"))
+    """The reasons of all columns that say no, without duplicates."""
+    return list(dict.fromkeys(cell for cell in found.values() if cell != "yes"))
 
 
 def _numbered(found: dict[str, str]) -> list[str]:
@@ -221,7 +217,7 @@ def _numbered(found: dict[str, str]) -> list[str]:
 
 
 def table() -> str:
-    """All rows, each family examined in a folder of its own."""
+    """All rows, each family examined in its own folder."""
     head = ["Family", "Example checkpoint", *COLUMNS, "Reason"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     here = os.getcwd()

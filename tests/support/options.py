@@ -1,4 +1,4 @@
-"""The tables of options in docs/commands, made from the command line itself:
+"""The tables of options in docs/commands, made from the command line itself.
 
 python -m tests.support.options --write
 """

@@ -36,9 +36,7 @@ PATIENCE_S = 300  # machines can be slow
 
 
 def run_groups(specs):
-    """Run groups of processes one after another; all must end well. Called by a test, in its
-    folder.
-    """
+    """Run groups of processes one after another in the current folder; all must succeed."""
     Path("specs.json").write_text(json.dumps(specs))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.ranks", "specs.json"],
@@ -70,7 +68,7 @@ def _free_port():
 
 
 def start(rank, spec, port):
-    """A forked process of a group. Returns its number."""
+    """Fork a process of a group; return its pid."""
     child = os.fork()
     if child == 0:
         count = str(spec["processes"])
@@ -99,7 +97,7 @@ def start(rank, spec, port):
 def main(path):
     assert all((matplotlib.pyplot, arguments, doctor, lengths, reference_cache, trainer, generate))
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    gc.freeze()  # the forked ones need not look through the libraries again and again
+    gc.freeze()  # so that forked processes do not scan the libraries
     for spec in json.loads(Path(path).read_text()):
         for path in map(
             Path, spec.get("lost", [])

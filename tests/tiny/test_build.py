@@ -1,6 +1,4 @@
-"""The lesson that packs many questions behind one image must teach what one question alone would
-see.
-"""
+"""The lesson with many questions behind one image teaches the same as one question alone."""
 
 import random
 

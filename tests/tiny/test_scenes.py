@@ -14,7 +14,7 @@ def _some(count=60, split="train"):
     return [sc.sample_scene(rng, split) for _ in range(count)]
 
 
-def test_specs_read_back_as_the_same_scene_and_picture():
+def test_specs_read_back_as_the_same_scene_and_image():
     for scene in _some(10):
         again = sc.Scene.from_spec(json.loads(json.dumps(scene.spec())))
         assert again == scene
@@ -22,7 +22,7 @@ def test_specs_read_back_as_the_same_scene_and_picture():
         assert sc.draw(scene).size == (sc.SIDE_PX, sc.SIDE_PX)
 
 
-def test_halves_do_not_meet():
+def test_train_and_evaluation_scenes_do_not_mix():
     assert {scene.split() for scene in _some(60, "evaluation")} == {"evaluation"}
     assert {scene.split() for scene in _some(60, "train")} == {"train"}
 
@@ -93,7 +93,7 @@ def test_shipped_evaluation_set_is_what_the_code_makes():
         ), name
 
 
-def test_training_pairs_are_many_sampled_and_apart_from_the_evaluation():
+def test_training_pairs_are_many_and_disjoint_from_the_evaluation():
     rows = pairs.load()
     assert len(rows) >= 2000
     assert sum(row["origin"] == "sampled" for row in rows) > len(rows) / 2

@@ -1,6 +1,4 @@
-"""Ways to train: several losses, MPO and mDPO, kinds of LoRA, frozen parts, rates, attention, four
-bits.
-"""
+"""Ways to train: losses, MPO and mDPO, kinds of LoRA, frozen parts, rates, attention, 4 bits."""
 
 import json
 import shutil
@@ -60,7 +58,7 @@ def test_several_losses_are_their_weighted_sum(tmp_path):
     )
 
 
-def test_mpo_and_mdpo_train_and_tell_their_metrics(data, vlmdpo):
+def test_mpo_and_mdpo_train_and_log_their_metrics(data, vlmdpo):
     code, out, err = vlmdpo(*SHORT, "--loss", "mpo", "--json")
     assert code == 0, err
     code, out, err = vlmdpo(*SHORT, "--loss", "mdpo", "--overwrite", "--json")
@@ -113,7 +111,7 @@ def test_frozen_parts_stay_as_they_were_and_others_move(data, vlmdpo):
     assert "leaves nothing to train" in err
 
 
-def test_rates_suit_the_way_of_training(data, vlmdpo):
+def test_learning_rates_suit_lora_or_full_fine_tuning(data, vlmdpo):
     from vlmdpo.config import TrainConfig
 
     assert TrainConfig().peak_learning_rate == 5e-5

@@ -158,14 +158,14 @@ def test_all_processes_agree_when_one_runs_out(tmp_path):
             assert other[metric] == pytest.approx(one[metric], rel=1e-3, abs=1e-5), metric
 
 
-def test_estimated_beside_measured_peak():
+def test_estimated_peak_is_printed_beside_the_measured_one():
     assert (
         monitor.compare_peaks(21 * 2**30, 20 * 2**30)
         == "peak memory: 21.00 GiB estimated, 20.00 GiB measured (+5.0%)"
     )
 
 
-def test_the_batch_is_planned_on_the_runs_own_data(tmp_path):
+def test_the_batch_size_is_planned_on_the_data_of_the_run(tmp_path):
     from accelerate import PartialState
 
     from vlmdpo.commands import prepare

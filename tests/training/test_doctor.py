@@ -1,4 +1,4 @@
-"""Every check holds on a sound setup, and fails with its cause on the mistake it is for."""
+"""Every check passes on a sound setup, and fails with its cause on the mistake it is meant for."""
 
 import json
 import re

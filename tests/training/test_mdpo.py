@@ -38,7 +38,7 @@ def _logps(made, example, image, answer):
 
 
 def _by_the_paper(made, rows):
-    """(loss, gradients) of the three terms, each row's answers in rows of their own."""
+    """(loss, gradients) of the three terms, with every answer in a separate row."""
     made.model.zero_grad()
     terms = []
     for example in rows:

@@ -1,4 +1,4 @@
-"""What people see of a training: dashboard, page, samples, evaluation, and diagnosis."""
+"""What a user sees of a run: dashboard, page, samples, evaluation, and diagnosis."""
 
 import io
 import json
@@ -36,7 +36,7 @@ _STEADY = ("--lr-scheduler-type", "constant")
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """200 pairs of the embedded data, a tenth of them set aside."""
+    """200 pairs of the embedded data, a tenth of them in the test split."""
     from vlmdpo import cli
 
     folder = tmp_path_factory.mktemp("scenes") / "data"
@@ -60,9 +60,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made_to_show(tmp_path_factory, scenes):
-    """Data that shows one thing each: coins tossed, answers alike but for two words, chosen ones
-    that were likely.
-    """
+    """Data made for one finding each: random labels, similar answers, likely chosen answers."""
     folder, dice = tmp_path_factory.mktemp("shows"), random.Random(1)
     rows = [store.load(scenes)[number] for number in range(128)]
     for number, row in enumerate(rows):
@@ -125,7 +123,7 @@ def _lines(name):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_run_made_to_show_it_is_diagnosed(
+def test_each_kind_of_run_gets_its_diagnosis(
     vlmdpo, scenes, made_to_show, kind, steps, settings, names
 ):
     data = scenes if kind == "scenes" else made_to_show / kind
@@ -158,7 +156,7 @@ def test_a_run_made_to_show_it_is_diagnosed(
         assert finding["title"] in Path("out/run.html").read_text()
 
 
-def test_other_losses_are_judged_by_where_they_began():
+def test_other_losses_are_judged_by_their_start():
     lines = [{"step": step, "loss": 25.0, "rewards/accuracies": 0.5} for step in range(1, 9)]
     assert [finding.name for finding in diagnose(lines, learning_rate=1e-6)] == ["not_moving"]
     risen = [
@@ -167,7 +165,7 @@ def test_other_losses_are_judged_by_where_they_began():
     assert [finding.name for finding in diagnose(risen, learning_rate=1e-6)] == ["diverged"]
 
 
-def test_small_rewards_of_a_small_beta_are_not_taken_for_no_progress():
+def test_small_rewards_due_to_a_small_beta_count_as_progress():
     lines = [
         {
             "step": n,
@@ -224,7 +222,7 @@ def test_evaluation_and_samples_are_the_same_after_a_resume(vlmdpo, scenes):
     ]
 
 
-def test_each_row_of_the_test_split_counts_alike_whatever_the_batch(vlmdpo, scenes):
+def test_each_row_of_the_test_split_counts_the_same_in_any_batch(vlmdpo, scenes):
     found, answers = [], []
     for batch, steps in (
         ("2", "12"),
@@ -263,7 +261,7 @@ def test_each_row_of_the_test_split_counts_alike_whatever_the_batch(vlmdpo, scen
 
 
 def test_evaluation_and_samples_do_not_change_the_training(vlmdpo, scenes):
-    """But for what the data loader draws, which without dropout nothing sees."""
+    """Except for draws of the data loader, which have no effect without dropout."""
     plain = ("--max-steps", "4", "--lora-dropout", "0")
     _train(vlmdpo, scenes, *plain, "--eval-steps", "0", "--sample-every", "0")
     assert not (Path("out") / "samples.jsonl").exists()
@@ -349,7 +347,7 @@ def test_an_estimate_that_fails_is_a_warning(capfd, scenes):
         made.close()
 
 
-def test_the_page_escapes_what_models_and_data_say_and_runs_its_own_script_only():
+def test_the_page_escapes_texts_and_runs_only_its_own_script():
     evil = "<script>alert(1)</script></script>"
     sample = {
         "step": 0,
@@ -378,7 +376,7 @@ def test_the_page_escapes_what_models_and_data_say_and_runs_its_own_script_only(
     assert "NaN" not in text
 
 
-def test_the_dashboard_stays_in_its_place_on_a_terminal(monkeypatch):
+def test_the_dashboard_keeps_its_place_on_a_terminal(monkeypatch):
     from rich.console import Console
 
     held = Console(force_terminal=True, width=80, height=30, file=io.StringIO(), _environ={})

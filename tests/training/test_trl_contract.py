@@ -1,4 +1,4 @@
-"""What vlmdpo relies on in other libraries is there, and whatever it relies on is listed."""
+"""Every private interface in use is in the contracts, and in the installed libraries."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ MODULES = {
 }
 
 
-def test_the_installed_libraries_have_all_that_is_relied_on():
+def test_the_installed_libraries_have_every_listed_interface():
     assert not (problems := check(CONTRACT)), "\n".join(problems)
     assert len(CONTRACT) > 100
 
@@ -53,7 +53,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("target", "kind", "words"), WRONG)
-def test_what_a_new_release_changed_is_said_in_words(target, kind, words):
+def test_a_change_in_a_new_release_is_explained(target, kind, words):
     wrong = Dependency(kind, target, ("training/trainer",), "it is needed for this", "that breaks")
     (problem,) = check([wrong])
     assert words in problem
@@ -61,7 +61,7 @@ def test_what_a_new_release_changed_is_said_in_words(target, kind, words):
     assert "vlmdpo/training/trainer.py relies on it: it is needed for this" in problem
 
 
-def test_every_entry_is_used_where_it_says():
+def test_every_entry_is_used_in_the_module_it_names():
     for dependency in CONTRACT:
         for module in dependency.used_in:
             assert module in MODULES, f"{dependency.target}: there is no module {module}"
@@ -217,7 +217,7 @@ ALL = (
 
 
 @pytest.mark.parametrize("unlisted", ALL)
-def test_whatever_is_relied_on_is_listed(unlisted):
+def test_every_private_interface_in_use_is_listed(unlisted):
     found = [
         problem
         for module, tree in MODULES.items()
@@ -254,7 +254,7 @@ def call(trainer):
 """
 
 
-def test_what_is_not_listed_is_found():
+def test_an_unlisted_interface_is_found():
     tree = ast.parse(EXAMPLE)
     found = [{text.partition(": ")[2] for text in unlisted("x", tree)} for unlisted in ALL]
     assert found == [

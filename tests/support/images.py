@@ -1,6 +1,4 @@
-"""What tests of data make: pictures as encoded bytes, photo-like noise, and what another process
-would receive.
-"""
+"""Images for tests of data: encoded bytes and photo-like noise."""
 
 import functools
 import io
@@ -20,7 +18,7 @@ def encoded(size=(40, 30), mode="RGB", kind="PNG", color=None, **more):
 
 @functools.cache
 def noise(size, seed=0, kind="JPEG", **more):
-    """A picture with detail at every scale, so that a wrong filter or a damaged byte shows."""
+    """An image with detail at every scale, so that a wrong filter or a damaged byte shows."""
     rng = np.random.default_rng(seed)
     pixels = np.full((size[1], size[0], 3), 128.0)
     for cells in (3, 11, 47):
@@ -32,7 +30,7 @@ def noise(size, seed=0, kind="JPEG", **more):
 
 
 def sent(thing):
-    """A thing as another process has it, which it is sent to."""
+    """An object as another process receives it."""
     return pickle.loads(pickle.dumps(thing))  # noqa: S301 - our own bytes
 
 
