@@ -82,11 +82,11 @@ def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) 
     """What needs the trainer: the engine's self-check, and what is switched on in the trainer."""
     from vlmdpo.engine.lengths import row_lengths
     from vlmdpo.training import activation_checkpointing, caches, engine_choice, preflight
-    from vlmdpo.training.sharding import shard_language_layers
+    from vlmdpo.training.sharding import configure_fsdp
 
     trainer = setup.trainer
     if trainer.is_fsdp_enabled:
-        shard_language_layers(trainer)
+        configure_fsdp(trainer)
     if setup.is_sharded:  # no process could run its part of the model alone
         trainer.add_callback(preflight.ShardedPreflight(setup))
     else:

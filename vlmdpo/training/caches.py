@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vlmdpo.models.protocols import Processor, VisionLanguageModel
 
 
+# Counts what made log-probs of earlier versions wrong: 2, that FSDP2 rounded them to whole nats.
+_FORMAT = 2
+
+
 class ReferenceOptions(Protocol):
     """The options that decide on a reference cache, of several groups."""
 
@@ -60,6 +64,7 @@ def open_reference_cache(
     manifest = store.read_manifest(data) or {}
     is_mdpo = options.losses().is_mdpo
     facts = {
+        "format": _FORMAT,
         "weights": digest.weights_digest(model),
         "processor": digest.processor_digest(processor),
         "data": [manifest.get("key"), manifest.get("rows_out")],

@@ -13,6 +13,7 @@ import contextvars
 import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
@@ -29,11 +30,13 @@ from vlmdpo.engine.forward import SharedForward
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
+from vlmdpo.models.adapters import adapters_off
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, AutoBatch, keep_uncollated
 from vlmdpo.training.length_grouping import LengthGroupedSampler
 from vlmdpo.training.mdpo import MdpoCollator
-from vlmdpo.training.sharding import checkpointable_layers
+from vlmdpo.training.non_finite import NonFiniteLoss
+from vlmdpo.training.sharding import any_process_needs, checkpointable_layers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,20 +50,6 @@ if TYPE_CHECKING:
 _unfinished_checkpoint: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
     "vlmdpo_unfinished_checkpoint", default=None
 )
-
-
-class NonFiniteLoss(Exception):
-    """The loss of a batch is NaN or infinite.
-
-    Attributes:
-        rows: the batch's row numbers.
-        step: the optimizer step it belongs to, or after which it was evaluated.
-        evaluated: whether the rows are of the test split.
-    """
-
-    def __init__(self, rows: list[int], step: int, *, evaluated: bool = False) -> None:
-        super().__init__(f"the loss of step {step} is not finite (rows {rows})")
-        self.rows, self.step, self.evaluated = rows, step, evaluated
 
 
 class PairTrainer(DPOTrainer):
@@ -335,19 +324,33 @@ class PairTrainer(DPOTrainer):
         """The reference's log-probs (P,) of chosen and rejected answers, cached if possible."""
         cache = self.reference_cache
         logps = cache.get(rows_B) if cache is not None else None
-        if logps is None:
-            assert (
-                self.ref_model is not None
-                or isinstance(self.model, PeftModel)
-                or not self.state.global_step
-            ), "after its first step the policy is not the reference"
-            logps = self.compute_ref_log_probs(self.ref_model or model, inputs)
-            logps = mdpo.terms_to_answers(*logps) if self.mdpo_rows else logps
-            if self.has_real_values and not all(bool(part.isfinite().all()) for part in logps):
-                raise self._non_finite_loss(rows_B)
-            if cache is not None:
-                cache.put(rows_B, *logps)
+        if any_process_needs(logps is None, self.accelerator.device):
+            computed = self._compute_reference_logps(model, inputs, rows_B)
+            if logps is None:
+                logps = computed
+                if cache is not None:
+                    cache.put(rows_B, *logps)
+        assert logps is not None
         return mdpo.answers_to_terms(*logps) if self.mdpo_rows else logps
+
+    def _compute_reference_logps(
+        self, model: nn.Module, inputs: dict[str, Any], rows_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One forward pass of the reference: log-probs (P,) of chosen and rejected answers.
+
+        Raises NonFiniteLoss.
+        """
+        assert (
+            self.ref_model is not None
+            or isinstance(self.model, PeftModel)
+            or not self.state.global_step
+        ), "after its first step the policy is not the reference"
+        with mock.patch("trl.trainer.dpo_trainer.use_adapter", adapters_off):
+            logps = self.compute_ref_log_probs(self.ref_model or model, inputs)
+        logps = mdpo.terms_to_answers(*logps) if self.mdpo_rows else logps
+        if self.has_real_values and not all(bool(part.isfinite().all()) for part in logps):
+            raise self._non_finite_loss(rows_B)
+        return logps
 
     @property
     def datasets(self) -> list[Dataset]:
