@@ -1,4 +1,4 @@
-"""A loss that is NaN or infinite: the error message names the rows that cause it, and what to do."""
+"""The error message for a loss that is NaN or infinite: which rows cause it, and what to do."""
 
 from __future__ import annotations
 
@@ -9,23 +9,10 @@ from vlmdpo.data import store
 from vlmdpo.errors import ModelError
 
 if TYPE_CHECKING:
+    from vlmdpo.training.loss_errors import NonFiniteLoss
     from vlmdpo.training.setup import TrainingSetup
 
 _NAMED_ROWS = 8
-
-
-class NonFiniteLoss(Exception):
-    """The loss of a batch is NaN or infinite.
-
-    Attributes:
-        rows: the batch's row numbers.
-        step: the optimizer step it belongs to, or after which it was evaluated.
-        evaluated: whether the rows are of the test split.
-    """
-
-    def __init__(self, rows: list[int], step: int, *, evaluated: bool = False) -> None:
-        super().__init__(f"the loss of step {step} is not finite (rows {rows})")
-        self.rows, self.step, self.evaluated = rows, step, evaluated
 
 
 def explain_non_finite_loss(

@@ -34,8 +34,8 @@ from vlmdpo.models.adapters import adapters_off
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, AutoBatch, keep_uncollated
 from vlmdpo.training.length_grouping import LengthGroupedSampler
+from vlmdpo.training.loss_errors import NonFiniteLoss
 from vlmdpo.training.mdpo import MdpoCollator
-from vlmdpo.training.non_finite import NonFiniteLoss
 from vlmdpo.training.sharding import any_process_needs, checkpointable_layers
 
 if TYPE_CHECKING:
