@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.engines import pairs, trainer
-from tests.support.ranks import full_above, run_groups
+from tests.support.ranks import FSDP2, full_above, run_groups
 from vlmdpo.errors import MemoryBudgetError
 from vlmdpo.training import monitor
 from vlmdpo.training.trainer import PairTrainer
@@ -165,7 +165,9 @@ def test_estimated_peak_is_printed_beside_the_measured_one():
     )
 
 
-def test_the_batch_size_is_planned_on_the_data_of_the_run(tmp_path):
+def test_the_batch_size_is_planned_on_the_data_of_the_run(tmp_path, monkeypatch):
+    for name, value in {**FSDP2, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)  # what a launcher sets must not reach the simulation
     from accelerate import PartialState
 
     from vlmdpo.commands import prepare

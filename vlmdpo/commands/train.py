@@ -17,6 +17,7 @@ from vlmdpo.config import DEFAULT_RATES, USUAL_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
+from vlmdpo.memory.terms import CONTEXT_BYTES
 from vlmdpo.models.registry import short_name
 from vlmdpo.training import build, memory_forecast, non_finite, results
 from vlmdpo.training.preemption import preempted_by_sigterm
@@ -53,6 +54,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     output_dir = config.output_dir or Path("outputs") / name
     config = dataclasses.replace(config, output_dir=output_dir)
     _warn_of_unusual_rate(config)
+    _warn_of_half_precision_weights(config)
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
@@ -140,11 +142,21 @@ def _warn_of_unusual_rate(config: TrainConfig) -> None:
         )
 
 
+def _warn_of_half_precision_weights(config: TrainConfig) -> None:
+    """Warn of full fine-tuning of weights that are too coarse for its small steps."""
+    if not config.lora and config.weights_dtype not in ("auto", "float32"):
+        ui.warn(
+            f"--dtype {config.dtype} with --no-lora: steps are smaller than its rounding, so most "
+            "weights will not move; leave --dtype out for float32 weights, which compute in "
+            "bfloat16 all the same"
+        )
+
+
 def _dtype_name(config: TrainConfig, args: Any) -> str:
     """The data type of the base weights, by name."""
     from vlmdpo.models.load import pick_dtype
 
-    return str(pick_dtype(config.dtype, args.device)).removeprefix("torch.")
+    return str(pick_dtype(config.weights_dtype, args.device)).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -186,14 +198,15 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
     if args.device.type != "cuda":
         ui.say(f"no GPU to plan for: starting with batch {args.per_device_train_batch_size}")
         return
-    total = torch.cuda.get_device_properties(args.device).total_memory
-    report = memory_forecast.plan_batch(config, data, total, _dtype_name(config, args))
+    free, total = torch.cuda.mem_get_info(args.device)
+    capacity = min(total, free + CONTEXT_BYTES)  # this process's own context exists by now
+    report = memory_forecast.plan_batch(config, data, capacity, _dtype_name(config, args))
     plan = report["plan"]
     if plan["per_device_train_batch_size"] is None:
         raise MemoryBudgetError(
             f"one pair needs {report['gpu']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has "
-            f"{total / 2**30:.1f}; "
-            f"see vlmdpo estimate-memory --model {config.model} --gpu {total // 2**20}MiB"
+            f"{capacity / 2**30:.1f} of {total / 2**30:.1f} free; "
+            f"see vlmdpo estimate-memory --model {config.model} --gpu {capacity // 2**20}MiB"
         )
     args.per_device_train_batch_size = plan["per_device_train_batch_size"]
     args.gradient_accumulation_steps = plan["gradient_accumulation_steps"]

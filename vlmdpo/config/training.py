@@ -75,7 +75,11 @@ class RunOptions(Options):
     warmup_steps: float = option(
         0.0, "Warm-up in optimizer steps, or as a share of them if below 1"
     )
-    optim: str = option("adamw_torch", "Optimizer, by its name in transformers")
+    optim: str = option(
+        "auto",
+        "Optimizer, by its name in transformers; auto is adamw_torch_fused on a GPU, else "
+        "adamw_torch",
+    )
     seed: int = option(42, "Seed of adapter weights and data order")
     eval_steps: float | None = option(
         None,

@@ -73,8 +73,9 @@ def _fewest_layers(trainer: PairTrainer, total: int, examples: list[dict[str, An
     trainer.use_engine(engine)
     if budget == math.inf:
         device = trainer.args.device
-        memory = torch.cuda.get_device_properties(device).total_memory
-        budget = _GPU_SHARE * memory - torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)  # others may use the GPU too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = _GPU_SHARE * (free + kept)
     low, high = 0, total
     while low < high:
         middle = (low + high) // 2

@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
 from vlmdpo.config import LoraOptions, TrainConfig, flag_name
+from vlmdpo.distributed.processes import WAIT_FOR_PEERS
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.families import linear_layers
 
@@ -34,7 +35,6 @@ _SAME_FIELDS = (
         "beta",
         "max_length",
         "gradient_checkpointing",
-        "optim",
         "logging_steps",
     ),
     *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"),
@@ -56,6 +56,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "report_to": list(config.trackers()) or "none",
         "loss_type": losses,
         "loss_weights": weights,
+        "optim": _optimizer(config.optim, device),
         "bf16": gpu_has_bf16 if config.bf16 is None else config.bf16,
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,
@@ -63,6 +64,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "dataloader_pin_memory": device.type == "cuda",
     }
     values |= _extra_fields(config.set, values)
+    values.setdefault("ddp_timeout", int(WAIT_FOR_PEERS.total_seconds()))
     for name in config.trackers():
         if importlib.util.find_spec(name) is None:
             raise MissingDependencyError(
@@ -74,6 +76,14 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         raise ConfigError(
             f"TRL refuses these settings: {' '.join(str(problem).split())}"
         ) from problem
+
+
+def _optimizer(name: str, device: torch.device) -> str:
+    """The optimizer of `--optim`, by transformers' name."""
+    if name != "auto":
+        return name
+    # "adamw_torch" takes a temporary copy of a whole moment on a GPU.
+    return "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
 
 
 def enable_evaluation(args: DPOConfig, steps: float | None) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
+from vlmdpo.config.common import SHARDED_STRATEGIES, check_quantization
+from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import unwrap_peft
 
@@ -26,7 +27,7 @@ _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 class ShardingOptions(Protocol):
-    """The options that not every strategy supports, of `SpeedOptions` and `LossOptions`."""
+    """The options that not every strategy supports, of several groups."""
 
     @property
     def auto_batch_size(self) -> bool: ...
@@ -38,6 +39,8 @@ class ShardingOptions(Protocol):
     def engine(self) -> str: ...
     @property
     def loss_type(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
 
 
 def checkpointable_layers(model: VisionLanguageModel) -> list[GradientCheckpointingLayer]:
@@ -56,6 +59,7 @@ def check_sharding(strategy: str, options: ShardingOptions, dataset: Dataset) ->
     """
     if not strategy:
         return
+    check_quantization(options.quantization, strategy)
     if options.auto_batch_size:
         raise ConfigError(
             "--auto-batch-size needs the whole model on each GPU; under FSDP or DeepSpeed set the "
