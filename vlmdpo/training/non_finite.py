@@ -10,7 +10,7 @@ from vlmdpo.errors import ModelError
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
-    from vlmdpo.training.trainer import NonFiniteLoss
+    from vlmdpo.training.finite_check import NonFiniteLoss
 
 _NAMED_ROWS = 8
 
