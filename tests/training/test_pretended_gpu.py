@@ -3,6 +3,8 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from tests.support.engines import pairs, trainer
 from tests.support.pretended_gpu import (
@@ -19,6 +21,7 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny.random_models import FAMILIES, RECURRENT
 from vlmdpo.training import doctor
+from vlmdpo.training.auto_batch import PARTS, Parts
 
 # How often the host waits for the device in one batch of two pairs, policy and reference, with the
 # shared engine: for us see below, 17 times for TRL's metrics, else in transformers' models.
@@ -137,6 +140,15 @@ def test_mdpo(family, gpu, tmp_path):
     mdpos_metrics = "training/trainer.py _log_mdpo_metrics: copy to the host"
     assert ours(gpu) == [*expected_waits(family), mdpos_metrics]
     assert loss_of(made) == pytest.approx(expected, rel=1e-5)
+
+
+def test_parts_of_a_batch_are_pinned_and_stay_on_the_host(gpu):
+    part = {"input_ids": torch.arange(3), "pairs": [[2, 1, 1]]}
+    pinned = pin_memory({PARTS: Parts([5], [part])})
+    (moved,) = send_to_device(pinned, CUDA)[PARTS].batches
+    assert moved["input_ids"].is_pretended_pinned
+    assert not isinstance(moved["input_ids"], GpuTensor), "all parts may be what does not fit"
+    assert moved["pairs"] == [[2, 1, 1]]
 
 
 # Tests of the pretended device itself.

@@ -32,7 +32,7 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.training import checkpoints, mdpo
-from vlmdpo.training.auto_batch import LOSS_WEIGHT, AutoBatch, keep_uncollated
+from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
 from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
 from vlmdpo.training.length_grouping import LengthGroupedSampler
 from vlmdpo.training.mdpo import MdpoCollator
@@ -197,7 +197,7 @@ class PairTrainer(DPOTrainer):
         """From now on compute a batch that does not fit into memory in parts; see `auto_batch`."""
         self.auto_batch = AutoBatch(self, super().training_step)
 
-    # With auto batch size, how many rows are collated is known only when a step runs.
+    # With auto batch size, a batch is collated in parts.
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.auto_batch is None:
             plain: DataLoader[Any] = super().get_train_dataloader()
@@ -205,7 +205,7 @@ class PairTrainer(DPOTrainer):
         # transformers builds the loader with `self.data_collator`, which evaluation needs as it is:
         # so the loader is built by a shallow copy that differs in its collator only.
         builder = copy.copy(self)
-        builder.data_collator = keep_uncollated
+        builder.data_collator = self.auto_batch.collator
         loader: DataLoader[Any] = super(PairTrainer, builder).get_train_dataloader()
         return loader
 
@@ -216,7 +216,7 @@ class PairTrainer(DPOTrainer):
         if self.auto_batch is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
-        return self.auto_batch.step(model, inputs["examples"], num_items_in_batch)
+        return self.auto_batch.step(model, inputs[PARTS], num_items_in_batch)
 
     # A part of a batch counts by its share of the rows; see `AutoBatch`.
     def compute_loss(
