@@ -30,8 +30,10 @@ MAY_BE_HEAVY = {
     *(
         "engine/batch_context",
         "engine/branches",
+        "engine/causality",
         "engine/collate",
         "engine/decode",
+        "engine/devices",
         "engine/feature_cache",
         "engine/forward",
         "engine/generate",
@@ -43,6 +45,7 @@ MAY_BE_HEAVY = {
     "tiny/sample_pairs",
     *("memory/architecture", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
+    "training/finite_check",
     *("training/doctor", "training/length_grouping", "training/make_trainer", "training/mdpo"),
     *("training/monitor", "training/preflight"),
     *("training/samples", "training/sharding", "training/simulate", "training/trainer"),

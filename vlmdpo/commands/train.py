@@ -102,7 +102,7 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
     """Inside, errors that end a training become errors that say what to do."""
     import torch
 
-    from vlmdpo.training.loss_errors import NonFiniteLoss
+    from vlmdpo.training.finite_check import NonFiniteLoss
 
     trainer = setup.trainer
     try:

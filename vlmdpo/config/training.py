@@ -269,7 +269,11 @@ class SpeedOptions(Options):
     bf16: bool | None = option(
         None, "Compute in bfloat16 autocast", default_text="on if the GPU supports it"
     )
-    dataloader_num_workers: int = option(0, "Processes that load and preprocess batches")
+    dataloader_num_workers: int | None = option(
+        None,
+        "Processes that load and preprocess batches",
+        default_text="up to 4 on a GPU, by the cores at hand; 0 on a CPU",
+    )
 
     def _check(self) -> None:
         require_choice(self.engine, ("shared", "stock"), "engine")

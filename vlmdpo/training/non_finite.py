@@ -9,7 +9,7 @@ from vlmdpo.data import store
 from vlmdpo.errors import ModelError
 
 if TYPE_CHECKING:
-    from vlmdpo.training.loss_errors import NonFiniteLoss
+    from vlmdpo.training.finite_check import NonFiniteLoss
     from vlmdpo.training.setup import TrainingSetup
 
 _NAMED_ROWS = 8

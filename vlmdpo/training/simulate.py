@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,13 +252,13 @@ class _FakeReferenceCache(ReferenceCache):
         super().__init__(folder, key, rows)
         self._filled = filled
 
-    def get(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def get(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Arbitrary log-probs (B,) for each answer."""
         if not self._filled:
             return None
         return torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0)
 
-    def put(self, rows: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+    def put(self, rows: Sequence[int], chosen: torch.Tensor, rejected: torch.Tensor) -> None:
         """Fake log-probs are not kept."""
 
 
