@@ -16,6 +16,7 @@ from trl import DPOConfig
 from vlmdpo.config import LoraOptions, TrainConfig, flag_name
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.families import linear_layers
+from vlmdpo.models.load import computes_in_bfloat16
 
 if TYPE_CHECKING:
     from vlmdpo.models.protocols import VisionLanguageModel
@@ -47,7 +48,6 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
 
     Raises ConfigError if TRL refuses them, or `--set` names an unknown field.
     """
-    gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_FIELDS}
     losses, weights, _ = config.losses()
     values |= {
@@ -56,7 +56,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "report_to": list(config.trackers()) or "none",
         "loss_type": losses,
         "loss_weights": weights,
-        "bf16": gpu_has_bf16 if config.bf16 is None else config.bf16,
+        "bf16": computes_in_bfloat16(device) if config.bf16 is None else config.bf16,
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,
         "logging_first_step": True,

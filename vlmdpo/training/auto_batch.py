@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmdpo import ui
-from vlmdpo.errors import MemoryBudgetError
+from vlmdpo.errors import MemoryBudgetError, is_out_of_memory, out_of_memory_reason
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -101,8 +101,10 @@ class AutoBatch:
                     self._run_in_parts(model, rows, num_items)
                     self._restore_metrics(metrics_before)
                 return self._run_in_parts(model, examples, num_items), None
-        except torch.OutOfMemoryError as problem:
-            return None, str(problem).splitlines()[0]
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            return None, out_of_memory_reason(problem)
 
     def _part_sizes(self, rows: int) -> list[int]:
         size = -(-rows // self.num_parts)
