@@ -221,7 +221,11 @@ def _of_code(chain: list[BaseException], model: str, _: str | None) -> VlmDpoErr
     if _has(chain, ImportError):
         why = next(" ".join(str(link).split()) for link in chain if isinstance(link, ImportError))
         return MissingDependencyError(f"'{model}' needs a package that is not installed: {why}")
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+    if "Unrecognized model" in text:
+        return ModelError(
+            f"--model: '{model}' is not a model: its config.json is missing or names no model_type"
+        )
+    if "does not recognize this architecture" in text:
         return ModelError(
             f"--model: the installed transformers does not know the architecture of '{model}'; "
             "upgrade it: pip install -U transformers"
