@@ -68,7 +68,8 @@ def test_training_and_its_stock_rows_begin_with_bos_once(folder):
 def test_it_is_added_once_however_often_the_processor_is_loaded_and_saved(folder, tmp_path):
     shipped = transformers.AutoProcessor.from_pretrained(folder).chat_template
     processor = load_processor(str(folder))
-    assert processor.chat_template.endswith(shipped) and processor.chat_template != shipped
+    assert processor.chat_template.endswith(shipped)
+    assert processor.chat_template != shipped
     processor.save_pretrained(folder)  # as the trainer does beside its checkpoints
     again = load_processor(str(folder))
     assert again.chat_template == processor.chat_template

@@ -211,6 +211,18 @@ def _download_shown(model: str, revision: str | None) -> Iterator[None]:
         yield
 
 
+def meta_model(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> VisionLanguageModel:
+    """The model's modules without weights, to look up names. Raises ModelError."""
+    config = check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+    with translate_load_errors(model, revision), torch.device("meta"):
+        empty: VisionLanguageModel = AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    return empty
+
+
 def load_model(
     model: str,
     *,
