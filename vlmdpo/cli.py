@@ -85,7 +85,7 @@ COMMANDS = {
         "Score hallucination on AMBER, base beside tuned.",
         "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data "
         "--images AMBER/image",
-        "use a smaller --batch-size or --dtype bfloat16; with --resume, finished answers are kept",
+        "use a smaller --batch-size or --dtype bfloat16; finished answers are kept",
     ),
     "compare": Command(
         cf.CompareConfig,
