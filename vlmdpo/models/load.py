@@ -199,7 +199,11 @@ def _placement(quantization: str, device: torch.device) -> dict[str, Any]:
     that processes share are asked for on the CPU, and split from there.
     """
     options = _quantization_options(quantization, device)
-    return {**options, "device_map": {"": device}} if device.type == "cuda" else options
+    if device.type != "cuda":
+        return options
+    # With its number: the trainer takes "cuda" for another device than its own "cuda:0".
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return {**options, "device_map": {"": torch.device("cuda", index)}}
 
 
 @contextlib.contextmanager
