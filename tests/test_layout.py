@@ -26,7 +26,8 @@ AT_THE_ROOT = {"__init__", "__main__", "cli", "errors", "hub", "ui"}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
-    *("models/adapters", "models/families", "models/load", "models/digest"),
+    *("models/adapters", "models/attention", "models/chat_template", "models/download"),
+    *("models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",

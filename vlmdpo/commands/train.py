@@ -16,7 +16,14 @@ from vlmdpo.commands import prepare, train_folder
 from vlmdpo.config import DEFAULT_RATES, USUAL_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.distributed.processes import launched_strategy
-from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
+from vlmdpo.errors import (
+    DataError,
+    Interrupted,
+    MemoryBudgetError,
+    Preempted,
+    is_out_of_memory,
+    out_of_memory_reason,
+)
 from vlmdpo.memory.terms import CONTEXT_BYTES
 from vlmdpo.models.registry import short_name
 from vlmdpo.training import build, memory_forecast, non_finite, results
@@ -100,8 +107,6 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
     """Inside, errors that end a training become errors that say what to do."""
-    import torch
-
     from vlmdpo.training.finite_check import NonFiniteLoss
 
     trainer = setup.trainer
@@ -109,15 +114,16 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
         yield
     except NonFiniteLoss as problem:
         raise non_finite.explain_non_finite_loss(setup, problem, folder) from problem
-    except torch.OutOfMemoryError as problem:
-        batch = trainer.args.per_device_train_batch_size
-        raise MemoryBudgetError(
-            f"out of memory at step {trainer.state.global_step + 1} with batch {batch}; add "
-            "--auto-batch-size, or see vlmdpo estimate-memory"
-        ) from problem
-    except OSError as problem:
-        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
-    except RuntimeError as problem:
+    except (RuntimeError, MemoryError, OSError) as problem:
+        if is_out_of_memory(problem):
+            batch = trainer.args.per_device_train_batch_size
+            raise MemoryBudgetError(
+                f"out of memory at step {trainer.state.global_step + 1} with batch {batch}: "
+                f"{out_of_memory_reason(problem)}; add --auto-batch-size, or see: vlmdpo "
+                "estimate-memory --gpu"
+            ) from problem
+        if isinstance(problem, OSError):
+            raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
         if "DataLoader worker" not in str(problem):
             raise
         workers = trainer.args.dataloader_num_workers
@@ -243,6 +249,7 @@ def _prepared(config: TrainConfig) -> Path:
 
 
 def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
+    from vlmdpo.models.attention import describe_attention
     from vlmdpo.models.families import parameter_numel
 
     trainable = sum(parameter_numel(p) for p in trainer.model.parameters() if p.requires_grad)
@@ -254,7 +261,7 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
         "rows": "stock rows, each image encoded once",
         "stock": "stock TRL",
     }[trainer.engine]
-    attention = trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation
+    attention = describe_attention(trainer.accelerator.unwrap_model(trainer.model))
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     precision = "bfloat16 autocast" if args.bf16 else dtype
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"

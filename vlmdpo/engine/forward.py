@@ -78,7 +78,7 @@ class SharedForward:
         language = set(map(id, self.backbone.get_decoder().modules()))
         self._vision_modules = [m for m in self.backbone.modules() if id(m) not in language]
         if share:
-            packed_attention.use_packed_attention(families.text_configs(self.backbone))
+            packed_attention.use_packed_attention(self.backbone)
         self._wrap()
 
     def _wrap(self) -> None:

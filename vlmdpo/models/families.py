@@ -52,6 +52,14 @@ def _is_paligemma(model_or_processor: object) -> bool:
     return "paligemma" in type(model_or_processor).__name__.lower()
 
 
+def inserts_image_tokens(processor: Processor) -> bool:
+    """Whether a processor moves image tokens to the front of a prompt and adds more to it.
+
+    All others replace each image token where it stands.
+    """
+    return _is_paligemma(processor)
+
+
 def has_bidirectional_prompt(backbone: Backbone) -> bool:
     """Whether prompt tokens see those that follow them, so that prompts cannot share a prefix."""
     return _is_paligemma(backbone) or bool(

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 
 from vlmdpo import ui
-from vlmdpo.errors import ConfigError
+from vlmdpo.errors import ConfigError, is_out_of_memory
 from vlmdpo.memory.measure import measure_peak_bytes
 from vlmdpo.training.sharding import checkpointable_layers
 from vlmdpo.training.trainer import PairTrainer
@@ -111,7 +111,9 @@ def step_peak(trainer: PairTrainer, layers: int, examples: list[dict[str, Any]])
         with _without_side_effects(trainer):
             given = [*model.parameters(), *model.buffers()]
             return measure_peak_bytes(run, given, trainer.args.device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
         return math.inf
     finally:
         trainer.checkpointed_layers = layers_before

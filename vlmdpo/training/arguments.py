@@ -21,6 +21,7 @@ from vlmdpo.config import LoraOptions, TrainConfig, flag_name
 from vlmdpo.distributed.processes import WAIT_FOR_PEERS
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.families import linear_layers
+from vlmdpo.models.load import computes_in_bfloat16
 
 if TYPE_CHECKING:
     from vlmdpo.models.protocols import VisionLanguageModel
@@ -63,7 +64,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "loss_type": losses,
         "loss_weights": weights,
         "optim": _optimizer(config.optim, device),
-        "bf16": _computes_bf16(device) if config.bf16 is None else config.bf16,
+        "bf16": computes_in_bfloat16(device) if config.bf16 is None else config.bf16,
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,
         "logging_first_step": True,
@@ -87,11 +88,6 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         ) from problem
     _use_one_gpu(args, config)
     return args
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    """Whether this is a GPU with bfloat16 of its own: where it is emulated, it is slow."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _use_one_gpu(args: DPOConfig, config: TrainConfig) -> None:

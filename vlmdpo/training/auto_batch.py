@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmdpo import ui
-from vlmdpo.errors import MemoryBudgetError
+from vlmdpo.errors import MemoryBudgetError, is_out_of_memory, out_of_memory_reason
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -163,8 +163,10 @@ class AutoBatch:
                     self._run_in_parts(model, lost, num_items)
                     self._restore_metrics(metrics_before)
                 return self._run_in_parts(model, parts, num_items), None
-        except torch.OutOfMemoryError as problem:
-            return None, str(problem).splitlines()[0]
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            return None, out_of_memory_reason(problem)
 
     def _run_in_parts(self, model: nn.Module, parts: Parts, num_items: Tensor | None) -> Tensor:
         sizes = part_sizes(len(parts.rows), self.num_parts)

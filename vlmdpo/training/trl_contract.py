@@ -286,10 +286,11 @@ _TRANSFORMERS_MODELS = (
         breaks="a backward pass would run through every frozen vision layer",
     ),
     *attributes(
-        "engine/packed_attention commands/train",
+        "engine/packed_attention models/attention",
         "transformers.PreTrainedConfig._attn_implementation",
-        why="language models are switched to attention that also takes packed rows",
-        breaks="the shared engine",
+        why="each part of a model is switched to the attention that it can use, and language "
+        "models to one that also takes packed rows",
+        breaks="the shared engine, and --attn-implementation",
     ),
     *attributes(
         "training/trainer training/sharding",
