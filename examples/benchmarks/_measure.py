@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -72,10 +73,17 @@ def interleaved(
     repeats: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
+    budget_s: float = math.inf,
 ) -> list[dict[str, float]]:
-    """Seconds of each call in each round, in turns (A B C A B C), after one unmeasured round."""
-    rounds = []
+    """Seconds of each call in each round, in turns (A B C A B C), after one unmeasured round.
+
+    No round begins after `budget_s` seconds, except the first measured one.
+    """
+    rounds: list[dict[str, float]] = []
+    began = clock()
     for _ in range(repeats + 1):
+        if len(rounds) > 1 and clock() - began > budget_s:
+            break
         seconds = {}
         for name, run in runs.items():
             started = clock()
