@@ -26,12 +26,15 @@ AT_THE_ROOT = {"__init__", "__main__", "cli", "errors", "hub", "ui"}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
-    *("models/families", "models/load", "models/digest"),
+    *("models/adapters", "models/attention", "models/chat_template", "models/download"),
+    *("models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",
+        "engine/causality",
         "engine/collate",
         "engine/decode",
+        "engine/devices",
         "engine/feature_cache",
         "engine/forward",
         "engine/generate",
@@ -43,6 +46,7 @@ MAY_BE_HEAVY = {
     "tiny/sample_pairs",
     *("memory/architecture", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
+    "training/finite_check",
     *("training/doctor", "training/length_grouping", "training/make_trainer", "training/mdpo"),
     *("training/monitor", "training/preflight"),
     *("training/samples", "training/sharding", "training/simulate", "training/trainer"),

@@ -26,7 +26,16 @@ from vlmdpo import __version__, ui
 from vlmdpo import config as cf
 from vlmdpo.config import recipes
 from vlmdpo.distributed import launch, processes
-from vlmdpo.errors import Interrupted, PeerLost, Preempted, VlmDpoError, nearest
+from vlmdpo.errors import (
+    Interrupted,
+    MemoryBudgetError,
+    PeerLost,
+    Preempted,
+    VlmDpoError,
+    is_out_of_memory,
+    nearest,
+    out_of_memory_reason,
+)
 from vlmdpo.memory.gpus import GPUS
 from vlmdpo.models import registry
 
@@ -38,6 +47,7 @@ class Command(typing.NamedTuple):
     module: str  # has run(config) and show(report)
     summary: str
     full_size: str  # the command line that does the same at full size, or ""
+    less_memory: str = "close what else uses the memory"  # what to try where it runs out
 
 
 COMMANDS = {
@@ -46,6 +56,7 @@ COMMANDS = {
         "vlmdpo.commands.prepare",
         "Check preference pairs, bound their images, store them.",
         "vlmdpo prepare --model idefics2-8b --dataset rlaif-v",
+        "use fewer --num-proc",
     ),
     "estimate-memory": Command(
         cf.EstimateMemoryConfig,
@@ -58,12 +69,15 @@ COMMANDS = {
         "vlmdpo.commands.train",
         "Train with Direct Preference Optimization (TRL and LoRA).",
         "vlmdpo train --model idefics2-8b --dataset rlaif-v",
+        "use a smaller --per-device-train-batch-size, a lower --max-length or --quantization nf4; "
+        "see: vlmdpo estimate-memory --gpu",
     ),
     "infer": Command(
         cf.InferConfig,
         "vlmdpo.commands.infer",
         "Answer questions about images, one or a file of them.",
         "vlmdpo infer --model idefics2-8b --adapter DIR --image FILE --question TEXT --compare",
+        "use a smaller --batch-size, smaller images, or --dtype bfloat16",
     ),
     "eval-amber": Command(
         cf.EvalAmberConfig,
@@ -71,18 +85,21 @@ COMMANDS = {
         "Score hallucination on AMBER, base beside tuned.",
         "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data "
         "--images AMBER/image",
+        "use a smaller --batch-size or --dtype bfloat16; finished answers are kept",
     ),
     "compare": Command(
         cf.CompareConfig,
         "vlmdpo.commands.compare",
         "Serve a page with base beside tuned; votes become data.",
         "vlmdpo compare --model idefics2-8b --adapter DIR",
+        "use --dtype bfloat16, or close what else uses the memory",
     ),
     "export": Command(
         cf.ExportConfig,
         "vlmdpo.commands.export",
         "Merge an adapter into its base, or upload it.",
         "",
+        "merge on the CPU with --device cpu, or use --dtype bfloat16",
     ),
     "env": Command(
         cf.EnvConfig,
@@ -246,7 +263,7 @@ def _general_parameters(has_short_help: bool) -> list[inspect.Parameter]:
 
 def _command(name: str) -> Callable[..., None]:
     """The function behind a command: merge the layers, run, show."""
-    cls, module, help_text, full_size = COMMANDS[name]
+    cls, module, help_text, full_size, _ = COMMANDS[name]
 
     def call(**given: Any) -> None:
         recipe_file = given.pop("config")
@@ -338,25 +355,31 @@ def run(arguments: list[str]) -> int:
             ui.warn("interrupted")
         return code if isinstance(code, int) else 0
     except VlmDpoError as problem:
-        if launch.is_worker():
-            launch.send_error(problem)
-        else:
-            (ui.warn if isinstance(problem, (Interrupted, Preempted)) else ui.error)(str(problem))
-        return problem.exit_code
+        return _fail(problem)
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except RuntimeError as problem:
-        if not processes.is_lost_peer(problem):
-            raise
-        lost = PeerLost("another process of the run ended")
-        (launch.send_error if launch.is_worker() else lambda why: ui.error(str(why)))(lost)
-        return lost.exit_code
+    except (RuntimeError, MemoryError, OSError) as problem:
+        if isinstance(problem, RuntimeError) and processes.is_lost_peer(problem):
+            return _fail(PeerLost("another process of the run ended"))
+        if is_out_of_memory(problem):
+            reason, advice = out_of_memory_reason(problem), COMMANDS[arguments[0]].less_memory
+            return _fail(MemoryBudgetError(f"out of memory: {reason}; {advice}"))
+        raise
     except TyperException as problem:
         ui.error(_usage_error(problem.format_message(), arguments))
         return 2
     except typer.Abort:
         return Interrupted.exit_code
+
+
+def _fail(problem: VlmDpoError) -> int:
+    """Say why the command ends, and return its exit code."""
+    if launch.is_worker():
+        launch.send_error(problem)
+    else:
+        (ui.warn if isinstance(problem, (Interrupted, Preempted)) else ui.error)(str(problem))
+    return problem.exit_code
 
 
 def _usage_error(message: str, arguments: list[str]) -> str:

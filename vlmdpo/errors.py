@@ -7,6 +7,8 @@ in vlmdpo: it keeps its traceback, and the exit code is 1.
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +40,7 @@ class ModelError(VlmDpoError):
 
 
 class MemoryBudgetError(VlmDpoError):
-    """Training does not fit into memory."""
+    """What was asked for does not fit into memory, of the GPU or of the machine."""
 
     exit_code = 5
 
@@ -69,6 +71,31 @@ class Interrupted(VlmDpoError):
     """Ctrl-C: finished work is kept, and the message says how to continue."""
 
     exit_code = 130
+
+
+# torch.OutOfMemoryError ("CUDA out of memory. Tried to allocate ..."), what the driver, cuBLAS and
+# cuDNN say ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling ..."), and the
+# machine's memory ("DefaultCPUAllocator: can't allocate memory: ...").
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|can(?:'t|not) allocate memory", re.IGNORECASE
+)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine."""
+    if isinstance(problem, MemoryError):
+        return True
+    if isinstance(problem, OSError):
+        return problem.errno == errno.ENOMEM
+    return isinstance(problem, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(problem)))
+
+
+def out_of_memory_reason(problem: BaseException) -> str:
+    """What ran out, and how much was asked for, in the words of who noticed; without advice."""
+    lines = str(problem).strip().splitlines() or ["the machine's memory is full"]
+    # PyTorch says in sentences what failed, the size, what is free, and then how to set variables.
+    sentences = re.split(r"(?<=[.])\s+(?=[A-Z])", lines[0])
+    return " ".join(sentences[:3]).rstrip(".")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -70,6 +70,16 @@ def set_verbosity(*, quiet: bool, yes: bool) -> None:
     _quiet, _answers_yes = quiet, yes
 
 
+def is_silent() -> bool:
+    """Whether messages are not shown: with --quiet, and in all processes but the first."""
+    return _err().quiet
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal, where a progress bar can move."""
+    return _err().is_terminal
+
+
 def confirm(question: str, *, otherwise: bool = False) -> bool:
     """Ask on a terminal. With --yes the answer is yes; without a terminal it is `otherwise`."""
     if _answers_yes:

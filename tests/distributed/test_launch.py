@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -79,6 +80,7 @@ def data(vlmdpo):
 
 
 def test_every_arrangement_of_processes_learns_the_same(data):
+    shutil.copytree("data", "own")  # so that the sharded run computes its own reference log-probs
     grouped = ["--group-by-length", "--num-train-epochs", "2"]
     run_groups(
         [
@@ -107,6 +109,7 @@ def test_every_arrangement_of_processes_learns_the_same(data):
                 "--sample-every",
                 "3",
                 "--resume",
+                data="own",
                 env=FSDP2,
             ),
             spec(
@@ -119,6 +122,7 @@ def test_every_arrangement_of_processes_learns_the_same(data):
                 "--sample-every",
                 "3",
                 "--resume",
+                data="own",
                 env=FSDP2,
                 again=True,
             ),
@@ -155,6 +159,33 @@ def test_every_arrangement_of_processes_learns_the_same(data):
     assert all(saved[name].shape == whole[name].shape for name in whole)
     [cache] = Path("data/reference-logprobs").glob("*.arrow")
     assert pa.ipc.open_file(cache).read_all()["row"].to_pylist() == list(range(48))
+
+
+def _reference_logps(data):
+    [path] = Path(data, "reference-logprobs").glob("*.arrow")
+    table = pa.ipc.open_file(path).read_all()
+    assert table["row"].to_pylist() == list(range(48))
+    return torch.tensor(
+        [table["ref_chosen_logps"].to_pylist(), table["ref_rejected_logps"].to_pylist()]
+    )
+
+
+def test_sharded_bf16_keeps_whole_log_probs_and_shares_a_half_filled_cache(data):
+    shutil.copytree("data", "other")
+    few = {"data": "other", "env": FSDP2}
+    run_groups(
+        [
+            spec("ddp", 2, 1, 4, "--bf16"),
+            spec("half", 2, 1, 4, "--bf16", "--max-steps", "3", **few),
+            # In another order, so that in many batches one process finds its row and the other not.
+            spec("rest", 2, 1, 4, "--bf16", "--seed", "7", **few),
+        ]
+    )
+    whole, sharded = _reference_logps("data"), _reference_logps("other")
+    assert (sharded != sharded.round()).float().mean() > 0.9
+    torch.testing.assert_close(sharded, whole, rtol=0, atol=0.1)
+    for here, there in zip(curve("half"), curve("ddp")[:3], strict=True):
+        assert here == pytest.approx(there, rel=0.05, abs=0.01)
 
 
 @pytest.mark.parametrize("engine", ["shared", "stock"])

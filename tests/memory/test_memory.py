@@ -13,6 +13,7 @@ from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError
 from vlmdpo.memory import architecture as arch
 from vlmdpo.memory import fast
+from vlmdpo.memory.cuda_autocast import CudaAutocastRules
 from vlmdpo.memory.fake_tensors import SimulationMode
 from vlmdpo.memory.fit import PeakByBatch, largest_batch_size, verdict
 from vlmdpo.memory.gpus import capacity_bytes
@@ -273,7 +274,7 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
 def test_sharding_and_four_bits_are_marked(vlmdpo):
     plain = estimate(vlmdpo, "--lora")
     sharded = estimate(
-        vlmdpo, "--lora", "--num-gpus", "2", "--strategy", "fsdp2", "--quantization", "nf4"
+        vlmdpo, "--lora", "--num-gpus", "2", "--strategy", "zero2", "--quantization", "nf4"
     )
     assert sharded["peak_bytes"] < plain["peak_bytes"]
     assert {"nf4 weights", "sharding over GPUs"} <= set(sharded["unvalidated"])
@@ -343,3 +344,23 @@ def test_the_first_saving_that_fits_is_shown_as_a_command(vlmdpo):
     assert "2GiB: does not fit" in out
     assert "First try --dtype bfloat16 --lora: vlmdpo train --model smolvlm-256m" in out
     assert "--per-device-train-batch-size 1 --gradient-accumulation-steps 64" in out
+
+
+def test_simulated_autocast_follows_cuda():
+    half, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
+    functional = torch.nn.functional
+
+    def dtypes():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = (
+                *(functional.layer_norm(half, (8,), weight), functional.rms_norm(half, (8,))),
+                *(half**2, half.softmax(-1), half.sum(), functional.gelu(half)),
+                functional.linear(half, half),
+            )
+        return [output.dtype for output in outputs]
+
+    assert set(dtypes()) == {torch.bfloat16}
+    with CudaAutocastRules():
+        # As CUDA's autocast gives them; activations and products stay bfloat16 there too.
+        assert dtypes() == [torch.float32] * 5 + [torch.bfloat16] * 2
+        assert functional.layer_norm(half, (8,)).dtype == torch.bfloat16, "autocast is off"

@@ -52,13 +52,19 @@ def trainer(
     reference_cache=None,
     build=None,
     mdpo_rows=0,
+    gpu=None,
     **settings,
 ):
-    """A PairTrainer on a tiny model whose adapter is not zero: policy and reference differ."""
+    """A PairTrainer on a tiny model whose adapter is not zero: policy and reference differ.
+
+    With a `PretendedGpu` it is on that device; bf16 then computes under autocast too.
+    """
     model, processor = random_models.make(family, **(build or {}))
     processor.chat_template = processor.chat_template or fallback_chat_template(processor)
     if bf16:
         model.to(torch.bfloat16)
+    if gpu is not None:
+        gpu.place(model)
     settings = {
         "per_device_train_batch_size": len(rows),
         "gradient_checkpointing": False,
@@ -69,8 +75,8 @@ def trainer(
         output_dir=str(folder),
         max_length=None,
         report_to="none",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=gpu is None,
+        bf16=bf16 and gpu is not None,
         **settings,
     )
     config = LoraConfig(r=4, target_modules=lora) if lora else None

@@ -49,13 +49,16 @@ def run_groups(specs):
         assert set(json.loads(line)) == {0}, (spec["name"], line, logs)
 
 
-def full_above(limit):
+CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+
+
+def full_above(limit, problem=CUDA_IS_FULL):
     """A `_compute_loss` of the trainer that runs out of memory for more pairs than fit."""
     compute = trainer.PairTrainer._compute_loss
 
     def limited(self, model, inputs, *rest):
         if len(inputs["input_ids"]) // 2 > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+            raise problem
         return compute(self, model, inputs, *rest)
 
     return limited

@@ -5,11 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
 from safetensors import safe_open
 
+from tests.conftest import unfolded
 from tests.support.engines import pairs, step, trainer
 from vlmdpo.commands import prepare
-from vlmdpo.config import PrepareConfig
+from vlmdpo.config import PrepareConfig, TrainConfig
+from vlmdpo.errors import ModelError
+from vlmdpo.tiny import random_models
+from vlmdpo.training.arguments import dpo_config
+from vlmdpo.training.make_trainer import make_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +148,11 @@ def test_attention_by_name(data, vlmdpo):
     [
         (["--quantization", "nf4", "--device", "cpu"], 4, "--quantization nf4 needs an NVIDIA GPU"),
         (["--quantization", "nf4", "--no-lora"], 2, "4-bit weights cannot be trained"),
+        (
+            ["--quantization", "nf4", "--strategy", "fsdp2", "--num-processes", "2"],
+            2,
+            "use --strategy ddp or zero2",
+        ),
         (["--loss", "mdpo,sft"], 2, "cannot be combined with other losses"),
         (["--loss", "sigmod"], 2, "Did you mean 'sigmoid'?"),
         (["--loss", "mdpo", "--engine", "stock"], 2, "needs the shared engine"),
@@ -157,3 +169,48 @@ def test_refusals(options, code, says, data, vlmdpo):
     got, _, err = vlmdpo(*SHORT, *options)
     assert got == code, err
     assert says in err.strip().splitlines()[-1]
+
+
+def test_a_gpu_gets_the_fused_optimizer_and_peers_wait_for_hours(tmp_path):
+    on_gpu = dpo_config(TrainConfig(), tmp_path, torch.device("cuda"))
+    on_cpu = dpo_config(TrainConfig(), tmp_path, torch.device("cpu"))
+    assert (on_gpu.optim, on_cpu.optim) == ("adamw_torch_fused", "adamw_torch")
+    assert on_cpu.ddp_timeout == 3 * 3600
+    chosen = TrainConfig(set=("ddp_timeout=60",), optim="adafactor")
+    chosen_args = dpo_config(chosen, tmp_path, torch.device("cuda"))
+    assert (chosen_args.ddp_timeout, chosen_args.optim) == (60, "adafactor")
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [([], "auto"), (["--no-lora"], "float32"), (["--no-lora", "--dtype", "bfloat16"], "bfloat16")],
+)
+def test_full_fine_tuning_loads_float32_weights(options, dtype, data, monkeypatch, vlmdpo):
+    loaded = []
+
+    def load_model(model, **settings):
+        loaded.append(settings["dtype"])
+        raise ModelError("enough")
+
+    monkeypatch.setattr("vlmdpo.models.load.load_model", load_model)
+    code, _, err = vlmdpo(*SHORT, *options)
+    assert (code, loaded) == (4, [dtype])
+    assert ("most weights will not move" in unfolded(err)) == (dtype == "bfloat16")
+
+
+def test_qlora_adapters_stay_float32(tmp_path):
+    model, processor = random_models.make("llava")
+    model.is_loaded_in_4bit = True  # TRL then rounds the adapter to bfloat16
+    args = dpo_config(TrainConfig(), tmp_path, torch.device("cpu"))
+    made = make_trainer(
+        engine="shared",
+        model=model,
+        reference_model=None,
+        processor=processor,
+        train_dataset=pairs(1),
+        args=args,
+        lora_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trained = [p for p in made.model.parameters() if p.requires_grad]
+    assert trained
+    assert {p.dtype for p in trained} == {torch.float32}

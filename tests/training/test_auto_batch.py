@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.engines import pairs, trainer
-from tests.support.ranks import full_above, run_groups
+from tests.support.ranks import CUDA_IS_FULL, FSDP2, full_above, run_groups
 from vlmdpo.errors import MemoryBudgetError
 from vlmdpo.training import monitor
 from vlmdpo.training.trainer import PairTrainer
@@ -14,14 +14,27 @@ from vlmdpo.training.trainer import PairTrainer
 pytestmark = pytest.mark.slow
 
 
-def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **settings):
+CUBLAS_IS_FULL = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+
+def run(
+    tmp_path,
+    name,
+    monkeypatch,
+    *,
+    limit=None,
+    log=None,
+    after=0,
+    problem=CUDA_IS_FULL,
+    **settings,
+):
     rows = pairs(16, seed=3)
     made = trainer(
         "llava", "shared", rows, tmp_path / name, logging_steps=1, learning_rate=1e-2, **settings
     )
     if limit is not None:
         made.enable_auto_batch()
-        limited, calls = full_above(limit), []
+        limited, calls = full_above(limit, problem), []
 
         def later(self, model, inputs, *rest):
             calls.append(1)
@@ -40,8 +53,12 @@ def run(tmp_path, name, monkeypatch, *, limit=None, log=None, after=0, **setting
     return made, losses, weights
 
 
-@pytest.mark.parametrize("after", [0, 3], ids=["at once", "in the middle of a step"])
-def test_a_halved_batch_learns_the_same(after, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("after", "problem"),
+    [(0, CUBLAS_IS_FULL), (3, CUDA_IS_FULL)],
+    ids=["at once", "in the middle of a step"],
+)
+def test_a_halved_batch_learns_the_same(after, problem, tmp_path, monkeypatch, capfd):
     settings = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -50,7 +67,7 @@ def test_a_halved_batch_learns_the_same(after, tmp_path, monkeypatch, capfd):
     _, expected, plain = run(tmp_path, "plain", monkeypatch, **settings)
     log = []
     made, losses, weights = run(
-        tmp_path, "halved", monkeypatch, limit=2, log=log, after=after, **settings
+        tmp_path, "halved", monkeypatch, limit=2, log=log, after=after, problem=problem, **settings
     )
     assert losses == pytest.approx(expected, rel=1e-4)
     for name, weight in weights.items():
@@ -165,7 +182,9 @@ def test_estimated_peak_is_printed_beside_the_measured_one():
     )
 
 
-def test_the_batch_size_is_planned_on_the_data_of_the_run(tmp_path):
+def test_the_batch_size_is_planned_on_the_data_of_the_run(tmp_path, monkeypatch):
+    for name, value in {**FSDP2, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)  # what a launcher sets must not reach the simulation
     from accelerate import PartialState
 
     from vlmdpo.commands import prepare

@@ -120,7 +120,7 @@ def test_a_batch_runs_each_image_and_answer_once(tmp_path):
     prompts = sum(pair[0] + 1 for pair in batch["pairs"])
     assert batch["pair_ids"].shape[1] == prompts + chosen + rejected
     assert all(pair[2] == 0 for pair in batch["pairs"][COUNT:])
-    assert batch["row"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch["row"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_cached_references_give_the_same_loss(tmp_path):

@@ -307,9 +307,9 @@ class _StepSimulator:
         settings |= {"per_device_train_batch_size": batch, "bf16": True}
         # An 8-bit optimizer could not be made without its package: AdamW stands in for it, and
         # `_static_difference` makes its states smaller.
-        optim = settings["optim"]
-        settings["optim"] = "adamw_torch" if "8bit" in optim else optim
-        with simulate.gpu_loss_head():
+        if settings["optim"] == "auto" or "8bit" in settings["optim"]:
+            settings["optim"] = "adamw_torch_fused"
+        with simulate.cuda_rules():
             return simulate.estimate_peak(
                 self.architecture, TrainConfig(**settings), self._rows(batch), dtype=self.dtype
             )
@@ -320,8 +320,9 @@ def _first_saving_that_fits(config: EstimateMemoryConfig, capacity: int) -> dict
     changes: list[dict[str, Any]] = []
     changes += [{"gradient_checkpointing": True}] if not config.gradient_checkpointing else []
     changes += [{"engine": "shared"}] if config.engine != "shared" else []
-    changes += [{"dtype": "bfloat16"}] if config.dtype == "float32" else []
     changes += [{"lora": True}] if not config.lora else []
+    # Last, because full fine-tuning keeps float32 weights: steps are too small for bfloat16.
+    changes += [{"dtype": "bfloat16"}] if config.dtype == "float32" else []
     merged: dict[str, Any] = {}
     for change in changes:
         merged |= change
@@ -343,7 +344,7 @@ def _static_difference(config: EstimateMemoryConfig, counts: _ParameterCounts) -
         config.dtype,
         lora=config.lora,
         cached=config.reference_cache,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
     )
     return sum(c.bytes for c in _static_components(config, counts)) - sum(c.bytes for c in plain)
 

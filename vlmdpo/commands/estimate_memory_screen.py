@@ -160,7 +160,7 @@ def _command(report: dict[str, Any], plan: dict[str, Any]) -> str:
     """The training command with this plan, without options that have their default."""
     settings, default = report["settings"], TrainConfig()
     words = ["vlmdpo", "train", "--model", str(settings["model"])]
-    if report["dtype"] != "bfloat16":  # the default on a GPU
+    if report["dtype"] != ("bfloat16" if settings["lora"] else "float32"):  # defaults on a GPU
         words += ["--dtype", report["dtype"]]
     for name in (
         "lora",

@@ -82,6 +82,7 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
     """Write base and adapter as one model to `folder`, which appears once it is complete and
     checked.
     """
+    from vlmdpo.models.chat_template import save_processor
     from vlmdpo.report import model_card
 
     _check_output(folder, config.overwrite)
@@ -95,7 +96,7 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         merged.save_pretrained(part, safe_serialization=True)
-        processor.save_pretrained(part)
+        save_processor(processor, part)
         del with_adapter, merged
         saved = dataclasses.replace(
             options, model=str(part.absolute()), revision=None, trust_remote_code=False

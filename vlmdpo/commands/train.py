@@ -16,7 +16,15 @@ from vlmdpo.commands import prepare, train_folder
 from vlmdpo.config import DEFAULT_RATES, USUAL_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.distributed.processes import launched_strategy
-from vlmdpo.errors import DataError, Interrupted, MemoryBudgetError, Preempted
+from vlmdpo.errors import (
+    DataError,
+    Interrupted,
+    MemoryBudgetError,
+    Preempted,
+    is_out_of_memory,
+    out_of_memory_reason,
+)
+from vlmdpo.memory.terms import CONTEXT_BYTES
 from vlmdpo.models.registry import short_name
 from vlmdpo.training import build, memory_forecast, non_finite, results
 from vlmdpo.training.preemption import preempted_by_sigterm
@@ -53,6 +61,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     output_dir = config.output_dir or Path("outputs") / name
     config = dataclasses.replace(config, output_dir=output_dir)
     _warn_of_unusual_rate(config)
+    _warn_of_half_precision_weights(config)
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
@@ -98,24 +107,23 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
     """Inside, errors that end a training become errors that say what to do."""
-    import torch
-
-    from vlmdpo.training.trainer import NonFiniteLoss
+    from vlmdpo.training.finite_check import NonFiniteLoss
 
     trainer = setup.trainer
     try:
         yield
     except NonFiniteLoss as problem:
         raise non_finite.explain_non_finite_loss(setup, problem, folder) from problem
-    except torch.OutOfMemoryError as problem:
-        batch = trainer.args.per_device_train_batch_size
-        raise MemoryBudgetError(
-            f"out of memory at step {trainer.state.global_step + 1} with batch {batch}; add "
-            "--auto-batch-size, or see vlmdpo estimate-memory"
-        ) from problem
-    except OSError as problem:
-        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
-    except RuntimeError as problem:
+    except (RuntimeError, MemoryError, OSError) as problem:
+        if is_out_of_memory(problem):
+            batch = trainer.args.per_device_train_batch_size
+            raise MemoryBudgetError(
+                f"out of memory at step {trainer.state.global_step + 1} with batch {batch}: "
+                f"{out_of_memory_reason(problem)}; add --auto-batch-size, or see: vlmdpo "
+                "estimate-memory --gpu"
+            ) from problem
+        if isinstance(problem, OSError):
+            raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
         if "DataLoader worker" not in str(problem):
             raise
         workers = trainer.args.dataloader_num_workers
@@ -140,11 +148,21 @@ def _warn_of_unusual_rate(config: TrainConfig) -> None:
         )
 
 
+def _warn_of_half_precision_weights(config: TrainConfig) -> None:
+    """Warn of full fine-tuning of weights that are too coarse for its small steps."""
+    if not config.lora and config.weights_dtype not in ("auto", "float32"):
+        ui.warn(
+            f"--dtype {config.dtype} with --no-lora: steps are smaller than its rounding, so most "
+            "weights will not move; leave --dtype out for float32 weights, which compute in "
+            "bfloat16 all the same"
+        )
+
+
 def _dtype_name(config: TrainConfig, args: Any) -> str:
     """The data type of the base weights, by name."""
     from vlmdpo.models.load import pick_dtype
 
-    return str(pick_dtype(config.dtype, args.device)).removeprefix("torch.")
+    return str(pick_dtype(config.weights_dtype, args.device)).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -186,14 +204,15 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
     if args.device.type != "cuda":
         ui.say(f"no GPU to plan for: starting with batch {args.per_device_train_batch_size}")
         return
-    total = torch.cuda.get_device_properties(args.device).total_memory
-    report = memory_forecast.plan_batch(config, data, total, _dtype_name(config, args))
+    free, total = torch.cuda.mem_get_info(args.device)
+    capacity = min(total, free + CONTEXT_BYTES)  # this process's own context exists by now
+    report = memory_forecast.plan_batch(config, data, capacity, _dtype_name(config, args))
     plan = report["plan"]
     if plan["per_device_train_batch_size"] is None:
         raise MemoryBudgetError(
             f"one pair needs {report['gpu']['needed_bytes'] / 2**30:.1f} GiB, and the GPU has "
-            f"{total / 2**30:.1f}; "
-            f"see vlmdpo estimate-memory --model {config.model} --gpu {total // 2**20}MiB"
+            f"{capacity / 2**30:.1f} of {total / 2**30:.1f} free; "
+            f"see vlmdpo estimate-memory --model {config.model} --gpu {capacity // 2**20}MiB"
         )
     args.per_device_train_batch_size = plan["per_device_train_batch_size"]
     args.gradient_accumulation_steps = plan["gradient_accumulation_steps"]
@@ -230,6 +249,7 @@ def _prepared(config: TrainConfig) -> Path:
 
 
 def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
+    from vlmdpo.models.attention import describe_attention
     from vlmdpo.models.families import parameter_numel
 
     trainable = sum(parameter_numel(p) for p in trainer.model.parameters() if p.requires_grad)
@@ -241,7 +261,7 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
         "rows": "stock rows, each image encoded once",
         "stock": "stock TRL",
     }[trainer.engine]
-    attention = trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation
+    attention = describe_attention(trainer.accelerator.unwrap_model(trainer.model))
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     precision = "bfloat16 autocast" if args.bf16 else dtype
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"

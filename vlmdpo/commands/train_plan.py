@@ -148,7 +148,7 @@ def _what_trains(config: LoraOptions) -> str:
 def _estimate_options(config: TrainConfig, gpus: int, gpu: str | None) -> dict[str, Any]:
     """The options of `estimate-memory` for this run."""
     strategy = config.strategy if config.num_processes > 1 or config.lora or gpus == 1 else "fsdp2"
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    dtype = "bfloat16" if config.weights_dtype == "auto" else config.weights_dtype
     shared = {
         name: getattr(config, name)
         for name in _COMMON_OPTIONS - {"dataset", "dtype", "gpu", *PER_CALL}

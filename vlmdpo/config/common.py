@@ -11,6 +11,7 @@ from vlmdpo.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+SHARDED_STRATEGIES = ("fsdp2", "zero3")  # no process has all of the weights
 LORA_SCOPES = ("language", "connector", "all")
 OVER_LENGTH = ("drop", "trim")
 
@@ -62,7 +63,7 @@ class RuntimeOptions(ModelOptions):
     dtype: str = option(
         "auto",
         f"Data type of the base weights: {', '.join(DTYPES)}; auto is bfloat16 on a GPU that "
-        "supports it",
+        "supports it, and float32 for full fine-tuning",
     )
     attn_implementation: str = option(
         "auto",
@@ -141,3 +142,12 @@ class ProcessOptions(Options):
             )
         if self.num_machines > 1 and self.main_process_ip is None:
             raise ConfigError("--num-machines needs --main-process-ip, the address of machine 0")
+
+
+def check_quantization(quantization: str, strategy: str) -> None:
+    """Raise ConfigError for 4-bit weights that a strategy would split between processes."""
+    if quantization != "none" and strategy in SHARDED_STRATEGIES:
+        raise ConfigError(
+            f"--quantization {quantization}: {strategy} splits weights between processes, which "
+            "4-bit weights cannot be; use --strategy ddp or zero2, or leave out --quantization"
+        )

@@ -6,7 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdpo.config.common import LORA_SCOPES, STRATEGIES, ModelOptions, OutputOptions
+from vlmdpo.config.common import (
+    LORA_SCOPES,
+    STRATEGIES,
+    ModelOptions,
+    OutputOptions,
+    check_quantization,
+)
 from vlmdpo.config.options import option, require, require_at_least, require_choice
 from vlmdpo.errors import ConfigError
 
@@ -48,8 +54,9 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
         32, "Forward passes per optimizer step", group="Training"
     )
     optim: str = option(
-        "adamw_torch",
-        "Optimizer, by its name in transformers; names with 8bit keep 8-bit moments",
+        "auto",
+        "Optimizer, by its name in transformers; names with 8bit keep 8-bit moments; auto is "
+        "adamw_torch_fused",
         group="Training",
     )
     lora: bool = option(False, "Train a LoRA adapter instead of every weight", group="Adapter")
@@ -115,5 +122,6 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
         require(bool(is_size), self, "image_size", "pixels, as in 490 or 640x480")
         if self.quantization == "nf4" and not self.lora:
             raise ConfigError("--quantization nf4 needs --lora: 4-bit weights cannot be trained")
+        check_quantization(self.quantization, self.strategy)
         if self.fast and self.image_splitting:
             raise ConfigError("--fast has no formula for --image-splitting; leave out one of them")

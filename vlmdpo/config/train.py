@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmdpo.config.common import RuntimeOptions
+from vlmdpo.config.common import RuntimeOptions, check_quantization
 from vlmdpo.config.training import (
     CheckOptions,
     DataOptions,
@@ -47,11 +47,20 @@ class TrainConfig(
                 "--feature-cache needs frozen image features: --lora-scope language, without "
                 "--engine stock"
             )
+        check_quantization(self.quantization, self.strategy)
         if ":" in self.device:
             raise ConfigError(
                 f"--device: train takes auto, cpu, cuda or mps; select '{self.device}' with "
                 "CUDA_VISIBLE_DEVICES"
             )
+
+    @property
+    def weights_dtype(self) -> str:
+        """`--dtype`, which for full fine-tuning is float32 unless another is named.
+
+        A step of 5e-7 is smaller than bfloat16's rounding of most weights, which would not move.
+        """
+        return "float32" if self.dtype == "auto" and not self.lora else self.dtype
 
     @property
     def peak_learning_rate(self) -> float:

@@ -75,7 +75,11 @@ class RunOptions(Options):
     warmup_steps: float = option(
         0.0, "Warm-up in optimizer steps, or as a share of them if below 1"
     )
-    optim: str = option("adamw_torch", "Optimizer, by its name in transformers")
+    optim: str = option(
+        "auto",
+        "Optimizer, by its name in transformers; auto is adamw_torch_fused on a GPU, else "
+        "adamw_torch",
+    )
     seed: int = option(42, "Seed of adapter weights and data order")
     eval_steps: float | None = option(
         None,
@@ -265,7 +269,11 @@ class SpeedOptions(Options):
     bf16: bool | None = option(
         None, "Compute in bfloat16 autocast", default_text="on if the GPU supports it"
     )
-    dataloader_num_workers: int = option(0, "Processes that load and preprocess batches")
+    dataloader_num_workers: int | None = option(
+        None,
+        "Processes that load and preprocess batches",
+        default_text="up to 4 on a GPU, by the cores at hand; 0 on a CPU",
+    )
 
     def _check(self) -> None:
         require_choice(self.engine, ("shared", "stock"), "engine")

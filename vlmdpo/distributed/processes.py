@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 from vlmdpo.errors import ConfigError
@@ -26,7 +27,9 @@ _LOST_PEER_MESSAGES = (
 )
 
 
-SHARDED_STRATEGIES = ("fsdp2", "zero3")  # no process has all of the weights
+# While the first process downloads a model or prepares data, the others wait for it. NCCL would
+# give up after 10 minutes, and gloo after 30.
+WAIT_FOR_PEERS = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,6 @@ def join_process_group(device: str) -> ProcessGroup:
 
     from vlmdpo.models.load import pick_device
 
-    state = PartialState(cpu=pick_device(device).type == "cpu")
+    state = PartialState(cpu=pick_device(device).type == "cpu", timeout=WAIT_FOR_PEERS)
     own_device = str(state.device) if device in ("auto", "cuda") else device
     return ProcessGroup(state.process_index, state.num_processes, own_device)

@@ -28,11 +28,14 @@ class BatchContext:
 
     Attributes:
         backbone: the model this context is for; any other model ignores it.
-        rows: (row number, image tokens) of each row, in order; empty where rows are not numbered.
+        rows: (row number, image tokens) of each row, in order; empty where image features are not
+            kept on disk.
         vision_is_frozen: whether nothing that makes image features trains, so that policy and
             reference share them.
         frozen_towers: modules that do not train inside a vision part that does; each runs once.
         layout_class: in place of `PairLayout`, for checks that need a layout broken on purpose.
+        layout: the packed row's, made in the first forward pass.
+        position_ids: of its slots (..., 1, T), or of rows (..., 2B, S), likewise.
         image_features: what the frozen vision part returned for the batch's images.
         image_copies: how often each image is repeated in `image_features`.
         tower_outputs: what each frozen tower returned, one entry per call within a forward pass.
@@ -43,6 +46,8 @@ class BatchContext:
     vision_is_frozen: bool = False
     frozen_towers: Sequence[nn.Module] = ()
     layout_class: type[PairLayout] | None = None
+    layout: PairLayout | None = None
+    position_ids: Tensor | None = None
     image_features: ModelOutput | None = None
     image_copies: int = 1
     tower_outputs: dict[nn.Module, list[ModelOutput]] = field(default_factory=dict)

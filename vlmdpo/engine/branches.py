@@ -122,7 +122,9 @@ class BranchLayout:
 
     def mask(self, mask_function: Callable[..., Tensor], device: torch.device) -> Tensor:
         """(1, 1, N, P + A) bool, of the model's own mask function."""
-        zero = torch.tensor(0, device=device)  # batch and head
+        # Batch and head, of the indices' dimensions: a mask function that indexes with a number
+        # would read it from the device.
+        zero = torch.zeros((1, 1), dtype=torch.long, device=device)
         query_index_N = self.index[-self.new :]
         key_index_K = torch.cat([torch.arange(self.prefix, device=device), self.index])
         own_NA = self.branch[-self.new :, None] == self.branch[None, :]

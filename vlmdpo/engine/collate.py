@@ -47,7 +47,7 @@ class PairBatch(TypedDict):
     pairs: NotRequired[list[list[int]]]
     pair_ids: NotRequired[Tensor]
     image_copies: NotRequired[int]
-    row: NotRequired[Tensor]  # (B,) row numbers
+    row: NotRequired[list[int]]  # B row numbers, which no device needs
     order: NotRequired[Tensor]  # which answer each row of the loss is, where not one each; see mDPO
 
 
@@ -89,7 +89,7 @@ class PairCollator:
         )
         batch = make_batch(prompts, chosen, rejected)
         if "row" in examples[0]:
-            batch["row"] = torch.tensor([example["row"] for example in examples])
+            batch["row"] = [example["row"] for example in examples]
         placed_types = {}
         for name, prompt_types in types.items():
             answer_type = answer_token_type(self.processor, name)

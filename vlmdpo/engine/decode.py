@@ -80,7 +80,7 @@ class PromptTreeDecoder:
         self.backbone: Backbone = self.base.base_model
         self.reason_not_shared = _reason_not_shared(model, self.backbone)
         if not self.reason_not_shared:
-            packed_attention.use_packed_attention(families.text_configs(self.backbone))
+            packed_attention.use_packed_attention(self.backbone)
         config = self.base.generation_config
         ends = config.eos_token_id
         if ends is None:

@@ -11,7 +11,6 @@ Shapes: N images, I tokens of an image, H hidden size.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +27,6 @@ from vlmdpo import ui
 FOLDER = "image-features"
 _ROWS_PER_FOLDER = 1000
 _POOLED, _DEEPSTACK = "pooler_output", "deepstack_features"  # transformers' names
-
-
-def tower_digest(parameters: Sequence[Tensor]) -> str:
-    """SHA-256 over the bytes of all weights that image features are made of."""
-    digest = hashlib.sha256()
-    for tensor in parameters:
-        plain = tensor.detach().cpu().contiguous().flatten()
-        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
-    return digest.hexdigest()
 
 
 class FeatureCache:

@@ -78,7 +78,7 @@ class SharedForward:
         language = set(map(id, self.backbone.get_decoder().modules()))
         self._vision_modules = [m for m in self.backbone.modules() if id(m) not in language]
         if share:
-            packed_attention.use_packed_attention(families.text_configs(self.backbone))
+            packed_attention.use_packed_attention(self.backbone)
         self._wrap()
 
     def _wrap(self) -> None:
@@ -109,23 +109,26 @@ class SharedForward:
 
     def new_batch(
         self,
-        rows: Tensor | None = None,
+        rows: Sequence[int] = (),
         ids: Sequence[Tensor] = (),
         layout_class: type[PairLayout] | None = None,
     ) -> BatchContext:
         """The context of a new batch, to be given to the model as its input `batch_context`.
 
         Args:
-            rows: (B,) the rows' numbers, by which image features are found on disk.
+            rows: the B rows' numbers, by which image features are found on disk.
             ids: the token ids of each of these rows, to count its image tokens.
             layout_class: see `BatchContext`.
         """
         frozen = self.vision_is_frozen
-        image_token = self.backbone.config.image_token_id
-        image_tokens = [int(torch.eq(row_ids, image_token).sum()) for row_ids in ids]
+        numbered: list[tuple[int, int]] = []
+        if self.features is not None and rows:
+            image_token = self.backbone.config.image_token_id
+            counts = torch.stack([torch.eq(row_ids, image_token).sum() for row_ids in ids])
+            numbered = list(zip(rows, counts.tolist(), strict=True))
         return BatchContext(
             backbone=self.backbone,
-            rows=[] if rows is None else list(zip(rows.tolist(), image_tokens, strict=True)),
+            rows=numbered,
             vision_is_frozen=frozen,
             frozen_towers=[] if frozen else families.frozen_towers(self.backbone),
             layout_class=layout_class,
@@ -170,16 +173,21 @@ class SharedForward:
             if pairs is not None:
                 return self._packed_forward(pairs, batch_context, **kwargs)
             if image_copies > 1:
-                kwargs["position_ids"] = families.stock_position_ids(
-                    self.backbone,
-                    kwargs["input_ids"],
-                    kwargs["attention_mask"],
-                    kwargs,
-                    image_copies,
-                )
+                kwargs["position_ids"] = self._row_positions(image_copies, batch_context, kwargs)
             return self._backbone_forward(*args, **kwargs)
         finally:
             _forward_pass.reset(token)
+
+    def _row_positions(
+        self, copies: int, batch: BatchContext | None, inputs: dict[str, Any]
+    ) -> Tensor:
+        """Position ids of stock rows (..., 2B, S) whose images are given once."""
+        batch = batch or BatchContext(self.backbone)
+        if batch.position_ids is None:
+            batch.position_ids = families.stock_position_ids(
+                self.backbone, inputs["input_ids"], inputs["attention_mask"], inputs, copies
+            )
+        return batch.position_ids
 
     def _packed_forward(
         self,
@@ -200,16 +208,21 @@ class SharedForward:
             input_ids, attention_mask: (2B, 1 + C), (2B, S) for TRL's loss; not read here.
             order: (R,) which of the 2B answers each row of the loss is; None for one row each.
         """
-        layout_class = batch_context.layout_class if batch_context is not None else None
-        layout = (layout_class or PairLayout)(pairs, pair_ids.device)
+        batch = batch_context or BatchContext(self.backbone)
+        if batch.layout is None:
+            batch.layout = (batch.layout_class or PairLayout)(pairs, pair_ids.device)
+        layout = batch.layout
         types_BS = {
             name: layout.slots_to_rows(kwargs.pop(name))
             for name in families.TOKEN_TYPE_KEYS
             if kwargs.get(name) is not None
         }
-        positions_BS = families.stock_position_ids(
-            self.backbone, layout.slots_to_rows(pair_ids), layout.row_mask, {**kwargs, **types_BS}
-        )
+        if batch.position_ids is None:
+            rows_BS = layout.slots_to_rows(pair_ids)
+            positions_BS = families.stock_position_ids(
+                self.backbone, rows_BS, layout.row_mask, {**kwargs, **types_BS}
+            )
+            batch.position_ids = layout.rows_to_slots(positions_BS)
         if "token_type_ids" in types_BS:
             # The model builds its mask function of them, which is evaluated at indices of stock
             # rows.
@@ -218,7 +231,7 @@ class SharedForward:
             output = self._backbone_forward(
                 input_ids=pair_ids,
                 attention_mask=torch.ones_like(pair_ids),
-                position_ids=layout.rows_to_slots(positions_BS),
+                position_ids=batch.position_ids,
                 **kwargs,
             )
         slots = layout.branch_slots if order is None else layout.branch_slots[order]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,14 +23,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from vlmdpo.models.families import unwrap_peft
+from vlmdpo.models.attention import PACKED_PREFIX, default_attention
+from vlmdpo.models.families import text_configs, unwrap_peft
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from vlmdpo.models.protocols import Backbone, VisionLanguageModel
 
-    from vlmdpo.models.protocols import VisionLanguageModel
-
-_PACKED_NAMES = {"sdpa": "vlmdpo_packed_sdpa", "eager": "vlmdpo_packed_eager"}
+_PACKED_NAMES = {name: f"{PACKED_PREFIX}{name}" for name in ("sdpa", "eager")}
 _SHAREABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -136,13 +135,15 @@ def packed(layout: Layout) -> Iterator[None]:
         _active_layout.reset(token)
 
 
-def use_packed_attention(configs: Sequence[PreTrainedConfig]) -> None:
-    """Switch these text configurations to attention that also takes packed rows.
+def use_packed_attention(backbone: Backbone) -> None:
+    """Switch a language model to attention that also takes packed rows.
 
-    All other rows pass through unchanged. FlashAttention takes no mask, so its users get sdpa,
-    which runs the same kernels where it can.
+    All other rows pass through unchanged. FlashAttention takes no mask, so its users get the
+    model's own default: sdpa, which runs the same kernels where it can, or eager where SDPA cannot
+    compute what the model needs.
     """
-    for config in configs:
+    default = default_attention(backbone)
+    for config in text_configs(backbone):
         name = config._attn_implementation
         if name not in _PACKED_NAMES.values():
-            config._attn_implementation = _PACKED_NAMES.get(name, _PACKED_NAMES["sdpa"])
+            config._attn_implementation = _PACKED_NAMES.get(name, _PACKED_NAMES[default])

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmdpo.engine.causality import is_plainly_causal
+from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.packed_attention import additive_mask
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
@@ -92,11 +94,14 @@ class PairLayout:
             indices.append(torch.cat([torch.arange(span.prefix), *branches]))
             pairs.append(torch.full((span.length,), number))
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        self.slot_pair = torch.cat(pairs).to(device)
-        self.slot_index = torch.cat(indices).to(device)
-        self.branch_slots = pad(chosen_slots + rejected_slots).to(device)
-        self.row_slots = pad(rows).to(device)
-        self.row_mask = pad([torch.ones_like(row) for row in rows]).to(device)
+        maps = [torch.cat(pairs), torch.cat(indices), pad(chosen_slots + rejected_slots)]
+        maps += [pad(rows), pad([torch.ones_like(row) for row in rows])]
+        # One copy to the device for all of them.
+        moved = to_device(torch.cat([each.flatten() for each in maps]), device)
+        parts = moved.split([each.numel() for each in maps])
+        self.slot_pair, self.slot_index, self.branch_slots, self.row_slots, self.row_mask = (
+            part.view_as(each) for part, each in zip(parts, maps, strict=True)
+        )
 
     def slots_to_rows(self, values_1T: Tensor) -> Tensor:
         """(1, T) values of the slots → (B, S) as stock rows hold them, zero behind a row's end."""
@@ -171,14 +176,17 @@ class PairMask(Tensor):
     ) -> _Block:
         span = layout.spans[number]
         index = layout.slot_index[span.start : span.start + span.length]
-        batch, head = torch.tensor(number, device=device), torch.tensor(0, device=device)
-        allowed = partial(mask_function, batch, head)
+        # Filled on the device, and of the indices' dimensions: a number would be copied there, or
+        # read from there when a mask function indexes with it.
+        batch = torch.full((1, 1), number, device=device)
+        allowed = partial(mask_function, batch, torch.zeros_like(batch))
         row, other = index[: span.chosen_row], index[span.chosen_row :]
-        chosen_row = allowed(row[:, None], row[None, :]).expand(len(row), len(row))
-        is_causal = bool((chosen_row == (row[None, :] <= row[:, None])).all())
+        chosen_row = None
+        if not is_plainly_causal(mask_function, len(row)):
+            chosen_row = allowed(row[:, None], row[None, :]).expand(len(row), len(row))
         visible = layout.visible_to_rejected(span, device)
         rejected = allowed(other[:, None], index[None, :]) & visible
-        return _Block(None if is_causal else chosen_row, rejected)
+        return _Block(chosen_row, rejected)
 
     def attend(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from vlmdpo import ui
 
 FOLDER = "reference-logprobs"
+_MAX_PENDING_BATCHES = 256  # each takes a block of device memory
 _COLUMNS = ("row", "ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -47,35 +48,56 @@ class ReferenceCache:
         self.key = key
         self._values_R2 = torch.full((rows, 2), math.nan, dtype=torch.float32)
         self._unsaved_rows: set[int] = set()
+        self._pending: list[tuple[list[int], Tensor]] = []  # (rows, values_B2) as they were put
         self._load()
 
     @property
     def num_known(self) -> int:
         """How many rows have their log-probs."""
+        self._collect()
         return int((~self._values_R2.isnan()).all(dim=1).sum())
 
     def holds(self, rows: Iterable[int]) -> bool:
         """Whether the log-probs of all these rows are known."""
+        self._collect()
         return not bool(self._values_R2[list(rows)].isnan().any())
 
-    def get(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    def get(self, rows: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """(chosen, rejected) log-probs of these rows, or None where any is missing.
 
         Each is (B,), float32, on the CPU.
         """
-        values_B2 = self._values_R2[rows.cpu()]
+        if any(not set(rows).isdisjoint(pending) for pending, _ in self._pending):
+            self._collect()
+        values_B2 = self._values_R2[list(rows)]
         return None if values_B2.isnan().any() else (values_B2[:, 0], values_B2[:, 1])
 
-    def put(self, rows: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Keep the log-probs (B,) of these rows. Raises FloatingPointError if one is not finite."""
-        values_B2 = torch.stack([chosen, rejected], dim=1).detach().float().cpu()
-        if not values_B2.isfinite().all():
+    def put(self, rows: Sequence[int], chosen: Tensor, rejected: Tensor) -> None:
+        """Keep the log-probs (B,) of these rows.
+
+        They stay on their device until they are asked for or saved: copying waits for it. Only then
+        FloatingPointError is raised if one is not finite.
+        """
+        values_B2 = torch.stack([chosen, rejected], dim=1).detach().float()
+        self._pending.append((list(rows), values_B2))
+        if len(self._pending) >= _MAX_PENDING_BATCHES:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Copy what was put into `_values_R2`."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        rows = [row for batch_rows, _ in pending for row in batch_rows]
+        values_N2 = torch.cat([values_B2 for _, values_B2 in pending]).cpu()
+        if not values_N2.isfinite().all():
             raise FloatingPointError("a reference log-prob is not finite")
-        self._values_R2[rows.cpu()] = values_B2
-        self._unsaved_rows.update(rows.tolist())
+        self._values_R2[rows] = values_N2
+        self._unsaved_rows.update(rows)
 
     def unsaved(self) -> list[tuple[int, float, float]]:
         """What was put since the last save, as (row, chosen, rejected)."""
+        self._collect()
         return [(row, *self._values_R2[row].tolist()) for row in sorted(self._unsaved_rows)]
 
     def save(self, others: Iterable[tuple[int, float, float]] = (), *, write: bool = True) -> None:
@@ -88,6 +110,7 @@ class ReferenceCache:
             others: (row, chosen, rejected) that other processes computed.
             write: whether this process writes.
         """
+        self._collect()
         changed = bool(self._unsaved_rows)
         for row, chosen, rejected in others:
             changed = True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from vlmdpo.engine.collate import Example, images_of
@@ -23,5 +22,5 @@ class StockCollator(DataCollatorForVisionPreference):
             example["images"] = images_of(example)
         batch: dict[str, Any] = super().torch_call(examples)
         if rows is not None:
-            batch["row"] = torch.tensor(rows)
+            batch["row"] = rows
         return batch

@@ -1,5 +1,8 @@
 """Greedy answers through vLLM, for GPU machines that have it: it batches and shares prefixes by
 itself.
+
+vLLM has no part in training here, so whatever it could do otherwise is settled in the call: it gets
+token ids, the settings of our image processor, and only adapters that it applies as a whole.
 """
 
 from __future__ import annotations
@@ -11,13 +14,27 @@ from typing import Any
 from PIL import Image
 
 from vlmdpo.engine.generate import render_prompt
-from vlmdpo.errors import MissingDependencyError, ModelError, install_command
-from vlmdpo.models.load import pretrained_source
+from vlmdpo.errors import (
+    MemoryBudgetError,
+    MissingDependencyError,
+    ModelError,
+    install_command,
+    is_out_of_memory,
+)
+from vlmdpo.models.families import inserts_image_tokens, parameters_by_part
+from vlmdpo.models.load import meta_model, pretrained_source
 from vlmdpo.models.protocols import Processor
+
+# How vLLM says at its start that the GPU's memory does not suffice.
+_TOO_LITTLE_MEMORY = ("less than desired GPU memory", "No available memory for the cache blocks")
 
 
 class VllmGenerator:
-    """One model in vLLM, with or without its adapter. Raises MissingDependencyError, ModelError."""
+    """One model in vLLM, with or without its adapter: `start` it, then `generate`.
+
+    Raises MissingDependencyError, and ModelError for what vLLM would compute otherwise than the
+    other engines without a word.
+    """
 
     def __init__(
         self,
@@ -29,33 +46,39 @@ class VllmGenerator:
         dtype: str,
         trust_remote_code: bool,
     ) -> None:
+        self._vllm, lora_request = _import_vllm()
+        _check_model_and_adapter(model, processor, adapter, revision, trust_remote_code)
+        self.model, self.processor = model, processor
+        self._lora = lora_request("tuned", 1, str(adapter)) if adapter else None
+        self._options: dict[str, Any] = {
+            "model": pretrained_source(model),
+            "revision": revision,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "limit_mm_per_prompt": {"image": 1},
+            "mm_processor_kwargs": _image_settings(processor),
+            "enable_prefix_caching": True,
+            "seed": 0,
+        }
+        if adapter:
+            self._options |= {"enable_lora": True, "max_lora_rank": _supported_rank(adapter)}
+
+    def start(self) -> None:
+        """Load the model. vLLM takes most of the GPU's memory from here on.
+
+        Raises ModelError, MemoryBudgetError.
+        """
         try:
-            import vllm
-            from vllm.lora.request import LoRARequest
-        except ImportError as problem:
-            raise MissingDependencyError(
-                f"--engine vllm needs vLLM and a GPU: {install_command(extra='vllm')}; or leave "
-                "--engine out"
-            ) from problem
-        self._vllm, self.processor = vllm, processor
-        self._lora = LoRARequest("tuned", 1, str(adapter)) if adapter else None
-        lora_options: dict[str, Any] = (
-            {"enable_lora": True, "max_lora_rank": _supported_rank(adapter)} if adapter else {}
-        )
-        try:
-            self._engine = vllm.LLM(
-                model=pretrained_source(model),
-                revision=revision,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                limit_mm_per_prompt={"image": 1},
-                enable_prefix_caching=True,
-                seed=0,
-                **lora_options,
-            )
+            self._engine = self._vllm.LLM(**self._options)
         except (ValueError, RuntimeError, OSError) as problem:
+            reason = str(problem).splitlines()[0]
+            if is_out_of_memory(problem) or any(text in reason for text in _TOO_LITTLE_MEMORY):
+                raise MemoryBudgetError(
+                    f"--engine vllm: '{self.model}' does not fit the GPU: {reason}; close what "
+                    "else uses it, or use --engine shared"
+                ) from problem
             raise ModelError(
-                f"--engine vllm cannot run '{model}': {str(problem).splitlines()[0]}"
+                f"--engine vllm cannot run '{self.model}': {reason}; use --engine shared"
             ) from problem
 
     def generate(
@@ -72,17 +95,81 @@ class VllmGenerator:
             tuned: whether the adapter is on.
         """
         prompts = [
+            # Ids, because vLLM would add special tokens to a text. One image token stands for the
+            # image; vLLM puts in the others.
             {
-                "prompt": render_prompt(self.processor, question),
+                "prompt_token_ids": self.processor.tokenizer(
+                    render_prompt(self.processor, question), add_special_tokens=False
+                )["input_ids"],
                 "multi_modal_data": {"image": image},
             }
             for image, question in zip(images, questions, strict=True)
         ]
-        settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
+        # The model's own, for its repetition penalty; `transformers` applies it too.
+        settings = self._engine.get_default_sampling_params()
+        settings.temperature, settings.max_tokens = 0.0, max_new_tokens
         outputs = self._engine.generate(
             prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
         )
         return [output.outputs[0].text.strip() for output in outputs]
+
+
+def _import_vllm() -> tuple[Any, Any]:
+    try:
+        import vllm
+        from vllm.lora.request import LoRARequest
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"--engine vllm needs vLLM and a GPU: {install_command(extra='vllm')}; or leave "
+            "--engine out"
+        ) from problem
+    return vllm, LoRARequest
+
+
+def _check_model_and_adapter(
+    model: str,
+    processor: Processor,
+    adapter: Path | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Raise ModelError for what vLLM would compute differently without a word."""
+    if inserts_image_tokens(processor):
+        raise ModelError(
+            f"--engine vllm: the processor of '{model}' rewrites its prompts, which vLLM does "
+            "otherwise; use --engine shared"
+        )
+    if adapter is None:
+        return
+    skeleton = meta_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    outside = {
+        name.rpartition(".")[0]
+        for part, name, _ in parameters_by_part(skeleton)
+        if part in ("vision", "connector")
+    }
+    ignored = sorted(_adapted_modules(adapter) & outside)
+    if ignored:
+        raise ModelError(
+            f"--engine vllm would ignore the adapter's {len(ignored):,} layers outside the "
+            f"language model, as '{ignored[0]}'; merge it first, and evaluate the merged model: "
+            f"vlmdpo export --adapter {adapter} --merge"
+        )
+
+
+def _adapted_modules(adapter: Path) -> set[str]:
+    """Names of the modules that an adapter on disk changes, as the model names them."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = [str(name).removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
+    # "layers.0.q_proj.lora_A.weight", or the whole weight of a module that is trained as it is.
+    return {name.partition(".lora_")[0].removesuffix(".weight") for name in names}
+
+
+def _image_settings(processor: Processor) -> dict[str, Any]:
+    """What differs here from the image processor that vLLM loads for itself."""
+    splitting = getattr(processor.image_processor, "do_image_splitting", None)
+    return {} if splitting is None else {"do_image_splitting": splitting}
 
 
 def _supported_rank(adapter: Path) -> int:

@@ -52,6 +52,14 @@ def _is_paligemma(model_or_processor: object) -> bool:
     return "paligemma" in type(model_or_processor).__name__.lower()
 
 
+def inserts_image_tokens(processor: Processor) -> bool:
+    """Whether a processor moves image tokens to the front of a prompt and adds more to it.
+
+    All others replace each image token where it stands.
+    """
+    return _is_paligemma(processor)
+
+
 def has_bidirectional_prompt(backbone: Backbone) -> bool:
     """Whether prompt tokens see those that follow them, so that prompts cannot share a prefix."""
     return _is_paligemma(backbone) or bool(
@@ -96,15 +104,18 @@ def stock_position_ids(
         (B, S), or (3, B, S) for families that count time, height and width apart (M-RoPE).
     """
     if hasattr(backbone, "compute_3d_position_ids") and inputs.get("image_grid_thw") is not None:
-        return backbone.compute_3d_position_ids(
-            input_ids=ids,
+        # It takes rows apart number by number, and would wait for a GPU at each.
+        ids_BS, mask_BS, types_BS = torch.stack([ids, mask, inputs["mm_token_type_ids"]]).cpu()
+        positions_3BS = backbone.compute_3d_position_ids(
+            input_ids=ids_BS,
             inputs_embeds=None,
-            image_grid_thw=inputs["image_grid_thw"].repeat(copies, 1),
+            image_grid_thw=inputs["image_grid_thw"].cpu().repeat(copies, 1),
             video_grid_thw=None,
             past_key_values=None,
-            attention_mask=mask,
-            mm_token_type_ids=inputs["mm_token_type_ids"],
+            attention_mask=mask_BS,
+            mm_token_type_ids=types_BS,
         )
+        return positions_3BS.to(ids.device)
     first = 1 if _is_paligemma(backbone) else 0
     return torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
 

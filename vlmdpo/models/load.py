@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import os
 import warnings
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,15 +25,16 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import (
-    is_bitsandbytes_available,
-    is_flash_attn_2_available,
-    is_flash_attn_3_available,
-)
+from transformers.utils import is_bitsandbytes_available
 
-from vlmdpo.errors import MissingDependencyError, ModelError, install_command, nearest
+from vlmdpo import ui
+from vlmdpo.errors import MissingDependencyError, ModelError, install_command, is_out_of_memory
 from vlmdpo.models import registry
-from vlmdpo.models.families import fallback_chat_template, without_video_processor
+from vlmdpo.models.attention import check_attention_installed, use_attention
+from vlmdpo.models.chat_template import complete_chat_template
+from vlmdpo.models.download import shown_download
+from vlmdpo.models.families import without_video_processor
+from vlmdpo.models.load_errors import translate_load_errors
 from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
 
 # What they say to a terminal, this package says itself, as errors and warnings of its own.
@@ -44,30 +50,6 @@ def pretrained_source(model: str) -> str:
     return registry.hub_id(model)
 
 
-def _not_found(model: str, problem: Exception) -> ModelError:
-    """Why a model cannot be loaded, in one line."""
-    hint = nearest(model, registry.ENTRIES)
-    text = str(problem)
-    if Path(model).exists():
-        return ModelError(
-            f"--model: '{model}' is not a complete model folder: {text.splitlines()[0]}"
-        )
-    if "gated repo" in text or "401" in text:
-        return ModelError(
-            f"--model: '{model}' is gated or private; accept its terms on the Hub and run `hf "
-            "auth login`"
-        )
-    if registry.find(model) is not None:
-        return ModelError(
-            f"--model: '{registry.hub_id(model)}' is not in the cache, and the Hub cannot be "
-            "reached"
-        )
-    return ModelError(
-        f"--model: cannot find '{model}' as a folder, in the cache, or on the Hub.{hint} "
-        f"Aliases: {', '.join(list(registry.ENTRIES)[:4])} ..."
-    )
-
-
 def check_is_vlm(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
@@ -76,16 +58,10 @@ def check_is_vlm(
     Raises:
         ModelError: there is none, or it is not a vision-language model's.
     """
-    try:
+    with translate_load_errors(model, revision):
         config = AutoConfig.from_pretrained(
             pretrained_source(model), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as problem:
-        if "trust_remote_code" in str(problem):
-            raise ModelError(
-                f"--model: '{model}' runs code of its own; add --trust-remote-code if you trust it"
-            ) from problem
-        raise _not_found(model, problem) from problem
     remote = trust_remote_code and "AutoModelForImageTextToText" in (
         getattr(config, "auto_map", None) or {}
     )
@@ -104,21 +80,17 @@ def load_processor(
     trust_remote_code: bool = False,
     image_splitting: bool = False,
 ) -> ProcessorMixin:
-    """The model's processor, checked to have a chat template. Raises ModelError."""
+    """The model's processor, with a chat template that renders all of a prompt, BOS included.
+
+    Save it with `chat_template.save_processor`. Raises ModelError, MissingDependencyError.
+    """
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with translate_load_errors(model, revision):
         processor = _load_processor_parts(pretrained_source(model), origin)
-    except (OSError, ValueError) as problem:
-        raise _not_found(model, problem) from problem
-    except ImportError as problem:
-        raise MissingDependencyError(
-            f"the processor of '{model}' needs a package: {' '.join(str(problem).split())}"
-        ) from problem
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"--model: '{model}' has no image processor, so it cannot take images")
-    if processor.chat_template is None:
-        processor.chat_template = fallback_chat_template(processor)
+    complete_chat_template(processor)
     if processor.chat_template is None:
         raise ModelError(
             f"--model: '{model}' ships no chat template, which DPO data needs; use an "
@@ -153,55 +125,71 @@ def _load_processor_parts(source: str, origin: dict[str, Any]) -> ProcessorMixin
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that `--device` names. Raises ModelError where there is none such."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that `--device` names. Raises ModelError where there is none such.
+
+    "auto" and "cuda" are a GPU of this process's own where a launcher started several. No GPU is
+    initialized: that takes some hundred megabytes on it, and a process of many must not take them
+    on the first.
+    """
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     try:
-        picked = torch.device(device)
-        torch.empty(0, device=picked)
+        picked = torch.device("cuda" if device == "auto" else device)
+        if picked.type != "cuda":
+            torch.empty(0, device=picked)
+            return picked
     except (RuntimeError, AssertionError) as problem:
-        raise ModelError(
-            f"--device: '{device}' is not available here: {str(problem).splitlines()[0]}"
-        ) from problem
-    return picked
+        raise _no_such_device(device, str(problem).splitlines()[0]) from problem
+    if not torch.cuda.is_available():
+        has_cuda = torch.backends.cuda.is_built()
+        raise _no_such_device(
+            device, "no GPU is visible" if has_cuda else "PyTorch was installed without CUDA"
+        )
+    gpus = torch.cuda.device_count()
+    if picked.index is not None and picked.index >= gpus:
+        raise _no_such_device(device, f"visible GPUs are numbered from 0 to {gpus - 1}")
+    if "LOCAL_RANK" not in os.environ:
+        return picked
+    # As accelerate does it: launchers may also show each process one GPU only.
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+    if picked.index not in (None, own.index):
+        raise _no_such_device(
+            device, "each process of this run has a GPU of its own; use --device cuda"
+        )
+    return own
+
+
+def _no_such_device(device: str, reason: str) -> ModelError:
+    return ModelError(f"--device: '{device}' is not available here: {reason}")
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bfloat16.
+
+    Older ones (T4, V100) emulate it, at a fraction of their speed; PyTorch counts them by default.
+    """
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The data type of `--dtype`; "auto": bfloat16 on a GPU that supports it, else float32."""
+    """The data type of `--dtype`; "auto": bfloat16 on a GPU that computes in it, else float32."""
     if dtype == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported()
-            else torch.float32
-        )
+        if computes_in_bfloat16(device):
+            return torch.bfloat16
+        if device.type == "cuda":
+            _say_no_bfloat16()
+        return torch.float32
     picked = getattr(torch, dtype)
     assert isinstance(picked, torch.dtype)
     return picked
 
 
-def pick_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention that `--attn-implementation` names; None for the model's own.
-
-    "auto" is flash_attention_2 where it can run, else None. Raises MissingDependencyError where
-    what was asked for is not installed.
-    """
-    flash = {
-        "flash_attention_2": is_flash_attn_2_available,
-        "flash_attention_3": is_flash_attn_3_available,
-    }
-    if attention == "auto":
-        runs = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
-        return "flash_attention_2" if runs else None
-    if attention in flash and not flash[attention]():
-        if attention == "flash_attention_2":
-            package, how = "flash-attn", install_command("flash-attn", "--no-build-isolation")
-        else:
-            package, how = "flash-attn-3", "build it from flash-attention's hopper folder"
-        raise MissingDependencyError(
-            f"--attn-implementation {attention} needs the {package} package and a GPU that it "
-            f"supports: {how}; or use sdpa"
-        )
-    return attention
+@functools.cache  # once in a process
+def _say_no_bfloat16() -> None:
+    ui.say(
+        "this GPU does not compute in bfloat16, so --dtype auto is float32; --dtype float16 is "
+        "faster and smaller, but its range is so narrow that training can overflow"
+    )
 
 
 def _quantization_options(quantization: str, device: torch.device) -> dict[str, Any]:
@@ -227,7 +215,42 @@ def _quantization_options(quantization: str, device: torch.device) -> dict[str, 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return {"quantization_config": settings, "device_map": {"": device}}
+    return {"quantization_config": settings}
+
+
+def _placement(quantization: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put weights on a GPU as they are read, and quantize them.
+
+    Without them every process would build the whole model in the machine's memory first. Models
+    that processes share are asked for on the CPU, and split from there.
+    """
+    options = _quantization_options(quantization, device)
+    if device.type != "cuda":
+        return options
+    # With its number: the trainer takes "cuda" for another device than its own "cuda:0".
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return {**options, "device_map": {"": torch.device("cuda", index)}}
+
+
+@contextlib.contextmanager
+def _download_shown(model: str, revision: str | None) -> Iterator[None]:
+    source = pretrained_source(model)
+    with contextlib.ExitStack() as stack:
+        if not Path(source).exists():
+            stack.enter_context(shown_download(source, revision))
+        yield
+
+
+def meta_model(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> VisionLanguageModel:
+    """The model's modules without weights, to look up names. Raises ModelError."""
+    config = check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+    with translate_load_errors(model, revision), torch.device("meta"):
+        empty: VisionLanguageModel = AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    return empty
 
 
 def load_model(
@@ -246,32 +269,39 @@ def load_model(
     Only safetensors are read.
 
     Args:
-        dtype, device, attention: see `pick_dtype`, `pick_device`, `pick_attention`.
+        dtype, device: see `pick_dtype`, `pick_device`.
+        attention: of `--attn-implementation`; see `models.attention`.
         quantization: "nf4" loads weights in 4 bits with double quantization, as QLoRA does, or
             "none".
         adapter: the folder of a PEFT adapter.
 
     Returns a `PreTrainedModel`, or a `peft.PeftModel` with an adapter. Raises ModelError,
-    MissingDependencyError.
+    MissingDependencyError, MemoryBudgetError.
     """
-    check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
+    config = check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
         check_adapter(adapter)
     where = pick_device(device)
-    try:
-        loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            pretrained_source(model),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=pick_dtype(dtype, where),
-            attn_implementation=pick_attention(attention, where, pick_dtype(dtype, where)),
-            use_safetensors=True,
-            **_quantization_options(quantization, where),
-        )
-    except (OSError, ValueError) as problem:
-        raise _not_found(model, problem) from problem
-    if quantization == "none":
-        loaded.to(where)
+    picked = pick_dtype(dtype, where)
+    check_attention_installed(attention)
+    with translate_load_errors(model, revision):
+        options = _placement(quantization, where)
+        is_remote = type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        if is_remote and attention != "auto":  # code of its own may choose only as it is built
+            options["attn_implementation"] = attention
+        with _download_shown(model, revision):
+            loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+                pretrained_source(model),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=picked,
+                use_safetensors=True,
+                **options,
+            )
+        if "device_map" not in options:
+            loaded.to(where)
+        if not is_remote:
+            use_attention(loaded, attention, where, picked)
     loaded.eval()
     return loaded if adapter is None else load_adapter(loaded, adapter)
 
@@ -294,7 +324,9 @@ def load_adapter(model: VisionLanguageModel, adapter: Path) -> AdaptedModel:
         warnings.simplefilter("always")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
-        except (RuntimeError, ValueError, KeyError) as problem:
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as problem:
+            if is_out_of_memory(problem):
+                raise
             reason = str(problem).splitlines()[0]
             raise ModelError(
                 f"--adapter: '{adapter}' does not fit the model: {reason}"

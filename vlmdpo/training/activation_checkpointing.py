@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 
 from vlmdpo import ui
-from vlmdpo.errors import ConfigError
+from vlmdpo.errors import ConfigError, is_out_of_memory
 from vlmdpo.memory.measure import measure_peak_bytes
 from vlmdpo.training.sharding import checkpointable_layers
 from vlmdpo.training.trainer import PairTrainer
@@ -73,8 +73,9 @@ def _fewest_layers(trainer: PairTrainer, total: int, examples: list[dict[str, An
     trainer.use_engine(engine)
     if budget == math.inf:
         device = trainer.args.device
-        memory = torch.cuda.get_device_properties(device).total_memory
-        budget = _GPU_SHARE * memory - torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)  # others may use the GPU too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = _GPU_SHARE * (free + kept)
     low, high = 0, total
     while low < high:
         middle = (low + high) // 2
@@ -110,7 +111,9 @@ def step_peak(trainer: PairTrainer, layers: int, examples: list[dict[str, Any]])
         with _without_side_effects(trainer):
             given = [*model.parameters(), *model.buffers()]
             return measure_peak_bytes(run, given, trainer.args.device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
         return math.inf
     finally:
         trainer.checkpointed_layers = layers_before

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +16,12 @@ from peft import LoraConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
+from vlmdpo import ui
 from vlmdpo.config import LoraOptions, TrainConfig, flag_name
+from vlmdpo.distributed.processes import WAIT_FOR_PEERS
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.families import linear_layers
+from vlmdpo.models.load import computes_in_bfloat16
 
 if TYPE_CHECKING:
     from vlmdpo.models.protocols import VisionLanguageModel
@@ -34,12 +40,14 @@ _SAME_FIELDS = (
         "beta",
         "max_length",
         "gradient_checkpointing",
-        "optim",
         "logging_steps",
     ),
-    *("label_smoothing", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"),
+    *("label_smoothing", "save_steps", "save_total_limit", "seed"),
 )
 _OUR_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+_MAX_WORKERS = 4  # by default; more only help where images are large and cores many
+_MAX_PREFETCHED_BATCHES = 8  # a worker
+_WORKER_SHARED_MEMORY_BYTES = 1 << 30  # batches on their way from a worker to its process
 
 
 def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> DPOConfig:
@@ -47,7 +55,6 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
 
     Raises ConfigError if TRL refuses them, or `--set` names an unknown field.
     """
-    gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_FIELDS}
     losses, weights, _ = config.losses()
     values |= {
@@ -56,24 +63,122 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "report_to": list(config.trackers()) or "none",
         "loss_type": losses,
         "loss_weights": weights,
-        "bf16": gpu_has_bf16 if config.bf16 is None else config.bf16,
+        "optim": _optimizer(config.optim, device),
+        "bf16": computes_in_bfloat16(device) if config.bf16 is None else config.bf16,
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,
         "logging_first_step": True,
-        "dataloader_pin_memory": device.type == "cuda",
+        # transformers would look at the loss of every batch for it; `PairTrainer` raises an error.
+        "logging_nan_inf_filter": False,
     }
-    values |= _extra_fields(config.set, values)
+    extra = _extra_fields(config.set, values)
+    _check_not_compiled(config, extra)
+    values = {**_data_loader_fields(config, device), **values, **extra}
+    values.setdefault("ddp_timeout", int(WAIT_FOR_PEERS.total_seconds()))
     for name in config.trackers():
         if importlib.util.find_spec(name) is None:
             raise MissingDependencyError(
                 f"--report-to {name} needs a package: {install_command(name)}"
             )
     try:
-        return DPOConfig(**values)
+        args = DPOConfig(**values)
     except (ValueError, TypeError, ImportError) as problem:
         raise ConfigError(
             f"TRL refuses these settings: {' '.join(str(problem).split())}"
         ) from problem
+    _use_one_gpu(args, config)
+    return args
+
+
+def _use_one_gpu(args: DPOConfig, config: TrainConfig) -> None:
+    """One process trains on one GPU; say how to use the others.
+
+    transformers counts every GPU that a single process sees, to train on all of them through
+    `torch.nn.DataParallel`, which TRL refuses.
+    """
+    gpus = args.n_gpu
+    if gpus <= 1:
+        return
+    args._n_gpu = 1
+    if not config.doctor:
+        others = "the other GPU is idle" if gpus == 2 else f"the other {gpus - 1} GPUs are idle"
+        ui.say(
+            f"training on one of {gpus} GPUs, and {others}; vlmdpo train --num-processes {gpus} "
+            "uses all of them"
+        )
+
+
+def _data_loader_fields(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """How batches reach the device: while it computes, from processes of their own."""
+    workers = config.dataloader_num_workers
+    if workers is None:
+        workers = default_num_workers(device)
+    fields: dict[str, Any] = {
+        "dataloader_num_workers": workers,
+        "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {"non_blocking": device.type == "cuda"},
+    }
+    if workers:
+        # transformers takes the batches of a whole optimizer step at once.
+        batches = math.ceil(config.gradient_accumulation_steps / workers)
+        fields["dataloader_prefetch_factor"] = max(2, min(batches, _MAX_PREFETCHED_BATCHES))
+        # Workers that outlive an epoch would leave out a random number that new ones draw, so a
+        # resumed run would differ.
+        fields["dataloader_persistent_workers"] = False
+    return fields
+
+
+def default_num_workers(device: torch.device) -> int:
+    """Data loader processes: none on a CPU, whose cores compute; else this process's share of them.
+
+    None either where shared memory, through which they hand over batches, is as small as Docker's
+    default of 64 MB.
+    """
+    if device.type == "cpu":
+        return 0
+    shared_memory = Path("/dev/shm")
+    if (
+        shared_memory.is_dir()
+        and shutil.disk_usage(shared_memory).free < _WORKER_SHARED_MEMORY_BYTES
+    ):
+        if os.environ.get("RANK", "0") == "0":
+            ui.say(
+                f"batches are made between steps: {shared_memory} is too small for data loader "
+                "processes (in Docker: --shm-size 8g)"
+            )
+        return 0
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torch's launcher
+    return min(_MAX_WORKERS, available_cores() // processes_here)
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_not_compiled(config: TrainConfig, extra: dict[str, Any]) -> None:
+    """Raise ConfigError for `torch.compile`: no two packed rows have the same length and layout, so
+    it would compile again for each batch.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")  # set by accelerate's launcher
+    asked = any(name.startswith("torch_compile") and value for name, value in extra.items())
+    if config.engine == "stock" or not (asked or backend.lower() != "no"):
+        return
+    name = "--set torch_compile" if asked else "dynamo_backend in accelerate's configuration"
+    raise ConfigError(
+        f"{name}: torch.compile would compile again for each batch, because packed rows differ in "
+        "length and layout; leave it out, or use --engine stock"
+    )
+
+
+def _optimizer(name: str, device: torch.device) -> str:
+    """The optimizer of `--optim`, by transformers' name."""
+    if name != "auto":
+        return name
+    # "adamw_torch" takes a temporary copy of a whole moment on a GPU.
+    return "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
 
 
 def enable_evaluation(args: DPOConfig, steps: float | None) -> None:
@@ -88,8 +193,8 @@ def enable_evaluation(args: DPOConfig, steps: float | None) -> None:
 
 
 def _extra_fields(settings: tuple[str, ...], computed: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     """The fields of `--set`. Raises ConfigError for one that is unknown or not theirs to set."""
+    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     extra: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")

@@ -1,10 +1,13 @@
 """Training that survives running out of memory, by computing each batch in parts.
 
 When memory runs out, the batch is halved and the accumulation doubled. The data loader passes on
-raw rows, so the order of the data never changes; a batch that does not fit is computed in two
-parts whose gradients add up to the same, and so are all batches that follow. What was done of the
-failed step is undone: gradients are computed again from the rows of the whole optimizer step, and
-metrics are counted once. With several processes all of them agree.
+the same rows as ever, so the order of the data never changes; a batch that does not fit is computed
+in two parts whose gradients add up to the same, and so are all batches that follow. What was done
+of the failed step is undone: gradients are computed again from the rows of the whole optimizer
+step, and metrics are counted once. With several processes all of them agree.
+
+Parts are collated by the data loader, so in its workers, in as many parts as are wanted then. The
+few batches that were on their way when memory ran out are collated again.
 """
 
 from __future__ import annotations
@@ -19,18 +22,67 @@ import torch
 from torch import Tensor, nn
 
 from vlmdpo import ui
-from vlmdpo.errors import MemoryBudgetError
+from vlmdpo.errors import MemoryBudgetError, is_out_of_memory, out_of_memory_reason
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-Rows = list[dict[str, Any]]
+PARTS = "parts"  # where the data loader's batch holds its `Parts`
 LOSS_WEIGHT = "loss_weight"  # the model input that says which share of a batch's loss a part is
 
 
-def keep_uncollated(examples: Rows) -> dict[str, Rows]:
-    """The data loader's collator: how many rows are collated is known only when a step runs."""
-    return {"examples": examples}
+@dataclass(frozen=True)
+class Parts:
+    """A batch of the data loader, collated in parts.
+
+    Not one of the containers whose tensors accelerate moves to the device: all of them together may
+    be what does not fit.
+
+    Attributes:
+        rows: its row numbers.
+        batches: the collated parts, in the order of the rows.
+    """
+
+    rows: list[int]
+    batches: list[dict[str, Any]]
+
+    def pin_memory(self) -> Parts:
+        """Called by the data loader, where it pins memory."""
+        return Parts(self.rows, [_tensors(batch, Tensor.pin_memory) for batch in self.batches])
+
+
+@dataclass(frozen=True)
+class PartsCollator:
+    """The data loader's collator: examples → {PARTS: Parts}.
+
+    Args:
+        collate: the trainer's collator.
+        num_parts: into how many parts a batch is divided now; a number in shared memory, because
+            the data loader's workers read it.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    num_parts: Tensor
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Parts]:
+        rows, batches, start = [example["row"] for example in examples], [], 0
+        for size in part_sizes(len(examples), int(self.num_parts)):
+            batches.append(self.collate([dict(row) for row in examples[start : start + size]]))
+            start += size
+        return {PARTS: Parts(rows, batches)}
+
+
+def part_sizes(rows: int, num_parts: int) -> list[int]:
+    """How many rows each part of a batch has."""
+    size = -(-rows // num_parts)
+    return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+def _tensors(batch: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A batch with each tensor changed."""
+    return {
+        name: change(value) if isinstance(value, Tensor) else value for name, value in batch.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -52,34 +104,44 @@ class AutoBatch:
 
     def __init__(self, trainer: DPOTrainer, training_step: Callable[..., Tensor]) -> None:
         self.trainer, self._training_step = trainer, training_step
-        self.num_parts = 1  # how many parts a batch of the data loader is computed in
-        self._window: list[Rows] = []  # the rows of this optimizer step so far
+        self._num_parts = torch.ones((), dtype=torch.long).share_memory_()
+        self._window: list[Parts] = []  # the batches of this optimizer step so far
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts a batch of the data loader is computed in."""
+        return int(self._num_parts)
+
+    @property
+    def collator(self) -> PartsCollator:
+        """For the data loader."""
+        return PartsCollator(self.trainer.data_collator, self._num_parts)
 
     @property
     def per_device_train_batch_size(self) -> int:
         """Pairs in a forward pass now."""
         return -(-self.trainer.args.per_device_train_batch_size // self.num_parts)
 
-    def step(self, model: nn.Module, examples: Rows, num_items_in_batch: Tensor | None) -> Tensor:
+    def step(self, model: nn.Module, parts: Parts, num_items_in_batch: Tensor | None) -> Tensor:
         """Compute gradients of these rows; returns their loss.
 
         Raises MemoryBudgetError if not even a single pair fits.
         """
         earlier, failed = list(self._window), False
-        self._window.append(examples)
+        self._window.append(parts)
         before = self._read_metrics()
         while True:
             loss, problem = self._try(
-                model, earlier if failed else [], examples, before, num_items_in_batch
+                model, earlier if failed else [], parts, before, num_items_in_batch
             )
             if not self._any_process(problem is not None):
                 break
-            self._halve(len(examples), problem)
+            self._halve(len(parts.rows), problem)
             model.zero_grad(set_to_none=True)
             self._restore_metrics(before)
             failed = True
         assert loss is not None
-        self._merge_metrics_of_parts(before, len(examples))
+        self._merge_metrics_of_parts(before, len(parts.rows))
         self._average_metrics_over_processes(before)
         if self.trainer.accelerator.sync_gradients:
             self._average_gradients_over_processes(model)
@@ -89,34 +151,38 @@ class AutoBatch:
     def _try(
         self,
         model: nn.Module,
-        earlier: list[Rows],
-        examples: Rows,
+        earlier: list[Parts],
+        parts: Parts,
         metrics_before: _Metrics,
         num_items: Tensor | None,
     ) -> tuple[Tensor | None, str | None]:
         """(loss, None), or (None, PyTorch's message) if memory ran out."""
         try:
             with self._without_communication(model):
-                for rows in earlier:  # their gradients were lost with the failed step
-                    self._run_in_parts(model, rows, num_items)
+                for lost in earlier:  # their gradients were lost with the failed step
+                    self._run_in_parts(model, lost, num_items)
                     self._restore_metrics(metrics_before)
-                return self._run_in_parts(model, examples, num_items), None
-        except torch.OutOfMemoryError as problem:
-            return None, str(problem).splitlines()[0]
+                return self._run_in_parts(model, parts, num_items), None
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            return None, out_of_memory_reason(problem)
 
-    def _part_sizes(self, rows: int) -> list[int]:
-        size = -(-rows // self.num_parts)
-        return [min(size, rows - start) for start in range(0, rows, size)]
-
-    def _run_in_parts(self, model: nn.Module, rows: Rows, num_items: Tensor | None) -> Tensor:
-        losses, start = [], 0
-        for size in self._part_sizes(len(rows)):
-            part = rows[start : start + size]
-            batch = self.trainer.data_collator([dict(row) for row in part])
-            batch[LOSS_WEIGHT] = size / len(rows)
+    def _run_in_parts(self, model: nn.Module, parts: Parts, num_items: Tensor | None) -> Tensor:
+        sizes = part_sizes(len(parts.rows), self.num_parts)
+        if len(parts.batches) != len(sizes):  # memory has run out since it was collated
+            parts = self._collate_again(parts.rows)
+        device, losses = self.trainer.accelerator.device, []
+        for size, part in zip(sizes, parts.batches, strict=True):
+            batch = _tensors(part, lambda tensor: tensor.to(device, non_blocking=True))
+            batch[LOSS_WEIGHT] = size / len(parts.rows)
             losses.append(self._training_step(model, batch, num_items))
-            start += size
         return torch.stack(losses).sum()
+
+    def _collate_again(self, rows: list[int]) -> Parts:
+        dataset = self.trainer.train_dataset
+        place = {row: index for index, row in enumerate(dataset["row"])}
+        return self.collator([dataset[place[row]] for row in rows])[PARTS]
 
     def _halve(self, rows: int, problem: str | None) -> None:
         if self.num_parts >= rows:
@@ -124,7 +190,7 @@ class AutoBatch:
                 f"a single pair does not fit into memory ({problem or 'on another process'}); see "
                 "vlmdpo estimate-memory --gpu"
             )
-        self.num_parts *= 2
+        self._num_parts *= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         accumulation = self.trainer.args.gradient_accumulation_steps * self.num_parts
@@ -188,7 +254,7 @@ class AutoBatch:
 
     def _merge_metrics_of_parts(self, before: _Metrics, rows: int) -> None:
         """Replace the parts' metrics by those of the batch: TRL's averages weigh entries alike."""
-        shares = [size / rows for size in self._part_sizes(rows)]
+        shares = [size / rows for size in part_sizes(rows, self.num_parts)]
         for name, values in self.trainer._metrics["train"].items():
             old = before.values["train"][name]
             new = values[len(old) :]

@@ -5,6 +5,7 @@ Imports torch only inside functions, so that importing the command above stays f
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,15 +45,16 @@ def build_setup(
 
     dataset = store.load(data)
     dataset = dataset.add_column("row", range(len(dataset)))
+    check_sharding(launched_strategy(), config, dataset)
     eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
     processor = configured_processor(config)
     dataset, over_length = _within_max_length(config, dataset, processor, data)
     if eval_dataset is not None:
         eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)
         enable_evaluation(args, config.eval_steps)
-    model = _load_policy(config, config.quantization)
+    loaded_as = dataclasses.replace(config, dtype=config.weights_dtype)
+    model = _load_policy(loaded_as, config.quantization)
     _freeze_parts(config, model)
-    check_sharding(launched_strategy(), config, dataset)
     engine, fallback_reason = engine_choice.choose_engine(config, model)
     reference_cache = caches.open_reference_cache(
         config, args, data, model, processor, engine, total_rows
@@ -63,7 +65,7 @@ def build_setup(
     trainer = make_trainer(
         engine=engine,
         model=model,
-        reference_model=configured_model(config) if needs_reference_model else None,
+        reference_model=configured_model(loaded_as) if needs_reference_model else None,
         processor=processor,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
@@ -82,11 +84,11 @@ def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) 
     """What needs the trainer: the engine's self-check, and what is switched on in the trainer."""
     from vlmdpo.engine.lengths import row_lengths
     from vlmdpo.training import activation_checkpointing, caches, engine_choice, preflight
-    from vlmdpo.training.sharding import shard_language_layers
+    from vlmdpo.training.sharding import configure_fsdp
 
     trainer = setup.trainer
     if trainer.is_fsdp_enabled:
-        shard_language_layers(trainer)
+        configure_fsdp(trainer)
     if setup.is_sharded:  # no process could run its part of the model alone
         trainer.add_callback(preflight.ShardedPreflight(setup))
     else:
@@ -106,7 +108,8 @@ def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) 
 
 
 def _load_policy(options: RuntimeOptions, quantization: str) -> VisionLanguageModel:
-    from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
+    from vlmdpo.config.common import SHARDED_STRATEGIES
+    from vlmdpo.distributed.processes import launched_strategy
     from vlmdpo.models.load import load_model
 
     is_sharded = launched_strategy() in SHARDED_STRATEGIES

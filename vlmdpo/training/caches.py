@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vlmdpo.models.protocols import Processor, VisionLanguageModel
 
 
+# Counts what made log-probs of earlier versions wrong: 2, that FSDP2 rounded them to whole nats.
+_FORMAT = 2
+
+
 class ReferenceOptions(Protocol):
     """The options that decide on a reference cache, of several groups."""
 
@@ -46,6 +50,7 @@ def open_reference_cache(
     from vlmdpo.distributed.processes import launched_strategy
     from vlmdpo.engine import reference_cache
     from vlmdpo.models import digest
+    from vlmdpo.models.attention import describe_attention
 
     if not options.reference_cache:
         return None
@@ -60,12 +65,13 @@ def open_reference_cache(
     manifest = store.read_manifest(data) or {}
     is_mdpo = options.losses().is_mdpo
     facts = {
-        "weights": digest.weights_digest(model),
+        "format": _FORMAT,
+        "weights": _weights_digest(model, args),
         "processor": digest.processor_digest(processor),
         "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [
             *(str(model.dtype), args.bf16, args.fp16),
-            *(engine, args.max_length, args.ld_alpha),
+            *(engine, args.max_length, args.ld_alpha, describe_attention(model)),
         ],
         "corrupted": args.seed if is_mdpo else None,
         "transformers": version("transformers"),
@@ -77,6 +83,18 @@ def open_reference_cache(
     return cache
 
 
+def _weights_digest(model: VisionLanguageModel, args: DPOConfig) -> str:
+    """The digest of the weights, which the first process computes for all: each has the same."""
+    from vlmdpo.models import digest
+
+    found = [digest.weights_digest(model) if args.process_index == 0 else ""]
+    if args.world_size > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found)
+    return found[0]
+
+
 def attach_feature_cache(setup: TrainingSetup) -> None:
     """Let the trainer keep image features on disk, and print how much they take.
 
@@ -85,17 +103,22 @@ def attach_feature_cache(setup: TrainingSetup) -> None:
     from vlmdpo.engine import feature_cache, reference_cache
     from vlmdpo.engine.batch_context import BATCH_CONTEXT
     from vlmdpo.models import digest
+    from vlmdpo.models.attention import describe_attention
     from vlmdpo.models.families import vision_parameters
     from vlmdpo.training import doctor
 
     trainer, data = setup.trainer, setup.data
     shared = trainer.shared_forwards[0]
     manifest = store.read_manifest(data) or {}
+    tower = vision_parameters(shared.backbone)
     facts = {
-        "tower": feature_cache.tower_digest(vision_parameters(shared.backbone)),
+        "tower": digest.tensors_digest(("", tensor) for tensor in tower),
         "processor": digest.processor_digest(setup.processor),
         "data": [manifest.get("key"), manifest.get("rows_out")],
-        "computed": [str(trainer.model.dtype), trainer.args.bf16, trainer.args.fp16],
+        "computed": [
+            *(str(trainer.model.dtype), trainer.args.bf16, trainer.args.fp16),
+            describe_attention(trainer.accelerator.unwrap_model(trainer.model)),
+        ],
     }
     cache = feature_cache.FeatureCache(data, reference_cache.cache_key(facts))
     examples = setup.examples()

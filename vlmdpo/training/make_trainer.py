@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from vlmdpo.errors import ConfigError
+from vlmdpo.models.families import unwrap_peft
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
@@ -85,8 +86,20 @@ def make_trainer(
             raise
         raise ConfigError(f"--lora-target-modules: {str(problem).splitlines()[0]}") from problem
     saver.trainer = trainer
+    _keep_adapters_in_float32(trainer)
     if monitor is not None:
         monitor.save_now = trainer.save_now
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _keep_adapters_in_float32(trainer: PairTrainer) -> None:
+    """Undo TRL's rounding of QLoRA's adapters to bfloat16, which swallows small steps.
+
+    Autocast rounds them for each product, so the arithmetic is as fast.
+    """
+    if getattr(unwrap_peft(trainer.model), "is_loaded_in_4bit", False):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()

@@ -17,6 +17,19 @@ from vlmdpo import ui
 from vlmdpo.config import PER_CALL, EstimateMemoryConfig, TrainConfig
 from vlmdpo.errors import ModelError
 
+# What a launcher sets for its workers: accelerate, torchrun, DeepSpeed, and `distributed.launch`.
+_LAUNCHER_PREFIXES = (
+    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "DEEPSPEED_", "TORCHELASTIC_", "MASTER_"),
+    *("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "VLMDPO_RUN_FOLDER"),
+)
+
+
+def _environment_without_launcher() -> dict[str, str]:
+    """This process's environment as if nothing had launched it, so that a child runs alone."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)
+    }
+
 
 class MemoryForecast:
     """What `estimate-memory` reports of a run on its own data, once it is done.
@@ -49,18 +62,13 @@ class MemoryForecast:
         recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
         command = [sys.executable, "-m", "vlmdpo", "estimate-memory"]
         command += ["--config", str(recipe), "--json"]
-        single_process = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-        }
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**single_process, "CUDA_VISIBLE_DEVICES": ""},
+            env={**_environment_without_launcher(), "CUDA_VISIBLE_DEVICES": ""},
             start_new_session=True,  # Ctrl-C is meant for the run
         )
         self._report: dict[str, Any] | None = None

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from vlmdpo.data import store
 from vlmdpo.errors import ModelError
-from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
-    from vlmdpo.training.trainer import NonFiniteLoss
+    from vlmdpo.training.finite_check import NonFiniteLoss
+    from vlmdpo.training.setup import TrainingSetup
 
 _NAMED_ROWS = 8
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from vlmdpo import ui
@@ -56,7 +57,13 @@ def check_before_training(setup: TrainingSetup, options: LoraOptions) -> None:
     cache = trainer.reference_cache
     numbers = [row for part in trainer.datasets for row in part["row"]]
     rows = [row + copy for row in numbers for copy in {0, trainer.mdpo_rows}]
-    if cache is not None and not options.lora and not cache.holds(rows):
+    if cache is None or options.lora:
+        return
+    # Processes without a common disk may find different caches, and all must take part or none.
+    is_complete = cache.holds(rows)
+    if trainer.args.world_size > 1:
+        is_complete = all(gather_object([is_complete]))
+    if not is_complete:
         trainer.fill_reference_cache()
 
 

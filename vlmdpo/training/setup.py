@@ -39,7 +39,8 @@ class TrainingSetup:
     @property
     def is_sharded(self) -> bool:
         """Whether no process has the whole model, so that a forward pass needs all of them."""
-        from vlmdpo.distributed.processes import SHARDED_STRATEGIES, launched_strategy
+        from vlmdpo.config.common import SHARDED_STRATEGIES
+        from vlmdpo.distributed.processes import launched_strategy
 
         return launched_strategy() in SHARDED_STRATEGIES
 

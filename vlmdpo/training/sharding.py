@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
 
+import torch
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmdpo.distributed.processes import SHARDED_STRATEGIES
+from vlmdpo.config.common import SHARDED_STRATEGIES, check_quantization
+from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import unwrap_peft
 
@@ -24,7 +27,7 @@ _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 class ShardingOptions(Protocol):
-    """The options that not every strategy supports, of `SpeedOptions` and `LossOptions`."""
+    """The options that not every strategy supports, of several groups."""
 
     @property
     def auto_batch_size(self) -> bool: ...
@@ -36,6 +39,8 @@ class ShardingOptions(Protocol):
     def engine(self) -> str: ...
     @property
     def loss_type(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
 
 
 def checkpointable_layers(model: VisionLanguageModel) -> list[GradientCheckpointingLayer]:
@@ -54,6 +59,7 @@ def check_sharding(strategy: str, options: ShardingOptions, dataset: Dataset) ->
     """
     if not strategy:
         return
+    check_quantization(options.quantization, strategy)
     if options.auto_batch_size:
         raise ConfigError(
             "--auto-batch-size needs the whole model on each GPU; under FSDP or DeepSpeed set the "
@@ -82,7 +88,28 @@ def check_sharding(strategy: str, options: ShardingOptions, dataset: Dataset) ->
             )
 
 
-def shard_language_layers(trainer: DPOTrainer) -> None:
+def configure_fsdp(trainer: DPOTrainer) -> None:
+    """FSDP's units and precision, where accelerate's own would be wrong for log-probs."""
+    _shard_language_layers(trainer)
+    _keep_outputs_in_float32(trainer)
+
+
+def _keep_outputs_in_float32(trainer: DPOTrainer) -> None:
+    """Compute in the data type of mixed precision, but neither round outputs to it nor add up
+    gradients in it.
+
+    accelerate's policy has one data type for everything. Its bfloat16 would round log-prob sums to
+    whole nats (-284.25 to -284), and the reference cache would keep them so.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def _shard_language_layers(trainer: DPOTrainer) -> None:
     """Make the language model's layers FSDP's units. All else is gathered once per forward pass.
 
     If vision layers were units too, a process whose batch has no image would never ask for them,
@@ -105,6 +132,22 @@ def shard_language_layers(trainer: DPOTrainer) -> None:
 
     # accelerate has no option for it: it finds embeddings and head by these two methods.
     trainer.accelerator.prepare = prepare_without_embeddings
+
+
+def any_process_needs(needed_here: bool, device: torch.device) -> bool:
+    """Whether this process must run a forward pass: if weights are sharded and any other must.
+
+    With sharded weights a forward pass takes all processes. Every process must call this.
+
+    Args:
+        needed_here: whether this process needs it for itself.
+        device: of the process.
+    """
+    if launched_strategy() not in SHARDED_STRATEGIES or not torch.distributed.is_initialized():
+        return needed_here
+    needed = torch.tensor(int(needed_here), device=device)
+    torch.distributed.all_reduce(needed, torch.distributed.ReduceOp.MAX)
+    return bool(needed)
 
 
 def active_strategy(trainer: DPOTrainer) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from vlmdpo.data.pairs import message
 from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.architecture import Architecture, count_layers, make_shallow
+from vlmdpo.memory.cuda_autocast import CudaAutocastRules
 from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
 from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.training import activation_checkpointing
@@ -191,9 +192,15 @@ def _fill_optimizer_state(optimizer: Optimizer, trained: list[torch.nn.Parameter
     optimizer.zero_grad()
 
 
-def gpu_loss_head() -> AbstractContextManager[object]:
-    """Inside, TRL's head scores only the answers' tokens, as on a GPU; on a CPU it scores all."""
-    return mock.patch("trl.trainer.utils._use_triton", return_value=True)
+@contextlib.contextmanager
+def cuda_rules() -> Iterator[None]:
+    """Inside, simulated steps on the CPU follow the rules of a GPU.
+
+    TRL's head scores only the answers' tokens, where on a CPU it scores all; and autocast computes
+    norms and sums in float32.
+    """
+    with mock.patch("trl.trainer.utils._use_triton", return_value=True), CudaAutocastRules():
+        yield
 
 
 @contextlib.contextmanager
@@ -245,13 +252,13 @@ class _FakeReferenceCache(ReferenceCache):
         super().__init__(folder, key, rows)
         self._filled = filled
 
-    def get(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def get(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Arbitrary log-probs (B,) for each answer."""
         if not self._filled:
             return None
         return torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0)
 
-    def put(self, rows: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+    def put(self, rows: Sequence[int], chosen: torch.Tensor, rejected: torch.Tensor) -> None:
         """Fake log-probs are not kept."""
 
 

@@ -1,4 +1,5 @@
-"""The part of the contract that is PyTorch's, datasets' and gradio's; see `trl_contract`."""
+"""The part of the contract that is PyTorch's, datasets' and gradio's, or about devices and data
+loaders; see `trl_contract`."""
 
 from __future__ import annotations
 
@@ -88,6 +89,31 @@ TORCH = (
         "torch.distributed.elastic.agent.server.local_elastic_agent:WORLD_SIZE",
         why="how the launcher numbers its processes, read before torch is imported",
         breaks="every process would take itself for the only one",
+    ),
+    *environment(
+        "models/load",
+        "torch.distributed.elastic.agent.server.local_elastic_agent:LOCAL_RANK",
+        why="each process takes a GPU of its own, before accelerate has assigned one",
+        breaks="every process would load its model onto the first GPU",
+    ),
+    *environment(
+        "training/arguments",
+        "torch.distributed.elastic.agent.server.local_elastic_agent:RANK",
+        "torch.distributed.elastic.agent.server.local_elastic_agent:LOCAL_WORLD_SIZE",
+        why="the processes of a machine share its cores, and one of them speaks",
+        breaks="each process would start as many data loader workers as one alone",
+    ),
+    *attributes(
+        "training/arguments",
+        "transformers.TrainingArguments._n_gpu",
+        why="one process trains on one GPU, however many it sees",
+        breaks="TRL would refuse to train where more than one GPU is visible",
+    ),
+    *environment(
+        "training/arguments",
+        "accelerate.utils.launch:ACCELERATE_DYNAMO_BACKEND",
+        why="how the launcher tells its processes to compile the model",
+        breaks="packed rows would be compiled anew for each batch instead of an error",
     ),
     *environment(
         "cli",

@@ -13,7 +13,9 @@ import contextvars
 import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from peft import PeftModel
@@ -24,16 +26,19 @@ from vlmdpo import ui
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
 from vlmdpo.engine.collate import PairCollator, pair_token_ids
+from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.forward import SharedForward
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
+from vlmdpo.models.adapters import adapters_off
 from vlmdpo.training import checkpoints, mdpo
-from vlmdpo.training.auto_batch import LOSS_WEIGHT, AutoBatch, keep_uncollated
+from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
+from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
 from vlmdpo.training.length_grouping import LengthGroupedSampler
 from vlmdpo.training.mdpo import MdpoCollator
-from vlmdpo.training.sharding import checkpointable_layers
+from vlmdpo.training.sharding import any_process_needs, checkpointable_layers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,20 +52,6 @@ if TYPE_CHECKING:
 _unfinished_checkpoint: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
     "vlmdpo_unfinished_checkpoint", default=None
 )
-
-
-class NonFiniteLoss(Exception):
-    """The loss of a batch is NaN or infinite.
-
-    Attributes:
-        rows: the batch's row numbers.
-        step: the optimizer step it belongs to, or after which it was evaluated.
-        evaluated: whether the rows are of the test split.
-    """
-
-    def __init__(self, rows: list[int], step: int, *, evaluated: bool = False) -> None:
-        super().__init__(f"the loss of step {step} is not finite (rows {rows})")
-        self.rows, self.step, self.evaluated = rows, step, evaluated
 
 
 class PairTrainer(DPOTrainer):
@@ -108,6 +99,7 @@ class PairTrainer(DPOTrainer):
         self.checkpointed_layers: int | None = None
         self.shared_forwards: list[SharedForward] = []
         self.has_real_values = True
+        self.finite_check = FiniteCheck()
         if reference_cache is not None and not isinstance(self.model, PeftModel):
             # Only TRL needed one: the policy itself fills the cache before it trains.
             self.ref_model = None
@@ -207,7 +199,7 @@ class PairTrainer(DPOTrainer):
         """From now on compute a batch that does not fit into memory in parts; see `auto_batch`."""
         self.auto_batch = AutoBatch(self, super().training_step)
 
-    # With auto batch size, how many rows are collated is known only when a step runs.
+    # With auto batch size, a batch is collated in parts.
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.auto_batch is None:
             plain: DataLoader[Any] = super().get_train_dataloader()
@@ -215,7 +207,7 @@ class PairTrainer(DPOTrainer):
         # transformers builds the loader with `self.data_collator`, which evaluation needs as it is:
         # so the loader is built by a shallow copy that differs in its collator only.
         builder = copy.copy(self)
-        builder.data_collator = keep_uncollated
+        builder.data_collator = self.auto_batch.collator
         loader: DataLoader[Any] = super(PairTrainer, builder).get_train_dataloader()
         return loader
 
@@ -226,7 +218,7 @@ class PairTrainer(DPOTrainer):
         if self.auto_batch is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
-        return self.auto_batch.step(model, inputs["examples"], num_items_in_batch)
+        return self.auto_batch.step(model, inputs[PARTS], num_items_in_batch)
 
     # A part of a batch counts by its share of the rows; see `AutoBatch`.
     def compute_loss(
@@ -239,24 +231,40 @@ class PairTrainer(DPOTrainer):
     # TRL's loss, given what is computed once per batch and what the cache holds.
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        rows_B = inputs.pop("row", None)
+        rows = inputs.pop("row", [])
         if self.shared_forwards:
             # TRL passes every input that it does not know on to the model.
-            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(
-                rows_B, pair_token_ids(inputs) if rows_B is not None else ()
-            )
+            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(rows, pair_token_ids(inputs))
         if self.reference_cache is not None or self.mdpo_rows:
-            logps = self._reference_logps(model, inputs, rows_B)
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (
-                logps_P.to(rows_B.device) for logps_P in logps
-            )
+            logps = self._reference_logps(model, inputs, rows)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = logps
             self.precompute_ref_logps = True  # TRL then takes them from the batch
         self._set_checkpointing()
         result = self._loss_with_mdpo_metrics(model, inputs, return_outputs)
         loss = result[0] if return_outputs else result
-        if self.has_real_values and not bool(loss.isfinite()):
-            raise self._non_finite_loss(rows_B)
+        self._expect_finite(rows, loss)
+        # Before the backward pass of a step's last batch, in which DeepSpeed's optimizer steps.
+        if self.accelerator.sync_gradients or not self.model.training:
+            self._check_finite()
         return result
+
+    def _expect_finite(self, rows: list[int], *values: Tensor) -> None:
+        """Have the loss or the reference log-probs of a batch checked by `_check_finite`."""
+        if self.has_real_values:
+            self.finite_check.add(rows, *values)
+
+    def _check_finite(self) -> None:
+        """Raise NonFiniteLoss for the first batch since the last check that was not finite."""
+        rows = self.finite_check.first_non_finite()
+        if rows is None:
+            return
+        evaluated = (
+            bool(rows)
+            and self.eval_dataset is not None
+            and rows[0] in set(self.eval_dataset["row"])
+        )
+        step = self.state.global_step + (0 if evaluated else 1)
+        raise NonFiniteLoss(rows, step, evaluated=evaluated)
 
     def _set_checkpointing(self) -> None:
         """Switch off recomputation where it saves nothing, or where `checkpointed_layers` says so.
@@ -273,16 +281,6 @@ class PairTrainer(DPOTrainer):
             count = max(1, len(layers) - 1)
         for layer in layers[count:] if count is not None else ():
             layer.gradient_checkpointing = False
-
-    def _non_finite_loss(self, rows_B: Tensor | None) -> NonFiniteLoss:
-        rows = [] if rows_B is None else rows_B.tolist()
-        evaluated = (
-            bool(rows)
-            and self.eval_dataset is not None
-            and rows[0] in set(self.eval_dataset["row"])
-        )
-        step = self.state.global_step + (0 if evaluated else 1)
-        return NonFiniteLoss(rows, step, evaluated=evaluated)
 
     # TRL averages metrics over batches, so that the rows of a small last batch would count more.
     # Here each row of the test split counts alike.
@@ -322,32 +320,42 @@ class PairTrainer(DPOTrainer):
         """Replace TRL's metrics, which mix the three terms, by those of the rows' own answers."""
         logged = self._metrics["train" if self.model.training else "eval"]
         metrics = mdpo.mdpo_metrics(policy_logps_2P, reference_logps, self.beta)
-        for name, values_B in metrics.items():
-            mean = self.accelerator.gather(values_B).mean().item()
+        values_BM = torch.stack(list(metrics.values()), dim=1)
+        means = self.accelerator.gather(values_BM).mean(dim=0).tolist()  # read together
+        for name, mean in zip(metrics, means, strict=True):
             if name in logged and not name.startswith(("rewards/conditional", "rewards/anchored")):
                 logged[name][-1] = mean
             else:
                 logged[name].append(mean)
 
     def _reference_logps(
-        self, model: nn.Module, inputs: dict[str, Any], rows_B: Tensor
+        self, model: nn.Module, inputs: dict[str, Any], rows: list[int]
     ) -> tuple[Tensor, Tensor]:
         """The reference's log-probs (P,) of chosen and rejected answers, cached if possible."""
         cache = self.reference_cache
-        logps = cache.get(rows_B) if cache is not None else None
-        if logps is None:
-            assert (
-                self.ref_model is not None
-                or isinstance(self.model, PeftModel)
-                or not self.state.global_step
-            ), "after its first step the policy is not the reference"
-            logps = self.compute_ref_log_probs(self.ref_model or model, inputs)
-            logps = mdpo.terms_to_answers(*logps) if self.mdpo_rows else logps
-            if self.has_real_values and not all(bool(part.isfinite().all()) for part in logps):
-                raise self._non_finite_loss(rows_B)
-            if cache is not None:
-                cache.put(rows_B, *logps)
+        known = cache.get(rows) if cache is not None else None
+        if known is not None:
+            logps_2B = to_device(torch.stack(known), inputs["input_ids"].device)
+            logps = logps_2B[0], logps_2B[1]
+        if any_process_needs(known is None, self.accelerator.device):
+            computed = self._compute_reference_logps(model, inputs, rows)
+            if known is None:
+                logps = computed
+                if cache is not None:
+                    cache.put(rows, *logps)
         return mdpo.answers_to_terms(*logps) if self.mdpo_rows else logps
+
+    def _compute_reference_logps(
+        self, model: nn.Module, inputs: dict[str, Any], rows: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """One forward pass of the reference: log-probs (P,) of chosen and rejected answers."""
+        has_own = self.ref_model is not None or isinstance(self.model, PeftModel)
+        assert has_own or not self.state.global_step, "the policy is no longer the reference"
+        with mock.patch("trl.trainer.dpo_trainer.use_adapter", adapters_off):
+            logps = self.compute_ref_log_probs(self.ref_model or model, inputs)
+        logps = mdpo.terms_to_answers(*logps) if self.mdpo_rows else logps
+        self._expect_finite(rows, *logps)
+        return logps
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -372,8 +380,8 @@ class PairTrainer(DPOTrainer):
         with ui.progress("reference", len(loader)) as bar:
             for batch in loader:
                 inputs = dict(self._prepare_inputs(batch))
-                rows_B = inputs.pop("row")
-                self._reference_logps(model, inputs, rows_B)
+                self._reference_logps(model, inputs, inputs.pop("row"))
+                self._check_finite()
                 bar.advance()
         self.save_reference_cache()
 

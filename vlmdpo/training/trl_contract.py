@@ -6,7 +6,7 @@ reads error messages. Each such thing stands below, with why it is needed and wh
 without it. `contract.check(CONTRACT)` compares them with the installed versions.
 tests/training/test_trl_contract.py calls it, and fails too when code relies on something that is
 not listed, or the list names a module that no longer uses it. PyTorch's own are in
-`torch_contract`, and part of CONTRACT too.
+`torch_contract`, accelerate's and PEFT's in `peft_contract`, and all are part of CONTRACT.
 
 How a target is written:
 
@@ -23,11 +23,11 @@ from vlmdpo.training.contract import (
     attributes,
     called,
     classes,
-    environment,
     messages,
     overridden,
     patched,
 )
+from vlmdpo.training.peft_contract import ACCELERATE, PEFT
 from vlmdpo.training.torch_contract import TORCH
 
 _EVENT = "(self, args, state, control, kwargs)"
@@ -100,7 +100,6 @@ _TRL = (
     ),
     *called(
         "training/doctor",
-        "trl.trainer.utils.use_adapter(model, adapter_name)",
         "trl.trainer.utils.add_fused_lm_head:_fused_forward(fused_lm_head, labels)",
         why="the checks before a run score tokens through the very head that the loss uses",
         breaks="--doctor, the self-check of the engine, and the check of the saved adapter",
@@ -111,6 +110,12 @@ _TRL = (
         "trl.data_utils.prepare_multimodal_messages(messages, images)",
         why="prompt and answers are split where TRL splits them",
         breaks="the shared engine would read other tokens than stock TRL",
+    ),
+    *patched(
+        "training/trainer",
+        "trl.trainer.dpo_trainer.use_adapter(model, adapter_name)",
+        why="reference forward passes leave out the adapter without touching `requires_grad`",
+        breaks="under FSDP2 the adapter would lose a part of its gradients",
     ),
     *patched(
         "training/simulate",
@@ -281,10 +286,11 @@ _TRANSFORMERS_MODELS = (
         breaks="a backward pass would run through every frozen vision layer",
     ),
     *attributes(
-        "engine/packed_attention commands/train",
+        "engine/packed_attention models/attention",
         "transformers.PreTrainedConfig._attn_implementation",
-        why="language models are switched to attention that also takes packed rows",
-        breaks="the shared engine",
+        why="each part of a model is switched to the attention that it can use, and language "
+        "models to one that also takes packed rows",
+        breaks="the shared engine, and --attn-implementation",
     ),
     *attributes(
         "training/trainer training/sharding",
@@ -314,82 +320,7 @@ _TRANSFORMERS_MODELS = (
     ),
 )
 
-_ACCELERATE = (
-    *environment(
-        "distributed/processes",
-        "accelerate.utils.launch:ACCELERATE_USE_FSDP",
-        "accelerate.utils.launch:FSDP_VERSION",
-        "accelerate.utils.launch:ACCELERATE_USE_DEEPSPEED",
-        "accelerate.utils.launch:ACCELERATE_DEEPSPEED_ZERO_STAGE",
-        why="how the launcher tells its processes the strategy, before accelerate has a state",
-        breaks="a sharded run would be set up as if each process had the whole model",
-    ),
-    *called(
-        "distributed/launch",
-        "accelerate.commands.launch.launch_command(args)",
-        "accelerate.commands.launch.launch_command_parser()",
-        why="starts processes in a thread, where torch's launcher leaves signals alone",
-        breaks="--num-processes",
-    ),
-    *attributes(
-        "training/trainer training/sharding",
-        "accelerate.state.AcceleratorState.fsdp_plugin",
-        "accelerate.state.PartialState.distributed_type",
-        "accelerate.FullyShardedDataParallelPlugin.transformer_cls_names_to_wrap",
-        why="FSDP is switched on on CPUs, with the language layers as its units",
-        breaks="--strategy fsdp2 on CPUs, and with images in some batches only",
-    ),
-    *patched(
-        "training/auto_batch",
-        "accelerate.Accelerator.gather(self, tensor)",
-        "accelerate.Accelerator.gather_for_metrics(self, input_data, use_gather_object)",
-        why="replaced while parts are computed: a process without memory would be awaited forever",
-        breaks="--auto-batch-size with several processes",
-    ),
-    *patched(
-        "training/sharding",
-        "accelerate.Accelerator.prepare(self, args, device_placement)",
-        why="replaced to hide the embeddings from FSDP while it wraps the model",
-        breaks="gradients of the head would stay unsynchronized between processes",
-    ),
-)
-
-_PEFT = (
-    *classes(
-        "benchmarks/amber/runner",
-        "peft.tuners.tuners_utils.BaseTunerLayer",
-        "peft.utils.other.AuxiliaryTrainingWrapper",
-        why="tell whether an adapter changes what image features are made of",
-        breaks="eval-amber would reuse image features that the adapter changes",
-    ),
-    *attributes(
-        "training/results training/doctor",
-        "peft.PeftModel.peft_config",
-        why="the saved adapter names its base model as the user did",
-        breaks="adapters of the embedded model would name a folder of this machine",
-    ),
-    *messages(
-        "training/make_trainer",
-        "peft.tuners.tuners_utils:Target modules",
-        why="a wrong --lora-target-modules is recognized by these words",
-        breaks="a clear message for it",
-    ),
-    *messages(
-        "models/load",
-        "peft.peft_model:missing adapter keys",
-        why="an adapter of another model is recognized by PEFT's warning",
-        breaks="such an adapter would be used half loaded",
-    ),
-    *messages(
-        "engine/side_by_side",
-        "peft.tuners.lora.layer:adapter_names",
-        "peft.tuners.lora.layer:__base__",
-        why="one batch holds rows with and without adapter, unless PEFT refuses in these words",
-        breaks="vlmdpo compare on models that PEFT cannot mix",
-    ),
-)
-
 CONTRACT: tuple[Dependency, ...] = (
-    *(*_TRL, *_TRANSFORMERS_TRAINER, *_TRANSFORMERS_MODELS, *_ACCELERATE, *_PEFT),
+    *(*_TRL, *_TRANSFORMERS_TRAINER, *_TRANSFORMERS_MODELS, *ACCELERATE, *PEFT),
     *TORCH,
 )

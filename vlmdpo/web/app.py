@@ -16,8 +16,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import; nothing i
 
 import gradio as gr
 
+from vlmdpo import ui
 from vlmdpo.data.images import BadImage, open_file
 from vlmdpo.engine.side_by_side import ROLES, Answer, AnswerScore, SideBySide
+from vlmdpo.errors import is_out_of_memory, out_of_memory_reason
 from vlmdpo.web import votes
 from vlmdpo.web.examples import Example
 from vlmdpo.web.word_diff import marked, plain
@@ -28,6 +30,7 @@ THEME = gr.themes.Base(font=_FONT, font_mono=["ui-monospace", "monospace"], prim
 CSS = files("vlmdpo.web").joinpath("compare.css").read_text(encoding="utf-8")
 _EMPTY = "<span class='soft'>Pick an example, or upload an image, and ask.</span>"
 _SAME_ANSWERS = "Both answers are the same: only an answer of your own can be preferred to it."
+_NO_MEMORY = "There is too little memory for this question: try a smaller image."
 _EMPTY_ANSWER = "An empty answer can be neither preferred nor rejected; write the correct one."
 
 
@@ -162,10 +165,21 @@ class Page:
     def ask(self, image: str | None, question: str | None) -> Iterator[tuple[Any, ...]]:
         """Both answers as they grow, then with marks and scores.
 
-        Yields panes, score table, exchange to vote on, status, and buttons.
+        Yields panes, score table, exchange to vote on, status, and buttons. A question that does
+        not fit into memory is refused, and the page goes on.
         """
         off = [gr.update(interactive=False)] * 3
-        question = (question or "").strip()
+        try:
+            yield from self._answer(image, (question or "").strip(), off)
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            ui.warn(f"a question did not fit into memory: {out_of_memory_reason(problem)}")
+            yield *self._panes(_EMPTY, _EMPTY), "", None, _NO_MEMORY, *off
+
+    def _answer(
+        self, image: str | None, question: str, off: Sequence[Any]
+    ) -> Iterator[tuple[Any, ...]]:
         opened, refusal = self._checked(image, question)
         if opened is None:
             yield *self._panes(_EMPTY, _EMPTY), "", None, refusal, *off

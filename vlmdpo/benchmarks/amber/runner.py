@@ -257,6 +257,7 @@ class AmberRunner:
             bar.advance(len(batch))
 
     def _ask_vllm(self, questions: Sequence[Question], descriptions: Sequence[Description]) -> None:
+        from vlmdpo.benchmarks.amber import vllm_check
         from vlmdpo.engine.vllm import VllmGenerator
 
         config = self.config
@@ -268,9 +269,21 @@ class AmberRunner:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+        samples = vllm_check.plain_answers(
+            config, self.processor, self.roles, self._sample(questions)
+        )
+        generator.start()
+        vllm_check.compare(generator, samples, config.max_new_tokens)
         for role in self.roles:
             self._generate(generator, role, questions, config.max_new_tokens)
             self._generate(generator, role, descriptions, config.max_description_tokens)
+
+    def _sample(self, questions: Sequence[Question]) -> list[tuple[Question, Image.Image]]:
+        """The `--verify` questions to compare engines with, from all over the unanswered ones."""
+        unanswered = [q for q in questions if any(self._unanswered(r, [q]) for r in self.roles)]
+        count = min(len(unanswered), -(-self.config.verify // len(self.roles)))
+        picked = [unanswered[i * len(unanswered) // count] for i in range(count)]
+        return [(q, image) for q in picked if (image := self._open_image(q.image)) is not None]
 
     def _generate(
         self, generator: Any, role: str, asked: Sequence[Asked], max_new_tokens: int

@@ -1,0 +1,178 @@
+"""What vLLM is given. A fake one, which records it, computes with transformers."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from tests.models.test_chat_template import add_bos
+from vlmdpo.engine import vllm as engine
+from vlmdpo.engine.generate import answer, render_prompt
+from vlmdpo.errors import MemoryBudgetError, MissingDependencyError, ModelError
+from vlmdpo.models.load import load_model, load_processor
+from vlmdpo.tiny import random_models
+
+IMAGE = Image.new("RGB", (64, 48), "navy")
+SETTINGS = {"revision": None, "dtype": "auto", "trust_remote_code": False}
+
+
+class FakeLLM:
+    """vLLM's class: keeps what it is made with and asked, and answers with the embedded model."""
+
+    made: ClassVar[list[dict]]
+    asked: ClassVar[list[dict]]
+    wrong = False  # whether its answers differ from the model's
+    fails = ""
+
+    def __init__(self, **options):
+        if self.fails:
+            raise ValueError(self.fails)
+        self.made.append(options)
+
+    def get_default_sampling_params(self):
+        return types.SimpleNamespace(temperature=0.7, max_tokens=16, repetition_penalty=1.05)
+
+    def generate(self, prompts, settings, *, lora_request, use_tqdm):
+        self.asked.append({"settings": settings, "lora": lora_request, "prompts": prompts})
+        model, processor = self.parts
+        if lora_request:
+            model = load_model("tiny", device="cpu", adapter=Path(lora_request[2]))
+        for prompt in prompts:
+            inputs = processor(
+                text=[processor.tokenizer.decode(prompt["prompt_token_ids"])],
+                images=[[prompt["multi_modal_data"]["image"]]],
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+            ids = model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False)
+            text = processor.tokenizer.decode(
+                ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            text = "Wrong." if self.wrong else text
+            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])
+
+
+@pytest.fixture
+def fake(monkeypatch, tiny_model_parts):
+    llm = type("LLM", (FakeLLM,), {"made": [], "asked": [], "parts": tiny_model_parts})
+    request = types.SimpleNamespace(LoRARequest=lambda *parts: parts)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=llm))
+    monkeypatch.setitem(sys.modules, "vllm.lora", types.SimpleNamespace(request=request))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    return llm
+
+
+def adapter_on(folder, target):
+    torch.manual_seed(0)
+    model = get_peft_model(load_model("tiny", device="cpu"), LoraConfig(r=4, target_modules=target))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.06)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def test_it_gets_token_ids_our_image_settings_and_the_models_own_sampling(fake, tmp_path):
+    adapter = adapter_on(tmp_path / "adapter", r".*text_model.*(q|v)_proj")
+    processor = load_processor("tiny")
+    generator = engine.VllmGenerator("tiny", processor, adapter, **SETTINGS)
+    assert fake.made == []  # nothing takes memory before it is started
+    generator.start()
+    [options] = fake.made
+    assert options["mm_processor_kwargs"] == {"do_image_splitting": False}
+    assert options["max_lora_rank"] == 8
+    questions = ["Is there a moon in this image?", "Describe this image."]
+    for tuned, model in (
+        (False, fake.parts[0]),
+        (True, load_model("tiny", device="cpu", adapter=adapter)),
+    ):
+        answers = generator.generate([IMAGE] * 2, questions, 6, tuned=tuned)
+        assert answers == answer(model, processor, [IMAGE] * 2, questions, 6)
+    asked = fake.asked[0]
+    prompt = asked["prompts"][1]
+    ids = processor.tokenizer(
+        render_prompt(processor, questions[1]), add_special_tokens=False
+    ).input_ids
+    assert prompt == {"prompt_token_ids": ids, "multi_modal_data": {"image": IMAGE}}
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    assert ids.count(image_token) == 1
+    assert (asked["settings"].temperature, asked["settings"].max_tokens) == (0.0, 6)
+    assert asked["settings"].repetition_penalty == 1.05
+    assert [one["lora"] is not None for one in fake.asked] == [False, True]
+
+
+def test_prompts_begin_with_bos_once(fake, tmp_path):
+    model, processor = random_models.make("llava")
+    add_bos(processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    generator = engine.VllmGenerator(str(tmp_path), load_processor(str(tmp_path)), None, **SETTINGS)
+    generator.start()
+    fake.generate = lambda self, prompts, *a, **k: fake.asked.append(prompts) or []
+    generator.generate([IMAGE], ["why"], 4, tuned=False)
+    [[prompt]] = fake.asked
+    bos = processor.tokenizer.bos_token_id
+    assert prompt["prompt_token_ids"][0] == bos
+    assert prompt["prompt_token_ids"].count(bos) == 1
+
+
+@pytest.mark.parametrize(
+    "target", [r".*(q|v)_proj", r".*connector.*_proj", r".*vision_model.*fc1"], ids=str
+)
+def test_adapters_that_it_would_ignore_in_part_are_refused(target, fake, tmp_path):
+    adapter = adapter_on(tmp_path / "adapter", target)
+    with pytest.raises(ModelError, match="outside the language model") as refused:
+        engine.VllmGenerator("tiny", load_processor("tiny"), adapter, **SETTINGS)
+    assert str(refused.value).endswith(f"vlmdpo export --adapter {adapter} --merge")
+
+
+def test_a_processor_that_rewrites_prompts_is_refused(fake):
+    _, processor = random_models.make("paligemma")
+    with pytest.raises(ModelError, match="use --engine shared"):
+        engine.VllmGenerator("tiny", processor, None, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("Free memory on device is less than desired GPU memory utilization", MemoryBudgetError),
+        ("Model architectures ['X'] are not supported for now.\nMore.", ModelError),
+    ],
+)
+def test_a_start_that_fails_says_why(message, error, fake):
+    fake.fails = message
+    generator = engine.VllmGenerator("tiny", load_processor("tiny"), None, **SETTINGS)
+    with pytest.raises(error, match="use --engine shared"):
+        generator.start()
+
+
+def test_without_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        engine.VllmGenerator("tiny", load_processor("tiny"), None, **SETTINGS)
+
+
+@pytest.fixture
+def some_questions(tmp_path):
+    """A command that asks vLLM four questions of the embedded set."""
+    tiny = ["--output-dir", tmp_path / "out", "--max-new-tokens", 4]
+    arguments = [*tiny, "--task", "discriminative", "--limit", 4]
+    return ["eval-amber", "--json", "--engine", "vllm", *arguments]
+
+
+def test_evaluation_compares_it_with_the_plain_engine(fake, some_questions, vlmdpo):
+    code, out, err = vlmdpo(*some_questions, "--verify", 3)
+    assert code == 0, err
+    assert "vLLM and the plain engine agree on 3 answers" in err
+    assert json.loads(out)["engine"] == "vllm"
+    assert len(fake.asked[0]["prompts"]) == 3
+    fake.wrong = True
+    code, _, err = vlmdpo(*some_questions, "--verify", 3, "--overwrite")
+    assert code == 4
+    assert "is answered 'Wrong.' by vLLM and" in err
