@@ -319,9 +319,7 @@ def _on_host(found: tuple[float, dict[str, Any]]) -> tuple[float, dict[str, Any]
 
 def _mean(found: list[tuple[float, dict[str, Any]]]) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a batch from those of equal parts of it."""
-    gradients = {
-        name: sum(part[name] for _, part in found) / len(found) for name in found[0][1]
-    }
+    gradients = {name: sum(part[name] for _, part in found) / len(found) for name in found[0][1]}
     return sum(loss for loss, _ in found) / len(found), gradients
 
 
@@ -339,7 +337,7 @@ def _little_memory(
 
         def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if len(kwargs["pairs"]) > small:
-                raise torch.OutOfMemoryError("pretended: a CPU's memory is not filled")
+                raise torch.OutOfMemoryError("pretended to be out of memory, on a CPU")
 
         hook = trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
         try:
