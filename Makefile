@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo docs check quick-tests test lint format wheel clean
+.PHONY: demo docs check quick-tests test test-oldest lint format wheel clean
 
 demo: $(INSTALLED)  ## prepare, estimate, train, infer and evaluate, offline, in some minutes
 	$(BIN)/vlmdpo demo
@@ -16,6 +16,25 @@ quick-tests: $(INSTALLED)
 
 test: $(INSTALLED)  ## the test suite, on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# What decides whether a library is new enough: exact log-probs, training, asking, saving, and the list
+# of private interfaces.
+OLDEST_TESTS := tests/engine/test_forward.py tests/engine/test_decode.py tests/training/test_trl_contract.py \
+	tests/commands/test_train.py::test_a_run_leaves_everything_behind \
+	tests/commands/test_train.py::test_the_adapter_answers_through_infer_and_eval \
+	tests/commands/test_train.py::test_full_fine_tuning_moves_every_part \
+	tests/commands/test_train.py::test_stock_and_shared_log_the_same \
+	tests/commands/test_export.py::test_a_merged_model_answers_as_base_and_adapter
+
+test-oldest: .venv-oldest/.installed  ## a part of the suite, with the oldest versions that pyproject.toml promises
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -W default $(OLDEST_TESTS)
+	$(PYTHON) .ci/oldest.py --record
+
+.venv-oldest/.installed: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(PYTHON) .ci/oldest.py >.venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e . pytest pytest-xdist
+	@touch $@
 
 lint: $(INSTALLED)  ## ruff, its formatter's check, and mypy
 	$(BIN)/ruff check .
@@ -41,4 +60,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

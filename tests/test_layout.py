@@ -44,7 +44,7 @@ MAY_BE_HEAVY = {
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
     "tiny/sample_pairs",
-    *("memory/architecture", "memory/fake_tensors", "memory/measure"),
+    *("memory/architecture", "memory/cuda_autocast", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
     "training/finite_check",
     *("training/doctor", "training/length_grouping", "training/make_trainer", "training/mdpo"),

@@ -271,17 +271,18 @@ def auto_batch(machine: Machine, model_alias: str) -> dict[str, Any]:
         for size, batch in runs.items()
     }
     whole = _on_host(loss_and_gradients(trainer, runs[len(rows)]))
+    halves = _mean(
+        [
+            _on_host(loss_and_gradients(trainer, collate(trainer, half)))
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+        ]
+    )
     trainer.enable_auto_batch()
     auto = trainer.auto_batch
     assert auto is not None
-    auto.num_parts = 2
-    halves = _on_host(loss_and_gradients(trainer, {"examples": rows}))
-    auto.num_parts = 1
     with _little_memory(machine, trainer, peaks, before) as ballast_bytes:
-        tried = _on_host(loss_and_gradients(trainer, {"examples": rows}))
+        tried = _on_host(loss_and_gradients(trainer, auto.collator(rows)))
     parts = auto.num_parts
-    auto.num_parts = 1
-    del model
     found = {
         "model": model_alias,
         "rows": len(rows),
@@ -316,6 +317,12 @@ def _on_host(found: tuple[float, dict[str, Any]]) -> tuple[float, dict[str, Any]
     return found[0], {name: gradient.cpu() for name, gradient in found[1].items()}
 
 
+def _mean(found: list[tuple[float, dict[str, Any]]]) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of a batch from those of equal parts of it."""
+    gradients = {name: sum(part[name] for _, part in found) / len(found) for name in found[0][1]}
+    return sum(loss for loss, _ in found) / len(found), gradients
+
+
 @contextlib.contextmanager
 def _little_memory(
     machine: Machine, trainer: PairTrainer, peaks: dict[int, Any], before: int | None
@@ -330,7 +337,7 @@ def _little_memory(
 
         def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if len(kwargs["pairs"]) > small:
-                raise torch.OutOfMemoryError("pretended: a CPU's memory is not filled")
+                raise torch.OutOfMemoryError("pretended to be out of memory, on a CPU")
 
         hook = trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
         try:
@@ -344,6 +351,7 @@ def _little_memory(
     needed = (peaks[large]["reserved"] + peaks[small]["reserved"]) // 2
     free, _ = torch.cuda.mem_get_info(machine.device)
     size = free - max(0, needed - torch.cuda.memory_reserved(machine.device))
+    size -= size % 2**21  # the driver gives out whole pages of 2 MiB
     ballast = torch.empty(size, dtype=torch.uint8, device=machine.device)
     try:
         yield size

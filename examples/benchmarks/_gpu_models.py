@@ -275,7 +275,11 @@ class Duo:
 
     @torch.no_grad()
     def align(self) -> None:
-        """Give stock's adapter the values of ours, after they took different steps."""
+        """Make both start alike again, after they took different steps: stock's adapter gets the
+        values of ours, and ours forgets reference log-probs.
+        """
+        self.ours.reference_cache = None
+        self.ours.precompute_ref_logps = False  # set where a cache was used
         ours = trained(self.ours)
         for name, parameter in trained(self.stock).items():
             parameter.copy_(ours[name])

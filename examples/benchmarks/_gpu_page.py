@@ -382,5 +382,6 @@ def show(data: dict[str, Any]) -> None:
         table.add_row(name, f"{entry['seconds']:.1f}", text)
     console = Console(width=150)
     console.print(table)
-    failed = [case["name"] for case in cases(data) if case["passed"] is False]
+    failed = [name for name, entry in data["items"].items() if entry["status"] == "failed"]
+    failed += [case["name"] for case in cases(data) if case["passed"] is False]
     console.print(f"not passed: {', '.join(failed)}" if failed else "all comparisons passed")

@@ -85,8 +85,8 @@ def arms(
         return optimizer_step(duo.ours, ours)
 
     filled = ReferenceCache(machine.folder, "filled", len(rows))
-    for side in range(len(rows)):  # what they are does not change the time
-        filled.put(torch.tensor([side]), torch.tensor([-300.0]), torch.tensor([-300.0]))
+    logps = torch.full((len(rows),), -300.0)  # which values does not change the time
+    filled.put(range(len(rows)), logps, logps)
     return {
         "stock": lambda: optimizer_step(duo.stock, stock),
         "first": lambda: with_cache(ReferenceCache(machine.folder, "empty", len(rows))),

@@ -18,7 +18,7 @@ import pytest
 import vlmdpo as package
 from tests.conftest import unfolded
 from tests.support.images import noise
-from tests.support.killing import contents
+from tests.support.killing import KILLS, contents
 from vlmdpo.data import store
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def _command(*arguments):
 
 
 def test_killed_at_any_of_twenty_points_the_next_call_finishes_with_the_same_bytes(tmp_path):
-    rounds = "20"
+    rounds = str(2 * KILLS)
     arguments = [
         rounds,
         "--dataset",

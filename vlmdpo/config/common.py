@@ -63,12 +63,12 @@ class RuntimeOptions(ModelOptions):
     dtype: str = option(
         "auto",
         f"Data type of the base weights: {', '.join(DTYPES)}; auto is bfloat16 on a GPU that "
-        "supports it, and float32 for full fine-tuning",
+        "computes in it, else float32; float32 for full fine-tuning",
     )
     attn_implementation: str = option(
         "auto",
-        f"Attention: {', '.join(ATTENTIONS)}; auto is flash_attention_2 on a GPU if its package "
-        "is installed, else sdpa",
+        f"Attention: {', '.join(ATTENTIONS)}; auto is the model's own (sdpa), and "
+        "flash_attention_2 for vision towers on a GPU if its package is installed",
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps")
     image_splitting: bool = option(

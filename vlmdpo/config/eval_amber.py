@@ -95,7 +95,8 @@ class EvalAmberConfig(RuntimeOptions, ProcessOptions, OutputOptions):
     )
     verify: int = option(
         8,
-        "Questions first asked through both engines; if answers differ, plain is used",
+        "Questions first asked through both engines; if answers differ, plain is used, and vllm "
+        "ends the run",
         group="Checks",
     )
 

@@ -35,6 +35,12 @@ TORCH = (
         breaks="such an operation would compute with garbage",
     ),
     *overridden(
+        "memory/cuda_autocast",
+        "torch.overrides.TorchFunctionMode.__torch_function__(self, func, types, args, kwargs)",
+        why="functions that CUDA's autocast runs in float32 do so in simulations on the CPU",
+        breaks="memory estimates would miss the float32 outputs of norms",
+    ),
+    *overridden(
         "memory/measure memory/fake_tensors",
         "torch.utils._python_dispatch.TorchDispatchMode.__torch_dispatch__"
         "(self, func, types, args, kwargs)",
