@@ -121,7 +121,7 @@ def test_cached_reference_log_probs_cost_no_wait(gpu, tmp_path):
         assert ours(gpu) == [IS_FINITE]
 
 
-@pytest.mark.parametrize("family", ["idefics2", "llava_next", "paligemma2", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["idefics2", "paligemma2", "qwen3_vl"])
 def test_without_autocast_the_loss_is_the_cpus(family, device_guard, tmp_path):
     on_cpu = trainer(family, "shared", pairs(2), tmp_path)
     batch = on_cpu.data_collator([dict(row) for row in on_cpu.train_dataset])
