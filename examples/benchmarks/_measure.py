@@ -12,24 +12,47 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 _OPS = torch.ops.aten
-# torch counts only the attention kernels of GPUs; these are the CPU's, counted by torch's own
-# formulas (in full, whether causal or not).
-_CPU_ATTENTION = {
-    _OPS._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
-        sdpa_flop_count(q, k, v)
-    ),
-    _OPS._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(grad, q, k, v)
-    ),
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Both products of attention, in full, whether causal or not; heads of keys may be shared."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """Scores again, and four products for the gradients of scores, queries, keys and values."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3])
+
+
+def _addmm_flops(bias: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# torch's own formulas lack the CPU's attention, heads that share keys, and products that write to
+# another data type.
+_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
+_FORMULAS = {
+    _OPS._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _OPS._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    **{getattr(_OPS, f"_scaled_dot_product_{name}"): _attention_flops for name in _KERNELS},
+    **{
+        getattr(_OPS, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops
+        for name in _KERNELS
+    },
+    _OPS.addmm: _addmm_flops,
 }
 
 
 def counted_flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of matrix products, convolutions and attention in one call."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 

@@ -1,5 +1,6 @@
 """Memory estimates: exact counts of every known model, simulated and measured steps, what fits."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError
 from vlmdpo.memory import architecture as arch
 from vlmdpo.memory import fast
-from vlmdpo.memory.cuda_autocast import CudaAutocastRules
+from vlmdpo.memory.cuda_autocast import cuda_autocast_rules
 from vlmdpo.memory.fake_tensors import SimulationMode
 from vlmdpo.memory.fit import PeakByBatch, largest_batch_size, verdict
 from vlmdpo.memory.gpus import capacity_bytes
@@ -348,19 +349,34 @@ def test_the_first_saving_that_fits_is_shown_as_a_command(vlmdpo):
 
 def test_simulated_autocast_follows_cuda():
     half, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
-    functional = torch.nn.functional
+    functional, norm = torch.nn.functional, torch.nn.LayerNorm(8, dtype=torch.bfloat16)
 
     def dtypes():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = (
-                *(functional.layer_norm(half, (8,), weight), functional.rms_norm(half, (8,))),
-                *(half**2, half.softmax(-1), half.sum(), functional.gelu(half)),
+                *(norm(half), functional.rms_norm(half, (8,), weight)),
+                *(functional.softmax(half, -1), functional.gelu(half)),
                 functional.linear(half, half),
             )
         return [output.dtype for output in outputs]
 
     assert set(dtypes()) == {torch.bfloat16}
-    with CudaAutocastRules():
+    with cuda_autocast_rules():
         # As CUDA's autocast gives them; activations and products stay bfloat16 there too.
-        assert dtypes() == [torch.float32] * 5 + [torch.bfloat16] * 2
-        assert functional.layer_norm(half, (8,)).dtype == torch.bfloat16, "autocast is off"
+        assert dtypes() == [torch.float32] * 3 + [torch.bfloat16] * 2
+        assert norm(half).dtype == torch.bfloat16, "autocast is off"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_simulated_gpu_needs_more_for_norms(checkpointing):
+    shape = arch.load_architecture("smolvlm-256m")
+    shape = dataclasses.replace(shape, config=arch.make_shallow(shape.config, 2, 2))
+    rows = synthetic_rows(shape.processor, Workload((64, 48), 1, 10, 20, 20), 1)
+    config = TrainConfig(
+        per_device_train_batch_size=1, bf16=True, gradient_checkpointing=checkpointing
+    )
+    on_cpu = simulate(shape, config, rows, dtype=torch.bfloat16)
+    with cuda_autocast_rules():
+        on_gpu = simulate(shape, config, rows, dtype=torch.bfloat16)
+    assert on_gpu.static == on_cpu.static
+    assert on_gpu.peak > on_cpu.peak

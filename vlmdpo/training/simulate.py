@@ -29,7 +29,7 @@ from vlmdpo.data.pairs import message
 from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.architecture import Architecture, count_layers, make_shallow
-from vlmdpo.memory.cuda_autocast import CudaAutocastRules
+from vlmdpo.memory.cuda_autocast import cuda_autocast_rules
 from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
 from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.training import activation_checkpointing
@@ -197,9 +197,9 @@ def cuda_rules() -> Iterator[None]:
     """Inside, simulated steps on the CPU follow the rules of a GPU.
 
     TRL's head scores only the answers' tokens, where on a CPU it scores all; and autocast computes
-    norms and sums in float32.
+    norms in float32.
     """
-    with mock.patch("trl.trainer.utils._use_triton", return_value=True), CudaAutocastRules():
+    with mock.patch("trl.trainer.utils._use_triton", return_value=True), cuda_autocast_rules():
         yield
 
 

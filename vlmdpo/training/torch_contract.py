@@ -34,9 +34,13 @@ TORCH = (
         why="a mask of pairs has no numbers, and an operation on it is an error",
         breaks="such an operation would compute with garbage",
     ),
-    *overridden(
+    *patched(
         "memory/cuda_autocast",
-        "torch.overrides.TorchFunctionMode.__torch_function__(self, func, types, args, kwargs)",
+        "torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)",
+        "torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)",
+        "torch.nn.functional.group_norm(input, num_groups, weight, bias, eps)",
+        "torch.nn.functional.softmax(input, dim, _stacklevel, dtype)",
+        "torch.nn.functional.log_softmax(input, dim, _stacklevel, dtype)",
         why="functions that CUDA's autocast runs in float32 do so in simulations on the CPU",
         breaks="memory estimates would miss the float32 outputs of norms",
     ),
