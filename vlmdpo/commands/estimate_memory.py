@@ -320,7 +320,7 @@ def _first_saving_that_fits(config: EstimateMemoryConfig, capacity: int) -> dict
     changes: list[dict[str, Any]] = []
     changes += [{"gradient_checkpointing": True}] if not config.gradient_checkpointing else []
     changes += [{"engine": "shared"}] if config.engine != "shared" else []
-    # Only with an adapter, because the steps of full fine-tuning are too small for bfloat16 weights.
+    # Only with an adapter: the steps of full fine-tuning are too small for bfloat16 weights.
     smaller = {"dtype": "bfloat16"} if config.dtype == "float32" else {}
     changes += [{**smaller, "lora": True}] if not config.lora else [smaller] if smaller else []
     merged: dict[str, Any] = {}
