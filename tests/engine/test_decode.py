@@ -137,7 +137,7 @@ def test_a_settled_answer_ends_early_and_others_continue(family):
         said = opened.answer(QUESTIONS, 8, stop_when=lambda text: text.startswith(first))
     assert len(said[0]) < len(whole[0])
     for cut, text in zip(said, whole, strict=True):
-        assert text.startswith(cut)
+        assert text.startswith(cut.rstrip("\ufffd"))  # a character of several tokens may be cut
         assert cut == text or cut.startswith(first)
 
 

@@ -17,6 +17,8 @@ from enum import StrEnum
 from importlib.metadata import version
 from typing import Any, Protocol
 
+from packaging.version import Version
+
 
 class Kind(StrEnum):
     """How a target is used, which decides what `check` asks of it."""
@@ -39,6 +41,7 @@ class Dependency:
         used_in: the modules of vlmdpo that rely on it, as "training/trainer".
         why: what it is used for.
         breaks: what would go wrong without it.
+        since: the release of the library that brought it; earlier ones do without. "" for none.
     """
 
     kind: Kind
@@ -46,6 +49,7 @@ class Dependency:
     used_in: tuple[str, ...]
     why: str
     breaks: str
+    since: str = ""
 
     @property
     def library(self) -> str:
@@ -82,15 +86,17 @@ class Group(Protocol):
     """Makes dependencies of one kind."""
 
     def __call__(
-        self, used_in: str, *targets: str, why: str, breaks: str
+        self, used_in: str, *targets: str, why: str, breaks: str, since: str = ""
     ) -> tuple[Dependency, ...]: ...
 
 
 def _group(kind: Kind) -> Group:
-    def dependencies(used_in: str, *targets: str, why: str, breaks: str) -> tuple[Dependency, ...]:
+    def dependencies(
+        used_in: str, *targets: str, why: str, breaks: str, since: str = ""
+    ) -> tuple[Dependency, ...]:
         """Targets that the same modules (separated by spaces) use for the same reason."""
         modules = tuple(used_in.split())
-        return tuple(Dependency(kind, target, modules, why, breaks) for target in targets)
+        return tuple(Dependency(kind, target, modules, why, breaks, since) for target in targets)
 
     return dependencies
 
@@ -108,6 +114,9 @@ def check(dependencies: Iterable[Dependency]) -> list[str]:
     problems = []
     for dependency in dependencies:
         if importlib.util.find_spec(dependency.library) is None:
+            continue
+        installed = Version(version(dependency.library))
+        if dependency.since and installed < Version(dependency.since):
             continue
         problem = _problem(dependency)
         if problem:

@@ -278,6 +278,7 @@ _TRANSFORMERS_MODELS = (
         "transformers.PreTrainedModel.activation_checkpointing_enable(self)",
         why="recomputation is switched on as `Trainer.train` does it",
         breaks="--checkpointing auto and memory estimates",
+        since="5.23",
     ),
     *called(
         "engine/forward",
