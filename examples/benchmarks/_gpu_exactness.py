@@ -115,8 +115,9 @@ def _apart(answers: list[torch.Tensor], others: list[torch.Tensor]) -> float:
 def exactness(machine: Machine, duo: Duo, example: dict[str, Any]) -> dict[str, Any]:
     """The engine's self-check on one pair, beside the noise of stock rows.
 
-    The noise: stock rows with more padding, which is the same arithmetic in another order. An
-    engine that differs by no more than that is as exact as bf16 allows. Nats per token.
+    The noise: stock rows with more padding, which is the same arithmetic in another order, and with
+    embeddings rounded once more. An engine that differs by no more than that is as exact as bf16
+    allows. Nats per token.
     """
     processor = duo.stock.processing_class
     rows = collate_stock(processor, [example])
@@ -126,6 +127,8 @@ def exactness(machine: Machine, duo: Duo, example: dict[str, Any]) -> dict[str, 
         str(count): _apart(doctor.token_logps(duo.stock, pad_rows(rows, count, padding)), logps)
         for count in PADDINGS
     }
+    with doctor.one_more_rounding(duo.stock.model):
+        noise["one rounding"] = _apart(doctor.token_logps(duo.stock, rows), logps)
     error = _apart(doctor.token_logps(duo.ours, collate(duo.ours, [example])), logps)
     checks = {"shared": doctor.check_shared_forward, "rows": doctor.check_images_once}
     check = checks[duo.engine](duo.ours, example)
@@ -158,9 +161,13 @@ def losses_and_gradients(machine: Machine, duo: Duo, rows: list[dict[str, Any]])
         loss, padded_gradients = loss_and_gradients(duo.stock, more)
         padded.append(loss)
         gradient_noise.append(gradient_difference(gradients, padded_gradients))
+    with doctor.one_more_rounding(duo.stock.model):
+        loss, rounded_gradients = loss_and_gradients(duo.stock, batch)
+    padded.append(loss)
+    gradient_noise.append(gradient_difference(gradients, rounded_gradients))
     ours, our_gradients = loss_and_gradients(duo.ours, collate(duo.ours, rows))
     found = {
-        "loss": {"stock": stock, "stock padded": padded, "ours": ours},
+        "loss": {"stock": stock, "stock with noise": padded, "ours": ours},
         "loss_error": abs(ours - stock),
         "loss_noise": max(abs(loss - stock) for loss in padded),
         "gradient_error": gradient_difference(gradients, our_gradients),

@@ -99,7 +99,7 @@ def cases(*, toy: bool) -> list[MemoryCase]:
 
 
 class Forecasts:
-    """The estimates, made in processes beside the measurements, which use one core and the GPU.
+    """The estimates, made in processes beside the measurements of memory.
 
     In processes of their own also because an estimate sets accelerate's state, of which a process
     has one, to the CPU.
@@ -107,11 +107,17 @@ class Forecasts:
 
     def __init__(self, folder: Path, cases: list[MemoryCase], *, toy: bool) -> None:
         self._files = [folder / f"forecast-{n}.jsonl" for n in range(1 if toy else _WORKERS)]
-        self._processes = []
+        self._cases, self._toy = cases, toy
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self) -> None:
+        """Start them, once: only when nothing is timed any more, whose pace the CPU sets."""
+        if self._processes:
+            return
         count = len(self._files)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         for number, path in enumerate(self._files):
-            jobs = [[case.name, case.options(toy=toy)] for case in cases[number::count]]
+            jobs = [[case.name, case.options(toy=self._toy)] for case in self._cases[number::count]]
             with path.open("w") as out, path.with_suffix(".log").open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, str(Path(__file__).with_name("_gpu_forecast.py"))],
@@ -156,6 +162,7 @@ def memory(machine: Machine, case: MemoryCase, forecasts: Forecasts) -> dict[str
         if importlib.util.find_spec("bitsandbytes") is None:
             raise NotHere("bitsandbytes is not installed")
     machine.release()
+    forecasts.start()
     before = machine.allocated_bytes()
     found |= _measured(machine, case)
     found["before_bytes"] = before

@@ -67,6 +67,7 @@ def markdown(data: dict[str, Any] | None) -> str:
         return _HEAD + _NOT_MEASURED
     sections = [
         *_environment(data),
+        *(f"- {note}" for note in data.get("notes", [])),
         *_tiny(data),
         *_steps(data),
         *_memory(data),
@@ -137,7 +138,8 @@ def _tiny(data: dict[str, Any]) -> list[str]:
             )
         sections += [
             f"## Exactness, tiny models, {result['attention']}",
-            "Log-probs in nats per token. Noise: stock rows with more padding, against stock rows.",
+            "Log-probs in nats per token. Noise: stock rows with more padding or one more rounding, "
+            "against stock rows.",
             _table(
                 [
                     *("family", "self-check", "ours − stock", "noise"),
@@ -209,7 +211,7 @@ def _steps(data: dict[str, Any]) -> list[str]:
             ],
             speed,
         ),
-        "Agreement, beside the noise of stock rows with more padding:",
+        "Agreement, beside the noise of stock rows with more padding or one more rounding:",
         _table(
             [
                 *("setting", "self-check", "log-probs, error / noise", "loss, error / noise"),

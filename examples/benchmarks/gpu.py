@@ -60,11 +60,11 @@ def all_items(machine: Machine, forecasts: Forecasts | None) -> list[Item]:
     return [
         Item("environment", 10, lambda: exact.environment(machine)),
         Item("tiny-sdpa", 60, lambda: exact.tiny(machine, "sdpa")),
-        Item("step-idefics2-490", 60, lambda: speed.step(machine, speed.IDEFICS2_490), keeps=True),
-        Item("step-idefics2-980", 60, lambda: speed.step(machine, speed.IDEFICS2_980)),
-        Item("step-llava", 60, lambda: speed.step(machine, speed.LLAVA)),
+        Item("step-idefics2-490", 90, lambda: speed.step(machine, speed.IDEFICS2_490), keeps=True),
+        Item("step-idefics2-980", 90, lambda: speed.step(machine, speed.IDEFICS2_980)),
+        Item("step-llava", 90, lambda: speed.step(machine, speed.LLAVA)),
         *(
-            Item(case.name, 20, lambda case=case: measured(case))
+            Item(case.name, 12, lambda case=case: measured(case))
             for case in memory.cases(toy=machine.toy)
         ),
         Item("evaluation", 50, lambda: speed.asking(machine)),

@@ -114,11 +114,12 @@ def _mean_difference(answers: list[Tensor], others: list[Tensor]) -> list[float]
     return [(a - b).abs().mean().item() for a, b in zip(answers, others, strict=True)]
 
 
-def _rounding_noise(trainer: PairTrainer, batch: dict[str, Any], stock: list[Tensor]) -> float:
-    """How far stock's own log-probs move, in nats per token, if its embeddings are rounded anew.
+@contextlib.contextmanager
+def one_more_rounding(model: VisionLanguageModel) -> Iterator[None]:
+    """Inside, the model's text embeddings are off by one unit in the last place.
 
-    The embeddings move by one unit in the last place, every other one up and every other one down.
-    Other padding would not do instead: it often changes nothing at all.
+    Every other one is larger, and the rest smaller. How much log-probs move then is how exact they
+    can be. Other padding would not tell: it often changes nothing at all.
     """
 
     def nudge(module: nn.Module, args: Any, embeddings_BSH: Tensor) -> Tensor:
@@ -127,13 +128,18 @@ def _rounding_noise(trainer: PairTrainer, batch: dict[str, Any], stock: list[Ten
         signs_H[::2] = -1
         return (embeddings_BSH * (1 + step * signs_H)).to(embeddings_BSH.dtype)
 
-    embeddings = families.unwrap_peft(trainer.accelerator.unwrap_model(trainer.model))
-    hook = embeddings.get_input_embeddings().register_forward_hook(nudge)
+    embeddings = families.unwrap_peft(model).get_input_embeddings()
+    hook = embeddings.register_forward_hook(nudge)
     try:
-        differences = _mean_difference(token_logps(trainer, batch), stock)
+        yield
     finally:
         hook.remove()
-    return max(differences)
+
+
+def _rounding_noise(trainer: PairTrainer, batch: dict[str, Any], stock: list[Tensor]) -> float:
+    """How far stock's own log-probs move by one more rounding, in nats per token."""
+    with one_more_rounding(trainer.accelerator.unwrap_model(trainer.model)):
+        return max(_mean_difference(token_logps(trainer, batch), stock))
 
 
 def _is_exact(error: float, broken_error: float, noise: float) -> bool:
