@@ -92,11 +92,13 @@ class Plan:
     @property
     def state_bytes(self) -> float:
         """Weights, gradients and optimizer state on each GPU, without activations."""
-        weights = self.model.parameters * BFLOAT16 + (0 if self.full else self.trained * FLOAT32)
-        gradients, moments = (
-            self.trained * FLOAT32,
-            self.trained * (ADAMW + (FLOAT32 if self.full else 0)),
-        )
+        # Weights that train are float32: as they are, or with DeepSpeed as a copy of bfloat16 ones.
+        has_copy = self.full and self.strategy == "zero2"
+        is_float32 = self.full and not has_copy
+        weights = self.model.parameters * (FLOAT32 if is_float32 else BFLOAT16)
+        weights += 0 if self.full else self.trained * FLOAT32
+        gradients = self.trained * FLOAT32
+        moments = self.trained * (ADAMW + (FLOAT32 if has_copy else 0))
         if self.strategy == "ddp":
             return weights + gradients + moments
         if self.strategy == "zero2":

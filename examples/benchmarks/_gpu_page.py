@@ -138,8 +138,8 @@ def _tiny(data: dict[str, Any]) -> list[str]:
             )
         sections += [
             f"## Exactness, tiny models, {result['attention']}",
-            "Log-probs in nats per token. Noise: stock rows with more padding or one more rounding, "
-            "against stock rows.",
+            "Log-probs in nats per token. Noise: stock rows with more padding or one more "
+            "rounding, against stock rows.",
             _table(
                 [
                     *("family", "self-check", "ours − stock", "noise"),
