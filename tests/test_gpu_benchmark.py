@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -95,54 +94,53 @@ def test_results_of_toys_and_of_real_models_are_not_mixed(module, tmp_path):
         run.Results(tmp_path / "gpu.json", toy=False)
 
 
-def check(arguments, folder):
-    """The script's output, and how many seconds it took."""
-    began = time.monotonic()
+# One item of each kind; the others run the same code.
+TRIED = ["environment", "tiny-sdpa", "tiny-flash_attention_2", "step-idefics2-490"]
+TRIED += ["memory-qwen2-vl-2b-full-shared-batch2", "memory-qwen2-vl-2b-LoRA-shared-batch4-nf4"]
+TRIED += ["evaluation", "auto-batch", "profile"]
+
+
+def check(items, folder):
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", *arguments],
+        [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", "--json", "--only", ",".join(items)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done, time.monotonic() - began
+    return done
 
 
 @pytest.mark.slow
 def test_the_gpu_check_runs_as_a_toy_on_the_cpu(module, tmp_path):
-    done, seconds = check(["--json"], tmp_path)
-    report = json.loads(done.stdout)
+    report = json.loads(check(TRIED, tmp_path).stdout)
     items = report["items"]
     without = {name: entry["error"] for name, entry in items.items() if entry["status"] != "done"}
     assert without == {
         "memory-qwen2-vl-2b-LoRA-shared-batch4-nf4": "4-bit weights need a GPU",
         "tiny-flash_attention_2": "flash_attention_2 needs a GPU",
     }
-    assert len(items) == 13
+    assert set(items) == set(TRIED)
     failed = [case for case in report["cases"] if case["passed"] is False]
     assert not failed
-    for name in ("step-idefics2-490", "step-idefics2-980", "step-llava"):
-        result = items[name]["result"]
-        assert result["exactness"]["error"] < 1e-5
-        assert result["agreement"]["loss_error"] < 1e-5
-        assert result["agreement"]["gradient_error"] < 1e-4
-        assert result["peak_bytes"] is None, "only CUDA counts it"
-        assert result["tokens"]["ours"] < result["tokens"]["stock"]
+    result = items["step-idefics2-490"]["result"]
+    assert result["exactness"]["error"] < 1e-5
+    assert result["agreement"]["loss_error"] < 1e-5
+    assert result["agreement"]["gradient_error"] < 1e-4
+    assert result["peak_bytes"] is None, "only CUDA counts it"
+    assert result["tokens"]["ours"] < result["tokens"]["stock"]
     evaluation = items["evaluation"]["result"]
     assert evaluation["distinct_answers"] > 1
     assert evaluation["wrong"] == 0
     assert items["auto-batch"]["result"]["parts"] == 2
     memory = items["memory-qwen2-vl-2b-full-shared-batch2"]["result"]
     assert memory["estimated_bytes"] > memory["estimated"]["static_bytes"] > 0
-    # The page and the table hold every item; a second run measures nothing again.
     page = module("_gpu_page").markdown(report)
     assert "A toy run on a CPU" in page
     for section in ("Exactness", "Training steps", "Memory", "Questions", "Running out of memory"):
         assert f"## {section}" in page
-    again, repeated = check(["--only", "environment,step-llava,profile"], tmp_path)
-    assert again.stderr.count("has a result") == 3
-    assert repeated < seconds
-    assert "all comparisons passed" in again.stdout
+    again = check(["environment", "profile"], tmp_path)  # measures nothing again
+    assert again.stderr.count("has a result") == 2
