@@ -140,8 +140,8 @@ class ModelShape:
 # Fitted to simulated steps of the registry's models.
 _LIVE_LAYERS, _LIVE_LAYERS_QWEN = 3, 1.6  # with recomputation
 _KEPT_SHARE = 0.9  # of the layers' activations, without recomputation
-_CONNECTOR_FACTOR, _HEAD_FACTOR = 2, 7
-_HEAD_CHUNK = 32768  # vocabulary entries that TRL's head scores at a time
+_CONNECTOR_FACTOR = 2
+_HEAD_TOKENS, _HEAD_CHUNK = 4096, 32768  # tokens and entries that TRL's head scores at a time
 
 
 def activation_bytes(
@@ -173,11 +173,12 @@ def activation_bytes(
     language_token = per_token(shape.hidden, shape.mlp, shape.attention)
     language = language_token * tokens
     vision = per_token(shape.vision_hidden, shape.vision_mlp, shape.vision_hidden) * patches
-    head = _HEAD_FACTOR * 4 * answer_tokens * min(shape.vocabulary, _HEAD_CHUNK)
+    logits = width * min(answer_tokens, _HEAD_TOKENS) * min(shape.vocabulary, _HEAD_CHUNK)
+    head = logits + 2 * 4 * answer_tokens * shape.hidden  # hidden states and their gradient
     connector = _CONNECTOR_FACTOR * shape.wide_connector * language_token * patches
     if not checkpointing:
         layers = language * shape.layers + vision * shape.vision_layers
-        return round(_KEPT_SHARE * layers) + connector + head // 2
+        return round(_KEPT_SHARE * layers) + connector + head
     inputs = width * (
         tokens * shape.hidden * shape.layers + patches * shape.vision_hidden * shape.vision_layers
     )

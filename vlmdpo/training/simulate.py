@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -196,11 +196,22 @@ def _fill_optimizer_state(optimizer: Optimizer, trained: list[torch.nn.Parameter
 def cuda_rules() -> Iterator[None]:
     """Inside, simulated steps on the CPU follow the rules of a GPU.
 
-    TRL's head scores only the answers' tokens, where on a CPU it scores all; and autocast computes
-    norms in float32.
+    TRL's head scores only the answers' tokens, where on a CPU it scores all, and its kernels write
+    in place, where the CPU's stand-ins take several copies of the logits. Autocast computes norms
+    in float32.
     """
-    with mock.patch("trl.trainer.utils._use_triton", return_value=True), cuda_autocast_rules():
+    with (
+        mock.patch("trl.trainer.utils._use_triton", return_value=True),
+        mock.patch("trl.kernels.chunked_logprob._forward_tile", _write_in_place),
+        mock.patch("trl.kernels.chunked_logprob._backward_tile", _write_in_place),
+        mock.patch("trl.kernels.chunked_logprob._addmm_fp32", _write_in_place),
+        cuda_autocast_rules(),
+    ):
         yield
+
+
+def _write_in_place(*args: Any, **kwargs: Any) -> None:
+    """A kernel that changes its arguments' numbers, which fake tensors do not have."""
 
 
 @contextlib.contextmanager

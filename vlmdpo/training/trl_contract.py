@@ -123,6 +123,19 @@ _TRL = (
         why="a memory simulation on a CPU takes the path that the head takes on a GPU",
         breaks="memory estimates would count logits of every token",
     ),
+    *patched(
+        "training/simulate",
+        "trl.kernels.chunked_logprob._forward_tile(tile, tile_stride, targets, running_max, "
+        "sum_exp, x_sum_exp, sq_sum_exp, z_sum, max_before_target, target_logit, vocab_start, "
+        "n_cols, logit_scale, softcap, inv_t, HAS_SOFTCAP, HAS_ENTROPY, HAS_LOG_SUM_SQ_PROBS, "
+        "HAS_MEAN_LOGITS, HAS_IS_TOP1, BLOCK_SIZE)",
+        "trl.kernels.chunked_logprob._backward_tile(tile, tile_stride, targets, log_z, entropy, "
+        "grad_logprobs, grad_entropy, vocab_start, n_cols, logit_scale, softcap, inv_t, "
+        "HAS_SOFTCAP, HAS_LOGPROB_GRAD, HAS_ENTROPY_GRAD, BLOCK_SIZE)",
+        "trl.kernels.chunked_logprob._addmm_fp32(acc, a, b)",
+        why="the CPU's stand-ins for the head's kernels take copies that a GPU does not",
+        breaks="memory estimates of many answer tokens would be far too high",
+    ),
     *attributes(
         "training/activation_checkpointing training/auto_batch",
         "trl.DPOTrainer._metrics",
