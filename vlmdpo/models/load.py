@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -90,7 +91,18 @@ def load_processor(
         processor = _load_processor_parts(pretrained_source(model), origin)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"--model: '{model}' has no image processor, so it cannot take images")
-    complete_chat_template(processor)
+    if not processor.tokenizer("a word", add_special_tokens=False)["input_ids"]:
+        raise ModelError(
+            f"--model: '{model}' has no tokenizer that reads text; its folder needs tokenizer.json "
+            "or the files of its kind of tokenizer"
+        )
+    try:
+        complete_chat_template(processor)
+    except (TemplateError, TypeError, ValueError) as problem:
+        raise ModelError(
+            f"--model: the chat template of '{model}' cannot render a question about an image: "
+            f"{' '.join(str(problem).split())}"
+        ) from problem
     if processor.chat_template is None:
         raise ModelError(
             f"--model: '{model}' ships no chat template, which DPO data needs; use an "

@@ -206,6 +206,8 @@ def _of_files(chain: list[BaseException], model: str, _: str | None) -> ModelErr
             f"--model: '{model}' holds no weights as safetensors, the only format that is read; "
             "use a revision that has them"
         )
+    if Path(model).is_file():
+        return ModelError(f"--model: '{model}' is a file; give the folder that holds config.json")
     if Path(model).exists() and _has(chain, OSError):
         return ModelError(f"--model: '{model}' is not a complete model folder: {_line(chain[0])}")
     return None

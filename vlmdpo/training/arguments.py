@@ -194,7 +194,7 @@ def enable_evaluation(args: DPOConfig, steps: float | None) -> None:
 
 def _extra_fields(settings: tuple[str, ...], computed: dict[str, Any]) -> dict[str, Any]:
     """The fields of `--set`. Raises ConfigError for one that is unknown or not theirs to set."""
-    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+    fields = {field.name: field for field in dataclasses.fields(DPOConfig) if field.init}
     extra: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -210,6 +210,9 @@ def _extra_fields(settings: tuple[str, ...], computed: dict[str, Any]) -> dict[s
         if key not in fields:
             raise ConfigError(f"--set: DPOConfig has no field '{key}'.{nearest(key, fields)}")
         extra[key] = _parsed(text)
+        is_number = type(fields[key].default) in (int, float)
+        if is_number and not isinstance(extra[key], (int, float)):
+            raise ConfigError(f"--set: '{key}' takes a number, not '{text}'")
     return extra
 
 

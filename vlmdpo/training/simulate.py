@@ -1,8 +1,9 @@
 """The peak memory of a training step, simulated without its floating-point numbers.
 
 It is the trainer's own step at real size, on tensors without storage, in its phases: forward
-(policy and reference), backward, optimizer. Three runs of shallow copies give each phase's peak as
-a line in language and in vision layers, from which the whole model's follows.
+(policy and reference), backward (language model, then vision tower), optimizer. Three runs of
+shallow copies give each phase's peak as a line in language and in vision layers, from which the
+whole model's follows.
 """
 
 from __future__ import annotations
@@ -32,19 +33,23 @@ from vlmdpo.memory.architecture import Architecture, count_layers, make_shallow
 from vlmdpo.memory.cuda_autocast import cuda_autocast_rules
 from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
 from vlmdpo.memory.measure import AllocationLedger
+from vlmdpo.models.families import unwrap_peft
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-    from vlmdpo.models.protocols import Processor
+    from vlmdpo.models.protocols import Processor, VisionLanguageModel
 
-# (language, vision) layers of the three runs. Qwen3-VL needs three vision layers, which it injects.
-_SHALLOW = ((3, 3), (4, 3), (3, 4))
+# (language, vision) layers of the three runs. Qwen3-VL has three vision layers of another kind, so
+# with only three there would be none of the kind that is multiplied.
+_SHALLOW = ((3, 4), (4, 4), (3, 5))
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def _phase_peaks(
         trainer.data_collator([dict(row) for row in trainer.train_dataset])
     )
     ledger.reset_peak()
+    boundary = _end_of_language_backward(model, lambda: end_phase("backward language"))
     models = [model] + ([trainer.ref_model] if trainer.ref_model is not None else [])
     hooks = [
         each.register_forward_hook(lambda *_: end_phase(f"forward {len(phases) + 1}"))
@@ -165,7 +171,7 @@ def _phase_peaks(
     ]
     loss = trainer.compute_loss(model, batch)
     end_phase("loss")
-    for hook in hooks:
+    for hook in (*hooks, boundary):
         hook.remove()
     del batch
     loss.backward()
@@ -174,6 +180,24 @@ def _phase_peaks(
     trainer.optimizer.step()
     end_phase("optimizer")
     return phases
+
+
+def _end_of_language_backward(
+    model: VisionLanguageModel, end: Callable[[], None]
+) -> RemovableHandle:
+    """Call `end` when the backward pass leaves the language model for the vision tower.
+
+    They are phases of their own, because either can hold the peak: over both together it would not
+    be a line in the number of layers, from which the whole model's is extrapolated.
+    """
+
+    def watch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        embeddings_BSH = kwargs.get("inputs_embeds")
+        if embeddings_BSH is not None and embeddings_BSH.requires_grad:
+            embeddings_BSH.register_hook(lambda gradient: end())
+
+    decoder = unwrap_peft(model).base_model.get_decoder()
+    return decoder.register_forward_pre_hook(watch, with_kwargs=True)
 
 
 def _fill_optimizer_state(optimizer: Optimizer, trained: list[torch.nn.Parameter]) -> None:
