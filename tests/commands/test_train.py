@@ -144,6 +144,7 @@ def test_full_fine_tuning_moves_every_part(few_pairs, tmp_path, vlmdpo):
             "DPOConfig has no field 'max_grad_nrom'. Did you mean 'max_grad_norm'?",
         ),
         (["--set", "max_grad_norm"], 2, "must be key=value"),
+        (["--set", "ddp_timeout=soon"], 2, "'ddp_timeout' takes a number, not 'soon'"),
         (["--set", "learning_rate=1"], 2, "use --learning-rate"),
         (["--lora-target-modules", "nonsense_proj"], 2, "--lora-target-modules"),
         (["--output-dir", "taken"], 3, "holds something else"),

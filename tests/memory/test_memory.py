@@ -21,7 +21,13 @@ from vlmdpo.memory.gpus import capacity_bytes
 from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.memory.terms import Shards, allocated_components
 from vlmdpo.models import registry
-from vlmdpo.training.simulate import Workload, estimate_peak, simulate, synthetic_rows
+from vlmdpo.training.simulate import (
+    Workload,
+    cuda_rules,
+    estimate_peak,
+    simulate,
+    synthetic_rows,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -380,3 +386,15 @@ def test_a_simulated_gpu_needs_more_for_norms(checkpointing):
         on_gpu = simulate(shape, config, rows, dtype=torch.bfloat16)
     assert on_gpu.static == on_cpu.static
     assert on_gpu.peak > on_cpu.peak
+
+
+def test_a_deep_model_is_on_the_lines_of_its_shallow_copies():
+    """Qwen3-VL too, whose vision tower has layers of two kinds."""
+    shape = arch.load_architecture("qwen3-vl-2b")
+    shape = dataclasses.replace(shape, config=arch.make_shallow(shape.config, 5, 7))
+    rows = synthetic_rows(shape.processor, Workload((448, 336), 1, 20, 60, 60), 1)
+    config = TrainConfig(per_device_train_batch_size=1, bf16=True)
+    with cuda_rules():
+        whole = simulate(shape, config, rows, dtype=torch.bfloat16)
+        extrapolated = estimate_peak(shape, config, rows, dtype=torch.bfloat16)
+    assert extrapolated.phases == pytest.approx(whole.phases, rel=2e-3)

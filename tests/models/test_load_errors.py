@@ -1,6 +1,7 @@
 """Each way in which loading fails says what happened and what to do next."""
 
 import errno
+import shutil
 
 import httpx
 import pytest
@@ -191,3 +192,29 @@ def test_a_local_folder_is_named_incomplete_or_damaged(tmp_path, tiny_model_part
     (tmp_path / "m" / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match=r"is damaged .*delete it from"):
         load.load_model(str(tmp_path / "m"), device="cpu")
+
+
+def test_a_file_is_not_a_model_folder(tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a file; give the folder"):
+        load.load_processor(str(tmp_path / "model.json"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """transformers makes an empty tokenizer of it, which reads every answer as nothing."""
+    shutil.copytree(load.pretrained_source("tiny"), tmp_path / "model")
+    for path in (tmp_path / "model").glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer that reads text"):
+        load.load_processor(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('system first') }}", "{{ messages[0].content + '!' }}"]
+)
+def test_a_template_that_cannot_be_rendered_is_one_line(template, tmp_path, monkeypatch):
+    shutil.copytree(load.pretrained_source("tiny"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("vlmdpo.models.chat_template._adds_bos", lambda tokenizer: True)
+    with pytest.raises(ModelError, match="cannot render a question about an image"):
+        load.load_processor(str(tmp_path / "model"))

@@ -37,9 +37,9 @@ def complete_chat_template(processor: Any) -> None:
 def _lacks_bos(processor: Processor) -> bool:
     """Whether the model's own use of a prompt begins with BOS, and a rendered prompt has none."""
     tokenizer: Any = processor.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+    if not _adds_bos(tokenizer):
         return False
+    bos = tokenizer.bos_token_id
     content = [{"type": "image"}, {"type": "text", "text": "a"}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
@@ -50,6 +50,11 @@ def _lacks_bos(processor: Processor) -> bool:
     image = Image.new("RGB", (224, 224))
     inputs = processor(text=[prompt], images=[[image]], add_special_tokens=False)
     return bos not in list(inputs["input_ids"][0])
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def save_processor(processor: Processor, folder: Any) -> None:
