@@ -27,6 +27,7 @@ from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
 from vlmdpo.training import doctor
+from vlmdpo.training.rounding import one_more_rounding
 
 _PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "triton"),
@@ -127,7 +128,7 @@ def exactness(machine: Machine, duo: Duo, example: dict[str, Any]) -> dict[str, 
         str(count): _apart(doctor.token_logps(duo.stock, pad_rows(rows, count, padding)), logps)
         for count in PADDINGS
     }
-    with doctor.one_more_rounding(duo.stock.model):
+    with one_more_rounding(duo.stock.model):
         noise["one rounding"] = _apart(doctor.token_logps(duo.stock, rows), logps)
     error = _apart(doctor.token_logps(duo.ours, collate(duo.ours, [example])), logps)
     checks = {"shared": doctor.check_shared_forward, "rows": doctor.check_images_once}
@@ -161,7 +162,7 @@ def losses_and_gradients(machine: Machine, duo: Duo, rows: list[dict[str, Any]])
         loss, padded_gradients = loss_and_gradients(duo.stock, more)
         padded.append(loss)
         gradient_noise.append(gradient_difference(gradients, padded_gradients))
-    with doctor.one_more_rounding(duo.stock.model):
+    with one_more_rounding(duo.stock.model):
         loss, rounded_gradients = loss_and_gradients(duo.stock, batch)
     padded.append(loss)
     gradient_noise.append(gradient_difference(gradients, rounded_gradients))

@@ -26,6 +26,7 @@ from vlmdpo.engine.pair_layout import PairLayout, Span
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
+from vlmdpo.training.rounding import one_more_rounding
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
@@ -112,28 +113,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _mean_difference(answers: list[Tensor], others: list[Tensor]) -> list[float]:
     """The mean difference of each answer's log-probs, in nats per token."""
     return [(a - b).abs().mean().item() for a, b in zip(answers, others, strict=True)]
-
-
-@contextlib.contextmanager
-def one_more_rounding(model: VisionLanguageModel) -> Iterator[None]:
-    """Inside, the model's text embeddings are off by one unit in the last place.
-
-    Every other one is larger, and the rest smaller. How much log-probs move then is how exact they
-    can be. Other padding would not tell: it often changes nothing at all.
-    """
-
-    def nudge(module: nn.Module, args: Any, embeddings_BSH: Tensor) -> Tensor:
-        step = torch.finfo(embeddings_BSH.dtype).eps
-        signs_H = torch.ones(embeddings_BSH.shape[-1], device=embeddings_BSH.device)
-        signs_H[::2] = -1
-        return (embeddings_BSH * (1 + step * signs_H)).to(embeddings_BSH.dtype)
-
-    embeddings = families.unwrap_peft(model).get_input_embeddings()
-    hook = embeddings.register_forward_hook(nudge)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _rounding_noise(trainer: PairTrainer, batch: dict[str, Any], stock: list[Tensor]) -> float:
