@@ -321,8 +321,11 @@ def _first_saving_that_fits(config: EstimateMemoryConfig, capacity: int) -> dict
     changes += [{"gradient_checkpointing": True}] if not config.gradient_checkpointing else []
     changes += [{"engine": "shared"}] if config.engine != "shared" else []
     # Only with an adapter: the steps of full fine-tuning are too small for bfloat16 weights.
-    smaller = {"dtype": "bfloat16"} if config.dtype == "float32" else {}
-    changes += [{**smaller, "lora": True}] if not config.lora else [smaller] if smaller else []
+    smaller: dict[str, Any] = {"dtype": "bfloat16"} if config.dtype == "float32" else {}
+    if not config.lora:
+        changes.append({**smaller, "lora": True})
+    elif smaller:
+        changes.append(smaller)
     merged: dict[str, Any] = {}
     for change in changes:
         merged |= change
