@@ -38,7 +38,8 @@ from train_step import _share as real_share
 from train_step import _tower as tower
 
 from vlmdpo.engine.decode import PromptTreeDecoder
-from vlmdpo.engine.generate import answer, render_prompt
+from vlmdpo.engine.generate import answer
+from vlmdpo.models.rendering import render_question
 from vlmdpo.tiny import random_models
 
 QUESTIONS, TOKENS = 14, 3
@@ -105,7 +106,7 @@ def toy(shape: Shape) -> tuple[Any, Any]:
 def measured_share(model: Any, processor: Any, shape: Shape) -> tuple[int, float]:
     """Tokens of a prompt, and vision FLOPs over the language model's on it."""
     [(image, questions)] = questions_of(shape, 1)
-    text = render_prompt(processor, questions[0])
+    text = render_question(processor, questions[0])
     inputs = dict(
         processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
     )

@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from tests.models.test_chat_template import add_bos
+from tests.models.test_rendering import add_bos
 from vlmdpo.engine import vllm as engine
-from vlmdpo.engine.generate import answer, render_prompt
+from vlmdpo.engine.generate import answer
 from vlmdpo.errors import MemoryBudgetError, MissingDependencyError, ModelError
 from vlmdpo.models.load import load_model, load_processor
+from vlmdpo.models.rendering import render_question
 from vlmdpo.tiny import random_models
 
 IMAGE = Image.new("RGB", (64, 48), "navy")
@@ -36,7 +37,9 @@ class FakeLLM:
         self.made.append(options)
 
     def get_default_sampling_params(self):
-        return types.SimpleNamespace(temperature=0.7, max_tokens=16, repetition_penalty=1.05)
+        return types.SimpleNamespace(
+            temperature=0.7, max_tokens=16, repetition_penalty=1.05, stop_token_ids=None
+        )
 
     def generate(self, prompts, settings, *, lora_request, use_tqdm):
         self.asked.append({"settings": settings, "lora": lora_request, "prompts": prompts})
@@ -97,13 +100,14 @@ def test_it_gets_token_ids_our_image_settings_and_the_models_own_sampling(fake, 
     asked = fake.asked[0]
     prompt = asked["prompts"][1]
     ids = processor.tokenizer(
-        render_prompt(processor, questions[1]), add_special_tokens=False
+        render_question(processor, questions[1]), add_special_tokens=False
     ).input_ids
     assert prompt == {"prompt_token_ids": ids, "multi_modal_data": {"image": IMAGE}}
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     assert ids.count(image_token) == 1
     assert (asked["settings"].temperature, asked["settings"].max_tokens) == (0.0, 6)
     assert asked["settings"].repetition_penalty == 1.05
+    assert asked["settings"].stop_token_ids == [processor.tokenizer.eos_token_id]
     assert [one["lora"] is not None for one in fake.asked] == [False, True]
 
 

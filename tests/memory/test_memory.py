@@ -291,14 +291,14 @@ def test_sharding_and_four_bits_are_marked(vlmdpo):
 @pytest.mark.parametrize("alias", ["idefics2-8b", "llava-1.5-7b", "qwen3-vl-4b", "gemma-3-4b"])
 def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
     shape = arch.load_architecture(alias)
-    from vlmdpo.engine.generate import render_prompt
     from vlmdpo.models.families import default_image_side
+    from vlmdpo.models.rendering import render_question
 
     side = default_image_side(shape.processor)
     assert fast.default_image_side(alias) == side
     image = Image.new("RGB", (side, side * 3 // 4))
     inputs = shape.processor(
-        text=[render_prompt(shape.processor, "a")], images=[[image]], add_special_tokens=False
+        text=[render_question(shape.processor, "a")], images=[[image]], add_special_tokens=False
     )
     count = sum(token == shape.config.image_token_id for token in inputs["input_ids"][0])
     assert fast.image_tokens(alias, image.size)[0] == pytest.approx(count, abs=0.02 * count)

@@ -210,11 +210,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('system first') }}", "{{ messages[0].content + '!' }}"]
+    "template", ["{{ raise_exception('system first') }}", "{{ messages[0].content + 1 }}"]
 )
-def test_a_template_that_cannot_be_rendered_is_one_line(template, tmp_path, monkeypatch):
+def test_a_template_that_cannot_be_rendered_is_one_line(template, tmp_path):
     shutil.copytree(load.pretrained_source("tiny"), tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    monkeypatch.setattr("vlmdpo.models.chat_template._adds_bos", lambda tokenizer: True)
     with pytest.raises(ModelError, match="cannot render a question about an image"):
         load.load_processor(str(tmp_path / "model"))

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from vlmdpo.engine.generate import render_prompt
+from vlmdpo.models.rendering import render_question
 from vlmdpo.tiny import architecture, lessons
 from vlmdpo.tiny import scenes as sc
 
@@ -49,7 +49,7 @@ def test_lessons_use_the_tokens_of_the_chat_template():
     asked, answered = batches._turn(question, answer)
     picture = sc.draw(sc.sample_scene(random.Random(0), "train"))
     prompt = processor(
-        text=render_prompt(processor, question), images=[picture], add_special_tokens=False
+        text=render_question(processor, question), images=[picture], add_special_tokens=False
     )["input_ids"][0]
     assert batches.prefix + asked == prompt
     whole = processor.apply_chat_template(

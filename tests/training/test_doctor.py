@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.engines import pairs, trainer
+from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.pair_layout import PairLayout
 from vlmdpo.training import doctor
 
@@ -60,10 +61,8 @@ def test_pixels_that_have_no_effect(sound):
 
 
 def test_answers_without_an_end(sound):
-    processor = sound.processing_class
-    processor.chat_template = processor.chat_template.replace(
-        "{{ eos_token + '\\n' }}", "{{ ' . . . . . .' }}"
-    )
+    lengths = row_lengths(sound.processing_class, sound.train_dataset)
+    sound.pair_collator.max_length = max(length.prompt for length in lengths) + 2
     check = findings(sound)["answers end in an end token"]
     assert check.passed is False
     assert "will not learn to stop" in check.cause

@@ -137,6 +137,19 @@ def check(folder: Path, identity: Mapping[str, Any] | None = None) -> None:
             )
 
 
+def prompt_date(folder: Path) -> str | None:
+    """The date that prompts held when a folder's first answers were given; None without one.
+
+    Raises DataError for a folder of other content.
+    """
+    check(folder)
+    run = folder / RUN
+    if not run.is_file():
+        return None
+    found = json.loads(run.read_text(encoding="utf-8")).get("prompt_date")
+    return None if found is None else str(found)
+
+
 def create(folder: Path) -> None:
     """Create the folder if it does not exist. Raises DataError."""
     try:

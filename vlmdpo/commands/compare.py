@@ -54,7 +54,7 @@ def _page(config: CompareConfig, folder: Path) -> Any:
     adapter = config.adapter or SHIPPED
     examples = _examples(config, adapter, folder)  # before the model: they may be unreadable
     model = configured_model(config, adapter=adapter)
-    processor = configured_processor(config)
+    processor = configured_processor(config, adapter=adapter)
     from vlmdpo.web.app import Page
 
     names = (

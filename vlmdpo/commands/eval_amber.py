@@ -240,14 +240,22 @@ def _ask(
 def _load(config: EvalAmberConfig, whole: Benchmark) -> tuple[Any, Any, dict[str, Any]]:
     """(model, processor, identity of the run); vLLM loads its own model, so it is None there."""
     from vlmdpo.models import digest, load
+    from vlmdpo.models.rendering import rendering_of
 
     if config.adapter is not None:
         load.check_adapter(config.adapter)
-    processor = configured_processor(config)
+    # Yes or No is read at an answer's start, so no reasoning may come first.
+    processor = configured_processor(
+        config,
+        adapter=config.adapter,
+        date=answer_files.prompt_date(_output_folder(config)),
+        close_thinking=True,
+    )
     trained = config.adapter / "adapter_model.safetensors" if config.adapter else None
     identity = {
         **_identity_before_loading(config, whole),
         "processor": digest.processor_digest(processor)[:16],
+        "prompt_date": rendering_of(processor).settings.date,
         "adapter_digest": digest.file_digest(trained)[:16] if trained else None,
     }
     if config.engine == "vllm":

@@ -82,12 +82,12 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
     """Write base and adapter as one model to `folder`, which appears once it is complete and
     checked.
     """
-    from vlmdpo.models.chat_template import save_processor
+    from vlmdpo.models.rendering import save_settings
     from vlmdpo.report import model_card
 
     _check_output(folder, config.overwrite)
     options = dataclasses.replace(config, model=model)
-    processor = configured_processor(options)
+    processor = configured_processor(options, adapter=adapter)
     with_adapter = configured_model(options, adapter=adapter)
     before = _respond(with_adapter, processor)
     merged = with_adapter.merge_and_unload()
@@ -96,7 +96,8 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         merged.save_pretrained(part, safe_serialization=True)
-        save_processor(processor, part)
+        processor.save_pretrained(part)
+        save_settings(processor, part)
         del with_adapter, merged
         saved = dataclasses.replace(
             options, model=str(part.absolute()), revision=None, trust_remote_code=False

@@ -54,7 +54,7 @@ def _answer_one(config: InferConfig) -> dict[str, Any]:
     name, image = _image(config)
     question = config.question or _DEFAULT_QUESTION
     model = configured_model(config, adapter=config.adapter)
-    processor = configured_processor(config)
+    processor = configured_processor(config, adapter=config.adapter)
     from vlmdpo.engine.generate import answer
 
     tokens = config.max_new_tokens
@@ -108,7 +108,7 @@ def _answer_file(config: InferConfig) -> dict[str, Any]:
     processes.barrier()  # no process writes before all have read
     if own_batches:
         model = configured_model(config, adapter=config.adapter)
-        processor = configured_processor(config)
+        processor = configured_processor(config, adapter=config.adapter)
         path = output if processes.count == 1 else _part(output, processes.index)
         _answer_batches(config, model, processor, own_batches, path)
     processes.barrier()

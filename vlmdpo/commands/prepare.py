@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -50,13 +51,18 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     num_proc = config.num_proc or _default_processes(first, last)
     work.start_forkserver(num_proc, ["vlmdpo.engine.lengths"])
     from vlmdpo.engine.lengths import load_token_counter
+    from vlmdpo.models.configured import prompt_settings
     from vlmdpo.models.digest import processor_digest
     from vlmdpo.models.families import default_image_side
+    from vlmdpo.models.rendering import announce
 
-    counter = load_token_counter(config.model, config.revision, config.trust_remote_code)
+    counter = load_token_counter(
+        config.model, config.revision, config.trust_remote_code, prompt_settings(config)
+    )
+    announce(counter.processor)
     side = config.max_image_side or default_image_side(counter.processor)
     facts = _key_facts(config, source, schema, first, last, side) | {
-        "processor": processor_digest(counter.processor)
+        "processor": processor_digest(counter.processor, dated=False)
     }
     folder = (
         config.output_dir
@@ -162,10 +168,13 @@ def _prepare(
 ) -> dict[str, Any]:
     """Process all rows into `folder`, which appears when it is complete. Returns the manifest."""
     from vlmdpo.engine.lengths import load_token_counter
+    from vlmdpo.models.rendering import rendering_of, set_rendering
 
     key = store.key_of(facts)
     work_folder = folder.with_name(f".{folder.name}.partial")
-    _open_work_folder(work_folder, key)
+    prompts = rendering_of(counter.processor).settings
+    prompts = dataclasses.replace(prompts, date=_open_work_folder(work_folder, key, prompts.date))
+    set_rendering(counter.processor, prompts, config.model)
     job = work.Job(
         source=source,
         schema=schema,
@@ -175,7 +184,11 @@ def _prepare(
         on_bad=config.on_bad,
         folder=work_folder / "units",
         make_counter=functools.partial(
-            load_token_counter, config.model, config.revision, config.trust_remote_code
+            load_token_counter,
+            config.model,
+            config.revision,
+            config.trust_remote_code,
+            prompts,
         ),
     )
     total = None if rows[1] is None else rows[1] - rows[0]
@@ -192,6 +205,7 @@ def _prepare(
         "key": key,
         "split": config.split,
         "model": config.model,
+        "prompt_date": prompts.date,
         **_outcome(plan, result, size),
     }
     try:
@@ -205,11 +219,13 @@ def _prepare(
     return manifest
 
 
-def _open_work_folder(folder: Path, key: str) -> None:
+def _open_work_folder(folder: Path, key: str, date: str | None) -> str | None:
     """Make the hidden folder in which units are processed. What an interrupted call with the same
     key left in it is kept; anything else is removed.
+
+    Returns the date that prompts hold: `date`, or that of the interrupted call.
     """
-    key_file = folder / "key"
+    key_file, date_file = folder / "key", folder / "date"
     try:
         is_ours = key_file.is_file() and key_file.read_text(encoding="utf-8") == key
         if is_ours:
@@ -217,9 +233,14 @@ def _open_work_folder(folder: Path, key: str) -> None:
         elif folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if is_ours and date_file.is_file():
+            return date_file.read_text(encoding="utf-8")
+        if date is not None:
+            date_file.write_text(date, encoding="utf-8")
         key_file.write_text(key, encoding="utf-8")
     except OSError as problem:
         raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
+    return date
 
 
 def _outcome(plan: assemble.Plan, folder: Path, size: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from vlmdpo.training.preemption import preempted_by_sigterm
 
 # Options that `vlmdpo prepare` takes too, for data that is not prepared yet.
 _PREPARE_OPTIONS = (
-    *("model", "revision", "trust_remote_code"),
+    *("model", "revision", "trust_remote_code", "system", "chat_template_kwargs"),
     *("dataset", "split", "max_image_side"),
 )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmdpo.config.options import Options, option, require, require_at_least, require_choice
 from vlmdpo.errors import ConfigError
@@ -55,7 +56,42 @@ class ModelOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeOptions(ModelOptions):
+class PromptOptions(ModelOptions):
+    """What prompts hold besides the data."""
+
+    group: ClassVar[str] = "Model"
+
+    system: str | None = option(
+        None,
+        "System message of conversations that have none of their own",
+        default_text="as the adapter was trained, else what the chat template puts there",
+    )
+    chat_template_kwargs: str | None = option(
+        None,
+        "Variables of the chat template as JSON, as in '{\"enable_thinking\": true}'",
+        default_text="as the adapter was trained, else no reasoning",
+    )
+
+    def _check(self) -> None:
+        _ = self.template_kwargs
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as values. Raises ConfigError."""
+        try:
+            values = json.loads(self.chat_template_kwargs or "{}")
+        except ValueError as problem:
+            raise ConfigError(f"--chat-template-kwargs: not valid JSON: {problem}") from problem
+        if not isinstance(values, dict):
+            raise ConfigError(
+                "--chat-template-kwargs: give names and values, as in "
+                "'{\"enable_thinking\": false}'"
+            )
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(PromptOptions):
     """How a model that is loaded computes."""
 
     group: ClassVar[str] = "Model"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdpo.config.common import LengthOptions, ModelOptions, OutputOptions
+from vlmdpo.config.common import LengthOptions, OutputOptions, PromptOptions
 from vlmdpo.config.options import option, require, require_at_least, require_choice
 from vlmdpo.errors import ConfigError
 
@@ -86,7 +86,7 @@ class SourceOptions(LengthOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(SourceOptions, ModelOptions, OutputOptions):
+class PrepareConfig(SourceOptions, PromptOptions, OutputOptions):
     """`vlmdpo prepare`: preference pairs in, a checked dataset out."""
 
     num_proc: int | None = option(

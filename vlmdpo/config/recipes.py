@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -94,6 +95,8 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
             return value
     elif kind is str and isinstance(value, str):
         return value
+    elif key == "chat_template_kwargs" and isinstance(value, dict):  # a recipe need not quote it
+        return json.dumps(value)
     elif kind in (int, float) and isinstance(value, (int, float, str)):
         try:
             number = float(value)

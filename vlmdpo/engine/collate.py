@@ -16,11 +16,12 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
+from vlmdpo.data.pairs import text_of
 from vlmdpo.errors import DataError
 from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
 from vlmdpo.models.protocols import Processor
+from vlmdpo.models.rendering import CannotRender, render_answer, render_prompt
 
 Example = dict[str, Any]  # a row of a prepared dataset
 SIDES = ("chosen", "rejected")
@@ -101,15 +102,19 @@ class PairCollator:
         return {**batch, **placed_types, **inputs}
 
     def render(self, example: Example) -> dict[str, str]:
-        """Prompt and answers of one example through the chat template, split as TRL splits them."""
+        """Prompt and answers of one example as text.
+
+        Raises DataError where the model's chat template cannot render it.
+        """
         if isinstance(example["prompt"], str):
             return {name: example[name] for name in ("prompt", *SIDES)}
-        messages = {
-            "prompt": prepare_multimodal_messages(example["prompt"], images=images_of(example)),
-            **{side: prepare_multimodal_messages(example[side]) for side in SIDES},
-        }
-        rendered: dict[str, str] = apply_chat_template(messages, self.processor)
-        return rendered
+        try:
+            return render_example(self.processor, example)
+        except CannotRender as problem:
+            where = f"row {example['row']}" if "row" in example else "a row"
+            raise DataError(
+                f"{where}: {problem}; run vlmdpo prepare with this --model, which drops such rows"
+            ) from problem
 
     def process_prompts(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
         """The processor's outputs for rendered prompts, padded on the left."""
@@ -203,6 +208,12 @@ def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
         # A pair's slots are its tokens and the prompt's last token once more.
         return list(batch["pair_ids"][0].split([sum(lengths) + 1 for lengths in batch["pairs"]]))
     return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
+
+
+def render_example(processor: Processor, example: Example) -> dict[str, str]:
+    """Prompt and answers of one example as text. Raises CannotRender."""
+    answers = {side: render_answer(processor, text_of(example[side][0])) for side in SIDES}
+    return {"prompt": render_prompt(processor, example["prompt"]), **answers}
 
 
 def images_of(example: Example) -> list[Image.Image]:

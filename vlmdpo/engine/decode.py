@@ -29,9 +29,9 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from vlmdpo.engine import packed_attention
 from vlmdpo.engine.branches import Branch, BranchLayout, Prompt, Step, common_prefix
-from vlmdpo.engine.generate import render_prompt
 from vlmdpo.models import families
 from vlmdpo.models.protocols import Backbone, ImageProcessor, Processor, VisionLanguageModel
+from vlmdpo.models.rendering import render_question, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -81,12 +81,8 @@ class PromptTreeDecoder:
         self.reason_not_shared = _reason_not_shared(model, self.backbone)
         if not self.reason_not_shared:
             packed_attention.use_packed_attention(self.backbone)
-        config = self.base.generation_config
-        ends = config.eos_token_id
-        if ends is None:
-            ends = processor.tokenizer.eos_token_id
-        self.end_tokens = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-        penalty = config.repetition_penalty
+        self.end_tokens = set(stop_token_ids(self.base, processor))
+        penalty = self.base.generation_config.repetition_penalty
         self.repetition_penalty = (
             RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
         )
@@ -158,7 +154,7 @@ class OpenedImage:
         decoder, device = self.decoder, self.decoder.model.device
         inputs = dict(
             decoder.processor(
-                text=[render_prompt(decoder.processor, question)],
+                text=[render_question(decoder.processor, question)],
                 images=[[self.image]],
                 add_special_tokens=False,  # the chat template has added them
                 return_tensors="pt",

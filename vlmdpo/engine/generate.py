@@ -9,17 +9,10 @@ import torch
 from PIL import Image
 
 from vlmdpo.models.protocols import Processor, VisionLanguageModel
+from vlmdpo.models.rendering import render_question, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
-
-
-def render_prompt(processor: Processor, question: str) -> str:
-    """One user turn with one image through the model's chat template, ready for the answer."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
 
 
 @torch.inference_mode()
@@ -35,7 +28,12 @@ def answer(
     Prompts are padded on the left; answers do not depend on the batch but for rounding.
     """
     inputs = model_inputs(model, processor, images, questions)
-    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    sequences = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop_token_ids(model, processor),
+    )
     prompt_width = inputs["input_ids"].shape[1]
     answers = processor.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
     return [text.strip() for text in answers]
@@ -52,7 +50,7 @@ def model_inputs(
     Prompts are padded on the left.
     """
     return processor(
-        text=[render_prompt(processor, question) for question in questions],
+        text=[render_question(processor, question) for question in questions],
         images=[[image] for image in images],
         padding=True,
         padding_side="left",
@@ -78,6 +76,7 @@ def is_near_tie(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        eos_token_id=stop_token_ids(model, processor),
         output_scores=True,
         return_dict_in_generate=True,
     )

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from PIL import Image as PillowImage
 
 from vlmdpo import ui
@@ -21,11 +20,13 @@ from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, message, text_of
 from vlmdpo.data.sources import as_stored
 from vlmdpo.data.store import COUNTS
-from vlmdpo.engine.collate import SIDES, Example, PairCollator
+from vlmdpo.engine.collate import SIDES, Example, PairCollator, render_example
+from vlmdpo.models.chat_template import PromptSettings
 from vlmdpo.models.digest import processor_digest
 from vlmdpo.models.families import estimated_image_tokens, reserved_tokens
 from vlmdpo.models.load import load_processor
 from vlmdpo.models.protocols import Processor
+from vlmdpo.models.rendering import CannotRender
 
 # Image sizes that are processed before a processor's own estimate of a size is trusted.
 _CONFIRMATIONS = 4
@@ -82,15 +83,15 @@ class TokenCounter:
         }
         try:
             return self.count_row(example)
-        except TemplateError as problem:  # a template's raise_exception
-            raise BadRow("chat_template_refuses", str(problem).splitlines()[0]) from problem
+        except CannotRender as problem:
+            raise BadRow(problem.reason, str(problem)) from problem
         except ValueError as problem:
             raise BadRow("processor_refuses", str(problem).splitlines()[0]) from problem
 
     def count_row(self, example: Example) -> TokenCounts:
         """Tokens of a row of a prepared dataset, its images undecoded."""
         images = [PillowImage.open(io.BytesIO(image["bytes"])) for image in example["images"] or []]
-        texts = self.collator.render({**example, "images": images})
+        texts = render_example(self.processor, example)
         prompt = self._text_tokens(texts["prompt"])
         # A placeholder counts as one token of the text.
         extra = self._extra_tokens(texts["prompt"], images, prompt) if images else 0
@@ -196,10 +197,17 @@ class TokenCounter:
         return kept[:word_end].strip() if word_end > 0 and cuts_a_word else kept.strip()
 
 
-def load_token_counter(model: str, revision: str | None, trust_remote_code: bool) -> TokenCounter:
+def load_token_counter(
+    model: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    prompts: PromptSettings | None = None,
+) -> TokenCounter:
     """The counter of a model by its name, for processes that cannot be passed a processor."""
     return TokenCounter(
-        load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
+        load_processor(
+            model, revision=revision, trust_remote_code=trust_remote_code, prompts=prompts
+        )
     )
 
 
@@ -213,7 +221,7 @@ def row_lengths(
     """
     if (
         manifest
-        and manifest.get("processor") == processor_digest(processor)
+        and manifest.get("processor") == processor_digest(processor, dated=False)
         and set(COUNTS) <= set(dataset.column_names)
     ):
         columns = [dataset[name][:] for name in COUNTS]

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from vlmdpo.engine.generate import model_inputs
 from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
 from vlmdpo.models.protocols import AdaptedModel, Module, Processor
+from vlmdpo.models.rendering import stop_token_ids
 
 ROLES = ("base", "tuned")
 _ADAPTER_OF_ROW = ["__base__", "default"]  # PEFT's names, for the rows of a mixed batch
@@ -150,6 +151,7 @@ class SideBySide:
                         **inputs,
                         max_new_tokens=max_new_tokens,
                         do_sample=False,
+                        eos_token_id=sorted(self._end_tokens()),
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([stop]),
                         **options,
@@ -177,8 +179,7 @@ class SideBySide:
             worker.join()
 
     def _end_tokens(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return set(ends) if isinstance(ends, list) else {ends}
+        return set(stop_token_ids(self.model, self.processor))
 
     def _answer(self, ids: list[int]) -> Answer:
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image
 
-from vlmdpo.engine.generate import render_prompt
 from vlmdpo.errors import (
     MemoryBudgetError,
     MissingDependencyError,
@@ -24,6 +23,7 @@ from vlmdpo.errors import (
 from vlmdpo.models.families import inserts_image_tokens, parameters_by_part
 from vlmdpo.models.load import meta_model, pretrained_source
 from vlmdpo.models.protocols import Processor
+from vlmdpo.models.rendering import render_question, rendering_of
 
 # How vLLM says at its start that the GPU's memory does not suffice.
 _TOO_LITTLE_MEMORY = ("less than desired GPU memory", "No available memory for the cache blocks")
@@ -99,7 +99,7 @@ class VllmGenerator:
             # image; vLLM puts in the others.
             {
                 "prompt_token_ids": self.processor.tokenizer(
-                    render_prompt(self.processor, question), add_special_tokens=False
+                    render_question(self.processor, question), add_special_tokens=False
                 )["input_ids"],
                 "multi_modal_data": {"image": image},
             }
@@ -108,6 +108,8 @@ class VllmGenerator:
         # The model's own, for its repetition penalty; `transformers` applies it too.
         settings = self._engine.get_default_sampling_params()
         settings.temperature, settings.max_tokens = 0.0, max_new_tokens
+        end = rendering_of(self.processor).end_token_id
+        settings.stop_token_ids = [*(settings.stop_token_ids or []), end]
         outputs = self._engine.generate(
             prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmdpo.models.protocols import Module, Processor
+from vlmdpo.models.rendering import rendering_of
 
 _WORDS = 2**22  # words of 8 bytes hashed at a time: enough to keep a GPU busy
 # Odd 64-bit constants of splitmix64 and of xxHash, as signed numbers.
@@ -83,11 +84,15 @@ def _mixed(words: Tensor) -> Tensor:
     return words
 
 
-def processor_digest(processor: Processor) -> str:
+def processor_digest(processor: Processor, *, dated: bool = True) -> str:
     """SHA-256 over all that turns a row into ids and pixels.
 
-    That is settings, chat template and tokenizer.
+    That is settings, tokenizer, and how the chat template renders a conversation.
+
+    Args:
+        dated: whether the date counts that a template writes into prompts.
     """
+    rendering = rendering_of(processor)
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = (
@@ -98,7 +103,8 @@ def processor_digest(processor: Processor) -> str:
     settings = [
         processor.to_dict(),
         processor.image_processor.to_dict(),
-        processor.chat_template,
+        rendering.template if dated else rendering.shipped,
+        rendering.sentinel if dated else rendering.undated_sentinel,
         vocabulary,
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,11 +31,12 @@ from vlmdpo import ui
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command, is_out_of_memory
 from vlmdpo.models import registry
 from vlmdpo.models.attention import check_attention_installed, use_attention
-from vlmdpo.models.chat_template import complete_chat_template
+from vlmdpo.models.chat_template import PromptSettings, add_missing_template
 from vlmdpo.models.download import shown_download
 from vlmdpo.models.families import without_video_processor
 from vlmdpo.models.load_errors import translate_load_errors
 from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
+from vlmdpo.models.rendering import set_rendering
 
 # What they say to a terminal, this package says itself, as errors and warnings of its own.
 transformers.utils.logging.set_verbosity_error()
@@ -80,10 +80,16 @@ def load_processor(
     revision: str | None = None,
     trust_remote_code: bool = False,
     image_splitting: bool = False,
+    prompts: PromptSettings | None = None,
 ) -> ProcessorMixin:
-    """The model's processor, with a chat template that renders all of a prompt, BOS included.
+    """The model's processor, whose chat template is known to render questions about images.
 
-    Save it with `chat_template.save_processor`. Raises ModelError, MissingDependencyError.
+    Args:
+        image_splitting: whether Idefics-like processors split images into tiles.
+        prompts: how conversations are rendered, see `rendering`.
+
+    Raises ModelError, MissingDependencyError; ConfigError for `prompts` that the template does not
+    take.
     """
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -96,22 +102,12 @@ def load_processor(
             f"--model: '{model}' has no tokenizer that reads text; its folder needs tokenizer.json "
             "or the files of its kind of tokenizer"
         )
-    try:
-        complete_chat_template(processor)
-    except (TemplateError, TypeError, ValueError) as problem:
-        raise ModelError(
-            f"--model: the chat template of '{model}' cannot render a question about an image: "
-            f"{' '.join(str(problem).split())}"
-        ) from problem
-    if processor.chat_template is None:
-        raise ModelError(
-            f"--model: '{model}' ships no chat template, which DPO data needs; use an "
-            "instruction-tuned version"
-        )
+    add_missing_template(processor)
     if hasattr(processor.image_processor, "do_image_splitting"):
         processor.image_processor.do_image_splitting = image_splitting
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    set_rendering(processor, prompts or PromptSettings(), model)
     return processor
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmdpo.engine.generate import render_prompt
 from vlmdpo.models.protocols import Processor, VisionLanguageModel
+from vlmdpo.models.rendering import render_question
 from vlmdpo.tiny import evaluation
 from vlmdpo.tiny import scenes as sc
 
@@ -38,7 +38,7 @@ def sample(
 ) -> list[list[str]]:
     """SAMPLES answers to each question, at temperature 1."""
     inputs = processor(
-        text=[render_prompt(processor, question) for question in questions],
+        text=[render_question(processor, question) for question in questions],
         images=[[image] for image in images],
         padding=True,
         padding_side="left",

@@ -47,7 +47,8 @@ def build_setup(
     dataset = dataset.add_column("row", range(len(dataset)))
     check_sharding(launched_strategy(), config, dataset)
     eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
-    processor = configured_processor(config)
+    manifest = store.read_manifest(data) or {}
+    processor = configured_processor(config, date=manifest.get("prompt_date"))
     dataset, over_length = _within_max_length(config, dataset, processor, data)
     if eval_dataset is not None:
         eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)

@@ -96,7 +96,7 @@ def _write_results(
     """Write everything to a hidden folder, check it, then rename it; the report comes last."""
     from safetensors import SafetensorError
 
-    from vlmdpo.models.chat_template import save_processor
+    from vlmdpo.models.rendering import save_settings
     from vlmdpo.report import curves, model_card
     from vlmdpo.training import preflight
 
@@ -106,7 +106,8 @@ def _write_results(
         partial.mkdir()
         model = setup.trainer.accelerator.unwrap_model(setup.trainer.model)
         _save_weights(model, weights, partial, config, base_model=config.model)
-        save_processor(setup.processor, partial)
+        setup.processor.save_pretrained(partial)
+        save_settings(setup.processor, partial)
         preflight.check_saved(setup, weights, partial, config)
         curves.draw(
             setup.monitor.lines, setup.monitor.evaluations, _title(config), partial / CURVES

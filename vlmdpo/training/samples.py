@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from vlmdpo.data.pairs import text_of
 from vlmdpo.engine.collate import PairCollator, images_of
+from vlmdpo.models.rendering import stop_token_ids
 from vlmdpo.training.monitor import read_lines, write_lines
 
 if TYPE_CHECKING:
@@ -117,7 +118,11 @@ class SampleAnswers(TrainerCallback):
         try:
             with self.trainer.accelerator.autocast():
                 ids_BT = model.generate(
-                    **inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True
+                    **inputs,
+                    max_new_tokens=_MAX_NEW_TOKENS,
+                    do_sample=False,
+                    use_cache=True,
+                    eos_token_id=stop_token_ids(model, self.trainer.processing_class),
                 )
         finally:
             model.train(was_training)
