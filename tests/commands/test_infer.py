@@ -108,7 +108,7 @@ def test_answers_of_another_model_are_not_mixed(question_file, tmp_path, vlmdpo)
     (tmp_path / "a.jsonl").write_text(json.dumps(other) + "\n")
     code, _, err = vlmdpo("infer", "--input", question_file, "--output", tmp_path / "a.jsonl")
     assert code == 3
-    assert "holds answers of idefics2-8b" in err
+    assert "holds answers with model idefics2-8b" in err
 
 
 @pytest.mark.parametrize(

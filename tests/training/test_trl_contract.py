@@ -21,7 +21,7 @@ DOCUMENTED = {
     *("should_save", "should_training_stop"),  # TrainerControl
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size"),  # training arguments
     *("last_hidden_state", "base_model_name_or_path", "grad"),
-    *("temperature", "max_tokens"),  # vLLM's sampling settings
+    *("temperature", "max_tokens", "stop_token_ids"),  # vLLM's sampling settings
 }
 WITH_MODELS = {"benchmarks", "commands", "distributed", "engine", "memory", "models", "training"}
 MODULES = {

@@ -18,6 +18,7 @@ from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.configured import configured_model, configured_processor
 
 _DEFAULT_QUESTION = "Describe this image."
+_PROMPT_OPTIONS = ("system", "chat_template_kwargs")
 _NAMED_MISSING = 5  # missing images named in the error
 
 
@@ -45,8 +46,17 @@ def _record(
         "image": image,
         "question": question,
         "answer": answer,
+        **_asked_how(config),
+    }
+
+
+def _asked_how(config: InferConfig) -> dict[str, Any]:
+    """Which model answers, and what its prompts hold besides the question where that was given."""
+    given = {name: getattr(config, name) for name in _PROMPT_OPTIONS}
+    return {
         "model": config.model,
         "adapter": str(config.adapter) if config.adapter else None,
+        **{name: value for name, value in given.items() if value is not None},
     }
 
 
@@ -243,21 +253,23 @@ def _answered_ids(config: InferConfig) -> set[str | int]:
     text = _read_text(config.output, "--output")
     complete = text[: text.rfind("\n") + 1]
     ids = set()
-    adapter = str(config.adapter) if config.adapter else None
+    asked_how = _asked_how(config)
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
             entry = json.loads(line)
             ids.add(entry["id"])
-            is_same = (entry["model"], entry["adapter"]) == (config.model, adapter)
+            there = {name: entry[name] for name in ("model", "adapter")} | {
+                name: entry[name] for name in _PROMPT_OPTIONS if name in entry
+            }
         except (ValueError, KeyError, TypeError) as problem:
             raise DataError(
                 f"--output: '{config.output}' line {number} was not written by vlmdpo infer; "
                 "choose another file"
             ) from problem
-        if not is_same:
+        if there != asked_how:
+            others = ", ".join(f"{name} {value}" for name, value in there.items())
             raise DataError(
-                f"--output: '{config.output}' holds answers of {entry['model']} with adapter "
-                f"{entry['adapter']}; choose another file"
+                f"--output: '{config.output}' holds answers with {others}; choose another file"
             )
     if complete != text:
         config.output.write_text(complete, encoding="utf-8")

@@ -78,7 +78,11 @@ def probe(processor: Processor, settings: PromptSettings, model: str) -> Renderi
 def _dated(settings: PromptSettings, template: str) -> PromptSettings:
     if settings.date is not None or not chat_template.is_dated(template):
         return settings
-    return dataclasses.replace(settings, date=datetime.date.today().isoformat())
+    return dataclasses.replace(settings, date=_today().isoformat())
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def _with_date(rendering: Rendering, template: str) -> Rendering:

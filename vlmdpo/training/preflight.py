@@ -14,6 +14,7 @@ from vlmdpo.config import LoraOptions
 from vlmdpo.errors import ModelError
 from vlmdpo.models import load
 from vlmdpo.training import doctor, engine_choice
+from vlmdpo.training.prompt_check import check_prompts
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ def run_doctor(setup: TrainingSetup, options: LoraOptions) -> dict[str, Any]:
     Raises ModelError if a check fails.
     """
     trainer = setup.trainer
-    checks = [engine_choice.engine_check(setup), *doctor.check_setup(trainer, setup.examples())]
+    checks = [
+        engine_choice.engine_check(setup),
+        *doctor.check_setup(trainer, setup.examples()),
+        check_prompts(trainer, setup.examples()[0]),
+    ]
     if options.lora and not trainer.args.process_index:
         with tempfile.TemporaryDirectory() as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(

@@ -104,13 +104,6 @@ _TRL = (
         why="the checks before a run score tokens through the very head that the loss uses",
         breaks="--doctor, the self-check of the engine, and the check of the saved adapter",
     ),
-    *called(
-        "engine/collate",
-        "trl.data_utils.apply_chat_template(example, processing_class)",
-        "trl.data_utils.prepare_multimodal_messages(messages, images)",
-        why="prompt and answers are split where TRL splits them",
-        breaks="the shared engine would read other tokens than stock TRL",
-    ),
     *patched(
         "training/trainer",
         "trl.trainer.dpo_trainer.use_adapter(model, adapter_name)",
