@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from vlmdpo.data.pairs import text_of
@@ -29,7 +28,8 @@ def check_prompts(trainer: PairTrainer, example: dict[str, Any]) -> Check:
     inputs = model_inputs(trainer.model, trainer.processing_class, images, [question])
     asked = inputs["input_ids"][0].tolist()
     if asked != trained:
-        same = len(os.path.commonprefix([asked, trained]))
+        both = zip(asked, trained, strict=False)
+        same = next((i for i, (a, b) in enumerate(both) if a != b), min(len(asked), len(trained)))
         seen = f"they differ from token {same} on: {len(asked)} asked, {len(trained)} trained"
         return Check(name, False, seen, "the chat template renders them differently")
     decode = trainer.processing_class.tokenizer.decode
