@@ -126,7 +126,7 @@ def test_unknown_variables_of_a_template_are_named():
         ConfigError, match=r"no variable 'enable_thinkin'\. Did you mean 'enable_th"
     ):
         with_template(templates.THINKING, template_kwargs={"enable_thinkin": True})
-    with pytest.raises(ConfigError, match="it reads none"):
+    with pytest.raises(ConfigError, match="It reads none"):
         with_template(templates.PARTS, template_kwargs={"enable_thinking": True})
 
 

@@ -100,10 +100,10 @@ def _variables(template: str, settings: PromptSettings, model: str) -> dict[str,
         raise _refused(model, f"it is not valid Jinja: {problem}") from problem
     for name in settings.template_kwargs:
         if name not in known:
-            reads = f"it reads {', '.join(sorted(known))}" if known else "it reads none"
+            reads = f"It reads {', '.join(sorted(known)) or 'none'}."
             raise ConfigError(
                 f"--chat-template-kwargs: the chat template of '{model}' has no variable "
-                f"'{name}'.{nearest(name, known)} ({reads})"
+                f"'{name}'.{nearest(name, known)} {reads}"
             )
     off = {name: False for name in chat_template.THINKING_SWITCHES if name in known}
     return {**off, **settings.template_kwargs}
