@@ -288,3 +288,24 @@ def test_bos_is_not_added_where_it_comes_anyway(name):
         processor.chat_template = "{{ bos_token }}" + processor.chat_template
     add_missing_template(processor)
     assert rendering.rendering_of(processor).bos == ""
+
+
+@pytest.mark.parametrize("family", random_models.FAMILIES)
+def test_every_family_with_every_kind_of_template(family):
+    """Whatever a processor makes of a prompt, it makes the same of it in training and in asking."""
+    _, processor = random_models.FAMILIES[family]({}, {}, 32)
+    own = processor.chat_template
+    for kind in templates.KINDS:
+        processor.chat_template = templates.of_family(kind, own)
+        found = set_rendering(processor, PromptSettings(date="2026-03-05"), family)
+        batch = PairCollator(processor)([dict(ROW)])
+        asked = processor(
+            text=[render_question(processor, "why")], images=[[IMAGE]], add_special_tokens=False
+        )["input_ids"][0]
+        assert batch["pair_ids"][0, : batch["pairs"][0][0]].tolist() == list(asked), kind
+        for ids, in_loss, text in zip(
+            batch["input_ids"], batch["completion_mask"], ("good one", "bad"), strict=True
+        ):
+            answer = ids[in_loss == 1].tolist()
+            assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == text
+            assert found.end_token_id in answer, kind

@@ -3,6 +3,8 @@
 `IMAGE` is replaced by what stands for an image in a family's prompts.
 """
 
+import re
+
 _PARTS = (
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}"
@@ -95,3 +97,10 @@ KINDS = {
     "no system": NO_SYSTEM,
     "stripped": STRIPPED,
 }
+
+
+def of_family(kind: str, own: str | None) -> str:
+    """A template of this kind for a small family whose own one is `own`."""
+    place = re.search(r"== 'image' %}{{ '(.*?)' }}", own or "{% if x == 'image' %}{{ '<image>' }}")
+    assert place is not None
+    return KINDS[kind].replace("IMAGE", place.group(1))
