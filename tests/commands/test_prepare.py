@@ -329,7 +329,7 @@ def test_a_template_that_refuses_a_row_is_named(tmp_path, vlmdpo):
     code, out, _ = vlmdpo("prepare", "--dataset", "rows.json", "--model", "./model", "--json")
     assert code == 0
     assert json.loads(out)["dropped_examples"] == {
-        "chat_template_refuses": ["row 0: one turn only"]
+        "chat_template_refuses": ["row 0: the chat template takes no earlier turns: one turn only"]
     }
 
 

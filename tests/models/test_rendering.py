@@ -141,14 +141,27 @@ def test_a_system_message_is_added_where_the_data_has_none():
 
 def test_a_template_that_takes_no_system_message():
     processor, found = with_template(templates.NO_SYSTEM)
-    assert not found.takes_system
+    assert found.refuses == {"system messages": "System role not supported"}
     row = {**ROW, "prompt": [message("system", "Be brief."), *ROW["prompt"]], "row": 7}
-    with pytest.raises(rendering.CannotRender, match="leaves out system messages"):
+    with pytest.raises(rendering.CannotRender, match="takes no system messages: System role not"):
         render_prompt(processor, row["prompt"])
-    with pytest.raises(DataError, match="row 7: the chat template leaves out system"):
+    with pytest.raises(DataError, match="row 7: the chat template takes no system"):
         PairCollator(processor)([row])
     with pytest.raises(ConfigError, match=r"--system: .* takes none: System role not supported"):
         with_template(templates.NO_SYSTEM, system="Be brief.")
+
+
+def test_a_template_of_one_turn_serves_rows_of_one_turn():
+    one_turn = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+    processor, found = with_template(one_turn + templates.PARTS)
+    assert found.refuses == {"earlier turns": "one turn"}
+    assert render_question(processor, "why") == RENDERED["parts"][0]
+    drops = templates.PARTS.replace("in messages %}", "in messages[-1:] %}")
+    turns = [*ROW["prompt"], message("assistant", "because"), message("user", "really")]
+    last_turn_only = "{% if messages | length == 3 %}" + drops + "{% else %}"
+    processor, _ = with_template(last_turn_only + templates.PARTS + "{% endif %}")
+    with pytest.raises(rendering.CannotRender, match="takes no earlier turns: it leaves out"):
+        render_prompt(processor, turns)
 
 
 def test_templates_that_cannot_be_used_are_refused_in_one_line():

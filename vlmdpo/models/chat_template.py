@@ -63,7 +63,7 @@ class Rendering:
         template: the template in effect, with its date fixed.
         variables: what the template is given by name.
         plain_roles: the roles whose content is one text instead of a list of parts.
-        takes_system: whether system messages are rendered.
+        refuses: kinds of conversations that do not come out whole, each with the reason.
         image_place: what stands for an image in a text.
         places_per_image: how often `image_place` is rendered for each image.
         bos: what the tokenizer puts before a text and the template does not.
@@ -83,7 +83,7 @@ class Rendering:
     template: str
     variables: Mapping[str, Any]
     plain_roles: frozenset[str] = frozenset()
-    takes_system: bool = True
+    refuses: Mapping[str, str] = field(default_factory=dict)
     image_place: str = ""
     places_per_image: int = 0
     bos: str = ""

@@ -74,8 +74,10 @@ def render_prompt(processor: Processor, messages: Sequence[Message]) -> str:
     has_system = any(message["role"] == "system" for message in messages)
     if rendering.settings.system is not None and not has_system:
         messages = [text_message("system", rendering.settings.system), *messages]
-    elif has_system and not rendering.takes_system:
-        raise CannotRender("chat_template_refuses", "the chat template leaves out system messages")
+    for kind in _kinds(messages):
+        if kind in rendering.refuses:
+            reason = f"the chat template takes no {kind}: {rendering.refuses[kind]}"
+            raise CannotRender("chat_template_refuses", reason)
     try:
         text = apply_template(processor, rendering, messages, add_generation_prompt=True)
     except TemplateError as problem:  # a template's raise_exception
@@ -89,6 +91,18 @@ def render_prompt(processor: Processor, messages: Sequence[Message]) -> str:
             f"placeholders ({rendering.image_place})",
         )
     return rendering.bos + text + rendering.prompt_end
+
+
+def _kinds(messages: Sequence[Message]) -> list[str]:
+    """What a conversation has besides one question about an image, as `Rendering.refuses` says."""
+    roles = [message["role"] for message in messages]
+    has_image = any(part["type"] == "image" for turn in messages for part in turn["content"])
+    found = {
+        "questions without an image": not has_image,
+        "earlier turns": roles.count("user") > 1,
+        "system messages": "system" in roles,
+    }
+    return [kind for kind, holds in found.items() if holds]
 
 
 def render_question(processor: Processor, question: str, images: int = 1) -> str:

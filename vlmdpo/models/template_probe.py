@@ -62,7 +62,7 @@ def probe(processor: Processor, settings: PromptSettings, model: str) -> Renderi
     rendering = dataclasses.replace(rendering, image_place=_image_place(processor, rendering))
     rendering = _with_roles(processor, rendering, model)
     rendering = _with_places(processor, rendering, model)
-    rendering = _with_system(processor, rendering)
+    rendering = _with_rarer_kinds(processor, rendering)
     rendering = _with_answer(processor, rendering, model)
     rendering = dataclasses.replace(rendering, bos=_missing_bos(processor, rendering))
     undated = dataclasses.replace(
@@ -132,14 +132,32 @@ def _with_roles(processor: Processor, rendering: Rendering, model: str) -> Rende
     """
     question = text_message("user", _FIRST, images=1)
     answer = text_message("assistant", _ANSWER)
-    second = text_message("user", _SECOND)
-    for role, conversation in (
-        ("user", [question]),
-        ("user", [second]),
-        ("assistant", [question, answer]),
-        ("assistant", [question, answer, second]),
-    ):
+    for role, conversation in (("user", [question]), ("assistant", [question, answer])):
         rendering = _fit_role(processor, rendering, role, conversation, model)
+    return rendering
+
+
+def _with_rarer_kinds(processor: Processor, rendering: Rendering) -> Rendering:
+    """Which conversations come out besides one question about one image and its answer.
+
+    Those that do not are left to the rows that have them.
+    """
+    question = text_message("user", _FIRST, images=1)
+    answer = text_message("assistant", _ANSWER)
+    second = text_message("user", _SECOND)
+    own = _own_system(rendering)
+    kinds: dict[str, tuple[Sequence[Message], set[str]]] = {
+        "questions without an image": ([*own, second], set()),
+        "earlier turns": ([*own, question, answer, second], set()),
+        "system messages": ([text_message("system", _SYSTEM), question], {"system"}),
+    }
+    for kind, (conversation, roles) in kinds.items():
+        fitted, problem = _first_that_fits(processor, rendering, conversation, roles)
+        if fitted is None:
+            refused = {**rendering.refuses, kind: problem}
+            rendering = dataclasses.replace(rendering, refuses=refused)
+        else:
+            rendering = fitted
     return rendering
 
 
@@ -195,7 +213,8 @@ def _render_whole(
 ) -> str:
     """The rendered conversation, up to the next answer if the user has the last word.
 
-    Raises _Unfit where a part of it is missing or misspelled."""
+    Raises _Unfit where a part of it is missing or misspelled.
+    """
     try:
         text = apply_template(
             processor,
@@ -243,13 +262,6 @@ def _with_places(processor: Processor, rendering: Rendering, model: str) -> Rend
 def _own_system(rendering: Rendering) -> list[Message]:
     system = rendering.settings.system
     return [] if system is None else [text_message("system", system)]
-
-
-def _with_system(processor: Processor, rendering: Rendering) -> Rendering:
-    """Whether and how system messages of the data are taken."""
-    conversation = [text_message("system", _SYSTEM), text_message("user", _FIRST, images=1)]
-    fitted, _ = _first_that_fits(processor, rendering, conversation, {"system"})
-    return fitted or dataclasses.replace(rendering, takes_system=False)
 
 
 def _with_answer(processor: Processor, rendering: Rendering, model: str) -> Rendering:
@@ -333,14 +345,15 @@ def _missing_bos(processor: Processor, rendering: Rendering) -> str:
 
 
 def _sentinel(processor: Processor, rendering: Rendering) -> str:
-    """A conversation of two turns as it trains, from BOS to the end of the last answer."""
-    turns = [
-        *_own_system(rendering),
-        text_message("user", _FIRST, images=1),
-        text_message("assistant", _ANSWER),
-        text_message("user", _SECOND),
-    ]
-    prompt = apply_template(processor, rendering, turns, add_generation_prompt=True)
+    """A conversation as it trains, from BOS to the end of the last answer; of two turns if the
+    template takes them.
+    """
+    turns = [text_message("user", _FIRST, images=1)]
+    if "earlier turns" not in rendering.refuses:
+        turns += [text_message("assistant", _ANSWER), text_message("user", _SECOND)]
+    prompt = apply_template(
+        processor, rendering, [*_own_system(rendering), *turns], add_generation_prompt=True
+    )
     answer = rendering.answer_start + _LAST_ANSWER + rendering.answer_end
     stripped = "stripped" if rendering.strips_answers else "as it is"
     return "|".join((rendering.bos + prompt + rendering.prompt_end, answer, stripped))
