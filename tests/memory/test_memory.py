@@ -292,7 +292,7 @@ def test_sharding_and_four_bits_are_marked(vlmdpo):
 def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
     shape = arch.load_architecture(alias)
     from vlmdpo.engine.generate import render_prompt
-    from vlmdpo.models.families import default_image_side
+    from vlmdpo.models.image_limits import default_image_side
 
     side = default_image_side(shape.processor)
     assert fast.default_image_side(alias) == side

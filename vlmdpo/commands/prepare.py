@@ -51,7 +51,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     work.start_forkserver(num_proc, ["vlmdpo.engine.lengths"])
     from vlmdpo.engine.lengths import load_token_counter
     from vlmdpo.models.digest import processor_digest
-    from vlmdpo.models.families import default_image_side
+    from vlmdpo.models.image_limits import default_image_side
 
     counter = load_token_counter(config.model, config.revision, config.trust_remote_code)
     side = config.max_image_side or default_image_side(counter.processor)
