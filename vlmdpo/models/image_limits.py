@@ -38,7 +38,7 @@ _TILINGS: tuple[tuple[str | None, str, str], ...] = (
 )
 # (switch, setting with the list of arrangements, as (height, width) in pixels)
 _ARRANGEMENTS = (
-    (None, "image_grid_pinpoints"),  # LLaVA-NeXT, LLaVA-OneVision
+    (None, "image_grid_pinpoints"),  # LLaVA-NeXT
     ("split_image", "split_resolutions"),  # Aria
 )
 _OFF = (None, False, "vanilla")  # the last is Perception LM's word for one tile
@@ -212,6 +212,8 @@ def _longest(settings: Settings) -> ImageLimit | None:
         if settings("do_image_splitting") is False:
             return ImageLimit(_LONGEST_PHOTO * max(_edges(most) or (longest,)), False)
         return ImageLimit(int(longest), False)
+    if longest and settings("do_image_splitting"):  # Idefics2: quarters of that size
+        return ImageLimit(2 * int(longest), True)
     return ImageLimit(int(longest), True) if longest else None
 
 
@@ -244,8 +246,8 @@ def _makes_more_of_larger(image_processor: ImageProcessor, side: int) -> bool:
 
 def _shapes(value: Any) -> Any:
     """The shapes of everything that a processor returned."""
-    if isinstance(value, Mapping) or hasattr(value, "keys"):
-        return {name: _shapes(value[name]) for name in value.keys()}  # noqa: SIM118
+    if isinstance(value, Mapping):
+        return {name: _shapes(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_shapes(part) for part in value]
     return tuple(getattr(value, "shape", ()))
