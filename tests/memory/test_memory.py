@@ -288,14 +288,26 @@ def test_sharding_and_four_bits_are_marked(vlmdpo):
     assert not any(c["validated"] for c in sharded["allocated"]["components"] if c["bytes"])
 
 
-@pytest.mark.parametrize("alias", ["idefics2-8b", "llava-1.5-7b", "qwen3-vl-4b", "gemma-3-4b"])
+@pytest.mark.parametrize("alias", sorted(fast.known_architectures()))
+def test_formula_and_simulation_take_images_of_the_size_that_prepare_keeps(alias):
+    from vlmdpo.models.image_limits import default_image_side
+
+    side = default_image_side(arch.load_architecture(alias).processor)
+    assert fast.default_image_side(alias) == side
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        *("idefics2-8b", "llava-1.5-7b", "llava-v1.6-mistral-7b", "qwen3-vl-4b", "gemma-3-4b"),
+        "smolvlm-256m",
+    ],
+)
 def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
     shape = arch.load_architecture(alias)
-    from vlmdpo.models.families import default_image_side
     from vlmdpo.models.rendering import render_question
 
-    side = default_image_side(shape.processor)
-    assert fast.default_image_side(alias) == side
+    side = fast.default_image_side(alias)
     image = Image.new("RGB", (side, side * 3 // 4))
     inputs = shape.processor(
         text=[render_question(shape.processor, "a")], images=[[image]], add_special_tokens=False

@@ -273,7 +273,7 @@ class _StepSimulator:
         import torch
 
         from vlmdpo.memory import architecture as arch
-        from vlmdpo.models.families import default_image_side
+        from vlmdpo.models.image_limits import default_image_side
         from vlmdpo.training import simulate
 
         self.config, self.dtype = config, getattr(torch, config.dtype)

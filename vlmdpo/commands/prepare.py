@@ -53,7 +53,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     from vlmdpo.engine.lengths import load_token_counter
     from vlmdpo.models.configured import prompt_settings
     from vlmdpo.models.digest import processor_digest
-    from vlmdpo.models.families import default_image_side
+    from vlmdpo.models.image_limits import default_image_side
     from vlmdpo.models.rendering import announce
 
     counter = load_token_counter(

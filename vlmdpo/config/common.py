@@ -125,7 +125,7 @@ class LengthOptions(Options):
     max_image_side: int | None = option(
         None,
         "Longest image side in pixels; larger images are reduced when data is prepared",
-        default_text="half the processor's limit",
+        default_text="by the model: docs/data.md",
     )
     max_length: int | None = option(
         None,

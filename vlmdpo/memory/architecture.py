@@ -8,6 +8,7 @@ real shape. Other models bring their own files.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from vlmdpo.memory.fast import known_architectures
+from vlmdpo.memory.fast import image_settings, known_architectures
 from vlmdpo.models import families, load, registry
 from vlmdpo.tiny import random_models as small
 
@@ -102,13 +103,14 @@ def _from_registry(alias: str) -> Architecture:
     if "perceiver_config" in sizes:
         perceiver = sizes.pop("perceiver_config")
         more |= {"latents": perceiver.pop("resampler_n_latents"), "perceiver": perceiver}
-    # Qwen's processors limit the area, to 3584 pixels squared.
-    side = vision.pop("image_size", 3584)
+    bounds = image_settings(alias)
+    side = vision.pop("image_size", None) or math.isqrt(bounds["size"]["longest_edge"])
     config, processor = small.FAMILIES[family](text, vision, side, **more)
     for key, value in sizes.items():
         setattr(config, key, value)
-    if "image_grid_pinpoints" in sizes:
-        processor.image_processor.image_grid_pinpoints = sizes["image_grid_pinpoints"]
+    if "size" not in bounds or "longest_edge" in bounds["size"]:
+        for name, value in bounds.items():
+            setattr(processor.image_processor, name, value)
     processor.chat_template = processor.chat_template or families.fallback_chat_template(processor)
     return Architecture(config, processor)
 

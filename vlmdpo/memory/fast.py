@@ -13,6 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any, TypedDict
 
+from vlmdpo.models.image_limits import default_side_of_settings
+
 # The largest difference from the simulation over all models of the registry, as a percentage of the
 # whole peak, with one image of default size and answers of 250 tokens. See docs/memory.md.
 MAX_ERROR_PERCENT = 14
@@ -33,18 +35,32 @@ def known_architectures() -> dict[str, ArchitectureEntry]:
     return entries
 
 
-def default_image_side(alias: str) -> int:
-    """The longest image side that `prepare` keeps for this model, in pixels.
-
-    Half the processor's limit where smaller images keep their size.
-    """
+def image_settings(alias: str) -> dict[str, Any]:
+    """The settings of this model's image processor that bound images, as published."""
     entry = known_architectures()[alias]
-    # Qwen's limit is an area, 3584 squared.
-    side: int = entry["config"]["vision_config"].get("image_size", 3584)
-    if entry["family"] in ("idefics3", "smolvlm"):
-        return side  # half of what its processor takes, which is twice the tower's side
-    is_upper_bound = entry["family"] == "idefics2" or entry["family"].startswith("qwen")
-    return side // 2 if is_upper_bound else side
+    family, config = entry["family"], entry["config"]
+    if family.startswith("qwen"):  # an area
+        side = 4096 if family.startswith("qwen3") else 3584
+        return {"size": {"shortest_edge": 16 * 16, "longest_edge": side**2}, "merge_size": 2}
+    side = config["vision_config"]["image_size"]
+    if family in ("idefics3", "smolvlm"):
+        return {
+            "size": {"longest_edge": 4 * side},
+            "max_image_size": {"longest_edge": side},
+            "do_image_splitting": False,
+        }
+    if family == "idefics2":
+        return {"size": {"shortest_edge": 378, "longest_edge": side}}
+    if "image_grid_pinpoints" in config:
+        return {"image_grid_pinpoints": config["image_grid_pinpoints"]}
+    return {"size": {"height": side, "width": side}}
+
+
+def default_image_side(alias: str) -> int:
+    """The longest image side that `prepare` keeps for this model, in pixels."""
+    side = default_side_of_settings(image_settings(alias))
+    assert side is not None, f"{alias}: image_settings names no limit"
+    return side
 
 
 def image_tokens(alias: str, image: tuple[int, int]) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""What differs between model families, and nothing else: image limits, chat templates, token types,
-positions, parts.
+"""What differs between model families, and nothing else: chat templates, token types, positions,
+parts. Image limits are in `image_limits`.
 
 Shapes: B rows, S tokens of a row.
 """
@@ -7,7 +7,6 @@ Shapes: B rows, S tokens of a row.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -175,41 +174,6 @@ def frozen_towers(backbone: Backbone) -> list[nn.Module]:
             towers.append(module)
             inside |= set(map(id, module.modules()))
     return towers
-
-
-def image_side_limit(processor: Processor) -> tuple[int | None, bool]:
-    """(longest side in pixels that a processor passes on, whether smaller images stay smaller).
-
-    The limit has another name in every family. Idefics2/3 and SmolVLM: `longest_edge`, and smaller
-    images stay as they are, so bounding them saves work. Qwen2-VL and its successors:
-    `longest_edge` is an *area* in pixels, also an upper bound. CLIP (LLaVA) and SigLIP (PaliGemma,
-    Gemma 3): one fixed size that every image is scaled to. (None, True) where the processor names
-    no limit.
-    """
-    image_processor = processor.image_processor
-    size = dict(getattr(image_processor, "size", None) or {})
-    longest = size.get("longest_edge")
-    if longest and "Qwen" in type(image_processor).__name__:
-        return math.isqrt(int(longest)), True
-    if longest:
-        return int(longest), True
-    if size.get("height") and size.get("width"):
-        return max(int(size["height"]), int(size["width"])), False
-    if size.get("shortest_edge"):
-        return int(size["shortest_edge"]), False
-    return None, True
-
-
-def default_image_side(processor: Processor) -> int | None:
-    """The bound, in pixels, that `prepare` puts on an image's longer side.
-
-    Half the limit where smaller images stay smaller. Where every image is scaled to one size
-    anyway, halving would only blur: there the bound is the size itself.
-    """
-    limit, is_upper_bound = image_side_limit(processor)
-    if limit is None:
-        return None
-    return max(1, limit // 2) if is_upper_bound else limit
 
 
 def parameter_numel(parameter: Tensor) -> int:

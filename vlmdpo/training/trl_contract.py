@@ -273,6 +273,19 @@ _TRANSFORMERS_MODELS = (
         why="tokens of an image are counted from its size, without its pixels",
         breaks="vlmdpo prepare would process every image to count its tokens",
     ),
+    *attributes(
+        "models/image_limits",
+        "transformers.processing_utils.ProcessingKwargs._defaults",
+        why="settings that a processor gives its image processor; newer ones hold `images_kwargs`",
+        breaks="images would be bounded at one tile for InternVL and Aya Vision",
+    ),
+    *called(
+        "models/image_limits",
+        "transformers.Qwen2VLImageProcessorPil.get_number_of_image_patches(self, height, width, "
+        "images_kwargs)",
+        why="which area an image may have, however the setting counts it",
+        breaks="images would be bounded at another size",
+    ),
     *called(
         "training/simulate memory/architecture",
         "transformers.initialization.no_init_weights()",
