@@ -7,13 +7,27 @@ shallow. Nothing is downloaded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import transformers as tf
 
 from vlmdpo.models.protocols import Processor, VisionLanguageModel
-from vlmdpo.tiny.families import gemma, idefics, internvl, llava, qwen
+from vlmdpo.tiny.families import (
+    aya,
+    convolutional,
+    deepseek,
+    gemma,
+    glm,
+    idefics,
+    internvl,
+    llama,
+    llava,
+    mistral,
+    ovis,
+    qwen,
+)
 from vlmdpo.tiny.families.common import VISION_SIZES, ConfigAndProcessor, text_sizes
 
 __all__ = ["FAMILIES", "RECURRENT", "VISION_SIZES", "ConfigAndProcessor", "make", "text_sizes"]
@@ -21,19 +35,42 @@ __all__ = ["FAMILIES", "RECURRENT", "VISION_SIZES", "ConfigAndProcessor", "make"
 FAMILIES: dict[str, Callable[..., ConfigAndProcessor]] = {
     "idefics2": idefics.idefics2,
     "idefics3": idefics.idefics3,
-    "smolvlm": lambda *a, **k: idefics.idefics3(*a, is_smolvlm=True, **k),
+    "smolvlm": partial(idefics.idefics3, is_smolvlm=True),
     "llava": llava.llava,
-    "llava_next": lambda *a, **k: llava.llava(*a, is_next=True, **k),
+    "llava_next": partial(llava.llava, is_next=True),
+    "llava_onevision": llava.llava_onevision,
     "paligemma": gemma.paligemma,
     "paligemma2": gemma.paligemma2,
     "gemma3": gemma.gemma3,
+    "gemma4": gemma.gemma4,
+    "gemma4_moe": partial(gemma.gemma4, is_moe=True),
     "internvl": internvl.internvl,
-    "qwen2_vl": lambda *a, **k: qwen.qwen(*a, version="2", **k),
-    "qwen2_5_vl": lambda *a, **k: qwen.qwen(*a, version="2.5", **k),
-    "qwen3_vl": lambda *a, **k: qwen.qwen(*a, version="3", **k),
-    "qwen3_5": lambda *a, **k: qwen.qwen(*a, version="3.5", **k),
+    "qwen2_vl": partial(qwen.qwen, version="2"),
+    "qwen2_5_vl": partial(qwen.qwen, version="2.5"),
+    "qwen3_vl": partial(qwen.qwen, version="3"),
+    "qwen3_vl_moe": partial(qwen.qwen, version="3-moe"),
+    "qwen3_5": partial(qwen.qwen, version="3.5"),
+    "qwen3_5_moe": partial(qwen.qwen, version="3.5-moe"),
+    "glm4v": glm.glm4v,
+    "glm46v": partial(glm.glm4v, is_46=True),
+    "aya_vision": aya.aya_vision,
+    "ovis2": ovis.ovis2,
+    "deepseek_vl": deepseek.deepseek_vl,
+    "minicpm_v": convolutional.minicpm_v,
+    "pixtral": partial(mistral.mistral3, is_pixtral=True),
+    "mistral3": mistral.mistral3,
+    "lfm2_vl": convolutional.lfm2_vl,
+    "kimi_k25": deepseek.kimi_k25,
+    "llama4": llama.llama4,
 }
-RECURRENT = ("qwen3_5",)  # families whose layers carry state from token to token
+# Families whose processors exist only with torchvision.
+NEED_TORCHVISION = ("pixtral", "mistral3", "lfm2_vl", "kimi_k25", "llama4")
+RECURRENT = (
+    "qwen3_5",
+    "qwen3_5_moe",
+    "minicpm_v",
+    "lfm2_vl",
+)  # families whose layers carry state from token to token
 
 
 def make(

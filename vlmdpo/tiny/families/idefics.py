@@ -11,7 +11,12 @@ from vlmdpo.tiny.random_tokenizer import TEMPLATE, make_tokenizer, token_ids
 
 
 def idefics2(
-    text: dict[str, Any], vision: dict[str, Any], image_size: int, **more: Any
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    image_size: int,
+    *,
+    template: str = TEMPLATE,
+    **more: Any,
 ) -> ConfigAndProcessor:
     tok = make_tokenizer(
         "<fake_token_around_image>",
@@ -38,7 +43,7 @@ def idefics2(
     )
     size = {"shortest_edge": 8, "longest_edge": image_size}
     images = tf.Idefics2ImageProcessorPil(size=size, do_image_splitting=False)
-    template = TEMPLATE.replace("IMAGE", "<image>").replace("eos_token", "'<end_of_utterance>'")
+    template = template.replace("IMAGE", "<image>").replace("eos_token", "'<end_of_utterance>'")
     return config, tf.Idefics2Processor(images, tok, image_seq_len=latents, chat_template=template)
 
 
@@ -47,6 +52,7 @@ def idefics3(
     vision: dict[str, Any],
     image_size: int,
     *,
+    template: str = TEMPLATE,
     is_smolvlm: bool = False,
     scale_factor: int = 2,
 ) -> ConfigAndProcessor:
@@ -73,7 +79,7 @@ def idefics3(
     }
     images = tf.Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
     tokens = (image_size // vision.get("patch_size", 8) // scale_factor) ** 2
-    template = TEMPLATE.replace("IMAGE", "<image>")
+    template = template.replace("IMAGE", "<image>")
     return config, tf.Idefics3Processor(
         images, tokenizer=tok, image_seq_len=tokens, chat_template=template
     )

@@ -6,13 +6,18 @@ from typing import Any
 
 import transformers as tf
 
-from vlmdpo.models.families import without_video_processor
+from vlmdpo.models.processor_parts import without_video_processor
 from vlmdpo.tiny.families.common import VISION_SIZES, ConfigAndProcessor, text_sizes
 from vlmdpo.tiny.random_tokenizer import TEMPLATE, make_tokenizer, token_ids
 
 
 def internvl(
-    text: dict[str, Any], vision: dict[str, Any], image_size: int, *, tiles: int = 1
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    image_size: int,
+    *,
+    template: str = TEMPLATE,
+    tiles: int = 1,
 ) -> ConfigAndProcessor:
     names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
     attributes = ("start_image_token", "end_image_token", "context_image_token", "video_token")
@@ -41,7 +46,7 @@ def internvl(
         min_patches=1,
         max_patches=tiles,
     )
-    template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
+    template = template.replace("IMAGE", "<IMG_CONTEXT>\\n")
     return config, without_video_processor(tf.InternVLProcessor)(
         images, tok, image_seq_length=tokens, chat_template=template
     )
