@@ -27,7 +27,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
-    *("models/families", "models/load", "models/load_errors", "models/digest"),
+    *("models/families", "models/inputs", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",
@@ -40,7 +40,7 @@ MAY_BE_HEAVY = {
         "engine/generate",
     ),
     *("engine/lengths", "engine/packed_attention", "engine/pair_layout", "engine/reference_cache"),
-    *("engine/side_by_side", "engine/stock_collator"),
+    *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
     "tiny/sample_pairs",

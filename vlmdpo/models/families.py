@@ -31,8 +31,6 @@ _CONNECTOR_NAMES = (
     "resampler",
     "image_newline",
 )
-# Inputs by which some models tell text, prefix and images apart.
-TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 # PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos>
 # and a line break.
 _PALIGEMMA_TEMPLATE = (
@@ -67,9 +65,9 @@ def has_bidirectional_prompt(backbone: Backbone) -> bool:
     )
 
 
-def answer_token_type(processor: Processor, name: str) -> int:
-    """The token type of an answer: 1 where PaliGemma marks the causal part, else 0 (text)."""
-    return int(name == "token_type_ids" and _is_paligemma(processor))
+def answer_token_type(processor: Processor, name: str) -> int | None:
+    """The token type of an answer: 1 where PaliGemma marks the causal part. None: as of a text."""
+    return 1 if name == "token_type_ids" and _is_paligemma(processor) else None
 
 
 def unwrap_peft(model: VisionLanguageModel) -> VisionLanguageModel:
