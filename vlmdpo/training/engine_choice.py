@@ -146,12 +146,18 @@ def _fall_back(setup: TrainingSetup, reason: str) -> None:
 
 def _check_stock(trainer: PairTrainer, example: dict[str, Any]) -> None:
     """Raise ModelError if TRL's own collator or the model's forward refuses a pair."""
+    from vlmdpo.engine.stock_collator import StockCollator
     from vlmdpo.training import doctor
 
+    batch = None
     try:
-        doctor.token_logps(trainer, trainer.pair_collator([dict(example)]))
+        batch = trainer.pair_collator([dict(example)])
+        doctor.token_logps(trainer, batch)
     except Exception as problem:
         reason = reason_to_fall_back(problem, "on one pair")
+        names = StockCollator(trainer.processing_class).not_extended(dict(example)) if batch else []
+        if names:
+            reason = f"its inputs by token ({', '.join(names)}) are not extended over answers"
         raise ModelError(f"TRL cannot train this family: {reason}") from problem
 
 
