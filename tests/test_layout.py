@@ -28,7 +28,14 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
     "models/processor_parts",
-    *("models/families", "models/load", "models/load_errors", "models/digest"),
+    *(
+        "models/experts",
+        "models/families",
+        "models/inputs",
+        "models/load",
+        "models/load_errors",
+        "models/digest",
+    ),
     *(
         "engine/batch_context",
         "engine/branches",
@@ -41,7 +48,7 @@ MAY_BE_HEAVY = {
         "engine/generate",
     ),
     *("engine/lengths", "engine/packed_attention", "engine/pair_layout", "engine/reference_cache"),
-    *("engine/side_by_side", "engine/stock_collator"),
+    *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
     *(
