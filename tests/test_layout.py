@@ -27,14 +27,8 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
-    *(
-        "models/experts",
-        "models/families",
-        "models/inputs",
-        "models/load",
-        "models/load_errors",
-        "models/digest",
-    ),
+    *("models/experts", "models/inputs", "models/processor_parts"),
+    *("models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",
@@ -50,6 +44,10 @@ MAY_BE_HEAVY = {
     *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
+    *(
+        f"tiny/families/{kin}"
+        for kin in ("common", "gemma", "idefics", "internvl", "llava", "qwen")
+    ),
     "tiny/sample_pairs",
     *("memory/architecture", "memory/cuda_autocast", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),

@@ -6,7 +6,7 @@ import transformers as tf
 
 from tests.support import matrix
 from tests.support.matrix import DOCS, FAMILIES, Family, examine, row
-from vlmdpo.models.families import without_video_processor
+from vlmdpo.models.processor_parts import without_video_processor
 from vlmdpo.tiny import random_models, random_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from vlmdpo.models.experts import router_layers
 from vlmdpo.models.protocols import Backbone, Processor, VisionLanguageModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, ProcessorMixin
+    from transformers import PreTrainedConfig
     from transformers.utils import ModelOutput
 
 PARTS = ("vision", "connector", "language", "head")
@@ -217,20 +217,6 @@ def parameter_numel(parameter: Tensor) -> int:
     DeepSpeed leaves an empty tensor where a parameter is sharded, and keeps its size beside it.
     """
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
-
-
-def without_video_processor(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A processor class without its video part, under the same name.
-
-    The video part needs torchvision. transformers decides by `get_attributes` which parts a
-    processor has, so that is overridden.
-    """
-
-    @classmethod  # type: ignore[misc]
-    def get_attributes(cls: type) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-    return type(processor_class.__name__, (processor_class,), {"get_attributes": get_attributes})
 
 
 def estimated_image_tokens(processor: Processor, sizes: Sequence[tuple[int, int]]) -> int | None:

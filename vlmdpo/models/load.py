@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,8 +33,8 @@ from vlmdpo.models import registry
 from vlmdpo.models.attention import check_attention_installed, use_attention
 from vlmdpo.models.chat_template import complete_chat_template
 from vlmdpo.models.download import shown_download
-from vlmdpo.models.families import without_video_processor
 from vlmdpo.models.load_errors import translate_load_errors
+from vlmdpo.models.processor_parts import load_processor_parts
 from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
 
 # What they say to a terminal, this package says itself, as errors and warnings of its own.
@@ -88,7 +87,7 @@ def load_processor(
     check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with translate_load_errors(model, revision):
-        processor = _load_processor_parts(pretrained_source(model), origin)
+        processor = load_processor_parts(pretrained_source(model), origin)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"--model: '{model}' has no image processor, so it cannot take images")
     if not processor.tokenizer("a word", add_special_tokens=False)["input_ids"]:
@@ -112,27 +111,6 @@ def load_processor(
         processor.image_processor.do_image_splitting = image_splitting
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
-
-
-def _load_processor_parts(source: str, origin: dict[str, Any]) -> ProcessorMixin:
-    """A processor, without its video part where that cannot be loaded: it needs torchvision."""
-    processor, problem = None, None
-    try:
-        processor = AutoProcessor.from_pretrained(source, **origin)
-    except (ImportError, OSError) as raised:
-        problem = raised
-    if isinstance(processor, ProcessorMixin):
-        return processor
-    # Without torchvision AutoProcessor fails, or returns the tokenizer alone.
-    settings, _ = (
-        ProcessorMixin.get_processor_dict(source, **origin) if problem or processor else ({}, None)
-    )
-    processor_class = getattr(transformers, str(settings.get("processor_class")), None)
-    if processor_class is not None and "video_processor" in processor_class.get_attributes():
-        return without_video_processor(processor_class).from_pretrained(source, **origin)
-    if problem is not None:
-        raise problem
     return processor
 
 
