@@ -27,15 +27,8 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
-    "models/processor_parts",
-    *(
-        "models/experts",
-        "models/families",
-        "models/inputs",
-        "models/load",
-        "models/load_errors",
-        "models/digest",
-    ),
+    *("models/experts", "models/inputs", "models/processor_parts"),
+    *("models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",
