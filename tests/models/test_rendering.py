@@ -313,9 +313,12 @@ def test_every_family_with_every_kind_of_template(family):
         found = set_rendering(processor, PromptSettings(date="2026-03-05"), family)
         batch = PairCollator(processor)([dict(ROW)])
         asked = processor(
-            text=[render_question(processor, "why")], images=[[IMAGE]], add_special_tokens=False
+            text=[render_question(processor, "why")],
+            images=[[IMAGE]],
+            add_special_tokens=False,
+            return_tensors="pt",
         )["input_ids"][0]
-        assert batch["pair_ids"][0, : batch["pairs"][0][0]].tolist() == list(asked), kind
+        assert batch["pair_ids"][0, : batch["pairs"][0][0]].tolist() == asked.tolist(), kind
         for ids, in_loss, text in zip(
             batch["input_ids"], batch["completion_mask"], ("good one", "bad"), strict=True
         ):

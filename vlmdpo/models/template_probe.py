@@ -339,9 +339,12 @@ def _missing_bos(processor: Processor, rendering: Rendering) -> str:
         return ""
     # Some processors add BOS themselves, between images and text (PaliGemma).
     inputs = processor(
-        text=[prompt], images=[[Image.new("RGB", (224, 224))]], add_special_tokens=False
+        text=[prompt],
+        images=[[Image.new("RGB", (224, 224))]],
+        add_special_tokens=False,
+        return_tensors="pt",
     )
-    return "" if bos in list(inputs["input_ids"][0]) else str(tokenizer.bos_token)
+    return "" if bos in inputs["input_ids"][0].tolist() else str(tokenizer.bos_token)
 
 
 def _sentinel(processor: Processor, rendering: Rendering) -> str:
