@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from vlmdpo.models.protocols import Backbone, VisionLanguageModel
 
 _PACKED_NAMES = {name: f"{PACKED_PREFIX}{name}" for name in ("sdpa", "eager")}
-_SHAREABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Kinds of attention that are told apart by their masks alone.
+_SHAREABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Layout(Protocol):

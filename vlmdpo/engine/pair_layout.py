@@ -148,14 +148,23 @@ class PairMask(Tensor):
     def __new__(
         cls, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device
     ) -> PairMask:
-        slots = len(layout.slot_pair)
+        return cls._without_blocks(len(layout.slot_pair), device)
+
+    @classmethod
+    def _without_blocks(cls, slots: int, device: torch.device) -> PairMask:
         mask: PairMask = Tensor._make_wrapper_subclass(
             cls, (1, 1, slots, slots), dtype=torch.bool, device=device
         )
         return mask
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.alias.default:  # a slice that is all of it: Gemma 4 takes one
+            mask, same = args[0], cls._without_blocks(args[0].shape[-1], args[0].device)
+            same.spans, same.blocks = mask.spans, mask.blocks
+            return same
         raise TypeError(f"{func} needs the values of a mask, and a PairMask has none")
 
     def __init__(
