@@ -27,7 +27,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
-    "models/processor_parts",
+    *("models/experts", "models/inputs", "models/processor_parts"),
     *("models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
@@ -41,7 +41,7 @@ MAY_BE_HEAVY = {
         "engine/generate",
     ),
     *("engine/lengths", "engine/packed_attention", "engine/pair_layout", "engine/reference_cache"),
-    *("engine/side_by_side", "engine/stock_collator"),
+    *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
     *(f"tiny/families/{path.stem}" for path in (ROOT / "tiny" / "families").glob("[a-z]*.py")),

@@ -146,7 +146,7 @@ def test_a_wrong_shared_forward_is_detected_and_not_used(few, tmp_path, vlmdpo, 
     code, out, err = vlmdpo("train", "--dataset", few, *more)
     assert code == 0, err
     report = json.loads(out)
-    assert (report["engine"], report["images_once"]) == ("stock", True)
+    assert (report["engine"], report["images_once"]) == ("rows", True)
     assert "differs from stock rows" in report["fallback_reason"]
     assert "no shared prefix" in err
 
@@ -162,5 +162,5 @@ def test_a_recurrent_model_uses_rows_with_images_once(few, tmp_path, monkeypatch
     report = train.run(
         TrainConfig(dataset=str(few), output_dir=tmp_path / "out", max_steps=1, device="cpu")
     )
-    assert (report["engine"], report["images_once"]) == ("stock", True)
+    assert (report["engine"], report["images_once"]) == ("rows", True)
     assert "linear_attention" in report["fallback_reason"]

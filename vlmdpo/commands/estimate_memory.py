@@ -229,6 +229,8 @@ def _by_simulation(
         "peak_bytes": round(step.peak + shift),
         "verdict": None,
         "image": list(simulator.image),
+        "engine": step.engine,
+        "fallback_reason": step.fallback_reason,
     }
     result["phases"] = {name: round(size + shift) for name, size in step.phases.items()}
     if capacity is not None:

@@ -10,7 +10,7 @@ tokens of the longest answer, L tokens of one text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from vlmdpo.errors import DataError
-from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
+from vlmdpo.engine.processing import BatchingProcessor
+from vlmdpo.errors import DataError, ModelError
+from vlmdpo.models.families import answer_token_type
+from vlmdpo.models.inputs import image_inputs, inputs_by_token
 from vlmdpo.models.protocols import Processor
 
 Example = dict[str, Any]  # a row of a prepared dataset
@@ -65,6 +67,11 @@ class PairCollator:
     processor: Processor
     max_length: int | None = None
     share: bool = True
+    # Whether inputs shaped like ids are by token; decided once for each name.
+    _is_by_token: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._process: Any = BatchingProcessor(self.processor)
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """A `PairBatch`, with the processor's pixels and token types.
@@ -75,15 +82,17 @@ class PairCollator:
         inputs = self.process_prompts(
             [text["prompt"] for text in texts], [images_of(example) for example in examples]
         )
-        mask = inputs.pop("attention_mask").bool()
-        prompts = _unpad(inputs.pop("input_ids"), mask)
         inputs.pop("labels", None)  # PaliGemma's processor makes some; TRL has its own
+        mask = inputs.pop("attention_mask").bool()
+        ids = inputs.pop("input_ids")
+        prompts = _unpad(ids, mask)
+        names = self._names_by_token(inputs, ids, texts[0]["prompt"], images_of(examples[0]))
+        types = {name: _unpad(inputs.pop(name), mask) for name in names}
         limits = [
             self._answer_limit(len(prompt), example)
             for prompt, example in zip(prompts, examples, strict=True)
         ]
         chosen, rejected = self._answers(texts, limits)
-        types = {name: _unpad(inputs.pop(name), mask) for name in TOKEN_TYPE_KEYS if name in inputs}
         make_batch, place_types = (
             (self._packed_batch, _pack) if self.share else (self._rows_batch, _pad_rows)
         )
@@ -92,9 +101,12 @@ class PairCollator:
             batch["row"] = [example["row"] for example in examples]
         placed_types = {}
         for name, prompt_types in types.items():
-            answer_type = answer_token_type(self.processor, name)
+            of_answers = [
+                self._answer_type(name, prompt_type, prompt)
+                for prompt_type, prompt in zip(prompt_types, prompts, strict=True)
+            ]
             answer_types = [
-                [torch.full_like(answer, answer_type) for answer in side]
+                [torch.full_like(ids, of_one) for ids, of_one in zip(side, of_answers, strict=True)]
                 for side in (chosen, rejected)
             ]
             placed_types[name] = place_types(prompt_types, *answer_types)
@@ -113,16 +125,62 @@ class PairCollator:
 
     def process_prompts(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
         """The processor's outputs for rendered prompts, padded on the left."""
-        return dict(
-            self.processor(
-                images=images if any(images) else None,
-                text=texts,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-                add_special_tokens=False,  # the chat template has added them
-            )
+        inputs: dict[str, Any] = self._process(
+            images=images if any(images) else None,
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,  # the chat template has added them
         )
+        return inputs
+
+    def stock_rows(self, examples: list[Example]) -> dict[str, Any]:
+        """The batch as TRL's collator lays it out, of our ids: each image stands in it twice."""
+        rows = replace(self, share=False)(examples)
+        rows.pop("image_copies")
+        prompts = [self.render(example)["prompt"] for example in examples]
+        images = [images_of(example) for example in examples]
+        return {**rows, **image_inputs(self.process_prompts(prompts * 2, images * 2))}
+
+    def _names_by_token(
+        self, inputs: dict[str, Any], ids: Tensor, text: str, images: list[Image.Image]
+    ) -> list[str]:
+        """Names of the inputs that hold a value for each token, as token types do.
+
+        The shape may be a coincidence (as many patches as tokens), so that a name has to hold for
+        a longer prompt too: `text` is the first prompt's, with its images.
+        """
+        found = inputs_by_token(inputs, ids)
+        if not all(name in self._is_by_token for name in found):
+            longer = self.process_prompts([text + " a a a"], [images])
+            of_longer = inputs_by_token(longer, longer["input_ids"])
+            self._is_by_token |= {
+                name: name in of_longer for name in found if name not in self._is_by_token
+            }
+        return [name for name in found if self._is_by_token[name]]
+
+    def _answer_type(self, name: str, types: Tensor, prompt: Tensor) -> int:
+        """What an input by token says of an answer: the same as of the text before it.
+
+        Args:
+            types: (L,) what it says of the prompt, whose last token is text.
+            prompt: (L,) the prompt's token ids.
+
+        Raises ModelError where it has more than one value for a token, or numbers the tokens.
+        """
+        if types.ndim > 1:
+            raise ModelError(
+                f"the processor's '{name}' holds {types[0].numel()} values for each token, which "
+                "cannot be extended over answers"
+            )
+        if len(types) > 3 and bool((types[-3:].diff() == 1).all()):
+            raise ModelError(
+                f"the processor's '{name}' numbers the prompt's tokens, which cannot be extended "
+                "over answers"
+            )
+        marked = answer_token_type(self.processor, name)
+        return int(types[-1]) if marked is None else marked
 
     def _answer_limit(self, prompt_tokens: int, example: Example) -> int | None:
         """Tokens that an answer may have behind this prompt. Raises DataError where none."""

@@ -31,6 +31,7 @@ from vlmdpo.engine import packed_attention
 from vlmdpo.engine.branches import Branch, BranchLayout, Prompt, Step, common_prefix
 from vlmdpo.engine.generate import render_prompt
 from vlmdpo.models import families
+from vlmdpo.models.inputs import image_inputs, image_token_id, inputs_by_token, pixels_in
 from vlmdpo.models.protocols import Backbone, ImageProcessor, Processor, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -167,20 +168,17 @@ class OpenedImage:
         inputs.pop("labels", None)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         positions = families.stock_position_ids(decoder.backbone, ids, mask, inputs)
-        types = {
-            name: inputs[name].to(device) for name in families.TOKEN_TYPE_KEYS if name in inputs
-        }
+        types = {name: value.to(device) for name, value in inputs_by_token(inputs, ids).items()}
         self._prompts[question] = Prompt(ids[0].tolist(), positions.to(device), types)
         if not self._pixel_inputs:
-            of_text = ("input_ids", "attention_mask", *families.TOKEN_TYPE_KEYS)
-            pixels = {name: value for name, value in inputs.items() if name not in of_text}
-            self._pixel_inputs = dict(BatchFeature(pixels).to(device, decoder.model.dtype))
+            pixels = BatchFeature(image_inputs(inputs))
+            self._pixel_inputs = dict(pixels.to(device, decoder.model.dtype))
         return self._prompts[question]
 
     def _shared_prefix(self, prompts: Sequence[Prompt]) -> int:
         """Tokens that all prompts begin with; 0 where the image is not wholly among them."""
         length = common_prefix(prompts)
-        image_token = self.decoder.base.config.image_token_id
+        image_token = image_token_id(self.decoder.base.config)
         return length if image_token not in prompts[0].ids[length:] else 0
 
     def _prefix_cache(self, prompt: Prompt, length: int) -> DynamicCache:
@@ -296,8 +294,8 @@ class OpenedImage:
         """In place of `get_image_features`: once for the opened image, then repeated."""
         if not self._pixel_inputs:  # not asked through this object
             return get_image_features(*args, **kwargs)
-        pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        copies = len(pixel_values) // len(self._pixel_inputs["pixel_values"])
+        pixels = next(pixels_in([*args, *kwargs.values()]))
+        copies = len(pixels) // len(next(pixels_in(self._pixel_inputs.values())))
         if self._features is None:
 
             def of_one_image(value: object) -> object:

@@ -22,7 +22,10 @@ from vlmdpo.engine import packed_attention
 from vlmdpo.engine.batch_context import BatchContext, ForwardPass
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.pair_layout import PairLayout
+from vlmdpo.errors import ModelError
 from vlmdpo.models import families
+from vlmdpo.models.attention import overlays_mask
+from vlmdpo.models.inputs import has_images, image_token_id, inputs_by_token
 from vlmdpo.models.protocols import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -36,13 +39,19 @@ _forward_pass: contextvars.ContextVar[ForwardPass | None] = contextvars.ContextV
 )
 
 
-def check_pairs_shareable(model: VisionLanguageModel) -> None:
-    """Raise CannotShare where this model cannot read, and train on, two answers in one row."""
+def check_pairs_shareable(model: VisionLanguageModel, router_loss: float | None = None) -> None:
+    """Raise CannotShare where this model cannot read, and train on, two answers in one row.
+
+    Args:
+        router_loss: the coefficient that TRL is given for the balancing loss of a mixture of
+            experts; None for the model's own.
+    """
     packed_attention.check_shareable(model)
     config = families.unwrap_peft(model).config.get_text_config()
-    if getattr(config, "output_router_logits", None) is not None and getattr(
-        config, "router_aux_loss_coef", None
-    ):
+    # As TRL decides it.
+    if router_loss is None:
+        router_loss = getattr(config, "router_aux_loss_coef", 0.0)
+    if hasattr(config, "output_router_logits") and router_loss:
         raise packed_attention.CannotShare(
             "its mixture-of-experts balancing loss counts whole rows"
         )
@@ -75,6 +84,7 @@ class SharedForward:
         self._tower_forwards = {
             tower: tower.forward for tower in families.vision_models(self.backbone)
         }
+        self._masks_by_type = overlays_mask(type(self.backbone).__module__)
         language = set(map(id, self.backbone.get_decoder().modules()))
         self._vision_modules = [m for m in self.backbone.modules() if id(m) not in language]
         if share:
@@ -123,7 +133,9 @@ class SharedForward:
         frozen = self.vision_is_frozen
         numbered: list[tuple[int, int]] = []
         if self.features is not None and rows:
-            image_token = self.backbone.config.image_token_id
+            image_token = image_token_id(self.backbone.config)
+            if image_token is None:
+                raise ModelError("--feature-cache: the model's configuration names no image token")
             counts = torch.stack([torch.eq(row_ids, image_token).sum() for row_ids in ids])
             numbered = list(zip(rows, counts.tolist(), strict=True))
         return BatchContext(
@@ -160,13 +172,12 @@ class SharedForward:
         if batch_context is not None and batch_context.backbone is not self.backbone:
             # A reference model of its own has a vision part of its own, which may differ.
             batch_context = None
-        has_images = kwargs.get("pixel_values") is not None
         this_pass = ForwardPass(
             batch_context,
             image_copies=1 if pairs is not None else image_copies,
             add_zero_gradient_term=self.gradient_in_every_batch
             and torch.is_grad_enabled()
-            and not has_images,
+            and not has_images(kwargs),
         )
         token = _forward_pass.set(this_pass)
         try:
@@ -212,21 +223,18 @@ class SharedForward:
         if batch.layout is None:
             batch.layout = (batch.layout_class or PairLayout)(pairs, pair_ids.device)
         layout = batch.layout
-        types_BS = {
-            name: layout.slots_to_rows(kwargs.pop(name))
-            for name in families.TOKEN_TYPE_KEYS
-            if kwargs.get(name) is not None
-        }
+        types_1T = inputs_by_token(kwargs, pair_ids)
+        types_BS = {name: layout.slots_to_rows(types) for name, types in types_1T.items()}
         if batch.position_ids is None:
             rows_BS = layout.slots_to_rows(pair_ids)
             positions_BS = families.stock_position_ids(
                 self.backbone, rows_BS, layout.row_mask, {**kwargs, **types_BS}
             )
             batch.position_ids = layout.rows_to_slots(positions_BS)
-        if "token_type_ids" in types_BS:
+        if self._masks_by_type:
             # The model builds its mask function of them, which is evaluated at indices of stock
             # rows.
-            kwargs["token_type_ids"] = types_BS["token_type_ids"]
+            kwargs |= types_BS
         with packed_attention.packed(layout):
             output = self._backbone_forward(
                 input_ids=pair_ids,

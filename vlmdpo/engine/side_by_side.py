@@ -23,7 +23,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vlmdpo.engine.generate import model_inputs
-from vlmdpo.models.families import TOKEN_TYPE_KEYS, answer_token_type
+from vlmdpo.models.families import answer_token_type
+from vlmdpo.models.inputs import inputs_by_token
 from vlmdpo.models.protocols import AdaptedModel, Module, Processor
 
 ROLES = ("base", "tuned")
@@ -205,13 +206,15 @@ class SideBySide:
             return 0.0
         inputs = dict(model_inputs(self.model, self.processor, [image], [question]))
         inputs.pop("labels", None)
+        by_token = inputs_by_token(inputs, inputs["input_ids"])
         ids_1A = torch.tensor([ids], device=self.model.device)
         mask_1A = torch.ones_like(ids_1A)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids_1A], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_1A], dim=1)
-        for name in TOKEN_TYPE_KEYS:
-            if name in inputs:
-                types_1A = torch.full_like(ids_1A, answer_token_type(self.processor, name))
-                inputs[name] = torch.cat([inputs[name], types_1A], dim=1)
+        for name, types_1P in by_token.items():
+            marked = answer_token_type(self.processor, name)
+            last = types_1P[:, -1:] if marked is None else torch.full_like(types_1P[:, -1:], marked)
+            types_1A = last.repeat_interleave(len(ids), dim=1)
+            inputs[name] = torch.cat([types_1P, types_1A], dim=1)
         logits_AV = self.model(**inputs).logits[0, -len(ids) - 1 : -1].float()
         return float(logits_AV.log_softmax(-1).gather(-1, ids_1A[0, :, None]).sum())

@@ -140,18 +140,9 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def count_adapter_parameters(model: PreTrainedModel, lora_r: int, scope: str) -> int:
     """Parameters of an adapter on the linear layers within `--lora-scope`."""
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    head = model.get_output_embeddings()
-    adapted = (
-        families.linear_layers(model, scope)
-        if scope != "all"
-        else [name for name, module in linear.items() if module is not head]
-    )
-    return sum(lora_r * (linear[name].in_features + linear[name].out_features) for name in adapted)
+    modules: dict[str, Any] = dict(model.named_modules())
+    layers = [modules[name] for name in families.linear_layers(model, scope)]
+    return sum(lora_r * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def count_quantized_weights(model: PreTrainedModel) -> int:

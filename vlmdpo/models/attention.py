@@ -156,7 +156,7 @@ def _why_not(
         return ""
     if _is_soft_capped(configs):
         return "its attention logits are soft-capped"
-    if any(_overlays_mask(type(module).__module__) for module in modules):
+    if any(overlays_mask(type(module).__module__) for module in modules):
         return "its prompt or image tokens see those that follow them"
     return ""
 
@@ -167,7 +167,7 @@ def _is_soft_capped(configs: list[PreTrainedConfig]) -> bool:
 
 
 @functools.cache
-def _overlays_mask(module: str) -> bool:
+def overlays_mask(module: str) -> bool:
     """Whether a module of models asks for other masks than causal and sliding ones."""
     return bool(_MASK_OVERLAY.search(inspect.getsource(sys.modules[module])))
 

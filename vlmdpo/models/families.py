@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmdpo.models.experts import router_layers
 from vlmdpo.models.protocols import Backbone, Processor, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ _CONNECTOR_NAMES = (
     "resampler",
     "image_newline",
 )
-# Inputs by which some models tell text, prefix and images apart.
-TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 # PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos>
 # and a line break.
 _PALIGEMMA_TEMPLATE = (
@@ -67,9 +66,9 @@ def has_bidirectional_prompt(backbone: Backbone) -> bool:
     )
 
 
-def answer_token_type(processor: Processor, name: str) -> int:
-    """The token type of an answer: 1 where PaliGemma marks the causal part, else 0 (text)."""
-    return int(name == "token_type_ids" and _is_paligemma(processor))
+def answer_token_type(processor: Processor, name: str) -> int | None:
+    """The token type of an answer: 1 where PaliGemma marks the causal part. None: as of a text."""
+    return 1 if name == "token_type_ids" and _is_paligemma(processor) else None
 
 
 def unwrap_peft(model: VisionLanguageModel) -> VisionLanguageModel:
@@ -243,21 +242,25 @@ def reserved_tokens(processor: Processor) -> tuple[str, ...]:
 
 
 def linear_layers(model: VisionLanguageModel, scope: str) -> list[str]:
-    """Names of all linear layers that LoRA may adapt.
+    """Names of all linear layers that LoRA may adapt: not the head, and not routers to experts.
 
     Args:
-        scope: "language", or "connector" for the connector's too.
+        scope: "language", "connector" for the connector's too, or "all".
     """
     base = unwrap_peft(model)
-    language = {id(module) for module in base.base_model.get_decoder().modules()}
-    head = base.get_output_embeddings()
+    # A family whose decoder is not known still has adapters on all of its layers.
+    decoder = None if scope == "all" else base.base_model.get_decoder()
+    language = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    head, routers = base.get_output_embeddings(), set(router_layers(base))
     return [
         name
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
+        and name not in routers
         and (
-            id(module) in language
+            scope == "all"
+            or id(module) in language
             or (scope == "connector" and part_of_parameter(name) == "connector")
         )
     ]

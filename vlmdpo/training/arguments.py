@@ -20,6 +20,7 @@ from vlmdpo import ui
 from vlmdpo.config import LoraOptions, TrainConfig, flag_name
 from vlmdpo.distributed.processes import WAIT_FOR_PEERS
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
+from vlmdpo.models.experts import expert_parameters, returns_several, router_layers
 from vlmdpo.models.families import linear_layers
 from vlmdpo.models.load import computes_in_bfloat16
 
@@ -226,21 +227,22 @@ def _parsed(text: str) -> Any:
 def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig | None:
     """PEFT's configuration of the adapter, or None for full fine-tuning.
 
-    Raises ConfigError if no layer matches both `--lora-scope` and `--lora-target-modules`.
+    Names in `--lora-target-modules` may be those of experts' weights, which are no layers.
+
+    Raises ConfigError if no layer matches both `--lora-scope` and `--lora-target-modules`, and for
+    dropout where PEFT cannot use it.
     """
     if not options.lora:
         return None
-    targets: str | list[str] = options.lora_target_modules
     names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
-    if targets != "all-linear":
-        targets = names
-    if options.lora_scope != "all":
+    weights = _expert_targets(options, model, names)
+    names = [name for name in names if name not in weights]
+    is_all = names == ["all-linear"]
+    targets: str | list[str] = "all-linear" if is_all else names
+    routers = router_layers(model)
+    if names and (options.lora_scope != "all" or (is_all and routers)):
         layers = linear_layers(model, options.lora_scope)
-        adapted = [
-            layer
-            for layer in layers
-            if targets == "all-linear" or layer.rsplit(".", 1)[-1] in names
-        ]
+        adapted = [layer for layer in layers if is_all or layer.rsplit(".", 1)[-1] in names]
         if not adapted:
             raise ConfigError(
                 f"--lora-target-modules: no layer '{', '.join(names)}' within --lora-scope "
@@ -252,7 +254,43 @@ def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig 
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets,
+        # PEFT's layer returns one tensor, and some routers return more.
+        exclude_modules=[name for name in routers if _returns_several(model, name)] or None,
+        target_parameters=weights or None,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         bias="none",
     )
+
+
+def _returns_several(model: VisionLanguageModel, name: str) -> bool:
+    return returns_several(type(dict(model.named_modules())[name]))
+
+
+def _expert_targets(
+    options: LoraOptions, model: VisionLanguageModel, names: list[str]
+) -> list[str]:
+    """Those of `--lora-target-modules` that name experts' weights. Says what stays as it is.
+
+    Raises ConfigError for what PEFT cannot do with them.
+    """
+    parameters = expert_parameters(model)
+    found = [name for name in names if any(p.endswith(f".{name}") for p in parameters)]
+    if found:
+        for flag, on in (
+            ("--lora-dropout", options.lora_dropout),
+            ("--use-dora", options.use_dora),
+        ):
+            if on:
+                raise ConfigError(
+                    f"{flag}: PEFT cannot use it on experts' weights ({', '.join(found)}); "
+                    + ("add --lora-dropout 0" if flag == "--lora-dropout" else "leave it out")
+                )
+    elif parameters and os.environ.get("RANK", "0") == "0":
+        count = sum(parameter.numel() for parameter in parameters.values())
+        kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in parameters})
+        ui.say(
+            f"LoRA covers layers, not the {count:,} weights of experts; to adapt them too, add "
+            f"{','.join(kinds)} to --lora-target-modules"
+        )
+    return found

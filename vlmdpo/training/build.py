@@ -55,7 +55,9 @@ def build_setup(
     loaded_as = dataclasses.replace(config, dtype=config.weights_dtype)
     model = _load_policy(loaded_as, config.quantization)
     _freeze_parts(config, model)
-    engine, fallback_reason = engine_choice.choose_engine(config, model)
+    engine, fallback_reason = engine_choice.choose_engine(
+        config.engine, model, router_loss=args.router_aux_loss_coef
+    )
     reference_cache = caches.open_reference_cache(
         config, args, data, model, processor, engine, total_rows
     )
@@ -98,6 +100,8 @@ def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) 
         manifest = store.read_manifest(setup.data)
         lengths = row_lengths(setup.processor, setup.dataset, manifest)
         trainer.row_lengths = [length.longest for length in lengths]
+    if options.feature_cache and trainer.engine == "stock":
+        raise ConfigError(f"--feature-cache: image features stay TRL's ({setup.fallback_reason})")
     if options.feature_cache:
         caches.attach_feature_cache(setup)
     if options.auto_batch_size:

@@ -26,6 +26,7 @@ from vlmdpo.engine.pair_layout import PairLayout, Span
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
+from vlmdpo.models.inputs import has_images, image_token_id, other_pixels
 from vlmdpo.training.rounding import one_more_rounding
 from vlmdpo.training.trainer import PairTrainer
 
@@ -155,7 +156,7 @@ def check_shared_forward(trainer: PairTrainer, example: dict[str, Any]) -> Check
         batch[BATCH_CONTEXT] = shared.new_batch(layout_class=layout)
         broken_errors[name] = error(batch)
     if example.get("images"):
-        broken_errors["other image"] = error(change_images(collate([dict(example)])))
+        broken_errors["other image"] = error(other_pixels(collate([dict(example)])))
     # The rejected answer must not depend on the chosen one.
     with_reversed = token_logps(trainer, _reverse_chosen(collate([dict(example)])))
     rejected_moved = (
@@ -185,7 +186,7 @@ def check_images_once(trainer: PairTrainer, example: dict[str, Any]) -> Check:
     own_error = error(collate([dict(example)]))
     other_error = math.inf
     if example.get("images"):
-        other_error = error(change_images(collate([dict(example)])))
+        other_error = error(other_pixels(collate([dict(example)])))
     return Check(
         "rows with images once",
         _is_exact(own_error, other_error, noise),
@@ -197,19 +198,16 @@ def check_images_once(trainer: PairTrainer, example: dict[str, Any]) -> Check:
 
 def stock_batch(processor: Processor, example: dict[str, Any]) -> dict[str, Any]:
     """One pair as stock TRL lays it out: two rows, everything twice."""
-    if (
-        families.fallback_chat_template(processor) is not None
-    ):  # TRL's collator cannot make such rows
-        batch = PairCollator(processor, share=False)([dict(example)])
-        copies = batch.pop("image_copies")
-        return {**batch, "pixel_values": batch["pixel_values"].repeat(copies, 1, 1, 1)}
-    return StockCollator(processor)([dict(example)])
-
-
-def change_images(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with other images of the same size: upside down, and negative."""
-    pixels = batch["pixel_values"]
-    return {**batch, "pixel_values": -pixels.flip(0 if pixels.ndim == 2 else -2)}
+    ours = PairCollator(processor).stock_rows([dict(example)])
+    if families.inserts_image_tokens(processor):  # TRL's collator cannot make such rows
+        return ours
+    stock = StockCollator(processor)([dict(example)])
+    # Where a processor tokenizes an answer otherwise than its tokenizer does, engines would be
+    # compared on different texts.
+    same = stock["input_ids"].shape == ours["input_ids"].shape and torch.equal(
+        stock["input_ids"] * stock["attention_mask"], ours["input_ids"] * ours["attention_mask"]
+    )
+    return stock if same else ours
 
 
 def _reverse_chosen(batch: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +232,7 @@ def check_setup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Ch
         *([_check_image_matters(trainer, first)] if examples[0].get("images") else []),
         _check_answers_end(trainer, batch),
         _check_no_empty_answer(batch),
-        *([_check_image_tokens(trainer, batch)] if "pixel_values" in batch else []),
+        *([_check_image_tokens(trainer, batch)] if has_images(batch) else []),
         _check_trainable(trainer.model),
     ]
 
@@ -248,7 +246,7 @@ def _check_first_loss(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
 
 
 def _check_image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
-    before, after = token_logps(trainer, batch), token_logps(trainer, change_images(batch))
+    before, after = token_logps(trainer, batch), token_logps(trainer, other_pixels(batch))
     moved = _max_difference(after, before)
     return Check(
         "another image changes the log-probs",
@@ -295,11 +293,14 @@ def _check_image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     name = "image tokens match image features"
     cause = "--max-length cut image tokens, or processor and model are of different versions"
     ids = batch.get("pair_ids", batch["input_ids"])
-    count = int((ids == families.unwrap_peft(trainer.model).config.image_token_id).sum())
+    image_token = image_token_id(families.unwrap_peft(trainer.model).config)
     try:
         token_logps(trainer, batch)
     except ValueError as problem:  # transformers compares the two in its forward pass
         return Check(name, False, str(problem).splitlines()[0], cause)
+    if image_token is None:
+        return Check(name, True, "the model takes them; its configuration names no image token")
+    count = int((ids == image_token).sum())
     return Check(name, count > 0, f"{count} tokens", cause)
 
 

@@ -1,52 +1,164 @@
-"""Which engine a run uses: the shared one if the model allows it and it proves exact."""
+"""Which engine a run uses: the shared one if the model allows it and it is exact, else the next.
+
+Whatever goes wrong while an engine is built or tried on one pair is a reason to use a simpler one,
+except that memory ran out: TRL's own rows need more of it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmdpo import ui
+from vlmdpo.errors import (
+    ConfigError,
+    MemoryBudgetError,
+    ModelError,
+    VlmDpoError,
+    is_out_of_memory,
+    out_of_memory_reason,
+)
 
 if TYPE_CHECKING:
-    from vlmdpo.config import SpeedOptions
     from vlmdpo.models.protocols import VisionLanguageModel
     from vlmdpo.training.doctor import Check
     from vlmdpo.training.setup import TrainingSetup
+    from vlmdpo.training.trainer import PairTrainer
+
+SIMPLER = {"shared": "rows", "rows": "stock"}
 
 
-def choose_engine(options: SpeedOptions, model: VisionLanguageModel) -> tuple[str, str | None]:
-    """(engine, None), or ("rows", why the model cannot share its prefix)."""
-    from vlmdpo.engine.forward import check_pairs_shareable
+def choose_engine(
+    engine: str, model: VisionLanguageModel, *, router_loss: float | None = None
+) -> tuple[str, str | None]:
+    """(the engine to use, None or why it is not the one asked for).
+
+    Args:
+        engine: of `--engine`.
+        router_loss: TRL's `router_aux_loss_coef`; None for the model's own.
+    """
+    reasons: list[str] = []
+    while engine != "stock":
+        try:
+            _try_to_build(engine, model, router_loss)
+            break
+        except Exception as problem:  # noqa: BLE001 - said in words, and the next engine is tried
+            reasons.append(reason_to_fall_back(problem, "while the engine was built"))
+            engine = SIMPLER[engine]
+    return engine, join_reasons(reasons)
+
+
+def _try_to_build(engine: str, model: VisionLanguageModel, router_loss: float | None) -> None:
+    """Wrap the model as the engine does, and unwrap it again."""
+    from vlmdpo.engine.forward import SharedForward, check_pairs_shareable
+    from vlmdpo.models.families import text_configs, unwrap_peft
+
+    if engine == "shared":
+        check_pairs_shareable(model, router_loss)
+    # Left as it was: whether a model's attention is switched decides on names of caches.
+    before = [(c, c._attn_implementation) for c in text_configs(unwrap_peft(model).base_model)]
+    try:
+        SharedForward(model, share=engine == "shared").remove()
+    finally:
+        for config, attention in before:
+            config._attn_implementation = attention
+
+
+def reason_to_fall_back(problem: Exception, when: str) -> str:
+    """What went wrong with an engine, in one line; raised again where no simpler one would help.
+
+    Args:
+        when: it happened, for the message that memory ran out.
+
+    Raises MemoryBudgetError, or the problem itself if data or options are its cause.
+    """
     from vlmdpo.engine.packed_attention import CannotShare
 
-    if options.engine == "stock":
-        return "stock", None
-    try:
-        check_pairs_shareable(model)
-    except CannotShare as reason:
-        return "rows", str(reason)
-    return "shared", None
+    if is_out_of_memory(problem):
+        raise MemoryBudgetError(
+            f"out of memory {when}: {out_of_memory_reason(problem)}; see: vlmdpo estimate-memory "
+            "--gpu"
+        ) from problem
+    if isinstance(problem, VlmDpoError) and not isinstance(problem, ModelError):
+        raise problem
+    line = next(iter(str(problem).strip().splitlines()), "")
+    if isinstance(problem, (CannotShare, ModelError)):
+        return line
+    return f"{type(problem).__name__}: {line}" if line else type(problem).__name__
+
+
+def join_reasons(reasons: list[str]) -> str | None:
+    """Several reasons as one, each once; None if there is none."""
+    return "; ".join(dict.fromkeys(reasons)) or None
 
 
 def verify_engine(setup: TrainingSetup) -> None:
-    """Compare the engine with stock rows on one pair; fall back to a simpler one if they differ."""
-    from vlmdpo.training import doctor
+    """Compare the engine with stock rows on one pair; use the next simpler one until they agree.
 
-    trainer = setup.trainer
+    Raises:
+        ModelError: TRL's own rows cannot be trained on either.
+        MemoryBudgetError: memory ran out.
+        ConfigError: `--loss mdpo`, which only the shared engine can train.
+    """
+    trainer, example = setup.trainer, setup.examples()[0]
     while trainer.engine != "stock":
-        example = setup.examples()[0]
-        if trainer.engine == "shared":
-            check = doctor.check_shared_forward(trainer, example)
-        else:
-            check = doctor.check_images_once(trainer, example)
-        if check.passed:
-            ui.say(f"self-check: {check.name} {check.seen}")
+        reason = _why_not_exact(trainer, example)
+        if reason is None:
             break
-        setup.fallback_reason = f"{check.name}: {check.cause}"
-        ui.warn(f"self-check: {check.name} {check.seen}; falling back to a simpler engine")
-        trainer.use_engine("rows" if trainer.engine == "shared" else "stock")
+        _fall_back(setup, reason)
+    if trainer.engine == "stock":
+        _check_stock(trainer, example)
     if setup.fallback_reason and trainer.engine != "shared":
         images = "encoding each image once" if trainer.engine == "rows" else "as TRL does"
         ui.warn(f"no shared prefix ({setup.fallback_reason}); two rows per pair, {images}")
+
+
+def _why_not_exact(trainer: PairTrainer, example: dict[str, Any]) -> str | None:
+    """Why the trainer's engine cannot be used, or None if it agrees with stock rows."""
+    from vlmdpo.training import doctor
+
+    is_shared = trainer.engine == "shared"
+    check_engine = doctor.check_shared_forward if is_shared else doctor.check_images_once
+    try:
+        check = check_engine(trainer, example)
+    except Exception as problem:  # noqa: BLE001 - said in words, and the next engine is tried
+        return reason_to_fall_back(problem, "while the engine was checked on one pair")
+    if check.passed:
+        ui.say(f"self-check: {check.name} {check.seen}")
+        return None
+    return f"{check.name}: {check.cause}"
+
+
+def _fall_back(setup: TrainingSetup, reason: str) -> None:
+    """Switch to the next simpler engine that can be built."""
+    trainer = setup.trainer
+    if trainer.mdpo_rows:
+        raise ConfigError(f"--loss mdpo needs the shared engine, which cannot be used: {reason}")
+    ui.warn(f"self-check: {reason}; falling back to a simpler engine")
+    reasons = [setup.fallback_reason, reason] if setup.fallback_reason else [reason]
+    engine = SIMPLER[trainer.engine]
+    try:
+        trainer.use_engine(engine)
+    except Exception as problem:  # noqa: BLE001 - said in words, and the next engine is tried
+        reasons.append(reason_to_fall_back(problem, "while the engine was built"))
+        trainer.use_engine("stock")
+    setup.fallback_reason = join_reasons(reasons)
+
+
+def _check_stock(trainer: PairTrainer, example: dict[str, Any]) -> None:
+    """Raise ModelError if TRL's own collator or the model's forward refuses a pair."""
+    from vlmdpo.engine.stock_collator import StockCollator
+    from vlmdpo.training import doctor
+
+    batch = None
+    try:
+        batch = trainer.pair_collator([dict(example)])
+        doctor.token_logps(trainer, batch)
+    except Exception as problem:
+        reason = reason_to_fall_back(problem, "on one pair")
+        names = StockCollator(trainer.processing_class).not_extended(dict(example)) if batch else []
+        if names:
+            reason = f"its inputs by token ({', '.join(names)}) are not extended over answers"
+        raise ModelError(f"TRL cannot train this family: {reason}") from problem
 
 
 def engine_check(setup: TrainingSetup) -> Check:

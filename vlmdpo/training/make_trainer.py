@@ -82,7 +82,12 @@ def make_trainer(
             callbacks=[saver] if monitor is None else [saver, monitor],
         )
     except ValueError as problem:
-        if "Target modules" not in str(problem):  # PEFT's words
+        if "does not work with lora_dropout" in str(problem):  # PEFT's words
+            raise ConfigError(
+                "--lora-dropout: PEFT adapts this model's experts as weights, where it cannot use "
+                "dropout; add --lora-dropout 0"
+            ) from problem
+        if "Target modules" not in str(problem):  # likewise
             raise
         raise ConfigError(f"--lora-target-modules: {str(problem).splitlines()[0]}") from problem
     saver.trainer = trainer

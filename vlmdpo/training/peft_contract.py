@@ -80,7 +80,8 @@ PEFT = (
     *messages(
         "training/make_trainer",
         "peft.tuners.tuners_utils:Target modules",
-        why="a wrong --lora-target-modules is recognized by these words",
+        "peft.tuners.lora.layer:does not work with lora_dropout",
+        why="a wrong --lora-target-modules, and dropout on experts, are recognized by these words",
         breaks="a clear message for it",
     ),
     *messages(

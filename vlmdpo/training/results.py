@@ -62,7 +62,7 @@ def save_results(
         "strategy": active_strategy(trainer),
         "pairs_per_s": outcome["train_samples_per_second"],
         "elapsed_s": outcome["train_runtime"],
-        "engine": "shared" if trainer.engine == "shared" else "stock",
+        "engine": trainer.engine,
         "images_once": trainer.engine != "stock",
         "fallback_reason": setup.fallback_reason,
         "checkpointed_layers": trainer.checkpointed_layers,

@@ -29,13 +29,25 @@ from vlmdpo.data import store
 from vlmdpo.data.pairs import message
 from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.reference_cache import ReferenceCache
-from vlmdpo.memory.architecture import Architecture, count_layers, make_shallow
+from vlmdpo.errors import ModelError
+from vlmdpo.memory.architecture import (
+    Architecture,
+    build_on_meta,
+    count_layers,
+    make_shallow,
+)
 from vlmdpo.memory.cuda_autocast import cuda_autocast_rules
 from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
 from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.models.families import unwrap_peft
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
+from vlmdpo.training.engine_choice import (
+    SIMPLER,
+    choose_engine,
+    join_reasons,
+    reason_to_fall_back,
+)
 from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.trainer import PairTrainer
 
@@ -76,10 +88,14 @@ class SimulatedPeak:
     Attributes:
         static: weights and buffers, before the step.
         phases: the peak in each phase of a step, `static` included.
+        engine: what ran the step.
+        fallback_reason: why it is not the engine asked for; None if it is.
     """
 
     static: float
     phases: dict[str, float]
+    engine: str = "shared"
+    fallback_reason: str | None = None
 
     @property
     def peak(self) -> float:
@@ -91,21 +107,44 @@ def estimate_peak(
 ) -> SimulatedPeak:
     """The step's memory on the whole model, extrapolated from shallow copies if it is deep.
 
+    The engine is chosen as `vlmdpo train` chooses it: if a step cannot be simulated, the next
+    simpler one runs it.
+
     Args:
         architecture: configuration at real size, and processor.
         config: options of `vlmdpo train`; its device is not used.
         rows: the batch.
         dtype: of the base weights.
+
+    Raises ModelError if no engine's step can be simulated.
     """
+    engine, reason = choose_engine(config.engine, build_on_meta(architecture.config))
+    reasons = [reason] if reason else []
+    while True:
+        try:
+            peak = _estimate_peak(architecture, config, rows, dtype, engine)
+            return dataclasses.replace(peak, engine=engine, fallback_reason=join_reasons(reasons))
+        except Exception as problem:
+            reason = reason_to_fall_back(problem, "while a step was simulated")
+            if engine == "stock":
+                raise ModelError(f"no step of this model can be simulated: {reason}") from problem
+            reasons.append(reason)
+            engine = SIMPLER[engine]
+
+
+def _estimate_peak(
+    architecture: Architecture, config: TrainConfig, rows: Dataset, dtype: torch.dtype, engine: str
+) -> SimulatedPeak:
+    """`estimate_peak` with this engine."""
     language, vision = count_layers(architecture.config)
     (language_0, vision_0), (language_1, _), (_, vision_1) = _SHALLOW
     if language <= language_1 and vision <= vision_1:
-        return simulate(architecture, config, rows, dtype=dtype)
+        return simulate(architecture, config, rows, dtype=dtype, engine=engine)
     runs = []
     for layers in _SHALLOW:
         shallow = make_shallow(architecture.config, *layers)
         shallow_architecture = dataclasses.replace(architecture, config=shallow)
-        runs.append(simulate(shallow_architecture, config, rows, dtype=dtype))
+        runs.append(simulate(shallow_architecture, config, rows, dtype=dtype, engine=engine))
 
     def extrapolate(base: float, deeper_language: float, deeper_vision: float) -> float:
         return (
@@ -119,15 +158,24 @@ def estimate_peak(
 
 
 def simulate(
-    architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
+    architecture: Architecture,
+    config: TrainConfig,
+    rows: Dataset,
+    *,
+    dtype: torch.dtype,
+    engine: str | None = None,
 ) -> SimulatedPeak:
     """One step in the steady state, of exactly this architecture.
 
     Optimizer states exist and, with accumulation, gradients too.
+
+    Args:
+        engine: in place of the one in `config`.
     """
+    engine = engine or config.engine
     building = SimulationMode(small_constant=0)
     with tempfile.TemporaryDirectory() as name, _build_fake(building):
-        trainer = _make_fake_trainer(architecture, config, rows, Path(name), dtype)
+        trainer = _make_fake_trainer(architecture, config, rows, Path(name), dtype, engine)
     ledger = AllocationLedger()
     weights = [*trainer.model.parameters(), *trainer.model.buffers()]
     if trainer.ref_model is not None:
@@ -136,7 +184,7 @@ def simulate(
         ledger.add(tensor.untyped_storage())
     static = ledger.current_bytes
     with hide_fake_tensors(), SimulationMode(ledger=ledger, fake_mode=building.fake_mode):
-        return SimulatedPeak(static, _phase_peaks(trainer, config, ledger))
+        return SimulatedPeak(static, _phase_peaks(trainer, config, ledger), engine)
 
 
 def _phase_peaks(
@@ -251,7 +299,12 @@ def _keep_device_and_dtype() -> AbstractContextManager[object]:
 
 
 def _make_fake_trainer(
-    architecture: Architecture, config: TrainConfig, rows: Dataset, folder: Path, dtype: torch.dtype
+    architecture: Architecture,
+    config: TrainConfig,
+    rows: Dataset,
+    folder: Path,
+    dtype: torch.dtype,
+    engine: str,
 ) -> PairTrainer:
     config = dataclasses.replace(config, device="cpu")
 
@@ -267,7 +320,7 @@ def _make_fake_trainer(
         # the one that peaks.
         cache = _FakeReferenceCache(folder, "simulated", len(rows), filled=not config.lora)
     trainer = make_trainer(
-        engine=config.engine,
+        engine=engine,
         model=policy,
         reference_model=None if config.lora or cache is not None else build_model(),
         processor=architecture.processor,

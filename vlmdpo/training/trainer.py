@@ -33,6 +33,7 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.adapters import adapters_off
+from vlmdpo.models.inputs import in_dtype
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
 from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
@@ -124,9 +125,7 @@ class PairTrainer(DPOTrainer):
         self.engine, self.shared_forwards = engine, []
         processor, limit = self.processing_class, self.args.max_length
         if self.mdpo_rows and engine != "shared":
-            raise ConfigError(
-                "--loss mdpo needs the shared engine, which this model or --engine rules out"
-            )
+            raise ConfigError("--loss mdpo needs the shared engine, ruled out by model or --engine")
         self.pair_collator: PairCollator | StockCollator = (
             StockCollator(processor, max_length=limit)
             if engine == "stock"
@@ -228,6 +227,10 @@ class PairTrainer(DPOTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss if weight == 1 else loss * weight
 
+    # Pixels are float32, and not every vision tower casts them to the type of its weights.
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return in_dtype(super()._prepare_inputs(inputs), self.model.dtype)
+
     # TRL's loss, given what is computed once per batch and what the cache holds.
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
@@ -258,11 +261,8 @@ class PairTrainer(DPOTrainer):
         rows = self.finite_check.first_non_finite()
         if rows is None:
             return
-        evaluated = (
-            bool(rows)
-            and self.eval_dataset is not None
-            and rows[0] in set(self.eval_dataset["row"])
-        )
+        evaluation = set(self.eval_dataset["row"]) if self.eval_dataset is not None else set()
+        evaluated = bool(rows) and rows[0] in evaluation
         step = self.state.global_step + (0 if evaluated else 1)
         raise NonFiniteLoss(rows, step, evaluated=evaluated)
 

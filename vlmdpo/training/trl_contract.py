@@ -89,7 +89,8 @@ _TRL = (
     *overridden(
         "engine/stock_collator",
         "trl.trainer.dpo_trainer.DataCollatorForVisionPreference.torch_call(self, examples)",
-        why="TRL's own collator makes the rows that the shared forward is compared with",
+        why="TRL's own collator, given rendered texts, makes the rows that the shared forward is "
+        "compared with",
         breaks="--engine stock and the self-check of the engine",
     ),
     *called(
@@ -159,6 +160,12 @@ _TRANSFORMERS_TRAINER = (
         "transformers.Trainer.create_accelerator_and_postprocess(self)",
         why="FSDP is switched on where accelerate quietly runs DDP, on CPUs",
         breaks="--strategy fsdp2 on CPUs, which the tests of sharding use",
+    ),
+    *overridden(
+        "training/trainer",
+        "transformers.Trainer._prepare_inputs(self, inputs)",
+        why="pixels take the model's data type, as they do in asking",
+        breaks="families whose vision tower does not cast float32 pixels, in bfloat16",
     ),
     *overridden(
         "training/trainer",
@@ -300,7 +307,7 @@ _TRANSFORMERS_MODELS = (
         breaks="a backward pass would run through every frozen vision layer",
     ),
     *attributes(
-        "engine/packed_attention models/attention",
+        "engine/packed_attention models/attention training/engine_choice",
         "transformers.PreTrainedConfig._attn_implementation",
         why="each part of a model is switched to the attention that it can use, and language "
         "models to one that also takes packed rows",
