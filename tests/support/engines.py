@@ -73,6 +73,8 @@ def trainer(
         "beta": 0.5,
         **settings,
     }
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        settings.setdefault("router_aux_loss_coef", 0.0)  # with it, pairs cannot share a row
     args = DPOConfig(
         output_dir=str(folder),
         max_length=None,
