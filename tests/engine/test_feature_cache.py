@@ -48,7 +48,7 @@ def test_features_that_would_lose_a_part_are_refused(tmp_path):
     made = trainer("ovis2", "rows", pairs(1), tmp_path, lora=LANGUAGE)
     made.feature_cache = FeatureCache(tmp_path, "k")
     made.use_engine("rows")
-    with pytest.raises(ModelError, match="--feature-cache: .* visual_indicator_features"):
+    with pytest.raises(ModelError, match=r"--feature-cache: .* visual_indicator_features"):
         step(made)
 
 

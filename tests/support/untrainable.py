@@ -2,8 +2,8 @@
 
 import transformers as tf
 
-from vlmdpo.models.families import without_video_processor
-from vlmdpo.tiny.random_models import VISION_SIZES, text_sizes
+from vlmdpo.models.processor_parts import without_video_processor
+from vlmdpo.tiny.families.common import VISION_SIZES, text_sizes
 from vlmdpo.tiny.random_tokenizer import TEMPLATE, make_tokenizer, token_ids
 
 
