@@ -18,7 +18,7 @@ LANGUAGE = r".*(language_model|text_model).*(q_proj|v_proj|out_proj|down_proj)"
     ("family", "engine"),
     [
         (f, e)
-        for f in sorted(random_models.FAMILIES)
+        for f in sorted(random_models.available())
         for e in ("shared", "rows")
         if f not in random_models.RECURRENT or e == "rows"
     ],
