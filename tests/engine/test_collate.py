@@ -11,6 +11,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.support.engines import pairs, trainer
 from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.pair_layout import PairLayout
 from vlmdpo.engine.processing import BatchingProcessor, merge_prompts
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ModelError
@@ -62,16 +63,18 @@ def test_a_shape_that_is_like_the_ids_by_chance_is_not_by_token():
     assert batch["patch_positions"].shape == (2, sizes[0], 2)
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (lambda ids: torch.ones(*ids.shape, 1, 4, dtype=torch.long), "'seen' holds 4 values"),
-        (lambda ids: torch.arange(ids.shape[1]).expand_as(ids), "'seen' numbers the prompt's"),
-    ],
-)
-def test_what_cannot_be_extended_is_refused_in_one_line(value, words):
-    with pytest.raises(ModelError, match=words) as caught:
-        collate(lambda ids: {"seen": value(ids)})
+def test_several_values_for_each_token_are_extended_too():
+    batch, _ = collate(lambda ids: {"seen": (ids[..., None, None] > 1).repeat(1, 1, 1, 4)})
+    assert batch["seen"].shape == (*batch["pair_ids"].shape, 1, 4)
+    layout = PairLayout(batch["pairs"], torch.device("cpu"))
+    rows_BS = layout.slots_to_rows(batch["seen"])
+    assert rows_BS.shape == (*layout.row_mask.shape, 1, 4)
+    assert torch.equal(rows_BS[:, -1, 0, 0], layout.row_mask[:, -1])
+
+
+def test_what_numbers_tokens_is_refused_in_one_line():
+    with pytest.raises(ModelError, match="'seen' numbers the prompt's tokens") as caught:
+        collate(lambda ids: {"seen": torch.arange(ids.shape[1]).expand_as(ids)})
     assert "\n" not in str(caught.value)
 
 

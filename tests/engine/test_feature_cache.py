@@ -20,7 +20,7 @@ LANGUAGE = r".*(language_model|text_model).*(q_proj|v_proj|out_proj|down_proj)"
     ("family", "engine"),
     [
         (f, e)
-        for f in sorted(set(random_models.FAMILIES) - set(REFUSED))
+        for f in sorted(set(random_models.available()) - set(REFUSED))
         for e in ("shared", "rows")
         if f not in random_models.RECURRENT or e == "rows"
     ],

@@ -104,8 +104,9 @@ class PairLayout:
         )
 
     def slots_to_rows(self, values_1T: Tensor) -> Tensor:
-        """(1, T) values of the slots → (B, S) as stock rows hold them, zero behind a row's end."""
-        return values_1T[0][self.row_slots] * self.row_mask
+        """(1, T, ...) values of slots → (B, S, ...) as stock rows hold them, zero behind the end."""
+        values_BS = values_1T[0][self.row_slots]
+        return values_BS * self.row_mask.view(*self.row_mask.shape, *[1] * (values_BS.ndim - 2))
 
     def rows_to_slots(self, values_BS: Tensor) -> Tensor:
         """(..., B, S) values of stock rows → (..., 1, T) values of the slots."""
