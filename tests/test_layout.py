@@ -44,10 +44,7 @@ MAY_BE_HEAVY = {
     *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
-    *(
-        f"tiny/families/{kin}"
-        for kin in ("common", "gemma", "idefics", "internvl", "llava", "qwen")
-    ),
+    *(f"tiny/families/{path.stem}" for path in (ROOT / "tiny" / "families").glob("[a-z]*.py")),
     "tiny/sample_pairs",
     *("memory/architecture", "memory/cuda_autocast", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),

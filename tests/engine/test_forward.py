@@ -13,7 +13,7 @@ from vlmdpo.engine.pair_layout import PairLayout
 from vlmdpo.tiny import random_models
 from vlmdpo.training import doctor
 
-ALL = sorted(set(random_models.FAMILIES) - set(random_models.RECURRENT))
+ALL = sorted(set(random_models.available()) - set(random_models.RECURRENT))
 
 
 def stock_step(family, rows, folder, **more):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from tests.support.engines import pairs, trainer
 from vlmdpo.models.inputs import (
     has_images,
     image_inputs,
@@ -62,3 +63,10 @@ def test_the_image_token_under_any_of_its_names():
     assert image_token_id(SimpleNamespace(image_token_index=4)) == 4
     assert image_token_id(SimpleNamespace(image_token_id=None, image_token_index=0)) == 0
     assert image_token_id(SimpleNamespace()) is None
+
+
+def test_training_gives_pixels_the_model_s_type(tmp_path):
+    made = trainer("llava", "shared", pairs(1), tmp_path, bf16=True)
+    batch = made._prepare_inputs(made.data_collator([dict(row) for row in made.train_dataset]))
+    assert batch["pixel_values"].dtype == torch.bfloat16
+    assert batch["pair_ids"].dtype == torch.int64

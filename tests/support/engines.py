@@ -10,7 +10,9 @@ from trl import DPOConfig
 
 from vlmdpo.data.pairs import message
 from vlmdpo.data.store import pair_features
-from vlmdpo.models.families import fallback_chat_template
+from vlmdpo.models.experts import router_layers
+from vlmdpo.models.families import fallback_chat_template, linear_layers
+from vlmdpo.models.inputs import in_dtype
 from vlmdpo.tiny import random_models
 from vlmdpo.training.trainer import PairTrainer
 
@@ -71,6 +73,8 @@ def trainer(
         "beta": 0.5,
         **settings,
     }
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        settings.setdefault("router_aux_loss_coef", 0.0)  # with it, pairs cannot share a row
     args = DPOConfig(
         output_dir=str(folder),
         max_length=None,
@@ -79,6 +83,8 @@ def trainer(
         bf16=bf16 and gpu is not None,
         **settings,
     )
+    if lora == "all-linear" and router_layers(model):
+        lora = linear_layers(model, "all")
     config = LoraConfig(r=4, target_modules=lora) if lora else None
     made = PairTrainer(
         engine=engine,
@@ -105,9 +111,8 @@ def step(made, rows=None, batch=None):
         for i in (rows if rows is not None else range(len(made.train_dataset)))
     ]
     made.model.zero_grad()
-    loss = made.compute_loss(
-        made.model, batch if batch is not None else made.data_collator(examples)
-    )
+    inputs = batch if batch is not None else made.data_collator(examples)
+    loss = made.compute_loss(made.model, in_dtype(inputs, made.model.dtype))
     loss.backward()
     metrics = {name: values[-1] for name, values in made._metrics["train"].items()}
     gradients = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}

@@ -3,7 +3,7 @@
 import transformers as tf
 
 from vlmdpo.models.processor_parts import without_video_processor
-from vlmdpo.tiny.random_models import VISION_SIZES, text_sizes
+from vlmdpo.tiny.families.common import VISION_SIZES, text_sizes
 from vlmdpo.tiny.random_tokenizer import TEMPLATE, make_tokenizer, token_ids
 
 

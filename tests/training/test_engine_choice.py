@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support import untrainable
-from tests.support.engines import pairs, step, trainer
+from tests.support.engines import assert_same, pairs, step, trainer
 from vlmdpo.engine.forward import SharedForward
 from vlmdpo.errors import ConfigError, DataError, MemoryBudgetError, ModelError
 from vlmdpo.tiny import random_models
@@ -129,3 +129,13 @@ def test_plain_trl_is_tried_before_the_run(tmp_path):
     # PaliGemma's processor takes no text without images, and TRL gives it answers alone.
     with pytest.raises(ModelError, match=r"TRL cannot train this family: ValueError: .*images"):
         verified("paligemma", tmp_path, "stock")
+
+
+@pytest.mark.parametrize(("coefficient", "engine"), [(0.0, "shared"), (0.1, "rows")])
+def test_a_mixture_of_experts_equals_stock_trl(coefficient, engine, tmp_path):
+    rows, more = pairs(2), {"router_aux_loss_coef": coefficient}
+    model, _ = random_models.make("qwen3_vl_moe")
+    assert choose_engine("shared", model, router_loss=coefficient)[0] == engine
+    expected = step(trainer("qwen3_vl_moe", "stock", rows, tmp_path, **more))
+    assert ("aux_loss" in expected[1]) == bool(coefficient)
+    assert_same(expected, step(trainer("qwen3_vl_moe", engine, rows, tmp_path, **more)))

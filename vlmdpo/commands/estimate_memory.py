@@ -279,6 +279,7 @@ class _StepSimulator:
         from vlmdpo.training import simulate
 
         self.config, self.dtype = config, getattr(torch, config.dtype)
+        self._choice: tuple[str, str | None] | None = None  # the engine, and why it is that one
         origin: dict[str, Any] = {
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
@@ -312,9 +313,15 @@ class _StepSimulator:
         if settings["optim"] == "auto" or "8bit" in settings["optim"]:
             settings["optim"] = "adamw_torch_fused"
         with simulate.cuda_rules():
-            return simulate.estimate_peak(
-                self.architecture, TrainConfig(**settings), self._rows(batch), dtype=self.dtype
+            peak = simulate.estimate_peak(
+                self.architecture,
+                TrainConfig(**settings),
+                self._rows(batch),
+                dtype=self.dtype,
+                choice=self._choice,
             )
+        self._choice = peak.engine, peak.fallback_reason
+        return peak
 
 
 def _first_saving_that_fits(config: EstimateMemoryConfig, capacity: int) -> dict[str, Any] | None:

@@ -87,6 +87,8 @@ def _show_allocated(report: dict[str, Any]) -> None:
         rows.append(["Peak", "", *_gb_and_gib(peak), how])
         strong.append(len(rows) - 1)
         rows.append(["CUDA context and workspaces", "about", *_gb_and_gib(CONTEXT_BYTES), "*"])
+    if report.get("fallback_reason"):
+        ui.say(f"no shared prefix ({report['fallback_reason']}): {_engine(report)} engine")
     host = ui.human_bytes(report["loading"]["host_bytes"])
     if peak is None:
         ui.say(
@@ -103,7 +105,12 @@ def _step_settings(report: dict[str, Any]) -> str:
     s = report["settings"]
     image = "x".join(str(edge) for edge in report["image"])
     batch = s["per_device_train_batch_size"]
-    return f"batch {batch}, {s['images']} image {image}, {s['engine']} engine"
+    return f"batch {batch}, {s['images']} image {image}, {_engine(report)} engine"
+
+
+def _engine(report: dict[str, Any]) -> str:
+    """What ran the step, which may not be what was asked for."""
+    return str(report.get("engine") or report["settings"]["engine"])
 
 
 def _gb_and_gib(size: float) -> list[str]:

@@ -88,7 +88,7 @@ class PairCollator:
         ids = inputs.pop("input_ids")
         prompts = _unpad(ids, mask)
         names = self._names_by_token(inputs, ids, texts[0]["prompt"], images_of(examples[0]))
-        types = {name: _unpad(inputs.pop(name), mask) for name in names}
+        types_by_name = {name: _unpad(inputs.pop(name), mask) for name in names}
         limits = [
             self._answer_limit(len(prompt), example)
             for prompt, example in zip(prompts, examples, strict=True)
@@ -101,13 +101,13 @@ class PairCollator:
         if "row" in examples[0]:
             batch["row"] = [example["row"] for example in examples]
         placed_types = {}
-        for name, prompt_types in types.items():
-            of_answers = [
-                self._answer_type(name, prompt_type, prompt)
-                for prompt_type, prompt in zip(prompt_types, prompts, strict=True)
-            ]
+        for name, prompt_types in types_by_name.items():
+            of_answers = [self._answer_type(name, types) for types in prompt_types]
             answer_types = [
-                [torch.full_like(ids, of_one) for ids, of_one in zip(side, of_answers, strict=True)]
+                [
+                    of_one.expand(len(answer), *of_one.shape)
+                    for answer, of_one in zip(side, of_answers, strict=True)
+                ]
                 for side in (chosen, rejected)
             ]
             placed_types[name] = place_types(prompt_types, *answer_types)
@@ -165,27 +165,21 @@ class PairCollator:
             }
         return [name for name in found if self._is_by_token[name]]
 
-    def _answer_type(self, name: str, types: Tensor, prompt: Tensor) -> int:
-        """What an input by token says of an answer: the same as of the text before it.
+    def _answer_type(self, name: str, types: Tensor) -> Tensor:
+        """What an input by token says of each token of an answer: as of the text before it.
 
         Args:
-            types: (L,) what it says of the prompt, whose last token is text.
-            prompt: (L,) the prompt's token ids.
+            types: (L, ...) what it says of the prompt, whose last token is text.
 
-        Raises ModelError where it has more than one value for a token, or numbers the tokens.
+        Raises ModelError where it numbers the tokens.
         """
-        if types.ndim > 1:
-            raise ModelError(
-                f"the processor's '{name}' holds {types[0].numel()} values for each token, which "
-                "cannot be extended over answers"
-            )
-        if len(types) > 3 and bool((types[-3:].diff() == 1).all()):
+        if types.ndim == 1 and len(types) > 3 and bool((types[-3:].diff() == 1).all()):
             raise ModelError(
                 f"the processor's '{name}' numbers the prompt's tokens, which cannot be extended "
                 "over answers"
             )
         marked = answer_token_type(self.processor, name)
-        return int(types[-1]) if marked is None else marked
+        return types[-1] if marked is None else torch.full_like(types[-1], marked)
 
     def _answer_limit(self, prompt_tokens: int, example: Example) -> int | None:
         """Tokens that an answer may have behind this prompt. Raises DataError where none."""

@@ -23,10 +23,13 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from vlmdpo import ui
+from vlmdpo.errors import ModelError
 
 FOLDER = "image-features"
 _ROWS_PER_FOLDER = 1000
 _POOLED, _DEEPSTACK = "pooler_output", "deepstack_features"  # transformers' names
+# What towers return besides, and no model reads.
+_NOT_READ = {"last_hidden_state", "hidden_states", "attentions"}
 
 
 class FeatureCache:
@@ -98,7 +101,15 @@ def split_features(features: ModelOutput, tokens: Sequence[int]) -> list[dict[st
 
     Returns:
         For each row its tensors by name. "#" in a name: one of a sequence.
+
+    Raises ModelError for features that hold more than these, which would be lost (Ovis2).
     """
+    others = set(features.keys()) - {_POOLED, _DEEPSTACK} - _NOT_READ
+    if others:
+        raise ModelError(
+            f"--feature-cache: this family's image features hold {', '.join(sorted(others))} too, "
+            "which is not kept; leave the option out"
+        )
     rows: list[dict[str, Tensor]] = [{} for _ in tokens]
     parts = {_POOLED: features.pooler_output}
     layers = getattr(features, _DEEPSTACK, None) or []

@@ -65,9 +65,10 @@ def check_shareable(model: VisionLanguageModel) -> None:
     config = unwrap_peft(model).config.get_text_config()
     others = set(getattr(config, "layer_types", None) or []) - _SHAREABLE_LAYER_TYPES
     if others:
-        raise CannotShare(
-            f"its layers of kind {', '.join(sorted(others))} carry state from token to token"
-        )
+        why = "carry state from token to token"
+        if others == {"chunked_attention"}:  # its mask looks up how each row of a batch is padded
+            why = "count from where a row begins"
+        raise CannotShare(f"its layers of kind {', '.join(sorted(others))} {why}")
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager", *_PACKED_NAMES.values()) and "flash" not in attention:
         raise CannotShare(f"attention '{attention}' takes no mask of ours")

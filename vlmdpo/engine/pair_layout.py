@@ -104,8 +104,9 @@ class PairLayout:
         )
 
     def slots_to_rows(self, values_1T: Tensor) -> Tensor:
-        """(1, T) values of the slots → (B, S) as stock rows hold them, zero behind a row's end."""
-        return values_1T[0][self.row_slots] * self.row_mask
+        """(1, T, ...) values of slots → (B, S, ...) as stock rows hold them, zero behind the end."""
+        values_BS = values_1T[0][self.row_slots]
+        return values_BS * self.row_mask.view(*self.row_mask.shape, *[1] * (values_BS.ndim - 2))
 
     def rows_to_slots(self, values_BS: Tensor) -> Tensor:
         """(..., B, S) values of stock rows → (..., 1, T) values of the slots."""
@@ -148,14 +149,23 @@ class PairMask(Tensor):
     def __new__(
         cls, layout: PairLayout, mask_function: Callable[..., Tensor], device: torch.device
     ) -> PairMask:
-        slots = len(layout.slot_pair)
+        return cls._without_blocks(len(layout.slot_pair), device)
+
+    @classmethod
+    def _without_blocks(cls, slots: int, device: torch.device) -> PairMask:
         mask: PairMask = Tensor._make_wrapper_subclass(
             cls, (1, 1, slots, slots), dtype=torch.bool, device=device
         )
         return mask
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.alias.default:  # a slice that is all of it: Gemma 4 takes one
+            mask, same = args[0], cls._without_blocks(args[0].shape[-1], args[0].device)
+            same.spans, same.blocks = mask.spans, mask.blocks
+            return same
         raise TypeError(f"{func} needs the values of a mask, and a PairMask has none")
 
     def __init__(

@@ -75,6 +75,8 @@ class SimulationMode(TorchDispatchMode):
                 return _read_scalar(args[0])
             args = _with_index_positions(func, args)
             with self.fake_mode:
+                if func is _OPS._grouped_mm.default:
+                    return _empty_grouped_product(*args[:3])
                 return func(*args, **kwargs)
         if tensors or not self._is_fake_constant(func, args, kwargs):
             return func(*args, **kwargs)
@@ -119,6 +121,22 @@ def _with_index_positions(func: Any, args: Any) -> Any:
         else:
             indices.append(index)
     return (args[0], indices, *args[2:])
+
+
+def _empty_grouped_product(
+    left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor | None
+) -> torch.Tensor:
+    """What `torch._grouped_mm` returns, the product that experts run as, without its values.
+
+    PyTorch's own rule for fake tensors knows bfloat16 only, though the product is made of float32
+    as well. Where both are matrices, the rows of each of the groups that `ends` tells are summed,
+    as in a weight's gradient.
+    """
+    shape = [left.shape[-2], right.shape[-1]]
+    if left.dim() == right.dim():
+        assert ends is not None or left.dim() == 3
+        shape.insert(0, ends.shape[0] if ends is not None else left.shape[0])
+    return left.new_empty(shape)
 
 
 @contextlib.contextmanager

@@ -60,9 +60,9 @@ def inserts_image_tokens(processor: Processor) -> bool:
 
 def has_bidirectional_prompt(backbone: Backbone) -> bool:
     """Whether prompt tokens see those that follow them, so that prompts cannot share a prefix."""
-    return _is_paligemma(backbone) or bool(
-        getattr(backbone.config.get_text_config(), "use_bidirectional_attention", False)
-    )
+    both_ways = getattr(backbone.config.get_text_config(), "use_bidirectional_attention", None)
+    # "vision" (Gemma 4): only the tokens of a picture do, which lies in the prefix as a whole.
+    return _is_paligemma(backbone) or both_ways not in (None, False, "vision")
 
 
 def answer_token_type(processor: Processor, name: str) -> int | None:

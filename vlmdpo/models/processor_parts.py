@@ -15,7 +15,7 @@ from transformers import AutoProcessor, ProcessorMixin
 _VIDEO = "video_processor"
 
 
-class _WithoutVideo(ProcessorMixin):  # type: ignore[misc]
+class _WithoutVideo(ProcessorMixin):
     """Stands between a processor class and ProcessorMixin, to take its parts without the video's.
 
     Attributes:

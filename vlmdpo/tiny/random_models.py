@@ -6,6 +6,7 @@ shallow. Nothing is downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +31,16 @@ from vlmdpo.tiny.families import (
 )
 from vlmdpo.tiny.families.common import VISION_SIZES, ConfigAndProcessor, text_sizes
 
-__all__ = ["FAMILIES", "RECURRENT", "VISION_SIZES", "ConfigAndProcessor", "make", "text_sizes"]
+__all__ = [
+    "FAMILIES",
+    "NEED_TORCHVISION",
+    "RECURRENT",
+    "VISION_SIZES",
+    "ConfigAndProcessor",
+    "available",
+    "make",
+    "text_sizes",
+]
 
 FAMILIES: dict[str, Callable[..., ConfigAndProcessor]] = {
     "idefics2": idefics.idefics2,
@@ -71,6 +81,12 @@ RECURRENT = (
     "minicpm_v",
     "lfm2_vl",
 )  # families whose layers carry state from token to token
+
+
+def available() -> list[str]:
+    """The families that can be made here: all, or without torchvision those that need none."""
+    has_torchvision = importlib.util.find_spec("torchvision") is not None
+    return [name for name in FAMILIES if has_torchvision or name not in NEED_TORCHVISION]
 
 
 def make(

@@ -103,7 +103,12 @@ class SimulatedPeak:
 
 
 def estimate_peak(
-    architecture: Architecture, config: TrainConfig, rows: Dataset, *, dtype: torch.dtype
+    architecture: Architecture,
+    config: TrainConfig,
+    rows: Dataset,
+    *,
+    dtype: torch.dtype,
+    choice: tuple[str, str | None] | None = None,
 ) -> SimulatedPeak:
     """The step's memory on the whole model, extrapolated from shallow copies if it is deep.
 
@@ -115,10 +120,13 @@ def estimate_peak(
         config: options of `vlmdpo train`; its device is not used.
         rows: the batch.
         dtype: of the base weights.
+        choice: engine and reason of an earlier estimate of this architecture.
 
     Raises ModelError if no engine's step can be simulated.
     """
-    engine, reason = choose_engine(config.engine, build_on_meta(architecture.config))
+    if choice is None:
+        choice = choose_engine(config.engine, build_on_meta(architecture.config))
+    engine, reason = choice
     reasons = [reason] if reason else []
     while True:
         try:

@@ -59,12 +59,17 @@ def minicpm_v(
     text: dict[str, Any], vision: dict[str, Any], image_size: int, *, template: str = TEMPLATE
 ) -> ConfigAndProcessor:
     """MiniCPM-V 4.6, whose language model is a Qwen 3.5, with linear attention."""
-    attributes = ("image", "image_start", "image_end", "slice_start", "slice_end")
-    attributes += ("image_id_start", "image_id_end", "video")
-    names = ("<|image_pad|>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>")
-    names += ("</image_id>", "<|video_pad|>")
-    named = {f"{key}_token": name for key, name in zip(attributes, names, strict=True)}
-    tok = make_tokenizer(*names, **named)
+    named = {
+        "image_token": "<|image_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+        "video_token": "<|video_pad|>",
+    }
+    tok = make_tokenizer(*named.values(), **named)
     head_dim = text.get("head_dim", TEXT_SIZES["head_dim"])
     config = tf.MiniCPMV4_6Config(
         image_token_id=token_ids(tok, "<|image_pad|>")[0],
@@ -85,5 +90,7 @@ def minicpm_v(
         slice_mode=False,
     )
     return config, without_video_processor(tf.MiniCPMV4_6Processor)(
-        image_processor=images, tokenizer=tok, chat_template=template.replace("IMAGE", names[0])
+        image_processor=images,
+        tokenizer=tok,
+        chat_template=template.replace("IMAGE", named["image_token"]),
     )

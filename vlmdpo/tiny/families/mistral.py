@@ -33,7 +33,7 @@ def mistral3(
             **VISION_SIZES,
             "model_type": "pixtral",
             "head_dim": 8,
-            "patch_size": 8,
+            "patch_size": 8 // merge,
             "image_size": image_size,
             **vision,
         },
