@@ -181,7 +181,7 @@ def test_a_text_model_is_refused(tmp_path, vlmdpo):
     assert "is a llama model, not a vision-language model" in err
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_shows_the_next_command(few_pairs, tmp_path):
+def test_ctrl_c_keeps_a_checkpoint_and_shows_the_next_command(few_pairs, tmp_path, vlmdpo):
     out = tmp_path / "stopped"
     steps = [
         "--num-train-epochs",
@@ -220,22 +220,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_shows_the_next_command(few_pairs, tmp_pat
     saved = sorted(out.glob("checkpoint-*"))
     assert saved
     stopped_at = int(saved[-1].name.split("-")[1])
-    more = [
-        "--config",
-        str(out / "recipe.yaml"),
-        "--resume",
-        "--max-steps",
-        str(stopped_at + 2),
-        "--json",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "vlmdpo", "train", *more],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == stopped_at + 2
+    more = ["--config", out / "recipe.yaml", "--resume", "--max-steps", stopped_at + 2, "--json"]
+    code, stdout, err = vlmdpo("train", *more)
+    assert code == 0, err
+    assert json.loads(stdout)["steps"] == stopped_at + 2
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(
         range(1, stopped_at + 3)
     )

@@ -14,15 +14,13 @@ from pathlib import Path
 
 import pytest
 
-import vlmdpo as package
-from tests.support.killing import KILLS
+from tests.support.killing import KILLS, rounds
 from vlmdpo import ui
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.training.monitor import TrainingMonitor
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(package.__file__).parent.parent
 _PATIENCE_S = 600  # machines can be slow
 _FEW = [
     "--dataset",
@@ -43,36 +41,9 @@ def data(vlmdpo):
     assert code == 0, err
 
 
-def rounds(kind, number, *settings):
-    """Runs interrupted at random points and resumed: how each ended, and if it is the same."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "tests.support.killing",
-            "train",
-            kind,
-            "1",
-            str(number),
-            *_FEW,
-            *settings,
-        ],
-        **{"capture_output": True, "text": True, "timeout": _PATIENCE_S},
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert len(lines) == number
-    assert {line[1] for line in lines} == {"same"}, done.stdout
-    return [line[0] for line in lines]
-
-
 def test_killed_at_any_point_a_resumed_run_ends_with_the_same_adapter(data):
     ends = rounds(
-        "KILL",
-        KILLS,
+        *("train", "KILL", KILLS, *_FEW),
         "--max-steps",
         "6",
         "--save-steps",
@@ -82,6 +53,7 @@ def test_killed_at_any_point_a_resumed_run_ends_with_the_same_adapter(data):
         "--sample-every",
         "3",
         "--resume",
+        timeout_s=_PATIENCE_S,
     )
     assert ends.count("killed") >= KILLS // 2
 
@@ -98,7 +70,7 @@ def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adap
         "--save-steps",
         "100",
     ]
-    ends = rounds("TERM", KILLS, *settings, "--resume")
+    ends = rounds(*("train", "TERM", KILLS, *_FEW), *settings, "--resume", timeout_s=_PATIENCE_S)
     assert set(ends) <= {"75", "finished"}
     assert "75" in ends
 

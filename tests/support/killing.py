@@ -1,13 +1,12 @@
 """Run a command repeatedly from one process with imported libraries, killing some of the runs.
 
-    python -m tests.support.killing prepare|train KILL|TERM SEED ROUNDS ARGUMENTS...
+`main` takes prepare|train, KILL|TERM, SEED, ROUNDS, ARGUMENTS...
 
 Prints the seconds that an undisturbed run takes, then for each round a line: how the run ended that
 was sent the signal at a random point ("killed", "finished", or an exit code), and whether the run
 after it, which is left alone, made the same bytes as the undisturbed one.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -18,16 +17,24 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot
-import torch
-
+from tests.support import fork_server
 from vlmdpo import cli
 from vlmdpo.data import sources
-from vlmdpo.engine import lengths, preview, reference_cache
-from vlmdpo.training import doctor, trainer
+from vlmdpo.engine import lengths
 
-KILLS = int(os.environ.get("VLMDPO_TEST_KILLS", "5"))  # random points a test tries; more find more
+KILLS = int(os.environ.get("VLMDPO_TEST_KILLS", "3"))  # random points a test tries; more find more
 UNIT_ROWS = 8  # of prepare, so that a small set has several units
+
+
+def rounds(command, kind, number, *arguments, timeout_s):
+    """Run `main` in a process of its own: how each of its rounds ended. All must be the same."""
+    out = fork_server.run(
+        "tests.support.killing", command, kind, "1", str(number), *arguments, timeout_s=timeout_s
+    )
+    lines = [line.split() for line in out.splitlines()[1:]]
+    assert len(lines) == number
+    assert {line[1] for line in lines} == {"same"}, out
+    return [line[0] for line in lines]
 
 
 def contents(folder):
@@ -70,13 +77,8 @@ def finish(child):
 
 
 def main(command, kind, seed, rounds, *arguments):
-    assert all(
-        (matplotlib.pyplot, lengths, preview, doctor, reference_cache, trainer)
-    )  # imported before the fork
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     lengths.load_token_counter("tiny", None, False)
     sources.UNIT_ROWS = UNIT_ROWS
-    gc.freeze()  # so that forked processes do not scan the libraries
     look = contents if command == "prepare" else trained
     chance = random.Random(int(seed))
     began = time.monotonic()
@@ -100,7 +102,3 @@ def main(command, kind, seed, rounds, *arguments):
         left = [name for name in os.listdir(".") if name.startswith(".out") and name != ".out.lock"]
         left += [path.name for path in Path("out").glob(".*")]
         print(how, "same" if same and not left else f"DIFFERENT {left}", flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

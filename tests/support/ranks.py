@@ -1,27 +1,22 @@
 """Run command lines in groups of real processes, forked from one that has its libraries imported.
 
-    python -m tests.support.ranks SPEC.json
-
-The file holds a list of {"name", "processes", "arguments", "env", "lost", "full_above"}. Prints,
-for each, the exit codes as JSON. Where "full_above" is given, the second process runs out of memory
-for more pairs at once.
+`main` takes the path of a JSON file with a list of {"name", "processes", "arguments", "env",
+"lost", "full_above"}. It prints, for each, the exit codes as JSON. Where "full_above" is given, the
+second process runs out of memory for more pairs at once.
 """
 
-import gc
 import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot
 import torch
 
+from tests.support import fork_server
 from vlmdpo import cli
-from vlmdpo.engine import generate, lengths, reference_cache
-from vlmdpo.training import arguments, doctor, trainer
+from vlmdpo.training import trainer
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -38,13 +33,8 @@ PATIENCE_S = 300  # machines can be slow
 def run_groups(specs):
     """Run groups of processes one after another in the current folder; all must succeed."""
     Path("specs.json").write_text(json.dumps(specs))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.ranks", "specs.json"],
-        **{"capture_output": True, "text": True, "timeout": PATIENCE_S},
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    for spec, line in zip(specs, done.stdout.splitlines(), strict=True):
+    out = fork_server.run("tests.support.ranks", "specs.json", timeout_s=PATIENCE_S)
+    for spec, line in zip(specs, out.splitlines(), strict=True):
         logs = [Path(f"{spec['name']}-{rank}.log").read_text() for rank in range(spec["processes"])]
         assert set(json.loads(line)) == {0}, (spec["name"], line, logs)
 
@@ -98,9 +88,6 @@ def start(rank, spec, port):
 
 
 def main(path):
-    assert all((matplotlib.pyplot, arguments, doctor, lengths, reference_cache, trainer, generate))
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    gc.freeze()  # so that forked processes do not scan the libraries
     for spec in json.loads(Path(path).read_text()):
         for path in map(
             Path, spec.get("lost", [])
@@ -112,7 +99,3 @@ def main(path):
             json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]),
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
