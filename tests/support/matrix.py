@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import vlmdpo
+from tests.support import templates
 from vlmdpo.commands import estimate_memory, eval_amber, export, infer, prepare, train
 from vlmdpo.config import (
     EstimateMemoryConfig,
@@ -61,6 +62,8 @@ class Family:
     """A row of the table: a name, an example checkpoint, and the small family for it.
 
     Attributes:
+        template: the kind of chat template, of `templates.KINDS`, that such models are published
+            with; None for the small model's own.
         set: of `train --set`.
         packages: what its processor or model needs besides vlmdpo's own dependencies.
     """
@@ -68,6 +71,7 @@ class Family:
     name: str
     checkpoint: str
     small: str
+    template: str | None = None
     set: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
 
@@ -83,45 +87,62 @@ _TORCHVISION = ("torchvision",)
 
 
 FAMILIES = (
-    Family("Idefics2", "HuggingFaceM4/idefics2-8b", "idefics2"),
-    Family("Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "idefics3"),
-    Family("SmolVLM, SmolVLM2", "HuggingFaceTB/SmolVLM-Instruct", "smolvlm"),
-    Family("LLaVA-1.5", "llava-hf/llava-1.5-7b-hf", "llava"),
-    Family("LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next"),
-    Family("LLaVA-OneVision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision"),
+    Family("Idefics2", "HuggingFaceM4/idefics2-8b", "idefics2", "line break"),
+    Family("Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "idefics3", "line break"),
+    Family("SmolVLM, SmolVLM2", "HuggingFaceTB/SmolVLM-Instruct", "smolvlm", "line break"),
+    Family("LLaVA-1.5", "llava-hf/llava-1.5-7b-hf", "llava", "no end"),
+    Family("LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", "plain answers"),
+    Family(
+        "LLaVA-OneVision",
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "llava_onevision",
+        "own system",
+    ),
     Family("PaliGemma", "google/paligemma-3b-pt-224", "paligemma"),
     Family("PaliGemma 2", "google/paligemma2-3b-pt-224", "paligemma2"),
-    Family("Gemma 3", "google/gemma-3-4b-it", "gemma3"),
-    Family("Gemma 4", "google/gemma-4-E2B-it", "gemma4"),
-    Family("Gemma 4, experts", "google/gemma-4-26B-A4B-it", "gemma4_moe"),
-    Family("InternVL3", "OpenGVLab/InternVL3-8B-hf", "internvl"),
-    Family("Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl"),
-    Family("Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl"),
+    Family("Gemma 3", "google/gemma-3-4b-it", "gemma3", "stripped"),
+    Family("Gemma 4", "google/gemma-4-E2B-it", "gemma4", "extra in prompt"),
+    Family("Gemma 4, experts", "google/gemma-4-26B-A4B-it", "gemma4_moe", "extra in prompt"),
+    Family("InternVL3", "OpenGVLab/InternVL3-8B-hf", "internvl", "own system"),
+    Family("Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", "own system"),
+    Family("Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", "own system"),
     Family("Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl"),
-    Family("Qwen3-VL, experts", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe", _NO_ROUTER_LOSS),
-    Family("Qwen3.5", "Qwen/Qwen3.5-4B", "qwen3_5"),
-    Family("Qwen3.5, experts", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe", _NO_ROUTER_LOSS),
-    Family("GLM-4.1V", "zai-org/GLM-4.1V-9B-Thinking", "glm4v"),
-    Family("GLM-4.6V", "zai-org/GLM-4.6V-Flash", "glm46v"),
-    Family("Aya Vision", "CohereLabs/aya-vision-8b", "aya_vision"),
-    Family("Ovis2", "thisisiron/Ovis2-2B-hf", "ovis2"),
-    Family("DeepSeek-VL", "deepseek-community/deepseek-vl-1.3b-chat", "deepseek_vl"),
-    Family("MiniCPM-V 4.6", "openbmb/MiniCPM-V-4.6", "minicpm_v"),
-    Family("Pixtral", "mistral-community/pixtral-12b", "pixtral", packages=_TORCHVISION),
+    Family(
+        "Qwen3-VL, experts", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe", set=_NO_ROUTER_LOSS
+    ),
+    Family("Qwen3.5", "Qwen/Qwen3.5-4B", "qwen3_5", "thinking"),
+    Family(
+        "Qwen3.5, experts", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe", "thinking", set=_NO_ROUTER_LOSS
+    ),
+    Family("GLM-4.1V", "zai-org/GLM-4.1V-9B-Thinking", "glm4v", "always thinks"),
+    Family("GLM-4.6V", "zai-org/GLM-4.6V-Flash", "glm46v", "header in answer"),
+    Family("Aya Vision", "CohereLabs/aya-vision-8b", "aya_vision", "plain answers"),
+    Family("Ovis2", "thisisiron/Ovis2-2B-hf", "ovis2", "concatenated"),
+    Family("DeepSeek-VL", "deepseek-community/deepseek-vl-1.3b-chat", "deepseek_vl", "plain"),
+    Family("MiniCPM-V 4.6", "openbmb/MiniCPM-V-4.6", "minicpm_v", "thinking"),
+    Family(
+        "Pixtral",
+        "mistral-community/pixtral-12b",
+        "pixtral",
+        "plain answers",
+        packages=_TORCHVISION,
+    ),
     Family(
         "Mistral 3",
         "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
         "mistral3",
+        "dated",
         packages=_TORCHVISION,
     ),
     Family("LFM2-VL", "LiquidAI/LFM2-VL-1.6B", "lfm2_vl", packages=_TORCHVISION),
-    Family("Kimi K2.5", "moonshotai/Kimi-K2.5", "kimi_k25", packages=_TORCHVISION),
+    Family("Kimi K2.5", "moonshotai/Kimi-K2.5", "kimi_k25", "no system", packages=_TORCHVISION),
     Family(
         "Llama 4",
         "meta-llama/Llama-4-Scout-17B-16E-Instruct",
         "llama4",
-        _NO_ROUTER_LOSS,
-        _TORCHVISION,
+        "dated",
+        set=_NO_ROUTER_LOSS,
+        packages=_TORCHVISION,
     ),
 )
 
@@ -129,6 +150,8 @@ FAMILIES = (
 def examine(family: Family) -> dict[str, str]:
     """{column: "yes" or the reason why not} of a family. Works in the current folder."""
     model, processor = random_models.make(family.small, seed=3)
+    if family.template is not None:
+        processor.chat_template = templates.of_family(family.template, processor.chat_template)
     model.save_pretrained("model")
     processor.save_pretrained("model")
     _rows(Path("rows.jsonl"))
