@@ -36,6 +36,7 @@ from vlmdpo.models.load_errors import translate_load_errors
 from vlmdpo.models.processor_parts import load_processor_parts
 from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
 from vlmdpo.models.rendering import set_rendering
+from vlmdpo.models.supported import check_supported
 
 # What they say to a terminal, this package says itself, as errors and warnings of its own.
 transformers.utils.logging.set_verbosity_error()
@@ -56,20 +57,13 @@ def check_is_vlm(
     """The model's configuration.
 
     Raises:
-        ModelError: there is none, or it is not a vision-language model's.
+        ModelError: there is none, or it is not of a model that can be trained.
     """
     with translate_load_errors(model, revision):
         config = AutoConfig.from_pretrained(
             pretrained_source(model), revision=revision, trust_remote_code=trust_remote_code
         )
-    remote = trust_remote_code and "AutoModelForImageTextToText" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
-        raise ModelError(
-            f"--model: '{model}' is a {config.model_type} model, not a vision-language model; "
-            f"try one of {', '.join(list(registry.ENTRIES)[1:5])} ..."
-        )
+    check_supported(config, model, trust_remote_code=trust_remote_code)
     return config
 
 

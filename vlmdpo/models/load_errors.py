@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from vlmdpo.errors import (
     MissingDependencyError,
     ModelError,
     VlmDpoError,
+    install_command,
     is_out_of_memory,
     nearest,
     out_of_memory_reason,
@@ -36,6 +38,14 @@ from vlmdpo.models import registry
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# How transformers says that a class of its own, or an image processor's, needs a package.
+_MISSING_PACKAGE = re.compile(
+    r"[Mm]issing optional dependencies: (?P<listed>[\w\-, ]+)"
+    r"|requires the (?P<library>[\w\-. ]+?) library but"
+    r"|[Pp]ackage [`'](?P<package>[\w\-]+)[`'] is required"
+    r"|pip install [`']?(?P<named>[\w\-]+)"
+)
+_VISION_EXTRA = {"torchvision", "timm", "num2words"}
 
 
 @contextlib.contextmanager
@@ -68,7 +78,7 @@ def explain_load_error(
             f"out of memory while loading '{model}': {reason}; use --dtype bfloat16, train with "
             "--quantization nf4, or close what else uses the memory"
         )
-    for explain in (_of_disk, _of_hub, _of_files, _of_code):
+    for explain in (_of_disk, _of_packages, _of_hub, _of_files, _of_code):
         translated = explain(chain, model, revision)
         if translated is not None:
             return translated
@@ -123,6 +133,27 @@ def _of_disk(chain: list[BaseException], model: str, _: str | None) -> ModelErro
             "set HF_HOME to a folder of yours"
         )
     return None
+
+
+def _of_packages(
+    chain: list[BaseException], model: str, _: str | None
+) -> MissingDependencyError | None:
+    """A package that the model's processor or code needs.
+
+    transformers says it as an OSError or ValueError too.
+    """
+    found = [match for link in chain for match in _MISSING_PACKAGE.finditer(str(link))]
+    names: list[str] = []
+    for match in found:
+        listed = next(text for text in match.groups() if text)
+        names += [name.strip().lower() for name in listed.split(",") if name.strip()]
+    names = list(dict.fromkeys(names))
+    if not names:
+        return None
+    of_extra = [name for name in names if name in _VISION_EXTRA]
+    others = [name for name in names if name not in _VISION_EXTRA]
+    how = install_command(*others, extra="vision" if of_extra else "")
+    return MissingDependencyError(f"'{model}' needs {' and '.join(names)}, not installed: {how}")
 
 
 def _of_hub(chain: list[BaseException], model: str, revision: str | None) -> ModelError | None:
