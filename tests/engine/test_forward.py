@@ -46,7 +46,7 @@ def test_the_rows_engine_equals_stock_trl(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in ALL if not name.startswith("paligemma")])
-@pytest.mark.parametrize("images", [(2, 1), (1, 0, 2), (0,)], ids=["two", "some-none", "none"])
+@pytest.mark.parametrize("images", [(1, 0, 2), (0,)], ids=["some-none", "none"])
 def test_any_number_of_images(family, images, tmp_path):
     rows = pairs(3, images=images, seed=2)
     assert_same(
