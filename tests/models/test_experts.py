@@ -13,7 +13,7 @@ from vlmdpo.memory.architecture import count_adapter_parameters
 from vlmdpo.models.experts import expert_parameters, router_layers
 from vlmdpo.models.families import linear_layers
 from vlmdpo.tiny import random_models
-from vlmdpo.training.arguments import lora_config
+from vlmdpo.training.arguments import lora_config, say_what_lora_leaves
 
 
 def routed():
@@ -72,6 +72,7 @@ def test_experts_are_said_and_adapted_by_name(experts, capfd):
     names = list(expert_parameters(experts))
     assert names[0].endswith("mlp.experts.gate_up_proj")
     config = lora_config(TrainConfig(), experts)
+    say_what_lora_leaves(config, experts)
     assert "experts.down_proj,experts.gate_up_proj" in "".join(capfd.readouterr().err.split())
     assert not config.target_parameters
     options = {"lora_target_modules": "experts.down_proj,q_proj", "lora_dropout": 0.0}

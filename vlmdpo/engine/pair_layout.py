@@ -104,7 +104,7 @@ class PairLayout:
         )
 
     def slots_to_rows(self, values_1T: Tensor) -> Tensor:
-        """(1, T, ...) values of slots → (B, S, ...) as stock rows hold them, zero behind the end."""
+        """(1, T, ...) values of slots → (B, S, ...) as in stock rows, zero behind a row's end."""
         values_BS = values_1T[0][self.row_slots]
         return values_BS * self.row_mask.view(*self.row_mask.shape, *[1] * (values_BS.ndim - 2))
 

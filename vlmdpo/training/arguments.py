@@ -21,7 +21,7 @@ from vlmdpo.config import LoraOptions, TrainConfig, flag_name
 from vlmdpo.distributed.processes import WAIT_FOR_PEERS
 from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
 from vlmdpo.models.experts import expert_parameters, returns_several, router_layers
-from vlmdpo.models.families import linear_layers
+from vlmdpo.models.families import linear_layers, parameter_numel
 from vlmdpo.models.load import computes_in_bfloat16
 
 if TYPE_CHECKING:
@@ -270,27 +270,30 @@ def _returns_several(model: VisionLanguageModel, name: str) -> bool:
 def _expert_targets(
     options: LoraOptions, model: VisionLanguageModel, names: list[str]
 ) -> list[str]:
-    """Those of `--lora-target-modules` that name experts' weights. Says what stays as it is.
+    """Those of `--lora-target-modules` that name experts' weights.
 
     Raises ConfigError for what PEFT cannot do with them.
     """
     parameters = expert_parameters(model)
     found = [name for name in names if any(p.endswith(f".{name}") for p in parameters)]
-    if found:
-        for flag, on in (
-            ("--lora-dropout", options.lora_dropout),
-            ("--use-dora", options.use_dora),
-        ):
-            if on:
-                raise ConfigError(
-                    f"{flag}: PEFT cannot use it on experts' weights ({', '.join(found)}); "
-                    + ("add --lora-dropout 0" if flag == "--lora-dropout" else "leave it out")
-                )
-    elif parameters and os.environ.get("RANK", "0") == "0":
-        count = sum(parameter.numel() for parameter in parameters.values())
-        kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in parameters})
-        ui.say(
-            f"LoRA covers layers, not the {count:,} weights of experts; to adapt them too, add "
-            f"{','.join(kinds)} to --lora-target-modules"
+    weights = f"experts' weights ({', '.join(found)})"
+    if found and options.lora_dropout:
+        raise ConfigError(
+            f"--lora-dropout: PEFT cannot use dropout on {weights}; add --lora-dropout 0"
         )
+    if found and options.use_dora:
+        raise ConfigError(f"--use-dora: PEFT cannot use it on {weights}; leave it out")
     return found
+
+
+def say_what_lora_leaves(adapter: LoraConfig | None, model: VisionLanguageModel) -> None:
+    """Say how many weights of experts an adapter leaves as they are, and how to adapt them."""
+    parameters = expert_parameters(model)
+    if adapter is None or adapter.target_parameters or not parameters:
+        return
+    count = sum(map(parameter_numel, parameters.values()))
+    kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in parameters})
+    ui.say(
+        f"LoRA covers layers, not the {count:,} weights of experts; to adapt them too, add "
+        f"{','.join(kinds)} to --lora-target-modules"
+    )

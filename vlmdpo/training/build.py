@@ -39,7 +39,7 @@ def build_setup(
     """
     from vlmdpo.distributed.processes import launched_strategy
     from vlmdpo.training import caches, engine_choice
-    from vlmdpo.training.arguments import enable_evaluation, lora_config
+    from vlmdpo.training.arguments import enable_evaluation, lora_config, say_what_lora_leaves
     from vlmdpo.training.make_trainer import make_trainer
     from vlmdpo.training.sharding import check_sharding
 
@@ -61,6 +61,8 @@ def build_setup(
     reference_cache = caches.open_reference_cache(
         config, args, data, model, processor, engine, total_rows
     )
+    adapter = lora_config(config, model)
+    say_what_lora_leaves(adapter, model)
     # An adapter's reference is the same weights with the adapter off; a cache's, what the policy
     # said before it trained.
     needs_reference_model = not config.lora and reference_cache is None
@@ -72,7 +74,7 @@ def build_setup(
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         args=args,
-        lora_config=lora_config(config, model),
+        lora_config=adapter,
         monitor=monitor,
         reference_cache=reference_cache,
         mdpo_rows=total_rows if config.losses().is_mdpo else 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -130,7 +131,8 @@ def estimate_peak(
     reasons = [reason] if reason else []
     while True:
         try:
-            peak = _estimate_peak(architecture, config, rows, dtype, engine)
+            with _without_tracebacks():
+                peak = _estimate_peak(architecture, config, rows, dtype, engine)
             return dataclasses.replace(peak, engine=engine, fallback_reason=join_reasons(reasons))
         except Exception as problem:
             reason = reason_to_fall_back(problem, "while a step was simulated")
@@ -138,6 +140,18 @@ def estimate_peak(
                 raise ModelError(f"no step of this model can be simulated: {reason}") from problem
             reasons.append(reason)
             engine = SIMPLER[engine]
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Inside, PyTorch does not log the traceback of an operation that fails on fake tensors."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _estimate_peak(

@@ -87,6 +87,12 @@ TORCH = (
         breaks="--auto-batch-size with several processes",
     ),
     *messages(
+        "training/simulate",
+        "torch._subclasses.fake_tensor:failed while attempting to run meta",
+        why="its logger is silenced, because a step that cannot be simulated is no bug of ours",
+        breaks="estimate-memory would print a traceback before it tries the next engine",
+    ),
+    *messages(
         "commands/train",
         "torch.utils.data.dataloader:DataLoader worker",
         why="a worker that was killed is recognized by these words",
