@@ -58,7 +58,7 @@ def test_any_number_of_images(family, images, tmp_path):
 @pytest.mark.parametrize("family", RECURRENT)
 def test_recurrent_layers_cannot_share_and_give_the_reason(family):
     model, _ = random_models.make(family)
-    with pytest.raises(CannotShare, match="(linear_attention|conv) carry state"):
+    with pytest.raises(CannotShare, match=r"(linear_attention|conv) carry state"):
         check_pairs_shareable(model)
 
 
