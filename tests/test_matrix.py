@@ -22,4 +22,5 @@ def test_each_row_of_the_table_matches_what_happens(family):
 def test_every_family_has_one_row():
     table = DOCS.read_text(encoding="utf-8").partition(matrix.BEGIN)[2].partition(matrix.END)[0]
     assert table.count("\n| ") == len(FAMILIES) + 1
-    assert {family.small for family in FAMILIES} == set(random_models.FAMILIES)
+    made = {family.small for family in FAMILIES}
+    assert made | set(matrix.NOT_TRAINED) == set(random_models.FAMILIES)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 PARTS = ("vision", "connector", "language", "head")
-# What families call the modules between vision tower and language model.
+# What families call the connector where it lies in the vision tower, or is a model of its own.
 _CONNECTOR_NAMES = (
     "connector",
     "projector",
@@ -30,7 +30,9 @@ _CONNECTOR_NAMES = (
     "perceiver",
     "resampler",
     "image_newline",
+    "vision_adapter",
 )
+_WITHIN_THE_TOWER = "vit_merger"  # MiniCPM-V's lies between two of the tower's layers
 # PaliGemma ships no chat template: images first, then the text as it is; its processor adds <bos>
 # and a line break.
 _PALIGEMMA_TEMPLATE = (
@@ -131,12 +133,25 @@ def parameters_by_part(model: VisionLanguageModel) -> Iterator[tuple[str, str, n
         elif id(parameter) in language:
             yield "language", name, parameter
         else:
-            yield part_of_parameter(name), name, parameter
+            yield part_outside_language(base, name), name, parameter
 
 
-def part_of_parameter(name: str) -> str:
-    """The part of a parameter or module outside the language model, by its name."""
-    return "connector" if any(word in name for word in _CONNECTOR_NAMES) else "vision"
+def part_outside_language(base: VisionLanguageModel, name: str) -> str:
+    """The part of a parameter or module outside the language model: "vision" or "connector".
+
+    Towers, also those for sound, are models of their own within the backbone. What lies beside them
+    connects, whatever its name; within them a name tells.
+
+    Args:
+        base: the model without adapters.
+        name: of a parameter or module of it.
+    """
+    if any(word in name for word in _CONNECTOR_NAMES) and _WITHIN_THE_TOWER not in name:
+        return "connector"
+    backbone = base.base_model
+    inner = name if backbone is base else name.partition(".")[2]
+    child = getattr(backbone, inner.partition(".")[0], None)
+    return "vision" if isinstance(child, PreTrainedModel) else "connector"
 
 
 def vision_parameters(backbone: Backbone) -> list[nn.Parameter]:
@@ -225,7 +240,7 @@ def linear_layers(model: VisionLanguageModel, scope: str) -> list[str]:
         and (
             scope == "all"
             or id(module) in language
-            or (scope == "connector" and part_of_parameter(name) == "connector")
+            or (scope == "connector" and part_outside_language(base, name) == "connector")
         )
     ]
 
