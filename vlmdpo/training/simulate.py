@@ -205,9 +205,7 @@ def simulate(
     for tensor in weights:
         ledger.add(tensor.untyped_storage())
     static = ledger.current_bytes
-    batches = [
-        trainer.data_collator([dict(row) for row in trainer.train_dataset])
-    ]  # pixels are real
+    batches = [trainer.data_collator([*map(dict, trainer.train_dataset)])]  # pixels are real
     with hide_fake_tensors(), SimulationMode(ledger=ledger, fake_mode=building.fake_mode):
         return SimulatedPeak(static, _phase_peaks(trainer, config, ledger, batches), engine)
 
