@@ -27,7 +27,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
-    *("models/experts", "models/inputs", "models/processor_parts"),
+    *("models/experts", "models/inputs", "models/processor_parts", "models/supported"),
     *("models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",

@@ -192,7 +192,7 @@ def test_the_self_check_catches_planted_mistakes_in_bfloat16(
         monkeypatch.setattr(
             doctor.PairCollator,
             "__call__",
-            lambda self, rows: doctor.change_images(collate(self, rows)),
+            lambda self, rows: doctor.other_pixels(collate(self, rows)),
         )
     else:
         monkeypatch.setattr(forward, "PairLayout", planted(mistake))

@@ -126,7 +126,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
     code, out, err = vlmdpo("train", "--dataset", few, "--doctor", "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert [check["passed"] for check in report["checks"]] == [True] * 8
+    assert [check["passed"] for check in report["checks"]] == [True] * 9
     assert report["engine"] == "shared"
     assert not (tmp_path / "outputs").exists()
     code, out, _ = vlmdpo("train", "--dataset", few, "--doctor")

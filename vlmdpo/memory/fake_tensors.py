@@ -21,6 +21,8 @@ from vlmdpo.memory.measure import AllocationLedger
 _OPS = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _UNFILLED = (_OPS.empty.memory_format, _OPS.empty_strided.default)
+# The product that experts run as; older PyTorch has none.
+_GROUPED_PRODUCT = _OPS._grouped_mm.default if hasattr(_OPS, "_grouped_mm") else object()
 _INDEXING = (
     *(_OPS.index.Tensor, _OPS.index_put.default),
     *(_OPS.index_put_.default, _OPS._index_put_impl_.default),
@@ -75,7 +77,7 @@ class SimulationMode(TorchDispatchMode):
                 return _read_scalar(args[0])
             args = _with_index_positions(func, args)
             with self.fake_mode:
-                if func is _OPS._grouped_mm.default:
+                if func is _GROUPED_PRODUCT:
                     return _empty_grouped_product(*args[:3])
                 return func(*args, **kwargs)
         if tensors or not self._is_fake_constant(func, args, kwargs):

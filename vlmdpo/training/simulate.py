@@ -205,19 +205,14 @@ def simulate(
     for tensor in weights:
         ledger.add(tensor.untyped_storage())
     static = ledger.current_bytes
-    # Made before the step is simulated: torchvision's image processors compute in torch.
-    batches = [trainer.data_collator([dict(row) for row in trainer.train_dataset])]
+    batches = [trainer.data_collator([*map(dict, trainer.train_dataset)])]  # pixels are real
     with hide_fake_tensors(), SimulationMode(ledger=ledger, fake_mode=building.fake_mode):
         return SimulatedPeak(static, _phase_peaks(trainer, config, ledger, batches), engine)
 
 
 def _phase_peaks(
-    trainer: PairTrainer,
-    config: TrainConfig,
-    ledger: AllocationLedger,
-    batches: list[dict[str, Any]],
+    trainer: PairTrainer, config: TrainConfig, ledger: AllocationLedger, batches: list[Any]
 ) -> dict[str, float]:
-    """The peak of each phase, by its name. `batches` holds one batch, which is taken out of it."""
     phases: dict[str, float] = {}
 
     def end_phase(phase: str) -> None:
@@ -236,9 +231,8 @@ def _phase_peaks(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
     batch = trainer._prepare_inputs(batches.pop())
-    for value in batch.values():
-        if isinstance(value, torch.Tensor):
-            ledger.add(value.untyped_storage())
+    for tensor in filter(torch.is_tensor, batch.values()):
+        ledger.add(tensor.untyped_storage())
     ledger.reset_peak()
     boundary = _end_of_language_backward(model, lambda: end_phase("backward language"))
     models = [model] + ([trainer.ref_model] if trainer.ref_model is not None else [])

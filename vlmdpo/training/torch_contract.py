@@ -67,6 +67,13 @@ TORCH = (
         why="a simulated step has shapes and lifetimes, but no floating-point numbers",
         breaks="vlmdpo estimate-memory",
     ),
+    *classes(
+        "memory/fake_tensors",
+        "torch.ops.aten._grouped_mm",
+        why="its rule for tensors without numbers knows bfloat16 only",
+        breaks="estimates of mixtures of experts in float32",
+        since="2.9",
+    ),
     *called(
         "engine/forward memory/measure",
         "torch.utils._pytree.tree_leaves(tree)",

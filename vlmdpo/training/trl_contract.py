@@ -241,9 +241,10 @@ _TRANSFORMERS_MODELS = (
         breaks="memory estimates would include attention masks that a run leaves out",
     ),
     *overridden(
-        "models/families",
+        "models/processor_parts",
         "transformers.ProcessorMixin.get_attributes()",
-        why="a processor without its video part, which needs torchvision",
+        "transformers.ProcessorMixin.from_args_and_dict(args, processor_dict, kwargs)",
+        why="a processor without its video part, which needs torchvision; parts go by name",
         breaks="processors of Qwen2-VL and SmolVLM on machines without torchvision",
     ),
     *overridden(
