@@ -132,7 +132,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
     code, out, _ = vlmdpo("train", "--dataset", few, "--doctor")
     assert code == 0
     assert "the saved adapter equals the live one" in out
-    assert "All 8 checks passed" in out
+    assert "All 9 checks passed" in out
 
 
 def test_a_wrong_shared_forward_is_detected_and_not_used(few, tmp_path, vlmdpo, monkeypatch):
