@@ -8,6 +8,7 @@ nothing of models or trainers.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -149,3 +150,18 @@ def hide_fake_tensors() -> Iterator[None]:
     """
     with mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
         yield
+
+
+@contextlib.contextmanager
+def without_tracebacks() -> Iterator[None]:
+    """Inside, PyTorch does not log the traceback of an operation that fails on fake tensors."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def is_of_another_kind(record: logging.LogRecord) -> bool:
+        return "failed while attempting to run meta" not in str(record.msg)
+
+    logger.addFilter(is_of_another_kind)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_another_kind)

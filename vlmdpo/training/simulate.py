@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -38,7 +37,7 @@ from vlmdpo.memory.architecture import (
     make_shallow,
 )
 from vlmdpo.memory.cuda_autocast import cuda_autocast_rules
-from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors
+from vlmdpo.memory.fake_tensors import SimulationMode, hide_fake_tensors, without_tracebacks
 from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.models.families import unwrap_peft
 from vlmdpo.training import activation_checkpointing
@@ -131,7 +130,7 @@ def estimate_peak(
     reasons = [reason] if reason else []
     while True:
         try:
-            with _without_tracebacks():
+            with without_tracebacks():
                 peak = _estimate_peak(architecture, config, rows, dtype, engine)
             return dataclasses.replace(peak, engine=engine, fallback_reason=join_reasons(reasons))
         except Exception as problem:
@@ -140,21 +139,6 @@ def estimate_peak(
                 raise ModelError(f"no step of this model can be simulated: {reason}") from problem
             reasons.append(reason)
             engine = SIMPLER[engine]
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Inside, PyTorch does not log the traceback of an operation that fails on fake tensors."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-
-    def is_of_another_kind(record: logging.LogRecord) -> bool:
-        return "failed while attempting to run meta" not in str(record.msg)
-
-    logger.addFilter(is_of_another_kind)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_of_another_kind)
 
 
 def _estimate_peak(

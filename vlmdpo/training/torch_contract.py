@@ -94,7 +94,7 @@ TORCH = (
         breaks="--auto-batch-size with several processes",
     ),
     *messages(
-        "training/simulate",
+        "memory/fake_tensors",
         "torch._subclasses.fake_tensor:failed while attempting to run meta",
         why="its logger is silenced, because a step that cannot be simulated is no bug of ours",
         breaks="estimate-memory would print a traceback before it tries the next engine",
