@@ -41,6 +41,8 @@ def test_the_registrys_counts_are_those_of_the_architectures(entry):
     assert arch.count_parameters(model) == dict(entry.by_part)
     assert sum(p.numel() for p in model.parameters()) == entry.parameters
     assert arch.count_adapter_parameters(model, 8, "all") == 8 * entry.lora_per_rank
+    if entry.alias not in fast.known_architectures():
+        return  # its steps are simulated from its own files
     stand_in = arch.load_architecture(entry.alias)
     assert arch.count_parameters(arch.build_on_meta(stand_in.config)) == dict(entry.by_part), (
         "the stand-in is as large"

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from vlmdpo.memory.fast import image_settings, known_architectures
+from vlmdpo.memory.fast import counted_architectures, image_settings, known_architectures
 from vlmdpo.models import families, load, registry
 from vlmdpo.tiny import random_models as small
 
@@ -44,7 +44,7 @@ class Architecture:
 
 def public_config(alias: str) -> PreTrainedConfig:
     """The transformers configuration of a registry entry, without its token ids."""
-    entry = known_architectures()[alias]
+    entry = counted_architectures()[alias]
     model_class = getattr(transformers, entry["class"])
     return model_class.config_class(**copy.deepcopy(entry["config"]))
 
@@ -69,7 +69,7 @@ def load_config(
 ) -> PreTrainedConfig:
     """The configuration alone, which is enough for counting. Raises ModelError."""
     known = registry.find(model)
-    if known is not None and known.alias in known_architectures():
+    if known is not None and known.alias in counted_architectures():
         return public_config(known.alias)
     return load.check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from vlmdpo.models.image_limits import default_side_of_settings
 
@@ -21,13 +21,23 @@ MAX_ERROR_PERCENT = 14
 
 
 ArchitectureEntry = TypedDict(
-    "ArchitectureEntry", {"family": str, "class": str, "config": dict[str, Any]}
+    "ArchitectureEntry",
+    {"family": str, "class": str, "config": dict[str, Any], "formula": NotRequired[bool]},
 )
 
 
-@cache
 def known_architectures() -> dict[str, ArchitectureEntry]:
-    """The configurations of the registry's models, by alias."""
+    """The configurations of the registry's models that have a formula, by alias.
+
+    Layers with a recurrent state and experts have none: see `counted_architectures`.
+    """
+    entries = counted_architectures().items()
+    return {alias: entry for alias, entry in entries if entry.get("formula", True)}
+
+
+@cache
+def counted_architectures() -> dict[str, ArchitectureEntry]:
+    """The configurations of all models of the registry whose parameters can be counted."""
     text = (
         resources.files("vlmdpo.models").joinpath("architectures.json").read_text(encoding="utf-8")
     )
