@@ -71,6 +71,8 @@ def _call(request):
         os.environ.update(request["environment"])
         for number, name in ((1, _STDOUT), (2, _STDERR)):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        # Two threads that both find the parent's pool gone would take it from each other.
+        sys.modules["torch"].set_num_threads(sys.modules["torch"].get_num_threads())
         importlib.import_module(request["module"]).main(*request["arguments"])
         code = 0
     except BaseException:  # noqa: BLE001 - the child ends here, and its caller is told
