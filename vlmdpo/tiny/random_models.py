@@ -85,8 +85,18 @@ RECURRENT = (
 
 def available() -> list[str]:
     """The families that can be made here: all, or without torchvision those that need none."""
-    has_torchvision = importlib.util.find_spec("torchvision") is not None
-    return [name for name in FAMILIES if has_torchvision or name not in NEED_TORCHVISION]
+    if importlib.util.find_spec("torchvision") is not None:
+        return list(FAMILIES)
+    gemma4 = () if _loads_gemma4() else ("gemma4", "gemma4_moe")
+    return [name for name in FAMILIES if name not in (*NEED_TORCHVISION, *gemma4)]
+
+
+def _loads_gemma4() -> bool:
+    """Whether Gemma 4's processor loads: in older versions of transformers it needs torchvision."""
+    try:
+        return hasattr(tf, "Gemma4Processor")
+    except ImportError:
+        return False
 
 
 def make(
