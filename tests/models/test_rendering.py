@@ -5,6 +5,7 @@ import json
 
 import pytest
 import transformers
+from datasets import Dataset
 from PIL import Image
 from tokenizers import processors
 
@@ -147,6 +148,8 @@ def test_a_template_that_takes_no_system_message():
         render_prompt(processor, row["prompt"])
     with pytest.raises(DataError, match="row 7: the chat template takes no system"):
         PairCollator(processor)([row])
+    with pytest.raises(DataError, match="row 0: the chat template takes no system"):
+        row_lengths(processor, Dataset.from_list([row]))
     with pytest.raises(ConfigError, match=r"--system: .* takes none: System role not supported"):
         with_template(templates.NO_SYSTEM, system="Be brief.")
 

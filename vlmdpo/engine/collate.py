@@ -123,10 +123,7 @@ class PairCollator:
         try:
             return render_example(self.processor, example)
         except CannotRender as problem:
-            where = f"row {example['row']}" if "row" in example else "a row"
-            raise DataError(
-                f"{where}: {problem}; run vlmdpo prepare with this --model, which drops such rows"
-            ) from problem
+            raise cannot_render(example.get("row"), problem) from problem
 
     def process_prompts(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
         """The processor's outputs for rendered prompts, padded on the left."""
@@ -260,6 +257,14 @@ def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
         # A pair's slots are its tokens and the prompt's last token once more.
         return list(batch["pair_ids"][0].split([sum(lengths) + 1 for lengths in batch["pairs"]]))
     return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
+
+
+def cannot_render(row: int | None, problem: CannotRender) -> DataError:
+    """The error for a row of prepared data that a model's chat template cannot render."""
+    where = "a row" if row is None else f"row {row}"
+    return DataError(
+        f"{where}: {problem}; run vlmdpo prepare with this --model, which drops such rows"
+    )
 
 
 def render_example(processor: Processor, example: Example) -> dict[str, str]:

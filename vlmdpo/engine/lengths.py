@@ -20,7 +20,13 @@ from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, message, text_of
 from vlmdpo.data.sources import as_stored
 from vlmdpo.data.store import COUNTS
-from vlmdpo.engine.collate import SIDES, Example, PairCollator, render_example
+from vlmdpo.engine.collate import (
+    SIDES,
+    Example,
+    PairCollator,
+    cannot_render,
+    render_example,
+)
 from vlmdpo.models.chat_template import PromptSettings
 from vlmdpo.models.digest import processor_digest
 from vlmdpo.models.families import estimated_image_tokens, reserved_tokens
@@ -218,6 +224,8 @@ def row_lengths(
 
     Args:
         manifest: the prepared dataset's; without one the rows are counted.
+
+    Raises DataError for a row that the model's chat template cannot render.
     """
     if (
         manifest
@@ -230,7 +238,11 @@ def row_lengths(
     lengths = []
     with ui.progress("count tokens", len(dataset)) as bar:
         for row, example in enumerate(as_stored(dataset)):
-            lengths.append(RowLength(**asdict(counter.count_row(example)), row=row))
+            try:
+                counts = counter.count_row(example)
+            except CannotRender as problem:
+                raise cannot_render(row, problem) from problem
+            lengths.append(RowLength(**asdict(counts), row=row))
             bar.advance()
     return lengths
 

@@ -192,7 +192,9 @@ def _first_that_fits(
     conversation: Sequence[Message],
     *plain: set[str],
 ) -> tuple[Rendering | None, str]:
-    """(the rendering with as few more plain roles as need be, the first problem met)."""
+    """(the rendering with the fewest additional plain roles that works, or None; the first
+    problem found).
+    """
     first_problem = ""
     for chosen in itertools.product(*((set(), roles) if roles else (set(),) for roles in plain)):
         roles = rendering.plain_roles.union(*chosen)
