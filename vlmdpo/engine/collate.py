@@ -175,8 +175,7 @@ class PairCollator:
                 f"the processor's '{name}' numbers the prompt's tokens, which cannot be extended "
                 "over answers"
             )
-        marked = answer_token_type(self.processor, name)
-        return types[-1] if marked is None else torch.full_like(types[-1], marked)
+        return answer_token_type(self.processor, name, types[-1])
 
     def _answer_limit(self, prompt_tokens: int, example: Example) -> int | None:
         """Tokens that an answer may have behind this prompt. Raises DataError where none."""

@@ -213,8 +213,7 @@ class SideBySide:
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids_1A], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_1A], dim=1)
         for name, types_1P in by_token.items():
-            marked = answer_token_type(self.processor, name)
-            last = types_1P[:, -1:] if marked is None else torch.full_like(types_1P[:, -1:], marked)
+            last = answer_token_type(self.processor, name, types_1P[:, -1:])
             types_1A = last.repeat_interleave(len(ids), dim=1)
             inputs[name] = torch.cat([types_1P, types_1A], dim=1)
         logits_AV = self.model(**inputs).logits[0, -len(ids) - 1 : -1].float()

@@ -67,9 +67,12 @@ def has_bidirectional_prompt(backbone: Backbone) -> bool:
     return _is_paligemma(backbone) or both_ways not in (None, False, "vision")
 
 
-def answer_token_type(processor: Processor, name: str) -> int | None:
-    """The token type of an answer: 1 where PaliGemma marks the causal part. None: as of a text."""
-    return 1 if name == "token_type_ids" and _is_paligemma(processor) else None
+def answer_token_type(processor: Processor, name: str, last: Tensor) -> Tensor:
+    """The token type of an answer: 1 where PaliGemma marks the causal part, else that of the text
+    before it, `last`.
+    """
+    marks_answers = name == "token_type_ids" and _is_paligemma(processor)
+    return torch.ones_like(last) if marks_answers else last
 
 
 def unwrap_peft(model: VisionLanguageModel) -> VisionLanguageModel:
