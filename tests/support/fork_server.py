@@ -71,8 +71,6 @@ def _call(request):
         os.environ.update(request["environment"])
         for number, name in ((1, _STDOUT), (2, _STDERR)):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        # Two threads that both find the parent's pool gone would take it from each other.
-        sys.modules["torch"].set_num_threads(sys.modules["torch"].get_num_threads())
         importlib.import_module(request["module"]).main(*request["arguments"])
         code = 0
     except BaseException:  # noqa: BLE001 - the child ends here, and its caller is told
@@ -94,6 +92,9 @@ def main():
     assert all((matplotlib.pyplot, cli, generate, lengths, preview, reference_cache))
     assert all((arguments, doctor, trainer))
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    # In a child, and in a child's own child, the first operation replaces the lost pool. Two threads
+    # that begin at once would take it from each other ("Invalid thread pool!"): replace it here.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
     gc.freeze()  # so that forked processes do not scan the libraries
     for line in sys.stdin:
         child = os.fork()
