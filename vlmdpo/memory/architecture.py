@@ -158,7 +158,7 @@ def count_quantized_weights(model: PreTrainedModel) -> int:
 
 
 def count_layers(config: PreTrainedConfig) -> tuple[int, int]:
-    """(language layers, vision layers). No vision layers: a tower that is not made of equal ones."""
+    """(language layers, vision layers); 0 of a tower that is not made of equal ones."""
     text, vision = config.get_text_config(), config.vision_config
     return text.num_hidden_layers, getattr(vision, _depth_setting(vision) or "", 0)
 
