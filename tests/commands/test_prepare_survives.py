@@ -83,7 +83,7 @@ def _at_work(running, others):
 @contextlib.contextmanager
 def _busy(place, others=True):
     """A run whose two processes work for some seconds, and its other processes."""
-    data = _data(place / "d", 600, size=(2400, 1600))
+    data = _data(place / "d", 900, size=(3000, 2000))
     running = subprocess.Popen(
         _command("--dataset", data, "--num-proc", 2),
         stdout=subprocess.PIPE,
@@ -107,7 +107,7 @@ def test_workers_of_a_killed_parent_end_and_the_next_run_continues(tmp_path, vlm
     code, _, err = vlmdpo("prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "out")
     assert code == 0, err
     assert "continuing where an earlier call stopped" in err
-    assert store.read_manifest(Path("out"))["rows_out"] == 598
+    assert store.read_manifest(Path("out"))["rows_out"] == 898
 
 
 def test_a_dead_process_is_an_error_not_a_hang(tmp_path):
