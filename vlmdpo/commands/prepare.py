@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import io
 import json
 import os
 import platform
@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlmdpo import __version__, ui
 from vlmdpo.commands.prepare_screen import REPORT, show
 from vlmdpo.config import PrepareConfig
+from vlmdpo.config.options import flag_name
 from vlmdpo.data import assemble, schemas, store, work
 from vlmdpo.data.hub import open_source
+from vlmdpo.data.images import open_bytes
 from vlmdpo.data.schemas import Schema
 from vlmdpo.data.sources import Source, as_stored, bounds
 from vlmdpo.errors import DataError
@@ -43,8 +43,8 @@ def run(config: PrepareConfig) -> dict[str, Any]:
             that holds something else, a failed upload.
         ModelError: no processor of `--model`, which bounds the images and counts tokens.
     """
-    if config.output_dir is not None and config.output_dir.is_file():
-        raise DataError(f"--output-dir: '{config.output_dir}' is a file")
+    if config.output_dir is not None:
+        store.check_target(config.output_dir)
     source = _open_source(config)
     first, last = bounds(source, config.split, config.limit)
     schema = _schema(config, source)
@@ -99,7 +99,11 @@ def _open_source(config: PrepareConfig) -> Source:
         from vlmdpo.tiny import pairs
 
         return pairs.source()
-    return open_source(
+    for name in ("image_root", "allow_root"):
+        folder = getattr(config, name)
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{flag_name(name)}: there is no folder '{folder}'")
+    source = open_source(
         config.dataset,
         config.split,
         image_root=config.image_root,
@@ -107,17 +111,25 @@ def _open_source(config: PrepareConfig) -> Source:
         revision=config.dataset_revision,
         streaming=config.streaming,
     )
+    allowed = () if config.allow_root is None else (config.allow_root,)
+    return dataclasses.replace(source, allowed=allowed)
 
 
 def _schema(config: PrepareConfig, source: Source) -> Schema:
     """The source's format, by `--map` or recognized, printed before the work starts."""
-    row, where = source.first_row(), f"'{source.name}'"
-    mapping = config.mapping()
-    schema = (
-        schemas.mapped(mapping, source.columns, row, where)
-        if mapping
-        else schemas.detect(source.columns, row, where)
-    )
+    mapping, where = config.mapping(), f"'{source.name}'"
+
+    def recognize(row: dict[str, Any]) -> Schema:
+        if mapping:
+            return schemas.mapped(mapping, source.columns, row, where)
+        return schemas.detect(source.columns, row, where)
+
+    def is_known(row: dict[str, Any]) -> bool:
+        with contextlib.suppress(DataError):
+            return bool(recognize(row))
+        return False
+
+    schema = recognize(source.first_row(is_known))
     count = f"{source.count:,} rows" if source.count is not None else "number of rows unknown"
     ui.say(
         f"{source.name}: {count}, format {schema.line}"
@@ -151,6 +163,8 @@ def _key_facts(
         "rows": [first, last],
         "schema": schema.line,
         "image_root": str(source.root),
+        # Left out without the option, so that older results are found again.
+        **({"allow_root": str(config.allow_root)} if config.allow_root else {}),
         "max_image_side": side,
         **{name: getattr(config, name) for name in own},
     }
@@ -300,9 +314,7 @@ def _count_image_sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, i
     """{longer side in pixels: number of images} of a finished folder."""
     rows = (row for split in manifest["splits"] for row in as_stored(store.load(folder, split)))
     return Counter(
-        max(Image.open(io.BytesIO(stored["bytes"])).size)
-        for row in rows
-        for stored in row["images"]
+        max(open_bytes(stored["bytes"]).size) for row in rows for stored in row["images"]
     )
 
 

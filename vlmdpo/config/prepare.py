@@ -44,6 +44,11 @@ class SourceOptions(LengthOptions):
         "Folder that image paths start from, and may not leave",
         default_text="the folder of the data",
     )
+    allow_root: Path | None = option(
+        None,
+        "One more folder that image paths and symbolic links may lead to",
+        default_text="links lead nowhere but into --image-root",
+    )
     limit: int | None = option(None, "Use at most this many rows", default_text="all rows")
     on_bad: str = option(
         "drop", "Rows that cannot be used: drop (counted by reason) or fail (stop at the first)"

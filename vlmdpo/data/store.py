@@ -43,6 +43,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "key" in manifest else None
 
 
+def check_target(folder: Path) -> None:
+    """Raise DataError for a folder that cannot be made or replaced: a file, the folder that is
+    worked in, or one above it.
+    """
+    if folder.is_file():
+        raise DataError(f"--output-dir: '{folder}' is a file")
+    whole = folder.resolve()
+    if not folder.name or folder.name == ".." or Path.cwd().is_relative_to(whole):
+        raise DataError(
+            f"--output-dir: '{folder}' is the working folder or above it, and would be replaced; "
+            "name a folder of its own"
+        )
+
+
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raise DataError for a folder that holds anything but a prepared dataset."""
     if not folder.exists():

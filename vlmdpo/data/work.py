@@ -31,8 +31,9 @@ from typing import Any, Protocol
 
 from vlmdpo import ui
 from vlmdpo.data import store
-from vlmdpo.data.images import BadImage, EncodedImage, bounded
-from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, check
+from vlmdpo.data.images import EncodedImage, bounded
+from vlmdpo.data.pairs import PreferencePair, TokenCounts, check
+from vlmdpo.data.reasons import BadRow, UnreadableRow
 from vlmdpo.data.schemas import Schema
 from vlmdpo.data.sources import Source, Unit
 from vlmdpo.errors import DataError
@@ -47,6 +48,9 @@ class TokenCounter(Protocol):
 
     def count(self, pair: PreferencePair, images: list[EncodedImage]) -> TokenCounts:
         """Raises BadRow if the chat template or processor refuses the row."""
+
+    def notes(self, pair: PreferencePair) -> tuple[str, ...]:
+        """The names of what is odd about a pair for this model."""
 
     def trim(
         self, pair: PreferencePair, images: list[EncodedImage], limit: int
@@ -141,7 +145,7 @@ def process_unit(job: Job, unit: Unit, counter: TokenCounter, on_row: Callable[[
             for number, row in enumerate(job.source.rows(unit), start=unit.first):
                 try:
                     shard.add(_process_row(job, counter, number, row, row_counts))
-                except (BadRow, BadImage) as problem:
+                except BadRow as problem:
                     if job.on_bad == "fail":
                         name = job.source.name
                         raise DataError(
@@ -172,11 +176,13 @@ def _process_row(
     job: Job, counter: TokenCounter, number: int, row: dict[str, Any], row_counts: RowCounts
 ) -> dict[str, Any]:
     """A source row as a row of the dataset. Raises BadRow or BadImage."""
-    pair = check(job.schema.unchecked_pair(row), job.source.root)
+    if isinstance(row, UnreadableRow):
+        raise row.problem()
+    pair = check(job.schema.unchecked_pair(row), job.source.root, job.source.allowed)
     images = [bounded(data, job.max_image_side) for data in pair.images]
     counts = counter.count(pair, images)
     image_changes = dict.fromkeys(change for image in images for change in image.changes)
-    changes = [*pair.notes, *image_changes]
+    changes = [*pair.notes, *counter.notes(pair), *image_changes]
     if job.max_length is not None and counts.longest > job.max_length:
         if job.over_length == "drop":
             raise BadRow(
