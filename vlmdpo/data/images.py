@@ -207,7 +207,13 @@ def _exif_changes(image: Image.Image) -> list[str]:
     """
     try:
         with foreign(BadImage, "malformed_exif"):
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
+            exif = image.getexif()
+            if "exif" in image.info:
+                # Read afresh: Pillow has hidden an error of the first time, but would not hide it
+                # from those who read a copy of the image, as processors do.
+                exif = Image.Exif()
+                exif.load(image.info["exif"])
+            turned = exif.get(_EXIF_ORIENTATION, 1) in _TURNED
     except BadImage:
         image.info.pop("exif", None)
         return ["exif_removed"]
