@@ -400,3 +400,27 @@ def test_our_own_mistakes_are_no_reasons(tmp_path, vlmdpo, monkeypatch):
             patch.setattr(owner, name, lambda *_: None + 1)
             with pytest.raises(TypeError):
                 vlmdpo("prepare", "--dataset", "d.jsonl", "--output-dir", "out")
+
+
+@pytest.mark.parametrize("folder", [".", "/", "..", "a/../.."])
+def test_a_folder_that_is_worked_in_is_not_replaced(folder, tmp_path, vlmdpo, monkeypatch):
+    (tmp_path / "here" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = vlmdpo("prepare", "--limit", "2", "--output-dir", folder)
+    assert (code, "working folder or above it" in err) == (3, True)
+    assert not any((tmp_path / "here" / "a").iterdir())
+
+
+def test_links_of_a_folder_of_images_may_lead_to_the_one_allowed(tmp_path, vlmdpo):
+    for name in ("data", "store"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "store" / "b1").write_bytes(encoded())
+    (tmp_path / "data" / "a.png").symlink_to("../store/b1")
+    (tmp_path / "data" / "d.jsonl").write_bytes(_lines(GOOD))
+    base = ["prepare", "--dataset", "data/d.jsonl", "--json", "--output-dir"]
+    code, _, err = vlmdpo(*base, "out")
+    assert (code, "image_outside_root" in err) == (3, True)
+    code, out, _ = vlmdpo(*base, "out", "--allow-root", "store")
+    assert (code, json.loads(out)["rows_out"]) == (0, 1)
+    code, _, err = vlmdpo(*base, "out2", "--allow-root", "gone")
+    assert (code, "--allow-root: there is no folder 'gone'" in err) == (3, True)
