@@ -26,12 +26,19 @@ _ROW_GROUP_ROWS = 2_000
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `first` to `last` (exclusive) of a source; `records` holds them if they are streamed."""
+    """Rows `first` to `last` (exclusive) of a source; `records` holds them if they are streamed.
+
+    Attributes:
+        part: which source of several.
+        offset: rows of the sources before it.
+    """
 
     number: int
     first: int
     last: int
     records: list[Record] | None = None
+    part: int = 0
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from vlmdpo.data.pairs import PreferencePair, TokenCounts
 from vlmdpo.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the rows below; part of the key, so that older results are not reused
+FORMAT = 3  # of the rows below, and what is made of a source; older results are not reused
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
 BATCH_ROWS = 16  # written at once: bounds memory
 
