@@ -33,10 +33,8 @@ def _reasons_in_code():
             name = getattr(getattr(node, "func", None), "id", "")
             if name in _RAISED and len(node.args) > _RAISED[name]:
                 found |= _constants(node.args[_RAISED[name]])
-    return found - {"empty_", "video_url", "malformed_exif", "reason"} | {
-        "empty_chosen",
-        "empty_rejected",
-    }
+    found -= {"empty_", "video_url", "malformed_exif", "reason"}
+    return found | {"empty_chosen", "empty_rejected"}
 
 
 def _table():
