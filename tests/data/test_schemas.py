@@ -259,3 +259,19 @@ def test_keys_identify_duplicates_and_swapped_copies(tmp_path):
     assert key not in {check(other, tmp_path).keys()[0] for other in others}
     bare = check(_draft(images=None), tmp_path).keys()
     assert bare[2] == check(_draft(images=None, chosen="best"), tmp_path).keys()[2] != pictures
+
+
+def test_images_in_a_column_of_another_name_are_not_lost():
+    row = {"question": "What?", "chosen": "good", "rejected": "bad"}
+    for cell in (PICTURE, {"bytes": PICTURE, "path": None}, [PICTURE]):
+        with pytest.raises(DataError, match=r"'photo' seems to hold images.*add --map image=photo"):
+            schemas.detect([], {**row, "photo": cell}, "here")
+    assert schemas.detect([], {**row, "photo": b"no image", "n": 1}, "here").name == "RLAIF-V"
+    draft = schemas.mapped({"question": "question"}, row, {**row, "img_path": PICTURE}, "here")
+    assert draft.unchecked_pair({**row, "img_path": PICTURE}).images == PICTURE
+
+
+def test_columns_are_listed_in_part():
+    with pytest.raises(DataError, match=r"x{80}…, .* and 81 more") as caught:
+        schemas.detect([], {"x" * 999: 1, **{f"c{number}": 1 for number in range(100)}}, "here")
+    assert len(str(caught.value)) < 500
