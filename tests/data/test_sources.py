@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from tests.support.images import encoded, sent
 from vlmdpo.data import hub, schemas, sources
 from vlmdpo.data.pairs import check, text_of
+from vlmdpo.data.reasons import UnreadableRow
 from vlmdpo.data.sources import Streamed, Unit, bounds
 from vlmdpo.errors import DataError
 
@@ -169,11 +170,7 @@ def test_files_of_a_folder_are_chosen_by_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("x.jsonl", '{"a": 1}\n{broken\n', "line 2 is not valid JSON"),
-        ("x.jsonl", "[1]\n", "line 1 must be a JSON object"),
-        ("x.json", '[{"a": 1}, 2]', "entry 1 must be a JSON object"),
         ("x.json", '[{"a": 1}', "is not valid JSON"),
-        ("x.csv", "a,b\n1\n", "line 2 does not have as many cells"),
         ("x.csv", 'a,b\n"1,2\n', "is not valid CSV"),
         ("x.tar", "no archive", "is not a readable tar archive"),
         ("x.parquet", "no parquet", "is not a readable Parquet file"),
@@ -184,6 +181,27 @@ def test_broken_files_are_located(name, text, says, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=says):
         list(hub.open_source(str(tmp_path / name), "train").units(0, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason", "says"),
+    [
+        ("x.jsonl", '{"a": "1"}\n{broken\n{"a": "2"}\n', "bad_json", "line 2 is not valid JSON"),
+        ("x.jsonl", '{"a": "1"}\n[1]\n{"a": "2"}\n', "bad_json", "line 2 holds list"),
+        ("x.json", '[{"a": "1"}, 2, {"a": "2"}]', "bad_json", "entry 1 holds int"),
+        ("x.csv", "a\n1\n1,1\n2\n", "ragged_line", "line 3 has 2 cells, the header 1 columns"),
+        ("x.tsv", "a\n1\n1\t1\n2\n", "ragged_line", "line 3 has 2 cells, the header 1 columns"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_one_row(name, text, reason, says, tmp_path):
+    (tmp_path / name).write_text(text)
+    source = hub.open_source(str(tmp_path / name), "train")
+    assert source.count == 3
+    first, bad, last = (row for unit in source.units(0, None) for row in source.rows(unit))
+    assert (first["a"], last["a"]) == ("1", "2")
+    assert isinstance(bad, UnreadableRow)
+    assert bad["reason"] == reason
+    assert says in bad["detail"]
 
 
 def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):

@@ -5,17 +5,18 @@ A file that cannot be read as its kind is an error; a row that cannot be used is
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from vlmdpo import ui
 from vlmdpo.data.json_rows import parse_at
-from vlmdpo.data.reasons import first_line, shown
+from vlmdpo.data.reasons import UnreadableRow, first_line, shown
 from vlmdpo.errors import DataError
 
 Record = dict[str, Any]
@@ -62,8 +63,14 @@ def json_lines(file: Path) -> Iterator[Record]:
     """A row for each line of a JSONL file that is not blank. Raises DataError."""
     for number, line in enumerate(lines(file), start=1):
         if text := line.strip():
-            where = f"'{file}' line {number}"
-            yield _object(_only_value(text, where), where)
+            try:
+                value, end = parse_at(text, 0)
+                if end < len(text):
+                    raise ValueError(f"there is more behind column {end}")
+            except ValueError as problem:
+                yield UnreadableRow("bad_json", f"line {number} is not valid JSON: {problem}")
+            else:
+                yield _row(value, f"line {number}")
 
 
 def count_json_lines(file: Path) -> int:
@@ -119,7 +126,7 @@ def _entries(text: str, at: int, file: Path) -> Iterator[Record]:
                 raise ValueError(f"a comma or bracket is missing behind entry {number - 1}")
             at = _skip(text, at + 1)
         value, at = parse_at(text, at)
-        yield _object(value, f"'{file}' entry {number}")
+        yield _row(value, f"entry {number}")
         number, at = number + 1, _skip(text, at)
     if _skip(text, at + 1) < len(text):
         raise ValueError("there is more behind the list")
@@ -130,7 +137,7 @@ def _objects(text: str, at: int, file: Path) -> list[Record]:
     rows: list[Record] = []
     while at < len(text):
         value, end = parse_at(text, at)
-        rows.append(_object(value, f"'{file}' object {len(rows)}"))
+        rows.append(_row(value, f"object {len(rows)}"))
         at = _skip(text, end)
     only = rows[0]
     if len(rows) == 1 and only and all(isinstance(value, (dict, list)) for value in only.values()):
@@ -140,22 +147,10 @@ def _objects(text: str, at: int, file: Path) -> list[Record]:
     return rows
 
 
-def _only_value(text: str, where: str) -> Any:
-    try:
-        value, end = parse_at(text, 0)
-        if end < len(text):
-            raise ValueError(f"there is more behind column {end}")
-    except ValueError as problem:
-        raise DataError(f"{where} is not valid JSON: {problem}") from problem
-    return value
-
-
-def _object(record: Any, where: str) -> Record:
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where} must be a JSON object with the columns of a row, not {type(record).__name__}"
-        )
-    return record
+def _row(value: Any, where: str) -> Record:
+    if isinstance(value, dict):
+        return value
+    return UnreadableRow("bad_json", f"{where} holds {type(value).__name__}, not an object")
 
 
 @dataclass(frozen=True)
@@ -179,17 +174,24 @@ def csv_dialect(file: Path) -> CsvDialect:
     counts = {delimiter: header.count(delimiter) for delimiter in (usual, ";", "\t")}
     delimiter = usual if counts[usual] else max(counts, key=lambda one: counts[one])
     quoted = CsvDialect(encoding, delimiter)
-    try:
-        return CsvDialect(encoding, delimiter, True, sum(1 for _ in csv_rows(file, quoted)))
-    except DataError:
-        if delimiter != "\t":
-            raise
-        plain = CsvDialect(encoding, delimiter, quotes=False)
-        try:
-            return CsvDialect(encoding, delimiter, False, sum(1 for _ in csv_rows(file, plain)))
-        except DataError:
-            pass
-        raise
+    if delimiter != "\t":
+        return replace(quoted, rows=_count(file, quoted)[0])
+    plain = replace(quoted, quotes=False)
+    rows, ragged = _count(file, plain)
+    with contextlib.suppress(DataError):  # a quote that is never closed
+        quoted_rows, quoted_ragged = _count(file, quoted)
+        if quoted_ragged <= ragged:
+            return replace(quoted, rows=quoted_rows)
+    return replace(plain, rows=rows)
+
+
+def _count(file: Path, dialect: CsvDialect) -> tuple[int, int]:
+    """(rows, rows of another number of cells than the header's) in a dialect."""
+    rows = ragged = 0
+    for row in csv_rows(file, dialect):
+        rows += 1
+        ragged += isinstance(row, UnreadableRow)
+    return rows, ragged
 
 
 def _csv_encoding(file: Path) -> str:
@@ -228,12 +230,12 @@ def csv_rows(file: Path, dialect: CsvDialect) -> Iterator[Record]:
                 return
             if columns is None:
                 columns = _header(cells, file)
+            elif cells and len(cells) != len(columns):
+                yield UnreadableRow(
+                    "ragged_line",
+                    f"line {number} has {len(cells)} cells, the header {len(columns)} columns",
+                )
             elif cells:
-                if len(cells) != len(columns):
-                    raise DataError(
-                        f"'{file}' line {number} does not have as many cells as the header has "
-                        "columns"
-                    )
                 yield {name: cell or None for name, cell in zip(columns, cells, strict=True)}
     except csv.Error as problem:
         raise DataError(f"'{file}' line {number} is not valid CSV: {problem}") from problem
