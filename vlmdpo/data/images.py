@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,11 @@ class EncodedImage:
 
 def inside(root: Path, relative: str) -> Path:
     """The file that a path in data names. Raises BadImage if it lies outside `root`."""
-    path = (root / relative).resolve()
+    try:
+        path = (root / relative).resolve()
+    except (ValueError, OSError, RuntimeError) as problem:
+        # A NUL, half a surrogate pair, or links in a circle (RuntimeError before Python 3.13).
+        raise BadImage("missing_image", f"{relative[:80]!r} names no file: {problem}") from problem
     if not path.is_relative_to(root.resolve()):
         raise BadImage("image_outside_root", f"'{relative}' points outside '{root}'")
     return path
@@ -279,4 +285,16 @@ def encode(image: Image.Image, kind: str) -> bytes:
 
 def open_file(path: Path) -> Image.Image:
     """An upright RGB image from a file that the user named. Raises BadImage."""
-    return to_rgb(ImageOps.exif_transpose(decode(read(path.name, path.parent))))
+    return upright_rgb(read(path.name, path.parent))
+
+
+def upright_rgb(data: bytes) -> Image.Image:
+    """A decoded RGB image, rotated by its EXIF orientation where that can be read, without
+    metadata: processors would read EXIF again, and fail where it is malformed. Raises BadImage.
+    """
+    image = decode(data)
+    with contextlib.suppress(*_BROKEN_DATA, struct.error):
+        image = ImageOps.exif_transpose(image)
+    image = to_rgb(image)
+    image.info = {}
+    return image

@@ -106,6 +106,31 @@ def message(role: str, text: str, images: int = 0) -> Message:
     return {"role": role, "content": [*places, {"type": "text", "text": text}]}
 
 
+def check_text(text: Any, where: str) -> str:
+    """The text of a cell, which tokenizers must be able to encode. Raises BadRow."""
+    if not isinstance(text, str):
+        raise BadRow("not_a_text", f"{where} is of type {type(text).__name__}, not a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        half = f"U+{ord(text[problem.start]):04X}"
+        raise BadRow(
+            "lone_surrogate", f"{where} holds {half}, half of a character written as two"
+        ) from problem
+    return text
+
+
+def question_message(text: Any, images: int = 1) -> Message:
+    """The user's turn that asks `text` about this many images, whose places `<image>` may mark.
+
+    Raises BadRow.
+    """
+    turns = _messages(check_text(text, "the question"), "user", "the question")
+    _check_prompt(turns)
+    [turn] = _with_image_places(turns, images)
+    return turn
+
+
 def check(unchecked: UncheckedPair, root: Path) -> PreferencePair:
     """The checked pair, with its images read from below `root`. Raises BadRow."""
     prompt = _messages(unchecked.prompt, "user", "prompt")

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vlmdpo import ui
+from vlmdpo.data.pairs import BadRow, question_message
 from vlmdpo.errors import ModelError
 from vlmdpo.models.chat_template import (
     Message,
@@ -26,6 +27,7 @@ from vlmdpo.models.chat_template import (
     apply_template,
     text_message,
 )
+from vlmdpo.models.families import reserved_tokens
 from vlmdpo.models.protocols import Processor
 from vlmdpo.models.template_probe import probe
 
@@ -106,8 +108,21 @@ def _kinds(messages: Sequence[Message]) -> list[str]:
 
 
 def render_question(processor: Processor, question: str, images: int = 1) -> str:
-    """One user turn of images and a question, up to the answer. Raises CannotRender."""
-    return render_prompt(processor, [text_message("user", question, images)])
+    """One user turn of images and a question, up to the answer.
+
+    `<image>` in the question is an image's place, as in the rows that `prepare` reads. Raises
+    CannotRender.
+    """
+    try:
+        turn = question_message(question, images)
+    except BadRow as problem:
+        raise CannotRender(problem.reason, str(problem)) from problem
+    texts = [str(part["text"]) for part in turn["content"] if part["type"] == "text"]
+    for token in reserved_tokens(processor):
+        if any(token in text for text in texts):
+            detail = f"the question holds {token!r}, which the model reads as an image"
+            raise CannotRender("placeholder_miscount", detail)
+    return render_prompt(processor, [turn])
 
 
 def render_answer(processor: Processor, text: str) -> str:

@@ -248,12 +248,12 @@ _TRANSFORMERS_MODELS = (
         breaks="processors of Qwen2-VL and SmolVLM on machines without torchvision",
     ),
     *overridden(
-        "engine/side_by_side engine/decode",
+        "engine/side_by_side engine/decode engine/streaming",
         "transformers.generation.streamers.BaseStreamer.put(self, value)",
         "transformers.generation.streamers.BaseStreamer.end(self)",
         "transformers.StoppingCriteria.__call__(self, input_ids, scores, kwargs)",
         why="`generate` passes on each token, and stops early",
-        breaks="vlmdpo compare, and early stops of eval-amber",
+        breaks="vlmdpo compare, infer on a terminal, and early stops of eval-amber",
     ),
     *called(
         "engine/packed_attention",
