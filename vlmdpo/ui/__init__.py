@@ -23,7 +23,7 @@ from vlmdpo.ui.console import (
     warn,
     warn_from_handler,
 )
-from vlmdpo.ui.progress import Bar, Dashboard, Figure, dashboard, progress, sparkline
+from vlmdpo.ui.live import Bar, Dashboard, Figure, dashboard, progress, sparkline
 from vlmdpo.ui.tables import can_draw_images, columns, image, table, tokens
 
 __all__ = [
