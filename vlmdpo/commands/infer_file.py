@@ -16,8 +16,8 @@ from PIL import Image
 
 from vlmdpo import ui
 from vlmdpo.commands import infer_engines
-from vlmdpo.commands.infer_questions import Question, check_any, read
 from vlmdpo.config import InferConfig
+from vlmdpo.data.questions import Question, nothing_to_ask, read
 from vlmdpo.data.row_errors import ROW_ERRORS, LeftOut
 from vlmdpo.errors import DataError
 
@@ -68,7 +68,7 @@ def answer_file(config: InferConfig) -> dict[str, Any]:
     source, output = config.input, config.output
     root = config.image_root or source.parent
     config = dataclasses.replace(config, device=processes.device, num_processes=1)
-    questions, left_out = read(source, root)
+    questions, left_out = read(source, root, "--input")
     if processes.index == 0:
         _collect_parts(output)
         _answered_ids(config)  # also removes a line cut short, before the others read
@@ -91,7 +91,7 @@ def answer_file(config: InferConfig) -> dict[str, Any]:
     processes.barrier()
     processes.destroy()
     if len(refused) == len(questions):
-        check_any(source, root, left_out)
+        raise nothing_to_ask(source, root, left_out, "--input")
     return {
         "output": str(config.output),
         "questions": len(questions),

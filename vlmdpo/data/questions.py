@@ -1,4 +1,4 @@
-"""The question file of `vlmdpo infer`. A line that cannot be asked is left out, and counted."""
+"""A JSONL of questions about images. A line that cannot be asked is left out, and counted."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Question:
         return open_file(self.path)
 
 
-def read(path: Path, root: Path) -> tuple[list[Question], LeftOut]:
-    """(the questions of `--input`, its lines that cannot be asked).
+def read(path: Path, root: Path, flag: str) -> tuple[list[Question], LeftOut]:
+    """(the questions of the file that an option names, its lines that cannot be asked).
 
     Raises DataError for a file that cannot be read, or has no question that can be asked.
     """
     try:
         content = path.read_bytes()
     except OSError as problem:
-        raise DataError(f"--input: cannot read '{path}': {problem.strerror}") from problem
+        raise DataError(f"{flag}: cannot read '{path}': {problem.strerror}") from problem
     questions: dict[str | int, Question] = {}
     left_out = LeftOut()
     # Not splitlines: texts may hold other line breaks, such as U+2028.
@@ -54,18 +54,18 @@ def read(path: Path, root: Path) -> tuple[list[Question], LeftOut]:
         except ROW_ERRORS as problem:
             left_out.add(f"line {number}", problem, "unreadable_line")
     if not questions:
-        check_any(path, root, left_out)
+        raise nothing_to_ask(path, root, left_out, flag)
     return list(questions.values()), left_out
 
 
-def check_any(path: Path, root: Path, left_out: LeftOut) -> None:
-    """Raise DataError for a file of which nothing can be asked, with the reasons."""
+def nothing_to_ask(path: Path, root: Path, left_out: LeftOut, flag: str) -> DataError:
+    """The error of a file of which nothing can be asked, with the reasons."""
     if not left_out:
-        raise DataError(f"--input: '{path}' contains no questions")
+        return DataError(f"{flag}: '{path}' contains no questions")
     reasons = "; ".join(lines(left_out.report()))
     hint = f"; images are looked for in '{root}', see --image-root"
-    raise DataError(
-        f"--input: none of the {len(left_out):,} questions of '{path}' can be asked: {reasons}"
+    return DataError(
+        f"{flag}: none of the {len(left_out):,} questions of '{path}' can be asked: {reasons}"
         f"{hint if 'missing_image' in left_out.by_reason else ''}"
     )
 
