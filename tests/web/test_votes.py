@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlmdpo.benchmarks.stats import wilson
-from vlmdpo.data.images import BadImage
+from vlmdpo.data.reasons import BadImage
 from vlmdpo.engine.side_by_side import Answer, AnswerScore
 from vlmdpo.web import panes
 from vlmdpo.web.examples import Example

@@ -22,7 +22,7 @@ import yaml
 
 from vlmdpo import ui
 from vlmdpo.config import CompareConfig
-from vlmdpo.data.row_errors import lines
+from vlmdpo.data.left_out import in_words
 from vlmdpo.errors import ConfigError, DataError, MissingDependencyError, install_command
 from vlmdpo.models.configured import configured_model, configured_processor
 
@@ -115,7 +115,7 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
         own, left_out = examples.from_file(config.examples, root)
         picked += own
         if left_out:
-            reasons = "; ".join(lines(left_out.report()))
+            reasons = in_words(left_out.report())
             ui.warn(f"{len(left_out)} lines of '{config.examples}' are left out: {reasons}")
     return picked
 

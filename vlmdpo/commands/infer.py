@@ -10,8 +10,9 @@ from vlmdpo import ui
 from vlmdpo.commands import infer_engines
 from vlmdpo.commands.infer_file import answer_file, record
 from vlmdpo.config import InferConfig
-from vlmdpo.data.images import BadImage, open_file
-from vlmdpo.data.row_errors import ROW_ERRORS, lines, reason_of
+from vlmdpo.data.images import open_file
+from vlmdpo.data.left_out import in_words
+from vlmdpo.data.reasons import BadImage, BadRow
 from vlmdpo.errors import ConfigError, DataError
 
 _DEFAULT_QUESTION = "Describe this image."
@@ -28,9 +29,8 @@ def _answer_one(config: InferConfig) -> dict[str, Any]:
     engine = infer_engines.load(config)
     try:
         inputs = engine.inputs([image], [question])
-    except ROW_ERRORS as problem:
-        reason, detail = reason_of(problem, "processor_refuses")
-        raise DataError(f"this question cannot be asked: {detail} ({reason})") from problem
+    except BadRow as problem:
+        raise DataError(f"this question cannot be asked: {problem}") from problem
     streams = ui.is_live() and config.engine == "plain" and not config.compare
     streams = streams and config.num_return_sequences == 1
     [answers] = engine.answers(inputs, [name, question], show=ui.piece if streams else None)
@@ -89,4 +89,4 @@ def _show_file(report: dict[str, Any]) -> None:
     left_out = report["left_out"]
     if left_out:
         count = sum(found["count"] for found in left_out.values())
-        ui.warn(f"{count:,} lines of the file could not be asked: {'; '.join(lines(left_out))}")
+        ui.warn(f"{count:,} lines of the file could not be asked: {in_words(left_out)}")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlmdpo.config import InferConfig
+from vlmdpo.data.reasons import BadRow, foreign
 from vlmdpo.engine.sampling import Sampling
 from vlmdpo.models.configured import configured_model, configured_processor
 
@@ -17,8 +18,8 @@ class Engine(Protocol):
     """A model that answers questions about images."""
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-        """What `answers` takes. Raises one of `row_errors.ROW_ERRORS` for a row that the model's
-        processor or chat template cannot take.
+        """What `answers` takes. Raises BadRow where the model's processor or chat template
+        cannot take a question or its image.
         """
         ...
 
@@ -59,7 +60,8 @@ class _Plain:
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
         from vlmdpo.engine.generate import model_inputs
 
-        return model_inputs(self.model, self.processor, images, questions)
+        with foreign(BadRow, "processor_refuses"):
+            return model_inputs(self.model, self.processor, images, questions)
 
     def answers(
         self,
@@ -103,8 +105,9 @@ class _Vllm:
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
         from vlmdpo.models.rendering import render_question
 
-        for question in questions:
-            render_question(self.processor, question)
+        with foreign(BadRow, "chat_template_refuses"):
+            for question in questions:
+                render_question(self.processor, question)
         return images, questions
 
     def answers(

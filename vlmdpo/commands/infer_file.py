@@ -17,8 +17,9 @@ from PIL import Image
 from vlmdpo import ui
 from vlmdpo.commands import infer_engines
 from vlmdpo.config import InferConfig
+from vlmdpo.data.left_out import LeftOut
 from vlmdpo.data.questions import Question, nothing_to_ask, read
-from vlmdpo.data.row_errors import ROW_ERRORS, LeftOut
+from vlmdpo.data.reasons import BadImage, BadRow
 from vlmdpo.errors import DataError
 
 _PROMPT_OPTIONS = ("system", "chat_template_kwargs")
@@ -170,11 +171,11 @@ def _inputs(
     for question in batch:
         try:
             opened.append((question, question.open_image()))
-        except ROW_ERRORS as problem:
-            refused.add(question.row, problem, "unreadable_image")
+        except BadImage as problem:
+            refused.add(question.row, problem)
     try:
         return _of_opened(engine, opened)
-    except ROW_ERRORS:  # at least one of them; which, each tells alone
+    except BadRow:  # at least one of them; which, each tells alone
         return _of_opened(engine, [one for one in opened if _is_askable(engine, one, refused)])
 
 
@@ -189,8 +190,8 @@ def _is_askable(engine: infer_engines.Engine, one: _Opened, refused: LeftOut) ->
     question, image = one
     try:
         engine.inputs([image], [question.text])
-    except ROW_ERRORS as problem:
-        refused.add(question.row, problem, "processor_refuses")
+    except BadRow as problem:
+        refused.add(question.row, problem)
         return False
     return True
 

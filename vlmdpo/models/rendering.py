@@ -18,7 +18,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vlmdpo import ui
-from vlmdpo.data.pairs import BadRow, question_message
+from vlmdpo.data.pairs import question_message
+from vlmdpo.data.reasons import BadRow
 from vlmdpo.errors import ModelError
 from vlmdpo.models.chat_template import (
     Message,
@@ -35,12 +36,8 @@ RENDERING = "rendering.json"  # beside saved weights: how they were trained
 _ATTRIBUTE = "_vlmdpo_rendering"
 
 
-class CannotRender(ValueError):
-    """Why a conversation cannot be rendered; `reason` is the name such rows are counted by."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+class CannotRender(BadRow, ValueError):
+    """Why a conversation cannot be rendered."""
 
 
 def set_rendering(processor: Processor, settings: PromptSettings, model: str = "") -> Rendering:
@@ -111,17 +108,16 @@ def render_question(processor: Processor, question: str, images: int = 1) -> str
     """One user turn of images and a question, up to the answer.
 
     `<image>` in the question is an image's place, as in the rows that `prepare` reads. Raises
-    CannotRender.
+    BadRow.
     """
-    try:
-        turn = question_message(question, images)
-    except BadRow as problem:
-        raise CannotRender(problem.reason, str(problem)) from problem
+    turn = question_message(question, images)
     texts = [str(part["text"]) for part in turn["content"] if part["type"] == "text"]
     for token in reserved_tokens(processor):
         if any(token in text for text in texts):
-            detail = f"the question holds {token!r}, which the model reads as an image"
-            raise CannotRender("placeholder_miscount", detail)
+            raise CannotRender(
+                "placeholder_miscount",
+                f"the question holds {token!r}, which the model reads as an image",
+            )
     return render_prompt(processor, [turn])
 
 

@@ -26,8 +26,6 @@ _KEYS = files("vlmdpo.web").joinpath("compare.js").read_text(encoding="utf-8")
 HEAD = f"<script>{_KEYS}</script>"
 _HELP = "Keys: 1 or ← left, 2 or → right, t tie, s skip or next, u undo."
 
-from gradio.events import Dependency
-
 class Picture(gr.Image):
     """An image field whose file is handed over as it is: `Voting` opens it, and says in words why
     one cannot be used. gradio would decode it twice, and show an error for what it cannot read.
@@ -38,12 +36,14 @@ class Picture(gr.Image):
     def preprocess(self, payload: Any) -> str | None:
         """The path of the uploaded file."""
         return payload.path if payload is not None else None
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class _Asked(NamedTuple):
     """The components that questions come from."""
@@ -53,7 +53,6 @@ class _Asked(NamedTuple):
     ask: Any
     token: Any
     session: Any
-
 
 class Page:
     """The app around a `Voting`."""
@@ -179,10 +178,8 @@ class Page:
 
         return vote
 
-
 def _button(label: str, elem_id: str) -> Any:
     return gr.Button(label, interactive=False, elem_id=elem_id, min_width=90)
-
 
 def _updates(view: View) -> list[Any]:
     """A view as updates of the session and of the parts of the page, in their order."""

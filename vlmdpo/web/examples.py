@@ -10,8 +10,8 @@ from typing import Any
 
 from vlmdpo.benchmarks.amber import questions as qs
 from vlmdpo.data import questions, store
-from vlmdpo.data.images import BadImage
-from vlmdpo.data.row_errors import LeftOut
+from vlmdpo.data.left_out import LeftOut
+from vlmdpo.data.reasons import BadImage
 from vlmdpo.errors import DataError
 from vlmdpo.report.html import evenly
 
@@ -105,7 +105,7 @@ def from_file(file: Path, root: Path) -> tuple[list[Example], LeftOut]:
         try:
             question.open_image()
         except BadImage as problem:
-            left_out.add(question.row, problem, "unreadable_image")
+            left_out.add(question.row, problem)
         else:
             examples.append(Example(question.path, question.text, file.name))
     if not examples:

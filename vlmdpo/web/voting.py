@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
-from vlmdpo.data.images import BadImage, open_file
-from vlmdpo.data.row_errors import ROW_ERRORS, reason_of
+from vlmdpo.data.images import open_file
+from vlmdpo.data.reasons import BadImage, BadRow, foreign
 from vlmdpo.engine.side_by_side import ROLES, Answer, SideBySide
 from vlmdpo.errors import is_out_of_memory, out_of_memory_reason
 from vlmdpo.web import panes
@@ -213,10 +213,10 @@ class Voting:
         except BadImage as problem:
             return None, f"This image cannot be used: {plain(str(problem))}"
         try:
-            model_inputs(self.models.model, self.models.processor, [opened], [question])
-        except ROW_ERRORS as problem:
-            _, detail = reason_of(problem, "processor_refuses")
-            return None, f"This question cannot be asked: {plain(detail)}"
+            with foreign(BadRow, "processor_refuses"):
+                model_inputs(self.models.model, self.models.processor, [opened], [question])
+        except BadRow as problem:
+            return None, f"This question cannot be asked: {plain(str(problem))}"
         return opened, ""
 
     def vote(self, token: str, session: Session, choice: str, correct: str = "") -> View:

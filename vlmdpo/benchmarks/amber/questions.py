@@ -11,7 +11,9 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from vlmdpo.data.images import BadImage, inside, upright_rgb
+from vlmdpo.data.image_cells import inside, read_file
+from vlmdpo.data.images import decode, upright_rgb
+from vlmdpo.data.reasons import BadImage
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".
@@ -200,8 +202,8 @@ def _vocabulary(folder: Path) -> Vocabulary:
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
     def open_image(name: str) -> Image.Image:
         try:
-            return upright_rgb(inside(folder, name).read_bytes())
-        except (OSError, BadImage) as problem:
+            return upright_rgb(decode(read_file(inside(folder, name), f"'{folder / name}'")))
+        except BadImage as problem:
             raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
     return open_image
