@@ -29,6 +29,8 @@ def screen(request, monkeypatch):
     """A function that makes stdout and stderr one stream, which pytest would undo before a test."""
 
     def start():
+        ui.set_json_only(False)
+        ui.set_verbosity(quiet=False, yes=False)
         stream = Terminal() if request.param else io.StringIO()
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)

@@ -232,6 +232,7 @@ def _ask(
         "engine": "plain" if fell_back else config.engine,
         "fallback_reason": next((o.reason for o in outcomes if o.reason), None),
         "bad_pictures": {name: why for o in outcomes for name, why in o.bad_pictures.items()},
+        "bad_questions": {n: why for o in outcomes for n, why in o.bad_questions.items()},
         "identity": identity,
     }
     return store, facts, roles
@@ -291,6 +292,7 @@ def _report(
         "engine": None,
         "fallback_reason": None,
         "bad_pictures": {},
+        "bad_questions": {},
         **facts,
         "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
         "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
