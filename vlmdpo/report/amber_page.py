@@ -73,7 +73,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def as_cell(value: Any) -> str:
     """Text that is safe in a Markdown table: without bars, tags, links and line breaks."""
     text = " ".join(str(value).split())
-    for mark in "\\|`*_<>[]&":
+    for mark in "&\\|`*_<>[]":  # & first: it begins what the others become
         text = text.replace(mark, f"&#{ord(mark)};" if mark in "<>&" else f"\\{mark}")
     return text
 

@@ -39,16 +39,25 @@ def escape(text: str) -> str:
     return rich.markup.escape(visible(text))
 
 
+class _Console(Console):
+    """rich's, but a reader that is gone (`| head`) is for the command line to handle: rich would
+    exit with status 1.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def out() -> Console:
     """The console of results."""
     # Created each time, so that a redirected sys.stdout (a test, a notebook) is respected. A pipe
     # has no width; cutting a table at 80 columns there would lose data.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def err(*, always: bool = False) -> Console:
     """The console of messages; with `always` also where they are muted."""
-    console = Console(file=sys.stderr, highlight=False, quiet=(_muted or _quiet) and not always)
+    console = _Console(file=sys.stderr, highlight=False, quiet=(_muted or _quiet) and not always)
     console.soft_wrap = not console.is_terminal  # a log keeps each message on one line
     return console
 
