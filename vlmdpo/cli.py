@@ -280,6 +280,7 @@ def run(arguments: list[str]) -> int:
             standalone_mode=False,
             prog_name="vlmdpo",
         )
+        sys.stdout.flush()  # here, where a reader that is gone is known how to handle
         if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
             ui.warn(_interrupted(arguments))
         return code if isinstance(code, int) else 0
