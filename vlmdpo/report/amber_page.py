@@ -12,6 +12,7 @@ from vlmdpo.benchmarks.amber.published import beside_article
 from vlmdpo.benchmarks.amber.questions import Benchmark
 from vlmdpo.benchmarks.amber.scores import COVERS
 from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
 from vlmdpo.report import html as pages
 
@@ -53,6 +54,7 @@ def page(
         .get_template("amber.html")
         .render(
             **_context(report),
+            setting_groups=pages.by_difference(report["settings"], EvalAmberConfig),
             gallery=[
                 {**flip, "picture": thumbnail(flip["image"])}
                 for flip in _gallery(report, benchmark, answers)
