@@ -16,6 +16,7 @@ from PIL import Image as PillowImage
 
 from vlmdpo.config.options import Options
 
+_NOTHING = "none"
 SIDE_PX = 320  # the longer side of an image on a page
 
 
@@ -51,20 +52,25 @@ def by_difference(settings: Mapping[str, Any], config: type[Options]) -> Setting
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     found = Settings([], [])
     for name, value in settings.items():
-        default = defaults.get(name)
-        default = list(default) if isinstance(default, tuple) else default
-        default = str(default) if isinstance(default, Path) else default
-        value = list(value) if isinstance(value, tuple) else value
-        nothing = (None, [], "")
-        if value in nothing and (default in nothing or name not in defaults):
-            continue
+        value, default = _plain(value), _plain(defaults.get(name))
         if name in defaults and value != default:
-            found.changed.append(
-                (name, *("none" if one in nothing else one for one in (value, default)))
-            )
-        else:
+            found.changed.append((name, value, default))
+        elif value != _NOTHING:
             found.usual.append((name, value))
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a page shows it, whether it comes from a file or from an option's default."""
+    if value is None or value == "" or value == [] or value == ():
+        return _NOTHING
+    return (
+        list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+    )
 
 
 def evenly(entries: Sequence[Any], count: int) -> list[Any]:
