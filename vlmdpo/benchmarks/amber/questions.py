@@ -11,9 +11,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from vlmdpo.data.image_cells import inside, read_file
-from vlmdpo.data.images import decode, upright_rgb
-from vlmdpo.data.reasons import BadImage
+from vlmdpo.data.images import BadImage, decode, inside, read, upright_rgb
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".
@@ -202,7 +200,7 @@ def _vocabulary(folder: Path) -> Vocabulary:
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
     def open_image(name: str) -> Image.Image:
         try:
-            return upright_rgb(decode(read_file(inside(folder, name), f"'{folder / name}'")))
+            return upright_rgb(decode(read(name, folder)))
         except BadImage as problem:
             raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
@@ -228,6 +226,8 @@ def _exists(folder: Path, name: str) -> bool:
     try:
         return inside(folder, name).is_file()
     except BadImage as problem:
+        if problem.reason == "missing_image":  # its links form a circle
+            return False
         raise DataError(f"image '{name}': {problem}") from problem
 
 
