@@ -326,7 +326,7 @@ def test_in_a_browser_ask_compare_vote_and_find_the_file(tmp_path):
 
 def test_requests_uploads_and_output_are_kept_private():
     """Over HTTP: other hosts and pages, a full queue, uploads, stdout, and what is left behind."""
-    httpx = pytest.importorskip("httpx")
+    httpx = pytest.importorskip("httpx").Client(timeout=60)
     server, url = _served("--votes", "votes.jsonl", "--allow-host", "proxy.example")
     try:
         assert httpx.get(url).status_code == 200
