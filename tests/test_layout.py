@@ -28,7 +28,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
     *("models/experts", "models/inputs", "models/processor_parts", "models/supported"),
-    *("models/families", "models/load", "models/load_errors", "models/digest"),
+    *("models/weights", "models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",
