@@ -118,7 +118,7 @@ COMMANDS = {
 # Switches that are off by default and need no --no- form.
 _ONE_WAY = {
     *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge"),
-    *("dry_run", "share", "open"),
+    *("dry_run", "share", "open", "data_of_another_model"),
 }
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {

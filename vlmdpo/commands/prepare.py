@@ -205,6 +205,7 @@ def _prepare(
         "key": key,
         "split": config.split,
         "model": config.model,
+        "processor_class": type(counter.processor).__name__,  # says the model's family
         "prompt_date": prompts.date,
         **_outcome(plan, result, size),
     }

@@ -26,6 +26,7 @@ from vlmdpo.data.sources import Streamed, bounds
 from vlmdpo.errors import ConfigError, ModelError
 from vlmdpo.memory import fast
 from vlmdpo.models import registry
+from vlmdpo.training.data_check import check_by_name
 
 _PUBLISHED_ROWS = {"openbmb/RLAIF-V-Dataset": 83_132}  # source: the dataset's card on the Hub
 _COMMON_OPTIONS = {field.name for field in dataclasses.fields(EstimateMemoryConfig)} & {
@@ -96,11 +97,12 @@ def _registry_entry(model: str) -> registry.ModelEntry | None:
     return known
 
 
-def _training_rows(config: DataOptions) -> tuple[int | None, str]:
+def _training_rows(config: TrainConfig) -> tuple[int | None, str]:
     """(number of rows, how it is known); None if it takes a download to know."""
     folder = Path(config.dataset)
     manifest = store.read_manifest(folder)
     if manifest is not None:
+        check_by_name(folder, manifest, config)
         return int(manifest["splits"]["train"]), "prepared"
     if config.dataset == "scenes":
         from vlmdpo.tiny import pairs
@@ -153,11 +155,13 @@ def _estimate_options(config: TrainConfig, gpus: int, gpu: str | None) -> dict[s
         name: getattr(config, name)
         for name in _COMMON_OPTIONS - {"dataset", "dtype", "gpu", *PER_CALL}
     }
-    prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
+    manifest = store.read_manifest(Path(config.dataset))
+    # Token counts of another model's processor say nothing of this one.
+    is_counted = manifest and registry.is_same_name(str(manifest.get("model")), config.model)
     return {
         **shared,
         "dtype": dtype,
-        "dataset": prepared,
+        "dataset": config.dataset if is_counted else None,
         "num_gpus": gpus,
         "strategy": strategy,
         "gpu": gpu,

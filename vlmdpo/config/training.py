@@ -49,6 +49,11 @@ class DataOptions(LengthOptions):
         common=True,
     )
     split: str = option("train", "Split of the source, if it is prepared first")
+    data_of_another_model: bool = option(
+        False,
+        "Train on data that was prepared for another model, though its images may be smaller and "
+        "rows may be missing",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

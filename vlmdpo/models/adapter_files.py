@@ -63,7 +63,7 @@ def _check_base(adapter: Path, named: str, model: str, revision: str | None) -> 
     A model may have moved, or be a copy: where both are at hand, their weights decide. Where the
     base is not, a path is believed with a warning, because paths differ between machines.
     """
-    if registry.hub_id(named).lower() == registry.hub_id(model).lower():
+    if registry.is_same_name(named, model):
         return
     base, given = local_folder(named), local_folder(model, revision)
     same = same_weights(base, given) if base is not None and given is not None else None

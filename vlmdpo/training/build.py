@@ -16,6 +16,7 @@ from vlmdpo.config.common import RuntimeOptions
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.configured import configured_model, configured_processor
+from vlmdpo.training.data_check import check_prepared_for
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def build_setup(
     eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
     manifest = store.read_manifest(data) or {}
     processor = configured_processor(config, date=manifest.get("prompt_date"))
+    check_prepared_for(data, manifest, processor, config)
     dataset, over_length = _within_max_length(config, dataset, processor, data)
     if eval_dataset is not None:
         eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)
