@@ -17,6 +17,7 @@ from vlmdpo.config import DEFAULT_RATES, USUAL_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import (
+    ConfigError,
     DataError,
     Interrupted,
     MemoryBudgetError,
@@ -65,32 +66,45 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
-    with args.main_process_first():  # so that the others find the data prepared
-        if args.process_index == 0:
-            config = train_folder.check(output_dir, config)
-        data = _prepared(config)
-    if config.auto_batch_size:
-        _plan_batch(config, args, data)
-    with _memory_forecast(config, args, data) as forecast:
-        with train_folder.removed_if_empty(output_dir):
-            monitor = TrainingMonitor(output_dir / METRICS_FILE, forecast=forecast)
-            setup = build.build_setup(config, args, data, monitor)
-        return _run(setup, config, output_dir)
+    is_first = args.process_index == 0
+    with train_folder.locked(output_dir) if is_first else contextlib.nullcontext():
+        last = None
+        with args.main_process_first():  # so that the others find the data prepared
+            if is_first:
+                config = train_folder.check(output_dir, config)
+                if config.resume:
+                    last = train_folder.checkpoint_to_resume(output_dir, args.world_size)
+            data = _prepared(config)
+        if config.auto_batch_size:
+            _plan_batch(config, args, data)
+        with _memory_forecast(config, args, data) as forecast:
+            with train_folder.removed_if_empty(output_dir):
+                monitor = TrainingMonitor(output_dir / METRICS_FILE, forecast=forecast)
+                setup = build.build_setup(config, args, data, monitor)
+            return _run(setup, config, output_dir, last)
 
 
-def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
-    """Check, train, and save the results."""
+def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -> dict[str, Any]:
+    """Check, train, and save the results.
+
+    Args:
+        last: the checkpoint to resume from, known to the first process.
+    """
+    from accelerate.utils import broadcast_object_list
+
     from vlmdpo.training import preflight
 
     trainer, args = setup.trainer, setup.trainer.args
-    if args.process_index == 0:
-        train_folder.start(output_dir, config, setup.over_length)
-    trainer.accelerator.wait_for_everyone()
     preflight.check_before_training(setup, config)
     results.attach_samples_and_page(setup, output_dir, config)
+    if args.process_index == 0:
+        train_folder.start(output_dir, config, setup.over_length)
+        setup.monitor.write_settings = lambda: train_folder.write_recipe(output_dir, config)
+    trainer.accelerator.wait_for_everyone()
     _say_plan(trainer, config, len(setup.dataset))
-    last = train_folder.last_checkpoint(output_dir) if config.resume else None
-    with _translate_errors(setup, output_dir), setup.monitor.catching_signals():
+    if args.world_size > 1:
+        last = broadcast_object_list([last])[0]
+    with _translate_errors(setup, output_dir, last), setup.monitor.catching_signals():
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.save_reference_cache()
     state = trainer.state
@@ -105,8 +119,12 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
-    """Inside, errors that end a training become errors that say what to do."""
+def _translate_errors(setup: Any, folder: Path, last: Path | None) -> Iterator[None]:
+    """Inside, errors that end a training become errors that say what to do.
+
+    Args:
+        last: the checkpoint to resume from.
+    """
     from vlmdpo.training.finite_check import NonFiniteLoss
 
     trainer = setup.trainer
@@ -114,7 +132,7 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
         yield
     except NonFiniteLoss as problem:
         raise non_finite.explain_non_finite_loss(setup, problem, folder) from problem
-    except (RuntimeError, MemoryError, OSError) as problem:
+    except (RuntimeError, ValueError, MemoryError, OSError) as problem:
         if is_out_of_memory(problem):
             batch = trainer.args.per_device_train_batch_size
             raise MemoryBudgetError(
@@ -122,9 +140,15 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
                 f"{out_of_memory_reason(problem)}; add --auto-batch-size, or see: vlmdpo "
                 "estimate-memory --gpu"
             ) from problem
+        if last is not None and not setup.monitor.has_begun:
+            raise ConfigError(
+                f"--resume: {last.name} does not fit this run's settings: "
+                f"{' '.join(str(problem).split())[:200]}; use those that it was started with, in "
+                f"'{folder / train_folder.RECIPE}'"
+            ) from problem
         if isinstance(problem, OSError):
             raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
-        if "DataLoader worker" not in str(problem):
+        if isinstance(problem, ValueError) or "DataLoader worker" not in str(problem):
             raise
         workers = trainer.args.dataloader_num_workers
         raise DataError(

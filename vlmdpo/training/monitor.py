@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from vlmdpo import ui
+from vlmdpo.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,8 @@ class TrainingMonitor(TrainerCallback):
         lines: the logged lines of training.
         evaluations: the logged lines of the test split, their names without "eval_".
         save_now: writes a checkpoint; the trainer's, once there is one.
+        has_begun: whether training has, after all of a checkpoint was read.
+        write_settings: called once it has.
         write_page: called after each checkpoint, and however training ends.
     """
 
@@ -62,6 +65,8 @@ class TrainingMonitor(TrainerCallback):
         self.forecast = forecast
         self.metrics_file = metrics_file
         self.write_page: Callable[[], None] | None = None
+        self.has_begun = False
+        self.write_settings: Callable[[], None] | None = None
         self.stopped_by: signal.Signals | None = None
         self.save_now: Callable[[], None] | None = None
         self._restore_random_state: Callable[[], None] | None = None
@@ -75,6 +80,9 @@ class TrainingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.has_begun = True
+        if self.write_settings is not None:
+            self.write_settings()
         # After a resume, lines past the checkpoint belong to steps that are repeated.
         kept = [line for line in read_lines(self.metrics_file) if line["step"] <= state.global_step]
         self.lines = [line for line in kept if "loss" in line]
@@ -289,9 +297,20 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of such a file; none if there is no file."""
+    """The complete lines of such a file; none if there is no file.
+
+    Raises DataError for a line that is not an object with a step.
+    """
     if not path.exists():
         return []
-    # A last line without its end was cut off by a kill.
-    complete, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()] if newline else []
+    try:
+        # A last line without its end was cut off by a kill.
+        complete, newline, _ = path.read_bytes().decode("utf-8").rpartition("\n")
+        lines = [json.loads(line) for line in complete.split("\n")] if newline else []
+        if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
+            raise ValueError("a line without a step")
+    except (ValueError, KeyError, RecursionError) as problem:
+        raise DataError(
+            f"'{path}' is damaged ({problem}); remove it to go on without what was logged before"
+        ) from problem
+    return lines
