@@ -45,7 +45,7 @@ FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safeten
 DAMAGE = ((Path.unlink, "is missing"), (cut, "is cut off"), (flip, "has changed since"))
 
 
-@pytest.mark.parametrize("name", (*FILES, "trainer_state.json"))
+@pytest.mark.parametrize("name", [*FILES, "trainer_state.json"])
 @pytest.mark.parametrize(("harm", "says"), DAMAGE, ids=lambda value: getattr(value, "__name__", ""))
 def test_what_is_damaged_is_named(name, harm, says):
     folder = _checkpoint(2)

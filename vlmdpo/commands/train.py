@@ -57,6 +57,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.models.load import pick_device
     from vlmdpo.training.arguments import dpo_config
     from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
+    from vlmdpo.training.trial import try_if_unusual
 
     name = f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
     output_dir = config.output_dir or Path("outputs") / name
@@ -66,6 +67,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
+    try_if_unusual(config, args.device)
     is_first = args.process_index == 0
     with train_folder.locked(output_dir) if is_first else contextlib.nullcontext():
         last = None

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 import shlex
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,9 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         DataError, ModelError: a data or model path that does not exist.
     """
     from vlmdpo.models.load import pick_device
-    from vlmdpo.training.arguments import dpo_config
+    from vlmdpo.training.trial import try_settings
 
-    with tempfile.TemporaryDirectory() as folder:
-        dpo_config(config, Path(folder), pick_device("cpu"))
+    try_settings(config, pick_device("cpu"))
     gpus, gpu = _parse_gpus(config.gpu)
     gpus = config.num_processes if config.num_processes > 1 else gpus
     rows, rows_known_by = _training_rows(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -100,6 +101,8 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
     elif kind in (int, float) and isinstance(value, (int, float, str)):
         try:
             number = float(value)
+            if not math.isfinite(number):
+                raise ConfigError(f"{flag_name(key)}: '{value}' is not a finite number")
             if kind is float or number == int(number):
                 return kind(number)
         except (ValueError, OverflowError) as problem:
