@@ -117,6 +117,8 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -
         raise error(
             f"stopped at step {state.global_step} of {state.max_steps}; continue with: {command}"
         )
+    if setup.keep_best is not None:
+        setup.keep_best.restore(trainer)
     return results.save_results(setup, outcome.metrics, output_dir, config)
 
 

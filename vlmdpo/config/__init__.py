@@ -23,18 +23,16 @@ from vlmdpo.config.options import (
 )
 from vlmdpo.config.prepare import PrepareConfig
 from vlmdpo.config.train import DEFAULT_RATES, USUAL_RATES, TrainConfig
+from vlmdpo.config.train_output import TRACKERS, CheckOptions, TrainOutputOptions
 from vlmdpo.config.training import (
     LOSS_PRESETS,
     LOSSES,
-    TRACKERS,
-    CheckOptions,
     DataOptions,
     LoraOptions,
     LossMix,
     LossOptions,
     RunOptions,
     SpeedOptions,
-    TrainOutputOptions,
     TrainProcessOptions,
 )
 

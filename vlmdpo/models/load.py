@@ -299,14 +299,12 @@ def load_adapter(model: VisionLanguageModel, adapter: Path) -> AdaptedModel:
     """
     from peft import PeftModel
 
-    # An adapter of transformers 4 names its layers as the model did then.
-    renamed = getattr(model, "_checkpoint_conversion_mapping", None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its keys are looked at below
             wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
             # Once more, because only this says which keys it found.
-            keys = wrapped.load_adapter(str(adapter), "default", key_mapping=renamed)
+            keys = wrapped.load_adapter(str(adapter), "default")
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise

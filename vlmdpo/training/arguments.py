@@ -20,7 +20,13 @@ from trl import DPOConfig
 from vlmdpo import ui
 from vlmdpo.config import LoraOptions, TrainConfig
 from vlmdpo.distributed.processes import WAIT_FOR_PEERS
-from vlmdpo.errors import ConfigError, MissingDependencyError, VlmDpoError, install_command
+from vlmdpo.errors import (
+    ConfigError,
+    MissingDependencyError,
+    VlmDpoError,
+    install_command,
+    nearest,
+)
 from vlmdpo.models.experts import expert_parameters, returns_several, router_layers
 from vlmdpo.models.families import linear_layers, parameter_numel
 from vlmdpo.models.load import computes_in_bfloat16
@@ -234,6 +240,7 @@ def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig 
     if not options.lora:
         return None
     names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
+    _check_targets(names, model)
     weights = _expert_targets(options, model, names)
     names = [name for name in names if name not in weights]
     is_all = names == ["all-linear"]
@@ -260,6 +267,22 @@ def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig 
         use_dora=options.use_dora,
         bias="none",
     )
+
+
+def _check_targets(names: list[str], model: VisionLanguageModel) -> None:
+    """Raise ConfigError for a name of `--lora-target-modules` that nothing in the model has.
+
+    PEFT is content if one of several is found.
+    """
+    held = {name for name, _ in model.named_modules()} | set(expert_parameters(model))
+    for wanted in names:
+        if wanted == "all-linear" or any(f".{name}".endswith(f".{wanted}") for name in held):
+            continue
+        last = {name.rpartition(".")[2] for name in linear_layers(model, "all")}
+        raise ConfigError(
+            f"--lora-target-modules: no layer '{wanted}' in this model.{nearest(wanted, last)} "
+            f"Linear layers: {', '.join(sorted(last)[:12])}"
+        )
 
 
 def _returns_several(model: VisionLanguageModel, name: str) -> bool:

@@ -63,13 +63,19 @@ def remove_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_checkpoint(
-    folder: Path, step: int, keep: int | None, accelerator: Accelerator
+    folder: Path,
+    step: int,
+    keep: int | None,
+    accelerator: Accelerator,
+    *,
+    best_step: int | None = None,
 ) -> Iterator[Path]:
     """Inside, every process writes its part of a checkpoint below the path given; then it is named.
 
     Args:
         folder: the run's output folder.
         keep: how many checkpoints stay; None for all.
+        best_step: a step whose checkpoint stays beside them.
 
     Raises DataError if the disk is full or cannot be written.
     """
@@ -89,7 +95,7 @@ def atomic_checkpoint(
             _sync_to_disk(partial / name)
             (partial / name).replace(folder / name)
             partial.rmdir()
-            _remove_oldest(folder, keep)
+            _remove_oldest(folder, keep, best_step)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as problem:
         if isinstance(problem, RuntimeError) and not any(
@@ -122,8 +128,10 @@ def _sync_to_disk(folder: Path) -> None:
             os.close(handle)
 
 
-def _remove_oldest(folder: Path, keep: int | None) -> None:
-    for path in list_checkpoints(folder)[:-keep] if keep else []:
+def _remove_oldest(folder: Path, keep: int | None, best_step: int | None) -> None:
+    best = None if best_step is None else checkpoint_name(best_step)
+    old = list_checkpoints(folder)[:-keep] if keep else []
+    for path in (path for path in old if path.name != best):
         # Renamed first, so that a kill halfway leaves no damaged checkpoint under its name.
         path.replace(folder / _OLD)
         shutil.rmtree(folder / _OLD)

@@ -56,6 +56,7 @@ class TrainingMonitor(TrainerCallback):
         lines: the logged lines of training.
         evaluations: the logged lines of the test split, their names without "eval_".
         save_now: writes a checkpoint; the trainer's, once there is one.
+        began_at: the optimizer step from which this process went on; 0 of a new run.
         has_begun: whether training has, after all of a checkpoint was read.
         write_settings: called once it has.
         write_page: called after each checkpoint, and however training ends.
@@ -66,6 +67,7 @@ class TrainingMonitor(TrainerCallback):
         self.metrics_file = metrics_file
         self.write_page: Callable[[], None] | None = None
         self.has_begun = False
+        self.began_at = 0
         self.write_settings: Callable[[], None] | None = None
         self.stopped_by: signal.Signals | None = None
         self.save_now: Callable[[], None] | None = None
@@ -80,7 +82,7 @@ class TrainingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.has_begun = True
+        self.has_begun, self.began_at = True, state.global_step
         if self.write_settings is not None:
             self.write_settings()
         # After a resume, lines past the checkpoint belong to steps that are repeated.
@@ -106,6 +108,8 @@ class TrainingMonitor(TrainerCallback):
             self._peak_compared = True
             ui.say(compare_peaks(estimated, torch.cuda.max_memory_allocated()))
         self._restore_random_state = _save_random_state()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last metrics are of the last steps
         if self._should_stop(args):
             control.should_save = control.should_training_stop = True
 
