@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import warnings
@@ -36,7 +37,8 @@ from vlmdpo.models.load_errors import translate_load_errors
 from vlmdpo.models.processor_parts import load_processor_parts
 from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
 from vlmdpo.models.rendering import set_rendering
-from vlmdpo.models.supported import check_supported
+from vlmdpo.models.supported import check_sizes, check_supported
+from vlmdpo.models.weight_files import local_folder
 from vlmdpo.models.weights import check_complete, check_finite
 
 # What they say to a terminal, this package says itself, as errors and warnings of its own.
@@ -61,9 +63,14 @@ def check_is_vlm(
         ModelError: there is none, or it is not of a model that can be trained.
     """
     with translate_load_errors(model, revision):
+        folder = local_folder(model, revision)
+        if folder is not None and (folder / "config.json").is_file():
+            # First, because a configuration makes lists as long as it has layers.
+            check_sizes(json.loads((folder / "config.json").read_text(encoding="utf-8")), model)
         config = AutoConfig.from_pretrained(
             pretrained_source(model), revision=revision, trust_remote_code=trust_remote_code
         )
+    check_sizes(config.to_dict(), model)
     check_supported(config, model, trust_remote_code=trust_remote_code)
     return config
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 
@@ -233,6 +234,9 @@ def _of_files(chain: list[BaseException], model: str, revision: str | None) -> M
             f"--model: a file of '{model}' is damaged ({why}); delete it from {where} and get it "
             "again"
         )
+    if _has(chain, StrictDataclassError):
+        why = " ".join(str(chain[0]).split())[:200]
+        return ModelError(f"--model: the config.json of '{model}' is not valid: {why}")
     if "size mismatch" in text:
         return ModelError(
             f"--model: the weights of '{model}' do not fit its config.json: {_line(chain[0])}"

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from vlmdpo.errors import ModelError
 from vlmdpo.models import registry
 
+# The sizes that a configuration may have: far beyond any model, and far below what would keep this
+# machine busy for hours before it is found out.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), (0, 2_000)),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim"), (1, 1_000_000)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), (1, 10_000)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, 100_000)),
+    "vocab_size": (1, 10_000_000),
+    "image_size": (1, 100_000),
+}
+_MAX_DEPTH = 8  # of configurations within configurations
 _OWN_CLASS = "AutoModelForImageTextToText"
 
 
@@ -35,6 +48,26 @@ def check_supported(config: PreTrainedConfig, model: str, *, trust_remote_code: 
             f"--model: '{model}' is a {config.model_type} model, an encoder-decoder; vlmdpo trains "
             "decoders, whose prompt and answer are one row of tokens"
         )
+
+
+def check_sizes(config: object, model: str) -> None:
+    """Raise ModelError for a configuration, as its file holds it, whose sizes cannot be a model's."""
+    for name, value in _numbers(config, _MAX_DEPTH):
+        least, most = _SIZES[name.rpartition(".")[2]]
+        if not least <= value <= most:
+            raise ModelError(
+                f"--model: the config.json of '{model}' says {name} {value:,}, which no model has "
+                f"({least:,} to {most:,}); get it again"
+            )
+
+
+def _numbers(config: object, depth: int, within: str = "") -> Iterator[tuple[str, int]]:
+    """The numbers of `_SIZES` in a configuration and those within it, by name."""
+    for name, value in config.items() if isinstance(config, dict) and depth else ():
+        if isinstance(value, dict):
+            yield from _numbers(value, depth - 1, f"{within}{name}.")
+        elif name in _SIZES and isinstance(value, int) and not isinstance(value, bool):
+            yield f"{within}{name}", value
 
 
 def _takes_images(config: PreTrainedConfig) -> bool:

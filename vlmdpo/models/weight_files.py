@@ -13,6 +13,12 @@ from vlmdpo import ui
 from vlmdpo.models import registry
 
 _LFS_POINTER = b"version https://git-lfs"
+# Files of a model that hold one JSON object, and what that must have.
+_OBJECTS = {
+    "tokenizer.json": ("model",),
+    **dict.fromkeys(("config.json", "generation_config.json", "tokenizer_config.json"), ()),
+    **dict.fromkeys(("processor_config.json", "preprocessor_config.json"), ()),
+}
 _MAX_HEADER_BYTES = 100_000_000  # of safetensors itself
 _SAMPLED = 64  # values of each tensor that are compared: training changes them
 
@@ -54,6 +60,8 @@ def damage(path: Path) -> str | None:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
         return "is a pointer of git LFS in place of the file; fetch it with: git lfs pull"
+    if path.name in _OBJECTS:
+        return _not_an_object(path)
     if path.suffix != ".safetensors":
         return None
     if size == 0:
@@ -67,6 +75,18 @@ def damage(path: Path) -> str | None:
         return (
             f"is cut off after {ui.human_bytes(size)} of {ui.human_bytes(promised)}; get it again"
         )
+    return None
+
+
+def _not_an_object(path: Path) -> str | None:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        return f"is not valid JSON ({problem}); get it again"
+    except RecursionError:
+        return "is nested too deeply; get it again"
+    if not isinstance(held, dict) or any(key not in held for key in _OBJECTS[path.name]):
+        return "does not hold what a file of this name holds; get it again"
     return None
 
 
