@@ -24,7 +24,7 @@ from typer.exceptions import TyperException
 
 from vlmdpo import __version__, ui
 from vlmdpo import config as cf
-from vlmdpo.config import recipes
+from vlmdpo.config import recipes, spelling
 from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import (
     Interrupted,
@@ -93,6 +93,12 @@ COMMANDS = {
         "Serve a page with base beside tuned; votes become data.",
         "vlmdpo compare --model idefics2-8b --adapter DIR",
         "use --dtype bfloat16, or close what else uses the memory",
+    ),
+    "runs": Command(
+        cf.RunsConfig,
+        "vlmdpo.commands.runs",
+        "Show the trainings under a folder side by side.",
+        "",
     ),
     "export": Command(
         cf.ExportConfig,
@@ -335,22 +341,10 @@ for _name, _entry in COMMANDS.items():
     app.command(_name, cls=type("GroupedCommand", (GroupedCommand,), _common))(_command(_name))
 
 
-def _spelling(argument: str) -> str:
-    """TRL spells options with underscores; both are taken: --learning_rate is --learning-rate."""
-    if not argument.startswith("--"):
-        return argument
-    name, separator, value = argument.partition("=")
-    return name.replace("_", "-") + separator + value
-
-
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error is one clear line on stderr."""
     try:
-        code = app(
-            [_spelling(argument) for argument in arguments],
-            standalone_mode=False,
-            prog_name="vlmdpo",
-        )
+        code = app(spelling.as_typer(arguments), standalone_mode=False, prog_name="vlmdpo")
         if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
             ui.warn("interrupted")
         return code if isinstance(code, int) else 0

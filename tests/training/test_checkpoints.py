@@ -13,8 +13,8 @@ from tests.conftest import unfolded
 from vlmdpo.commands import train_folder
 from vlmdpo.config import TrainConfig
 from vlmdpo.errors import DataError
+from vlmdpo.report.metrics import read_lines
 from vlmdpo.training import checkpoints
-from vlmdpo.training.monitor import read_lines
 
 OUT = Path("out")
 

@@ -55,8 +55,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.models.load import pick_device
+    from vlmdpo.report.metrics import METRICS_FILE
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
+    from vlmdpo.training.monitor import TrainingMonitor
     from vlmdpo.training.trial import try_if_unusual
 
     name = f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
@@ -253,9 +254,10 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
 def _doctor(config: TrainConfig) -> dict[str, Any]:
     """Everything up to the first step, in a temporary folder; returns the findings."""
     from vlmdpo.models.load import pick_device
+    from vlmdpo.report.metrics import METRICS_FILE
     from vlmdpo.training import preflight
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
+    from vlmdpo.training.monitor import TrainingMonitor
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -22,6 +22,7 @@ from vlmdpo.config.options import (
     ordered_fields,
 )
 from vlmdpo.config.prepare import PrepareConfig
+from vlmdpo.config.runs import RunsConfig
 from vlmdpo.config.train import DEFAULT_RATES, USUAL_RATES, TrainConfig
 from vlmdpo.config.train_output import TRACKERS, CheckOptions, TrainOutputOptions
 from vlmdpo.config.training import (
@@ -64,6 +65,7 @@ __all__ = [
     "PrepareConfig",
     "ProcessOptions",
     "RunOptions",
+    "RunsConfig",
     "SpeedOptions",
     "TrainConfig",
     "TrainOutputOptions",

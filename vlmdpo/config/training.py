@@ -98,7 +98,6 @@ class RunOptions(Options):
     keep_best: bool = option(
         False,
         "Save the weights that are best on the test split, not those of the last step",
-        common=True,
     )
     best_by: str = option("loss", "What --keep-best judges by: loss, accuracy or margin")
     early_stopping: int | None = option(

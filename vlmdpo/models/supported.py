@@ -51,7 +51,7 @@ def check_supported(config: PreTrainedConfig, model: str, *, trust_remote_code: 
 
 
 def check_sizes(config: object, model: str) -> None:
-    """Raise ModelError for a configuration, as its file holds it, whose sizes cannot be a model's."""
+    """Raise ModelError for a configuration, as its file holds it, whose sizes no model has."""
     for name, value in _numbers(config, _MAX_DEPTH):
         least, most = _SIZES[name.rpartition(".")[2]]
         if not least <= value <= most:

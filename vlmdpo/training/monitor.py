@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from vlmdpo import ui
-from vlmdpo.errors import DataError
+from vlmdpo.report.metrics import as_evaluation, read_lines, write_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-METRICS_FILE = "metrics.jsonl"
 _STEPS_TO_PEAK = 3  # optimizer steps after which memory has been at its highest
 _SPEED_WINDOW = 20  # optimizer steps that the speed is averaged over
 
@@ -88,7 +87,7 @@ class TrainingMonitor(TrainerCallback):
         # After a resume, lines past the checkpoint belong to steps that are repeated.
         kept = [line for line in read_lines(self.metrics_file) if line["step"] <= state.global_step]
         self.lines = [line for line in kept if "loss" in line]
-        self.evaluations = [_evaluation(line) for line in kept if "eval_loss" in line]
+        self.evaluations = [as_evaluation(line) for line in kept if "eval_loss" in line]
         if not state.is_world_process_zero:
             return
         write_lines(self.metrics_file, kept)
@@ -154,7 +153,7 @@ class TrainingMonitor(TrainerCallback):
         if "loss" in logs:
             self.lines.append(line)
         else:
-            self.evaluations.append(_evaluation(line))
+            self.evaluations.append(as_evaluation(line))
         if not state.is_world_process_zero:
             return
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -260,11 +259,6 @@ def _figure(
     return ui.Figure(label, text, values, template)
 
 
-def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the test split, with its metrics named as in training."""
-    return {name.removeprefix("eval_"): value for name, value in line.items()}
-
-
 def _save_random_state() -> Callable[[], None]:
     """A function that restores every random number generator to its state now."""
     python_state = random.getstate()
@@ -289,32 +283,3 @@ def compare_peaks(estimated_bytes: int, measured_bytes: int) -> str:
         f"peak memory: {estimated_bytes / 2**30:.2f} GiB estimated, "
         f"{measured_bytes / 2**30:.2f} GiB measured ({difference:+.1f}%)"
     )
-
-
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write a file of JSON lines, which gets its name once it is complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-    )
-    partial.replace(path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of such a file; none if there is no file.
-
-    Raises DataError for a line that is not an object with a step.
-    """
-    if not path.exists():
-        return []
-    try:
-        # A last line without its end was cut off by a kill.
-        complete, newline, _ = path.read_bytes().decode("utf-8").rpartition("\n")
-        lines = [json.loads(line) for line in complete.split("\n")] if newline else []
-        if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
-            raise ValueError("a line without a step")
-    except (ValueError, KeyError, RecursionError) as problem:
-        raise DataError(
-            f"'{path}' is damaged ({problem}); remove it to go on without what was logged before"
-        ) from problem
-    return lines
