@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from vlmdpo.errors import ModelError
+from vlmdpo.errors import MissingDependencyError, ModelError, install_command
 from vlmdpo.models import registry
 
 # The sizes that a configuration may have: far beyond any model, and far below what would keep this
@@ -20,12 +21,20 @@ _SIZES = {
     "vocab_size": (1, 10_000_000),
     "image_size": (1, 100_000),
 }
+# Models that are refused by name, and why.
+_REFUSED = {
+    "instructblip": "its Q-Former reads the question beside the picture, so that a picture's "
+    "features are not those of the picture alone; try llava-1.5-7b, on the same language model",
+}
+# Models whose vision tower is another package's.
+_NEEDED = {"gemma3n": "timm", "perception_lm": "timm"}
 _MAX_DEPTH = 8  # of configurations within configurations
 _OWN_CLASS = "AutoModelForImageTextToText"
 
 
 def check_supported(config: PreTrainedConfig, model: str, *, trust_remote_code: bool) -> None:
-    """Raise ModelError where a configuration is not that of a model that can be trained.
+    """Raise ModelError where a configuration is not that of a model that can be trained, and
+    MissingDependencyError where its tower's package is not installed.
 
     Args:
         model: as `--model` names it.
@@ -42,6 +51,17 @@ def check_supported(config: PreTrainedConfig, model: str, *, trust_remote_code: 
         raise ModelError(
             f"--model: '{model}' is a {config.model_type} model, not a vision-language model; "
             f"try one of {', '.join(list(registry.ENTRIES)[1:5])} ..."
+        )
+    if config.model_type in _REFUSED:
+        raise ModelError(
+            f"--model: '{model}' is an {config.model_type} model, which vlmdpo does not train: "
+            f"{_REFUSED[config.model_type]}"
+        )
+    package = _NEEDED.get(config.model_type)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"'{model}' is a {config.model_type} model, whose vision tower is {package}'s, which "
+            f"is not installed: {install_command(extra='vision')}"
         )
     if _is_encoder_decoder(config):
         raise ModelError(
@@ -76,6 +96,6 @@ def _takes_images(config: PreTrainedConfig) -> bool:
 
 
 def _is_encoder_decoder(config: PreTrainedConfig) -> bool:
-    """Whether the model, or the language model in it, is one (InstructBLIP on Flan-T5)."""
+    """Whether the model, or the language model in it, is one (BLIP-2 on Flan-T5)."""
     text = getattr(config, "text_config", None)
     return bool(config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False))
