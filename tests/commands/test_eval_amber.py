@@ -198,6 +198,45 @@ def test_answers_of_another_run_are_overwritten_only_when_asked(small, adapter, 
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def test_scoring_a_file_does_not_replace_another_runs_scores(small, tmp_path, vlmdpo):
+    out = tmp_path / "out"
+    run(vlmdpo, "--data", small, "--output-dir", out, "--limit", "2")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps([{"id": n, "response": "No"} for n in answers(out)]))
+    scored = ["--data", small, "--answers", mine, "--output-dir", out]
+    _, said = run(vlmdpo, *scored, code=3)
+    assert "holds answers of another run" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(vlmdpo, *scored, "--overwrite")[0]["scores"]["base"]
+    assert run(vlmdpo, *scored)[0]["scores"]["base"], "the same file can be scored again"
+    _, said = run(vlmdpo, "--data", small, "--output-dir", out, code=3)
+    assert "another run" in said
+
+
+def test_a_part_is_drawn_by_kind_and_truth_and_says_so(tmp_path, vlmdpo):
+    whole = json.loads((evaluation.FOLDER / "annotations.json").read_text())
+    everything = tmp_path / "all.json"
+    everything.write_text(json.dumps([{"id": one["id"], "response": "No"} for one in whole]))
+    out = tmp_path / "out"
+    code, said, _ = vlmdpo(
+        "eval-amber", "--answers", everything, "--limit", "100", "--output-dir", out
+    )
+    assert code == 0
+    sentence = (
+        "A part only: 100 of 1,414 yes/no questions and 100 of 100 descriptions, drawn by kind "
+        "and truth (seed 0)."
+    )
+    assert sentence in " ".join(said.split())
+    assert sentence in (out / "report.html").read_text()
+    assert sentence in (out / "report.md").read_text()
+    report = json.loads((out / "scores.json").read_text())
+    assert report["part"]["questions"] == 100
+    # Of 1,414 questions 938 are to be answered No, 490 are of existence.
+    assert abs(report["scores"]["base"]["Discriminative"]["accuracy"] - 66.3) < 3
+    assert abs(report["questions"]["Existence"] - 34.7) <= 1
+
+
 def test_a_damaged_answer_file_is_named(small, tmp_path, vlmdpo):
     run(vlmdpo, "--data", small, "--output-dir", tmp_path / "out", "--limit", "2")
     (tmp_path / "out" / "answers_base.json").write_text('[{"id": 1}]')

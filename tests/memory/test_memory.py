@@ -412,3 +412,17 @@ def test_a_deep_model_is_on_the_lines_of_its_shallow_copies():
         whole = simulate(shape, config, rows, dtype=torch.bfloat16)
         extrapolated = estimate_peak(shape, config, rows, dtype=torch.bfloat16)
     assert extrapolated.phases == pytest.approx(whole.phases, rel=2e-3)
+
+
+@pytest.mark.parametrize("alias", ["gemma-4-e4b", "gemma-4-31b", "qwen3.5-35b-a3b"])
+def test_every_kind_of_model_has_shallow_copies(alias):
+    """Gemma 4's smaller models too, whose last layers share the keys and values of earlier ones."""
+    config = arch.public_config(alias)
+    deep = arch.count_layers(config)
+    assert min(deep) > 4
+    three, four = (
+        sum(arch.count_parameters(arch.build_on_meta(arch.make_shallow(config, n, 4))).values())
+        for n in (3, 4)
+    )
+    assert four > three
+    assert arch.count_layers(config) == deep, "the configuration itself stays as it is"

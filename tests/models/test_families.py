@@ -12,6 +12,7 @@ CONNECTORS = {
     "smolvlm": {"connector"},
     "llava_next": {"multi_modal_projector", "image_newline"},
     "llava_onevision": {"multi_modal_projector", "image_newline"},
+    "gemma3n": {"embed_vision", "embed_audio"},
     "gemma4": {"embed_vision", "embed_audio"},
     "gemma4_moe": {"embed_vision"},
     "qwen2_vl": {"visual.merger"},

@@ -92,8 +92,8 @@ def main():
     assert all((matplotlib.pyplot, cli, generate, lengths, preview, reference_cache))
     assert all((arguments, doctor, trainer))
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    # In a child, and in a child's own child, the first operation replaces the lost pool. Two threads
-    # that begin at once would take it from each other ("Invalid thread pool!"): replace it here.
+    # In a child, and in a child's own child, the first operation replaces the lost pool. Two
+    # threads that begin at once would take it from each other ("Invalid thread pool!").
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
     gc.freeze()  # so that forked processes do not scan the libraries
     for line in sys.stdin:

@@ -84,6 +84,7 @@ class Family:
 # Experts' own balancing loss counts whole rows; without it a pair can be one.
 _NO_ROUTER_LOSS = ("router_aux_loss_coef=0",)
 _TORCHVISION = ("torchvision",)
+_TIMM = ("timm", "torchvision")
 
 
 FAMILIES = (
@@ -101,6 +102,7 @@ FAMILIES = (
     Family("PaliGemma", "google/paligemma-3b-pt-224", "paligemma"),
     Family("PaliGemma 2", "google/paligemma2-3b-pt-224", "paligemma2"),
     Family("Gemma 3", "google/gemma-3-4b-it", "gemma3", "stripped"),
+    Family("Gemma 3n", "google/gemma-3n-E2B-it", "gemma3n", "stripped", packages=_TIMM),
     Family("Gemma 4", "google/gemma-4-E2B-it", "gemma4", "extra in prompt"),
     Family("Gemma 4, experts", "google/gemma-4-26B-A4B-it", "gemma4_moe", "extra in prompt"),
     Family("InternVL3", "OpenGVLab/InternVL3-8B-hf", "internvl", "own system"),

@@ -15,6 +15,7 @@ from vlmdpo.benchmarks.amber.questions import Benchmark
 from vlmdpo.benchmarks.amber.scores import COVERS
 from vlmdpo.benchmarks.amber.summary import Responses, summarize
 from vlmdpo.benchmarks.answers import AnswerStore
+from vlmdpo.benchmarks.sampling import SEED, stratified
 from vlmdpo.benchmarks.stats import DRAWS
 from vlmdpo.benchmarks.verdict import verdict
 from vlmdpo.commands.eval_amber_screen import PAGE, show
@@ -66,9 +67,9 @@ def _benchmark(config: EvalAmberConfig) -> tuple[Benchmark, Path | None]:
 def _select(config: EvalAmberConfig, whole: Benchmark) -> Benchmark:
     """The part that is asked, by `--task`, `--dimension` and `--limit`."""
     dimensions = {d for name in config.dimension for d in COVERS[name.capitalize()]}
-    selected = tuple(q for q in whole.questions if not dimensions or q.dimension in dimensions)
-    selected = selected[: config.limit]
-    descriptions = whole.descriptions[: config.limit]
+    wanted = [q for q in whole.questions if not dimensions or q.dimension in dimensions]
+    selected = tuple(stratified(wanted, config.limit, lambda q: (q.dimension, q.truth)))
+    descriptions = tuple(stratified(whole.descriptions, config.limit, lambda _: None))
     if config.task == "generative":
         selected = ()
     if config.task == "discriminative" or config.dimension:
@@ -89,6 +90,10 @@ def _score_file(
 ) -> dict[str, Any]:
     """Score `--answers` as it stands."""
     responses = questions.read_responses(path)
+    identity = {"answers": str(path), "data_digest": asked.digest}
+    if config.output_dir is not None:
+        _check_output(config)
+        answer_files.check(config.output_dir, identity)
     known = {one.id for one in whole.asked} | whole.other_ids
     for number, _ in responses:
         if number not in known:
@@ -97,9 +102,10 @@ def _score_file(
                 "folder?"
             )
     answers = {"base": dict(responses)}
-    report = _report(config, asked, {"base": responses}, answers, {})
+    report = _report(config, whole, asked, {"base": responses}, answers, {})
     if config.output_dir is not None:
-        _check_output(config)
+        answer_files.create(config.output_dir)
+        answer_files.write_json(config.output_dir / answer_files.RUN, identity)
         _write(config, asked, report, answers)
     return report
 
@@ -126,7 +132,7 @@ def _ask_and_score(
     store, facts, roles = _ask(config, whole, asked, missing, processes)
     responses = _as_responses(config, whole, store)
     scored: dict[str, Responses] = {role: sorted(responses[role].items()) for role in roles}
-    report = _report(config, asked, scored, store.by_role, facts)
+    report = _report(config, whole, asked, scored, store.by_role, facts)
     processes.barrier()
     if processes.index == 0:
         store.join(sorted({n for by_id in responses.values() for n in by_id}), responses)
@@ -273,6 +279,7 @@ def _load(config: EvalAmberConfig, whole: Benchmark) -> tuple[Any, Any, dict[str
 
 def _report(
     config: EvalAmberConfig,
+    whole: Benchmark,
     asked: Benchmark,
     responses: dict[str, Responses],
     answers: dict[str, dict[int, str]],
@@ -286,6 +293,7 @@ def _report(
     return {
         "data": asked.name,
         "is_amber": asked.is_amber,
+        "part": _part(config, whole, asked),
         "model": config.model if config.answers is None else str(config.answers),
         "adapter": str(config.adapter) if config.adapter else None,
         **summarize(asked, responses, answers, lambda: _extractor(config, asked)),
@@ -303,6 +311,20 @@ def _report(
     }
 
 
+def _part(config: EvalAmberConfig, whole: Benchmark, asked: Benchmark) -> dict[str, int] | None:
+    """How much of the data `--limit` left, or None if it left all."""
+    everything = _select(dataclasses.replace(config, limit=None), whole)
+    if len(asked.asked) == len(everything.asked):
+        return None
+    return {
+        "questions": len(asked.questions),
+        "of_questions": len(everything.questions),
+        "descriptions": len(asked.descriptions),
+        "of_descriptions": len(everything.descriptions),
+        "seed": SEED,
+    }
+
+
 def _write(
     config: EvalAmberConfig,
     asked: Benchmark,
@@ -311,10 +333,6 @@ def _write(
 ) -> None:
     """scores.json, report.md and report.html."""
     folder = _output_folder(config)
-    answer_files.create(folder)
-    if config.answers is not None:
-        identity = {"answers": str(config.answers), "data_digest": asked.digest}
-        answer_files.write_json(folder / answer_files.RUN, identity)
     answer_files.write_json(folder / SCORES, report)
     answer_files.write_text(folder / MARKDOWN, amber_page.markdown(report))
     answer_files.write_text(folder / PAGE, amber_page.page(report, asked, answers))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vlmdpo import ui
-from vlmdpo.benchmarks.amber.published import beside_article
+from vlmdpo.benchmarks.amber.published import beside_article, why_not_beside_article
 from vlmdpo.benchmarks.amber.scores import COVERS
-from vlmdpo.report.amber_page import span
+from vlmdpo.report.amber_page import part_in_words, span
 from vlmdpo.report.html import evenly
 
 PAGE = "report.html"
@@ -20,6 +20,8 @@ def show(report: dict[str, Any]) -> None:
     _show_descriptions(report)
     if report["comparison"]:
         show_comparison(report["comparison"])
+    if report["part"]:
+        ui.result(part_in_words(report["part"]))
     if report["is_amber"] and any("Discriminative" in table for table in report["scores"].values()):
         _show_article(report)
     if report["bad_pictures"]:
@@ -147,6 +149,9 @@ def show_flips(comparison: dict[str, Any], count: int) -> None:
 
 
 def _show_article(report: dict[str, Any]) -> None:
+    if reason := why_not_beside_article(report):
+        ui.result(f"Not beside the article's table: {reason}")
+        return
     lines = beside_article(report)
     strong = [number for number, line in enumerate(lines) if line[-1]]
     rows = [[name, f"{accuracy:.1f}", f"{f1:.1f}"] for name, accuracy, f1, _ in lines]

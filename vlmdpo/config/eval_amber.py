@@ -48,7 +48,8 @@ class EvalAmberConfig(RuntimeOptions, ProcessOptions, OutputOptions):
     )
     limit: int | None = option(
         None,
-        "Ask only this many questions of each task, the first ones",
+        "Ask only this many questions of each task, drawn at random (always the same ones) in the "
+        "data's shares of kinds and of yes and no",
         default_text="all questions",
         group="Data",
     )

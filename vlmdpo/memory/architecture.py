@@ -158,23 +158,36 @@ def count_quantized_weights(model: PreTrainedModel) -> int:
 
 
 def count_layers(config: PreTrainedConfig) -> tuple[int, int]:
-    """(language layers, vision layers)."""
+    """(language layers, vision layers); 0 of a tower that is not made of equal ones."""
     text, vision = config.get_text_config(), config.vision_config
-    return text.num_hidden_layers, getattr(vision, "depth", None) or vision.num_hidden_layers
+    return text.num_hidden_layers, getattr(vision, _depth_setting(vision) or "", 0)
+
+
+def _depth_setting(vision: PreTrainedConfig) -> str | None:
+    """The setting with a tower's number of layers; timm's towers have none."""
+    names = ("depth", "num_hidden_layers")
+    return next((name for name in names if getattr(vision, name, None)), None)
 
 
 def make_shallow(
     config: PreTrainedConfig, text_layers: int, vision_layers: int
 ) -> PreTrainedConfig:
-    """The same architecture with fewer layers; settings that name layers name remaining ones."""
+    """The same architecture with fewer layers; settings that name layers name remaining ones.
+
+    A tower that is not made of equal layers stays whole. Layers that share another's keys and
+    values get their own here (under one per cent of the weights), so that any few of them are a
+    model.
+    """
     cut = copy.deepcopy(config)
     text, vision = cut.get_text_config(), cut.vision_config
+    for name in ("layer_types", "intermediate_size", "activation_sparsity_pattern"):
+        if isinstance(of_layers := getattr(text, name, None), (list, tuple)):
+            setattr(text, name, of_layers[-text_layers:])
     text.num_hidden_layers = text_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[-text_layers:]
-    setattr(
-        vision, "depth" if getattr(vision, "depth", None) else "num_hidden_layers", vision_layers
-    )
+    if getattr(text, "num_kv_shared_layers", 0):
+        text.num_kv_shared_layers = 0
+    if depth := _depth_setting(vision):
+        setattr(vision, depth, vision_layers)
     for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
         kept = getattr(vision, name, None)
         if kept:

@@ -2,7 +2,8 @@
 
 Standard library only, because every command imports it.
 Parameter counts were taken on the meta device (weights tied to each other counted once) from each
-model's own configuration; totals agree with the sizes published on the Hub.
+model's own configuration; totals agree with the sizes published on the Hub, which also count some
+buffers.
 """
 
 from __future__ import annotations
@@ -166,6 +167,32 @@ _ENTRIES = (
         "Qwen/Qwen3.5-35B-A3B",
         (415891440, 30679808, 1017118720, 33643491968),
         30431360,
+    ),
+    _entry(
+        "gemma-4-e4b",
+        "google/gemma-4-E4B-it",
+        # The Hub's total of 7,996,156,490 also has 55,055,616 key and value weights of layers that
+        # take them from another layer, which no class of transformers loads.
+        (472189216, 5898240, 671088640, 6791924736),
+        50499584,
+    ),
+    _entry(
+        "gemma-4-26b-a4b",
+        "google/gemma-4-26B-A4B-it",
+        (569548080, 3244032, 738197504, 24494944256),
+        29732096,
+    ),
+    _entry(
+        "gemma-4-31b",
+        "google/gemma-4-31B-it",
+        (569548080, 6193152, 1409286144, 29288059136),
+        133616896,
+    ),
+    _entry(
+        "glm-4.6v-flash",
+        "zai-org/GLM-4.6V-Flash",
+        (707416576, 185081856, 1241513984, 8158765056),
+        58607616,
     ),
     _entry(
         "smolvlm-256m",

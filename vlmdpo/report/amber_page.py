@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlmdpo.benchmarks.amber.published import beside_article
+from vlmdpo.benchmarks.amber.published import beside_article, why_not_beside_article
 from vlmdpo.benchmarks.amber.questions import Benchmark
 from vlmdpo.benchmarks.amber.scores import COVERS
 from vlmdpo.benchmarks.verdict import verdict
@@ -35,6 +35,16 @@ def span(interval: Sequence[float] | None, *, sign: bool = False) -> str:
     if interval is None:
         return "-"
     return " to ".join(f"{end:+.1f}" if sign else f"{end:.1f}" for end in interval)
+
+
+def part_in_words(part: Mapping[str, int]) -> str:
+    """What `--limit` left, as a sentence."""
+    halves = (
+        f"{part[name]:,} of {part[f'of_{name}']:,} {what}"
+        for name, what in (("questions", "yes/no questions"), ("descriptions", "descriptions"))
+        if part[f"of_{name}"]
+    )
+    return f"A part only: {' and '.join(halves)}, drawn by kind and truth (seed {part['seed']})."
 
 
 def page(
@@ -85,6 +95,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
     described = [role for role in scores if "Generative" in scores[role]]
     comparison = report["comparison"] or None
     compared = report.get("generative_comparison", {})
+    why_not_article = why_not_beside_article(report)
     return {
         "report": report,
         "headline": _HEADLINE[comparison["verdict"]] if comparison else "",
@@ -96,7 +107,9 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "figures": _FIGURES,
         "extractor": scores[described[0]]["Generative"]["extractor"] if described else "",
         "compared": compared.get("figures", {}),
-        "article": beside_article(report) if report["is_amber"] and answered else [],
+        "part": part_in_words(report["part"]) if report["part"] else "",
+        "article": beside_article(report) if answered and not why_not_article else [],
+        "why_not_article": why_not_article if answered and report["is_amber"] else "",
         "settings": {
             name: value for name, value in report["settings"].items() if value not in (None, [], ())
         },

@@ -20,6 +20,7 @@ from vlmdpo.tiny.families import (
     convolutional,
     deepseek,
     gemma,
+    gemma3n,
     glm,
     idefics,
     internvl,
@@ -33,6 +34,7 @@ from vlmdpo.tiny.families.common import VISION_SIZES, ConfigAndProcessor, text_s
 
 __all__ = [
     "FAMILIES",
+    "NEED_TIMM",
     "NEED_TORCHVISION",
     "RECURRENT",
     "VISION_SIZES",
@@ -52,6 +54,7 @@ FAMILIES: dict[str, Callable[..., ConfigAndProcessor]] = {
     "paligemma": gemma.paligemma,
     "paligemma2": gemma.paligemma2,
     "gemma3": gemma.gemma3,
+    "gemma3n": gemma3n.gemma3n,
     "gemma4": gemma.gemma4,
     "gemma4_moe": partial(gemma.gemma4, is_moe=True),
     "internvl": internvl.internvl,
@@ -75,6 +78,7 @@ FAMILIES: dict[str, Callable[..., ConfigAndProcessor]] = {
 }
 # Families whose processors exist only with torchvision.
 NEED_TORCHVISION = ("pixtral", "mistral3", "lfm2_vl", "kimi_k25", "llama4")
+NEED_TIMM = ("gemma3n",)  # for their tower; timm needs torchvision
 RECURRENT = (
     "qwen3_5",
     "qwen3_5_moe",
@@ -84,11 +88,14 @@ RECURRENT = (
 
 
 def available() -> list[str]:
-    """The families that can be made here: all, or without torchvision those that need none."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return list(FAMILIES)
-    gemma4 = () if _loads_gemma4() else ("gemma4", "gemma4_moe")
-    return [name for name in FAMILIES if name not in (*NEED_TORCHVISION, *gemma4)]
+    """The families that can be made here: without torchvision or timm, those that need none."""
+    missing: tuple[str, ...] = ()
+    if importlib.util.find_spec("timm") is None:
+        missing += NEED_TIMM
+    if importlib.util.find_spec("torchvision") is None:
+        gemma4 = () if _loads_gemma4() else ("gemma4", "gemma4_moe")
+        missing += (*NEED_TORCHVISION, *gemma4)
+    return [name for name in FAMILIES if name not in missing]
 
 
 def _loads_gemma4() -> bool:

@@ -22,6 +22,20 @@ ARTICLE = (
 )
 
 
+def why_not_beside_article(report: Mapping[str, Any]) -> str | None:
+    """Why figures of AMBER's questions cannot stand beside the article's; None if they can.
+
+    The article's figures are of all 14,216 questions, so ours must be too.
+    """
+    asked = report["questions"]["Discriminative"]
+    answered = min(facts["answered"] for facts in report["models"].values())
+    if report["is_amber"] and answered == asked:
+        return None
+    if report["is_amber"]:
+        return f"only {answered:,} of {asked:,} questions were answered"
+    return "these are not all of AMBER's questions"
+
+
 def beside_article(report: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
     """(name, accuracy, F1, whether it is ours), the article's rows and ours, best first."""
     ours = [
