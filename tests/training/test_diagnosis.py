@@ -1,9 +1,16 @@
 """The diagnosis does not advise what was done, and a plan refuses what cannot be done."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from vlmdpo.config import TrainConfig
 from vlmdpo.report.diagnosis import diagnose
+from vlmdpo.training import non_finite
+from vlmdpo.training.finite_check import NonFiniteLoss
+from vlmdpo.training.monitor import TrainingMonitor
 
 
 def _lines(count=8, **metrics):
@@ -88,3 +95,29 @@ def test_a_plan_takes_what_is_there(vlmdpo):
     for names in ("q_proj,v_proj", "text_model.layers.0.self_attn.q_proj", "lm_head"):
         code, _, err = vlmdpo("train", "--dry-run", "--lora-target-modules", names)
         assert code == 0, err
+
+
+def test_the_last_metrics_are_those_of_the_last_step():
+    """Logged every ten steps, a run of three would show its first."""
+    monitor = TrainingMonitor(Path("metrics.jsonl"))
+    args = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    logged = []
+    for step in (2, 3):
+        control = SimpleNamespace(should_log=False)
+        monitor.on_step_end(args, SimpleNamespace(global_step=step, max_steps=3), control)
+        logged.append(control.should_log)
+    assert logged == [False, True]
+
+
+def test_weights_that_were_broken_before_a_step_are_not_the_learning_rates_fault():
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, torch.nan)
+    setup = SimpleNamespace(
+        is_sharded=False,
+        monitor=SimpleNamespace(began_at=4),
+        trainer=SimpleNamespace(model=model),
+    )
+    message = str(non_finite.explain_non_finite_loss(setup, NonFiniteLoss([1], 5), Path("out")))
+    assert "because weights held NaN or infinity before it: weight" in message
+    assert "--learning-rate" not in message
+    assert non_finite._broken_before(setup, 6) == []
