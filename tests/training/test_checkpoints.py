@@ -1,7 +1,6 @@
 """A checkpoint is known by its list: what is damaged is named, and the one before is taken."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +79,8 @@ def test_the_checkpoint_before_is_taken_and_the_damaged_one_set_aside(capfd):
     assert "checkpoint-6 is damaged: 'rng_state.pth' is missing" in err
     assert "checkpoint-4 is damaged: 'optimizer.pt' is cut off" in err
     assert "resuming from checkpoint-2" in err
+    assert len(checkpoints.list_checkpoints(OUT)) == 3, "nothing is changed before it was read"
+    train_folder.go_on(OUT, TrainConfig(), OUT / "checkpoint-2")
     assert [path.name for path in checkpoints.list_checkpoints(OUT)] == ["checkpoint-2"]
     assert (OUT / "checkpoint-6.damaged").is_dir()
 
@@ -141,7 +142,7 @@ def test_resumed_from_the_checkpoint_before_a_run_ends_the_same(vlmdpo):
     assert code == 2, err
     assert "checkpoint-2 does not fit this run's settings" in unfolded(err)
     assert (OUT / "recipe.yaml").read_text() == recipe, "the refused run changed nothing"
-    shutil.rmtree(OUT / "checkpoint-5.damaged")
+    assert not list(OUT.glob("*.damaged"))
     code, _, err = vlmdpo(*few, "--resume", "--json")
     assert code == 0, err
     assert "resuming from checkpoint-2" in err

@@ -101,8 +101,10 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -
     preflight.check_before_training(setup, config)
     results.attach_samples_and_page(setup, output_dir, config)
     if args.process_index == 0:
-        train_folder.start(output_dir, config, setup.over_length)
-        setup.monitor.write_settings = lambda: train_folder.write_recipe(output_dir, config)
+        train_folder.start(output_dir, config, setup.over_length, last)
+        if last is not None:
+            resumed = last
+            setup.monitor.on_begin = lambda: train_folder.go_on(output_dir, config, resumed)
     trainer.accelerator.wait_for_everyone()
     _say_plan(trainer, config, len(setup.dataset))
     if args.world_size > 1:

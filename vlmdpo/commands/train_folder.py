@@ -101,10 +101,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def start(folder: Path, config: TrainConfig, over_length: list[dict[str, Any]]) -> None:
+def start(
+    folder: Path, config: TrainConfig, over_length: list[dict[str, Any]], last: Path | None
+) -> None:
     """Make the folder a run's: remove an earlier run if asked, and write the recipe.
 
-    That of a resumed run stays as it is until training goes on: see `write_recipe`.
+    That of a run that is resumed from `last` stays as it is until training goes on: see `go_on`.
 
     Raises DataError if it cannot be written.
     """
@@ -116,20 +118,32 @@ def start(folder: Path, config: TrainConfig, over_length: list[dict[str, Any]]) 
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_partial(folder)
         # The recipe comes first: from now on the folder is recognized as a run.
-        if not (folder / RECIPE).is_file():
-            write_recipe(folder, config)
+        if last is None:
+            _write_recipe(folder, config)
         if over_length:
             lines = "".join(json.dumps(row) + "\n" for row in over_length)
             (folder / OVER_LENGTH).write_text(lines, encoding="utf-8")
 
 
-def write_recipe(folder: Path, config: TrainConfig) -> None:
-    """Write the settings of a run that has begun, or goes on. Raises DataError."""
-    settings = recipes.plain(config, without=_NOT_IN_RECIPE)
+def go_on(folder: Path, config: TrainConfig, last: Path) -> None:
+    """What a resumed run changes in its folder, once its checkpoint was read: write its settings,
+    and set aside the damaged checkpoints after it, whose steps will be written again.
+
+    Raises DataError if it cannot be written.
+    """
+    from vlmdpo.training import checkpoints
+
+    listed = checkpoints.list_checkpoints(folder)
     with _writing(folder):
-        part = folder / f".{RECIPE}.partial"
-        part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        part.replace(folder / RECIPE)
+        checkpoints.set_aside(listed[listed.index(last) + 1 :])
+        _write_recipe(folder, config)
+
+
+def _write_recipe(folder: Path, config: TrainConfig) -> None:
+    settings = recipes.plain(config, without=_NOT_IN_RECIPE)
+    part = folder / f".{RECIPE}.partial"
+    part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    part.replace(folder / RECIPE)
 
 
 @contextlib.contextmanager
@@ -145,8 +159,8 @@ def _writing(folder: Path) -> Iterator[None]:
 def checkpoint_to_resume(folder: Path, processes: int) -> Path | None:
     """The last whole checkpoint, or None; says which it is, or that there is none.
 
-    Damaged ones after it are named, and set aside. So is another number of `processes` than wrote
-    it: each has its own random numbers and rows.
+    Damaged ones after it are named. So is another number of `processes` than wrote it: each has its
+    own random numbers and rows.
 
     Raises DataError if none of several is whole.
     """
@@ -162,8 +176,6 @@ def checkpoint_to_resume(folder: Path, processes: int) -> Path | None:
     if last is None:
         ui.say(f"no checkpoint in '{folder}' yet: starting from the beginning")
         return None
-    with _writing(folder):
-        checkpoints.set_aside(damaged)
     ui.say(f"resuming from {last.name}")
     wrote = len(list(last.glob("rng_state*.pth")))
     if wrote != processes:

@@ -57,7 +57,7 @@ class TrainingMonitor(TrainerCallback):
         save_now: writes a checkpoint; the trainer's, once there is one.
         began_at: the optimizer step from which this process went on; 0 of a new run.
         has_begun: whether training has, after all of a checkpoint was read.
-        write_settings: called once it has.
+        on_begin: called once it has.
         write_page: called after each checkpoint, and however training ends.
     """
 
@@ -67,7 +67,7 @@ class TrainingMonitor(TrainerCallback):
         self.write_page: Callable[[], None] | None = None
         self.has_begun = False
         self.began_at = 0
-        self.write_settings: Callable[[], None] | None = None
+        self.on_begin: Callable[[], None] | None = None
         self.stopped_by: signal.Signals | None = None
         self.save_now: Callable[[], None] | None = None
         self._restore_random_state: Callable[[], None] | None = None
@@ -82,8 +82,8 @@ class TrainingMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.has_begun, self.began_at = True, state.global_step
-        if self.write_settings is not None:
-            self.write_settings()
+        if self.on_begin is not None:
+            self.on_begin()
         # After a resume, lines past the checkpoint belong to steps that are repeated.
         kept = [line for line in read_lines(self.metrics_file) if line["step"] <= state.global_step]
         self.lines = [line for line in kept if "loss" in line]
