@@ -28,7 +28,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 MAY_BE_HEAVY = {
     *("models/adapters", "models/attention", "models/chat_template", "models/download"),
     *("models/experts", "models/inputs", "models/processor_parts", "models/supported"),
-    *("models/families", "models/load", "models/load_errors", "models/digest"),
+    *("models/weights", "models/families", "models/load", "models/load_errors", "models/digest"),
     *(
         "engine/batch_context",
         "engine/branches",
@@ -51,7 +51,7 @@ MAY_BE_HEAVY = {
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
     *("training/finite_check", "training/rounding"),
     *("training/doctor", "training/length_grouping", "training/make_trainer", "training/mdpo"),
-    *("training/monitor", "training/preflight"),
+    *("training/monitor", "training/preflight", "training/set_fields", "training/keep_best"),
     *("training/samples", "training/sharding", "training/simulate", "training/trainer"),
 }
 

@@ -26,7 +26,7 @@ from typer.exceptions import TyperException
 from vlmdpo import __version__, ui
 from vlmdpo import config as cf
 from vlmdpo.commands.table import COMMANDS
-from vlmdpo.config import recipes
+from vlmdpo.config import recipes, spelling
 from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import (
     Interrupted,
@@ -44,7 +44,7 @@ from vlmdpo.models import registry
 # Switches that are off by default and need no --no- form.
 _ONE_WAY = {
     *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge"),
-    *("dry_run", "share", "open"),
+    *("dry_run", "share", "open", "data_of_another_model"),
 }
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
@@ -264,22 +264,10 @@ for _name, _entry in COMMANDS.items():
     app.command(_name, cls=type("GroupedCommand", (GroupedCommand,), _common))(_command(_name))
 
 
-def _spelling(argument: str) -> str:
-    """TRL spells options with underscores; both are taken: --learning_rate is --learning-rate."""
-    if not argument.startswith("--"):
-        return argument
-    name, separator, value = argument.partition("=")
-    return name.replace("_", "-") + separator + value
-
-
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error is one clear line on stderr."""
     try:
-        code = app(
-            [_spelling(argument) for argument in arguments],
-            standalone_mode=False,
-            prog_name="vlmdpo",
-        )
+        code = app(spelling.as_typer(arguments), standalone_mode=False, prog_name="vlmdpo")
         sys.stdout.flush()  # here, where a reader that is gone is known how to handle
         if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
             ui.warn(_interrupted(arguments))

@@ -247,10 +247,11 @@ def _ask(
 def _load(config: EvalAmberConfig, whole: Benchmark) -> tuple[Any, Any, dict[str, Any]]:
     """(model, processor, identity of the run); vLLM loads its own model, so it is None there."""
     from vlmdpo.models import digest, load
+    from vlmdpo.models.adapter_files import check_adapter
     from vlmdpo.models.rendering import rendering_of
 
     if config.adapter is not None:
-        load.check_adapter(config.adapter)
+        check_adapter(config.adapter, config.model, config.revision)
     # Yes or No is read at an answer's start, so no reasoning may come first.
     processor = configured_processor(
         config,

@@ -148,6 +148,7 @@ def _prepare(
         "key": key,
         "split": config.split,
         "model": config.model,
+        "processor_class": type(counter.processor).__name__,  # says the model's family
         "prompt_date": prompts.date,
         "sources": summary(mixture.parts, plan.parts),
         **_outcome(plan, result, size),

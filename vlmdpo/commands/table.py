@@ -65,6 +65,12 @@ COMMANDS = {
         "vlmdpo compare --model idefics2-8b --adapter DIR",
         "use --dtype bfloat16, or close what else uses the memory",
     ),
+    "runs": Command(
+        cf.RunsConfig,
+        "vlmdpo.commands.runs",
+        "Show the trainings under a folder side by side.",
+        "",
+    ),
     "export": Command(
         cf.ExportConfig,
         "vlmdpo.commands.export",

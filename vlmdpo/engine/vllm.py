@@ -21,6 +21,7 @@ from vlmdpo.errors import (
     install_command,
     is_out_of_memory,
 )
+from vlmdpo.models.adapter_files import check_adapter
 from vlmdpo.models.families import inserts_image_tokens, parameters_by_part
 from vlmdpo.models.load import meta_model, pretrained_source
 from vlmdpo.models.protocols import Processor
@@ -160,6 +161,7 @@ def _check_model_and_adapter(
         )
     if adapter is None:
         return
+    check_adapter(adapter, model, revision)
     skeleton = meta_model(model, revision=revision, trust_remote_code=trust_remote_code)
     outside = {
         name.rpartition(".")[0]

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 
@@ -35,6 +36,7 @@ from vlmdpo.errors import (
     out_of_memory_reason,
 )
 from vlmdpo.models import registry
+from vlmdpo.models.weight_files import damaged_file, local_folder
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -214,8 +216,12 @@ def _not_reached(model: str) -> ModelError:
     )
 
 
-def _of_files(chain: list[BaseException], model: str, _: str | None) -> ModelError | None:
+def _of_files(chain: list[BaseException], model: str, revision: str | None) -> ModelError | None:
     """Files that are damaged, missing, or of another model."""
+    folder = local_folder(model, revision)
+    reason = damaged_file(folder) if folder is not None else None
+    if reason is not None:
+        return ModelError(f"--model: of '{model}', {reason}")
     text = " ".join(map(str, chain))
     if (
         _has(chain, SafetensorError)
@@ -228,7 +234,10 @@ def _of_files(chain: list[BaseException], model: str, _: str | None) -> ModelErr
             f"--model: a file of '{model}' is damaged ({why}); delete it from {where} and get it "
             "again"
         )
-    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
+    if _has(chain, StrictDataclassError):
+        why = " ".join(str(chain[0]).split())[:200]
+        return ModelError(f"--model: the config.json of '{model}' is not valid: {why}")
+    if "size mismatch" in text:
         return ModelError(
             f"--model: the weights of '{model}' do not fit its config.json: {_line(chain[0])}"
         )

@@ -43,10 +43,12 @@ def save_results(
     Args:
         outcome: what `Trainer.train` returned: runtime and speed.
     """
+    from vlmdpo.report.diagnosis import best_kept
     from vlmdpo.training.sharding import active_strategy, gather_full_weights
 
     trainer, monitor = setup.trainer, setup.monitor
-    findings = _diagnose(monitor, config)
+    best = setup.keep_best.summary() if setup.keep_best is not None else None
+    findings = [*_diagnose(monitor, config), *best_kept(best)]
     forecast = monitor.forecast
     if config.foresee_memory and forecast is not None:
         forecast.wait_or_warn()  # the user asked for it, and the run was shorter
@@ -73,6 +75,7 @@ def save_results(
         "curves": str(folder / CURVES),
         "page": str(folder / PAGE),
         "eval": _last_metrics(monitor.evaluations[-1]) if monitor.evaluations else None,
+        "best": best,
         "diagnosis": [dataclasses.asdict(finding) for finding in findings],
         "versions": {
             "python": platform.python_version(),
@@ -140,6 +143,7 @@ def _diagnose(monitor: TrainingMonitor, config: TrainConfig) -> list[Finding]:
         monitor.evaluations,
         learning_rate=config.peak_learning_rate,
         beta=config.beta,
+        settings=config,
     )
 
 
@@ -149,6 +153,7 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
     Raises ConfigError for samples under DeepSpeed's ZeRO-3.
     """
     from vlmdpo.report import run_page
+    from vlmdpo.report.diagnosis import best_kept
     from vlmdpo.training.samples import SAMPLES_FILE, SampleAnswers
 
     trainer, monitor = setup.trainer, setup.monitor
@@ -179,7 +184,10 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
             samples=[] if samples is None else samples.records,
             pictures=pictures,
             settings=recipes.plain(config, without=PER_CALL),
-            findings=_diagnose(monitor, config),
+            findings=[
+                *_diagnose(monitor, config),
+                *best_kept(setup.keep_best.summary() if setup.keep_best is not None else None),
+            ],
         )
         partial = folder / f".{PAGE}.partial"
         partial.write_text(text, encoding="utf-8")
