@@ -121,3 +121,25 @@ def test_weights_that_were_broken_before_a_step_are_not_the_learning_rates_fault
     assert "because weights held NaN or infinity before it: weight" in message
     assert "--learning-rate" not in message
     assert non_finite._broken_before(setup, 6) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ({}, "vlmdpo eval-amber --adapter out/run"),
+        (
+            {"model": "idefics2-8b"},
+            "vlmdpo eval-amber --model idefics2-8b --adapter out/run",
+        ),
+        ({"lora": False}, "vlmdpo eval-amber --model out/run"),
+    ],
+)
+def test_the_next_command_names_what_was_trained(options, command):
+    from vlmdpo.report.diagnosis import Finding, best_kept, of_this_model
+    from vlmdpo.training.results import evaluation_command
+
+    said = evaluation_command(Path("out/run"), TrainConfig(**options))
+    assert said == command
+    one = Finding("learning", "good", "t", "s", "m", ("judge it: vlmdpo eval-amber",))
+    assert of_this_model([one], said)[0].tries == (f"judge it: {command}",)
+    assert best_kept(None) == []

@@ -7,7 +7,8 @@ times the difference of an answer's log-probs under policy and reference, in nat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -354,6 +355,16 @@ def _healthy(run: RunSummary) -> Finding:
         "Curves cannot show whether it hallucinates less.",
         ("vlmdpo eval-amber",),
     )
+
+
+def of_this_model(findings: Iterable[Finding], command: str) -> list[Finding]:
+    """The findings with `vlmdpo eval-amber` as the command that scores this run's model."""
+    return [
+        dataclasses.replace(
+            one, tries=tuple(text.replace("vlmdpo eval-amber", command) for text in one.tries)
+        )
+        for one in findings
+    ]
 
 
 def best_kept(best: Mapping[str, Any] | None) -> list[Finding]:

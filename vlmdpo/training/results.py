@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shlex
 import shutil
 from collections import Counter
 from importlib.metadata import version
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vlmdpo.report.diagnosis import Finding
-    from vlmdpo.training.monitor import TrainingMonitor
     from vlmdpo.training.trainer import PairTrainer
 
 CURVES = "learning_curves.png"
@@ -43,12 +43,11 @@ def save_results(
     Args:
         outcome: what `Trainer.train` returned: runtime and speed.
     """
-    from vlmdpo.report.diagnosis import best_kept
     from vlmdpo.training.sharding import active_strategy, gather_full_weights
 
     trainer, monitor = setup.trainer, setup.monitor
     best = setup.keep_best.summary() if setup.keep_best is not None else None
-    findings = [*_diagnose(monitor, config), *best_kept(best)]
+    findings = _diagnose(setup, folder, config)
     forecast = monitor.forecast
     if config.foresee_memory and forecast is not None:
         forecast.wait_or_warn()  # the user asked for it, and the run was shorter
@@ -135,16 +134,26 @@ def _title(config: TrainConfig) -> str:
     return f"{config.model} · {config.dataset} · DPO"
 
 
-def _diagnose(monitor: TrainingMonitor, config: TrainConfig) -> list[Finding]:
-    from vlmdpo.report.diagnosis import diagnose
+def _diagnose(setup: TrainingSetup, folder: Path, config: TrainConfig) -> list[Finding]:
+    from vlmdpo.report.diagnosis import best_kept, diagnose, of_this_model
 
-    return diagnose(
+    monitor, keep_best = setup.monitor, setup.keep_best
+    findings = diagnose(
         monitor.lines,
         monitor.evaluations,
         learning_rate=config.peak_learning_rate,
         beta=config.beta,
         settings=config,
     )
+    findings += best_kept(keep_best.summary() if keep_best is not None else None)
+    return of_this_model(findings, evaluation_command(folder, config))
+
+
+def evaluation_command(folder: Path, config: TrainConfig) -> str:
+    """The command that scores what a run leaves in `folder`."""
+    base = [] if config.model == "tiny" else ["--model", config.model]
+    trained = [*base, "--adapter", str(folder)] if config.lora else ["--model", str(folder)]
+    return shlex.join(["vlmdpo", "eval-amber", *trained])
 
 
 def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainConfig) -> None:
@@ -153,7 +162,6 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
     Raises ConfigError for samples under DeepSpeed's ZeRO-3.
     """
     from vlmdpo.report import run_page
-    from vlmdpo.report.diagnosis import best_kept
     from vlmdpo.training.samples import SAMPLES_FILE, SampleAnswers
 
     trainer, monitor = setup.trainer, setup.monitor
@@ -184,10 +192,7 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
             samples=[] if samples is None else samples.records,
             pictures=pictures,
             settings=recipes.plain(config, without=PER_CALL),
-            findings=[
-                *_diagnose(monitor, config),
-                *best_kept(setup.keep_best.summary() if setup.keep_best is not None else None),
-            ],
+            findings=_diagnose(setup, folder, config),
         )
         partial = folder / f".{PAGE}.partial"
         partial.write_text(text, encoding="utf-8")
