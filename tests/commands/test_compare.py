@@ -356,6 +356,7 @@ def test_requests_uploads_and_output_are_kept_private():
         assert answers[-1].status_code == 503
         assert "Queue is full" in answers[-1].text
     finally:
+        httpx.close()
         server.send_signal(signal.SIGINT)
         out, err = server.communicate(timeout=60)
     assert server.returncode == 0, err[-2000:]

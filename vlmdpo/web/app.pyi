@@ -36,11 +36,8 @@ class Picture(gr.Image):
     def preprocess(self, payload: Any) -> str | None:
         """The path of the uploaded file."""
         return payload.path if payload is not None else None
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
