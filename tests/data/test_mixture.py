@@ -125,6 +125,15 @@ def test_a_row_that_is_dropped_and_one_that_is_repeated_do_not_make_up_for_each_
     assert len(set(map(str, load_from_disk("out")["prompt"]))) == 2
 
 
+def test_prepared_data_is_a_source_too(tmp_path, vlmdpo):
+    first = _write(tmp_path / "d", [PAIR, {**PAIR, "image": "b.png"}])
+    assert vlmdpo("prepare", "--dataset", first, "--output-dir", "mine", "--test-size", "1")[0] == 0
+    votes = _write(tmp_path / "v", [_at(1, {**PAIR, "question": "Sun?"})])
+    report = _prepare(vlmdpo, "--dataset", f"mine,{votes}", "--mix", "1,2")
+    assert [source["rows_out"] for source in report["sources"]] == [1, 2]
+    assert [len(images) for images in load_from_disk("out")["images"]] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -37,7 +37,7 @@ def inside(root: Path, relative: str, allowed: Sequence[Path] = ()) -> Path:
         why = "its links form a circle" if isinstance(problem, RuntimeError) else str(problem)
         raise BadImage("missing_image", f"{shown(relative)} is not a usable path: {why}") from None
     if not any(path.is_relative_to(folder) for folder in roots):
-        raise BadImage("image_outside_root", f"{shown(relative)} leads out of '{root}'")
+        raise BadImage("image_outside_root", f"{shown(relative)} points outside '{root}'")
     return path
 
 
