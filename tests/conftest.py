@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at work: a core each
 
 import pytest
 
+from tests.support.plots import blank_plot
+
 
 def unfolded(err):
     """Warnings and errors without the line breaks that keep them within 80 columns."""
@@ -46,6 +48,13 @@ def pytest_collection_modifyitems(items):
 def _own_folder(tmp_path, monkeypatch):
     """Commands write into the working folder; each test gets its own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_blank(request, monkeypatch):
+    """Drawing curves takes a second of every run; what they show is tested where it is `drawn`."""
+    if "matplotlib.figure" in sys.modules and not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", blank_plot)
 
 
 @pytest.fixture

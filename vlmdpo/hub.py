@@ -104,6 +104,12 @@ def _translate_errors(repo: str, folder: Path) -> Iterator[None]:
         ) from problem
 
 
+def _public(dataset: str) -> str:
+    """The name of a dataset without a local path."""
+    path = Path(dataset)
+    return path.name if path.exists() or path.is_absolute() else dataset
+
+
 def card(manifest: Mapping[str, Any], repo: str) -> str:
     """The text of a dataset's card: source, checks, token counts, versions, how to load it."""
     dropped = "".join(
@@ -120,8 +126,14 @@ def card(manifest: Mapping[str, Any], repo: str) -> str:
         if manifest["max_image_side"]
         else "in their original size"
     )
-    source = Path(manifest["dataset"])
-    origin = source.name if source.exists() else manifest["dataset"]  # without a local path
+    sources = manifest["sources"]
+    origin = "`, `".join(_public(source["dataset"]) for source in sources)
+    table = "".join(
+        f"| {_public(source['dataset'])} | {source['rows_in']:,} | {source['usable']:,} "
+        f"| {source['mix']:g} | {source['rows_out']:,} |\n"
+        for source in sources
+    )
+    mixed = "\n## Sources\n\n| dataset | rows | usable | mix | pairs |\n|---|---:|---:|---:|---:|\n"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     return f"""
 # {repo.rpartition("/")[2]}
@@ -133,7 +145,7 @@ vision-language models, prepared by `vlmdpo prepare` from {manifest["rows_in"]:,
     from datasets import load_dataset
     # Columns images, prompt, chosen, rejected, as TRL's DPOTrainer takes them.
     pairs = load_dataset("{repo}", split="train")
-
+{mixed + table if len(sources) > 1 else ""}
 ## Dropped rows
 
 | reason | rows |

@@ -134,7 +134,7 @@ def test_bad_images_and_adapters(tmp_path, vlmdpo):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
     for name, says in (
         ("absent.png", "cannot read"),
-        ("text.png", "cannot identify"),
+        ("text.png", "no picture: begins with"),
         ("cut.png", "cut.png"),
     ):
         code, _, err = vlmdpo("infer", "--image", name)

@@ -1,7 +1,10 @@
 """Images: which keep their bytes, which are corrected and noted, and which are refused."""
 
 import base64
+import contextlib
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +197,90 @@ def test_cells_of_every_kind_are_read(tmp_path):
         with pytest.raises(images.BadImage) as caught:
             images.read(cell, tmp_path)
         assert caught.value.reason == reason
+
+
+def test_only_wanted_formats_are_opened_and_pillow_never_starts_a_program(monkeypatch):
+    """A Postscript file named .png would run Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    eps = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(eps, "EPS")
+    for kind, data in (("EPS", eps.getvalue()), ("PPM", encoded(kind="PPM"))):
+        assert opened(data) if kind == "PPM" else data.startswith(b"%!PS")  # Pillow itself would
+        for read in (images.decode, images.open_bytes, lambda data: images.bounded(data, 8)):
+            with pytest.raises(images.BadImage, match="no picture: begins with") as caught:
+                read(data)
+            assert caught.value.reason == "unreadable_image"
+
+
+def test_all_of_vlmdpo_opens_images_in_one_place():
+    root = Path(images.__file__).parent.parent
+    opens = [
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if re.search(r"Image\.open\(", path.read_text("utf-8"))
+    ]
+    assert opens == ["data/images.py"]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_decoding(monkeypatch):
+    data = noise((300, 200), progressive=True)
+    scan = data.rindex(b"\xff\xda")
+    many = data[:-2] + data[scan:-2] * 100 + data[-2:]
+    assert images.bounded(many, None).size == (300, 200)  # small enough
+    monkeypatch.setattr(images, "MAX_SCANNED_PIXELS", 1_000_000)
+    assert images.bounded(data, None).data == data
+    with pytest.raises(images.BadImage, match="scans of 300x200") as caught:
+        images.bounded(many, None)
+    assert caught.value.reason == "oversized_image"
+
+
+def test_links_stay_in_the_root_or_in_the_folder_that_is_allowed(tmp_path):
+    """As in snapshots of the Hub, DVC's checkouts and folders of several datasets."""
+    for name in ("blobs", "snapshot", "private"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "blobs" / "abc").write_bytes(encoded())
+    (tmp_path / "private" / "x.png").write_bytes(encoded())
+    (tmp_path / "snapshot" / "x.png").symlink_to("../blobs/abc")
+    (tmp_path / "snapshot" / "own.png").symlink_to("x.png")
+    (tmp_path / "snapshot" / "secret.png").symlink_to(tmp_path / "private" / "x.png")
+    (tmp_path / "named").symlink_to("snapshot")
+    allowed = (tmp_path / "blobs",)
+    for root in (tmp_path / "snapshot", tmp_path / "named"):
+        for name in ("x.png", "own.png", "../blobs/abc", str(tmp_path / "blobs" / "abc")):
+            assert images.read(name, root, allowed) == encoded()
+            with pytest.raises(images.BadImage, match="points outside"):
+                images.read(name, root)
+        for name in ("secret.png", "../private/x.png", "../blobs/../private/x.png"):
+            with pytest.raises(images.BadImage) as caught:
+                images.read(name, root, allowed)
+            assert caught.value.reason == "image_outside_root"
+
+
+def test_an_image_that_the_user_names_may_be_a_link(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(encoded())
+    (tmp_path / "b.png").symlink_to("a/x.png")
+    assert images.open_file(tmp_path / "b.png").size == (40, 30)
+
+
+def test_messages_show_a_part_of_a_cell_and_no_address(tmp_path):
+    for cell in ("x" * 9000 + ".png", "../" + "x" * 9000, "http://" + "x" * 9000, b"y" * 9000):
+        with pytest.raises(images.BadImage) as caught:
+            images.bounded(images.read(cell, tmp_path), None)
+        assert len(str(caught.value)) < 200 + len(str(tmp_path))
+        assert " at 0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+def test_whatever_bytes_are_damaged_an_image_is_read_or_has_a_reason(kind):
+    data = noise((60, 40), kind=kind)
+    random = np.random.default_rng(1)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for at in random.integers(0, min(len(data), 400), 4):
+            damaged[at] = random.integers(256)
+        for read in (images.decode, lambda data: images.bounded(data, 20)):
+            with contextlib.suppress(images.BadImage):
+                read(bytes(damaged))

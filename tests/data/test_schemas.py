@@ -259,3 +259,67 @@ def test_keys_identify_duplicates_and_swapped_copies(tmp_path):
     assert key not in {check(other, tmp_path).keys()[0] for other in others}
     bare = check(_draft(images=None), tmp_path).keys()
     assert bare[2] == check(_draft(images=None, chosen="best"), tmp_path).keys()[2] != pictures
+
+
+def test_images_in_a_column_of_another_name_are_not_lost():
+    row = {"question": "What?", "chosen": "good", "rejected": "bad"}
+    for cell in (PICTURE, {"bytes": PICTURE, "path": None}, [PICTURE]):
+        with pytest.raises(DataError, match=r"'photo' seems to hold images.*add --map image=photo"):
+            schemas.detect([], {**row, "photo": cell}, "here")
+    assert schemas.detect([], {**row, "photo": b"no image", "n": 1}, "here").name == "RLAIF-V"
+    draft = schemas.mapped({"question": "question"}, row, {**row, "img_path": PICTURE}, "here")
+    assert draft.unchecked_pair({**row, "img_path": PICTURE}).images == PICTURE
+
+
+def test_columns_are_listed_in_part():
+    with pytest.raises(DataError, match=r"x{80}…, .* and 81 more") as caught:
+        schemas.detect([], {"x" * 999: 1, **{f"c{number}": 1 for number in range(100)}}, "here")
+    assert len(str(caught.value)) < 500
+
+
+CELLS = (
+    *(None, float("nan"), float("inf"), 0, 7, 2.0, True, 10**30, "", " ", "x", "a\0", "\ud83d"),
+    *(
+        b"",
+        b"x",
+        [],
+        [None],
+        [[]],
+        [7],
+        ["x"],
+        [["x"]],
+        {},
+        {"a": 1},
+        {"bytes": 7},
+        [{}],
+        [{"a": 1}],
+    ),
+    *({"role": "user"}, {"role": ["user"], "content": 7}, {"from": "human", "value": [7]}),
+    *([{"role": "user", "content": {"type": []}}], [{"role": "user", "content": [{"text": 7}]}]),
+    *({"response": ["x"], "annotations": 7}, [{"annotations": {"a": {"Rating": []}}}], '["', "{"),
+    *({"type": "image", "image": {"url": {}}}, [[7, 8]], [["x", None]], "<image>", "<video>"),
+)
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_whatever_a_cell_holds_a_row_is_read_or_has_a_reason(name, tmp_path):
+    """Every column with every kind of cell, alone and with another."""
+    row = {
+        **ROWS[name],
+        **dict.fromkeys(("system", "history", "voted_at", "image", "rejected_images")),
+    }
+    row |= ROWS[name]
+    draft = schemas.detect(ROWS[name], ROWS[name], "here").unchecked_pair
+    reasons, longest = set(), 0
+    columns = [*row, "image.bytes", "videos"]
+    for column in columns:
+        for number, cell in enumerate(CELLS):
+            other = columns[number % len(columns)]
+            for changes in ({column: cell}, {column: cell, other: CELLS[-number]}):
+                try:
+                    check(draft({**row, **changes}), tmp_path)
+                except BadRow as problem:
+                    reasons.add(problem.reason)
+                    longest = max(longest, len(str(problem)))
+    assert len(reasons) > 6
+    assert longest < 300

@@ -268,3 +268,78 @@ def test_the_hub_is_streamed_with_stored_images(monkeypatch):
     assert source.fingerprint == "openbmb/RLAIF-V-Dataset@abc/part/train"
     rows = [row for unit in source.units(2, 5) for row in source.rows(unit)]
     assert [row["image"]["bytes"] for row in rows] == PICTURES[2:5]
+
+
+def _archive(path, members):
+    """A tar of (name, content); a content that is a tuple names the type and target of a link."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                member.type, member.linkname = content
+                archive.addfile(member)
+                continue
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+_FIELDS = json.dumps({"question": "?", "chosen": "a", "rejected": "b"}).encode()
+
+
+def test_members_of_an_archive_that_cannot_be_used_cost_their_row_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmdpo.data.archives.MAX_BYTES", 1000)
+    picture = encoded()
+    samples = {
+        "good": [("jpg", picture), ("json", b"\xef\xbb\xbf" + _FIELDS)],
+        "hard": [("jpg", (tarfile.LNKTYPE, "good.jpg")), ("json", _FIELDS)],
+        "soft": [("jpg", (tarfile.SYMTYPE, "good.jpg")), ("json", _FIELDS)],
+        "lost": [("jpg", (tarfile.SYMTYPE, "gone.jpg")), ("json", _FIELDS)],
+        "loop": [("jpg", (tarfile.SYMTYPE, "loop.jpg")), ("json", _FIELDS)],
+        "fifo": [("jpg", (tarfile.FIFOTYPE, "")), ("json", _FIELDS)],
+        "huge": [("jpg", b"\0" * 2000), ("json", _FIELDS)],
+        "film": [("mp4", b"\0" * 2000), ("json", _FIELDS)],
+        "pair": [("v1.jpg", picture), ("v1.json", _FIELDS), ("v2.jpg", picture), ("v2.json", b"")],
+        "same": [("jpg", picture), ("json", _FIELDS), ("jpg", picture)],
+        "poor": [("json", b"{")],
+        "list": [("json", b"[]")],
+    }
+    members = [(f"{name}.{end}", data) for name, held in samples.items() for end, data in held]
+    _archive(tmp_path / "x.tar", members)
+    source = hub.open_source(str(tmp_path / "x.tar"), "train")
+    assert source.count == len(samples)
+    rows = [row for unit in source.units(0, None) for row in source.rows(unit)]
+    found = [row.get("reason") or row["images"] for row in rows]
+    assert found == [
+        *[[picture]] * 3,
+        *["missing_image"] * 3,
+        *("oversized_image", "video", "merged_samples", "merged_samples", "bad_json", "bad_json"),
+    ]
+
+
+def test_a_full_disk_while_downloading_is_said_in_words(monkeypatch):
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    def full(*_, **__):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as problem:
+            raise DatasetGenerationError("An error occurred while generating") from problem
+
+    for fails in (full, lambda *_, **__: (_ for _ in ()).throw(OSError("Not enough disk space."))):
+        monkeypatch.setattr(datasets, "load_dataset", fails)
+        with pytest.raises(DataError, match="the disk is full; free some space, let HF_HOME"):
+            hub.open_source("me/pairs", "train")
+
+
+def test_duplicate_columns_of_parquet_are_refused_and_a_fifo_is_no_data(tmp_path):
+    import os
+
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["chosen", "chosen"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="two columns named 'chosen'"):
+        hub.open_source(str(tmp_path / "x.parquet"), "train")
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        hub.open_source(str(tmp_path / "x.jsonl"), "train")

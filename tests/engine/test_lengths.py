@@ -104,3 +104,50 @@ def test_a_row_without_images_and_one_that_the_processor_refuses():
     with pytest.raises(BadRow) as caught:
         counter.count(pair, pictures)
     assert caught.value.reason == "placeholder_miscount"
+
+
+def test_a_family_that_needs_an_image_refuses_a_row_without_one():
+    counter = lengths.TokenCounter(_processor("paligemma"))
+    bare, _ = _pair()
+    for _ in range(2):
+        with pytest.raises(BadRow) as caught:
+            counter.count(bare, [])
+        assert caught.value.reason in ("processor_refuses", "chat_template_refuses")
+    pair, pictures = _pair((30, 30))
+    assert counter.count(pair, pictures).images > 0
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('never') }}", "never"),
+        ("{{ messages[0]['content'] + 1 }}", "concatenate"),  # not one of Jinja's own errors
+        ("{{ nothing.at_all }}", "undefined"),
+    ],
+)
+def test_a_template_that_fails_is_a_reason_whatever_it_raises(template, says):
+    counter = lengths.TokenCounter(_processor("idefics2"))
+    pair, pictures = _pair((30, 30))
+    counter.count(pair, pictures)
+    rendering = counter.processor._vlmdpo_rendering
+    counter.processor._vlmdpo_rendering = dataclasses.replace(rendering, template=template)
+    with pytest.raises(BadRow, match=says) as caught:
+        counter.count(pair, pictures)
+    assert caught.value.reason == "chat_template_refuses"
+
+
+def test_special_tokens_that_a_text_writes_out_are_noted():
+    counter = lengths.TokenCounter(_processor("idefics2"))
+    end = counter.processor.tokenizer.eos_token
+    assert counter.notes(_pair()[0]) == ()
+    assert counter.notes(_pair(question=f"Why {end}?")[0]) == ("special_token_in_text",)
+
+
+def test_images_are_not_decoded_to_be_counted(monkeypatch):
+    """A damaged one would be dropped or not, by what was counted before it."""
+    from PIL import ImageFile
+
+    counter = lengths.TokenCounter(_processor("idefics2"))
+    pair, pictures = _pair((30, 30))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert counter.count(pair, pictures).images > 0

@@ -219,6 +219,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.drawn
 def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
     report = estimate(
         vlmdpo,

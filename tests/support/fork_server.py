@@ -82,15 +82,17 @@ def _call(request):
 
 
 def main():
-    import matplotlib.pyplot
+    import matplotlib.figure
     import torch
 
+    from tests.support.plots import blank_plot
     from vlmdpo import cli
     from vlmdpo.engine import generate, lengths, preview, reference_cache
     from vlmdpo.training import arguments, doctor, trainer
 
-    assert all((matplotlib.pyplot, cli, generate, lengths, preview, reference_cache))
+    assert all((cli, generate, lengths, preview, reference_cache))
     assert all((arguments, doctor, trainer))
+    matplotlib.figure.Figure.savefig = blank_plot
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     # In a child, and in a child's own child, the first operation replaces the lost pool. Two
     # threads that begin at once would take it from each other ("Invalid thread pool!").

@@ -5,7 +5,7 @@ import io
 import pickle
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 def encoded(size=(40, 30), mode="RGB", kind="PNG", color=None, **more):
@@ -38,3 +38,17 @@ def opened(data):
     picture = Image.open(io.BytesIO(data))
     picture.load()
     return picture
+
+
+def malformed_exif():
+    """A good JPEG with an EXIF block that Pillow cannot read."""
+    data = encoded(kind="JPEG")
+    block = b"Exif\0\0no TIFF header at all"
+    return data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
+
+
+def png_with_long_text():
+    """A good PNG with a compressed text of more than Pillow's one megabyte."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Comment", "x" * 2_000_000, zip=True)
+    return encoded(pnginfo=texts)

@@ -23,6 +23,7 @@ from PIL import Image
 
 import vlmdpo
 from tests.support import templates
+from tests.support.plots import blank_plot
 from vlmdpo.commands import estimate_memory, eval_amber, export, infer, prepare, train
 from vlmdpo.config import (
     EstimateMemoryConfig,
@@ -171,10 +172,10 @@ def examine(family: Family) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _without_what_no_family_changes():
-    """Inside, plots are empty files, and objects that imports left are not collected again."""
+    """Inside, plots are blank, and objects that imports left are not collected again."""
     gc.freeze()
     try:
-        with mock.patch("matplotlib.figure.Figure.savefig", lambda _, path, **k: path.touch()):
+        with mock.patch("matplotlib.figure.Figure.savefig", blank_plot):
             yield
     finally:
         gc.unfreeze()

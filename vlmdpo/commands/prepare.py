@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 import os
 import platform
@@ -14,15 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlmdpo import __version__, ui
 from vlmdpo.commands.prepare_screen import REPORT, show
+from vlmdpo.commands.prepare_sources import key_facts, open_mixture
 from vlmdpo.config import PrepareConfig
-from vlmdpo.data import assemble, schemas, store, work
-from vlmdpo.data.hub import open_source
-from vlmdpo.data.schemas import Schema
-from vlmdpo.data.sources import Source, as_stored, bounds
+from vlmdpo.data import assemble, store, work
+from vlmdpo.data.images import open_bytes
+from vlmdpo.data.mixture import Mixture, summary
+from vlmdpo.data.sources import as_stored
 from vlmdpo.errors import DataError
 from vlmdpo.models.registry import short_name
 
@@ -43,12 +41,10 @@ def run(config: PrepareConfig) -> dict[str, Any]:
             that holds something else, a failed upload.
         ModelError: no processor of `--model`, which bounds the images and counts tokens.
     """
-    if config.output_dir is not None and config.output_dir.is_file():
-        raise DataError(f"--output-dir: '{config.output_dir}' is a file")
-    source = _open_source(config)
-    first, last = bounds(source, config.split, config.limit)
-    schema = _schema(config, source)
-    num_proc = config.num_proc or _default_processes(first, last)
+    if config.output_dir is not None:
+        store.check_target(config.output_dir)
+    mixture = open_mixture(config)
+    num_proc = config.num_proc or _default_processes(mixture.count)
     work.start_forkserver(num_proc, ["vlmdpo.engine.lengths"])
     from vlmdpo.engine.lengths import load_token_counter
     from vlmdpo.models.configured import prompt_settings
@@ -61,13 +57,12 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     )
     announce(counter.processor)
     side = config.max_image_side or default_image_side(counter.processor)
-    facts = _key_facts(config, source, schema, first, last, side) | {
+    facts = key_facts(mixture, config, side) | {
         "processor": processor_digest(counter.processor, dated=False)
     }
-    folder = (
-        config.output_dir
-        or Path("outputs") / "data" / f"{short_name(source.name)}-{store.key_of(facts)[:8]}"
-    )
+    several = len(mixture.parts) > 1
+    name = "mix" if several else short_name(mixture.parts[0].source.name)
+    folder = config.output_dir or Path("outputs") / "data" / f"{name}-{store.key_of(facts)[:8]}"
     with store.locked(folder):
         manifest = store.read_manifest(folder)
         reused = (
@@ -75,9 +70,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         )
         if not reused:
             store.check_output(folder, config.overwrite)
-            manifest = _prepare(
-                source, schema, (first, last), facts, counter, num_proc, folder, config
-            )
+            manifest = _prepare(mixture, facts, counter, num_proc, folder, config)
         assert manifest is not None
         if config.report and not (folder / REPORT).is_file():  # prepared with --no-report
             _write_report(folder, manifest, _count_image_sides(folder, manifest))
@@ -93,73 +86,17 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def _open_source(config: PrepareConfig) -> Source:
-    """The source of `--dataset`. Raises DataError."""
-    if config.dataset == "scenes":
-        from vlmdpo.tiny import pairs
-
-        return pairs.source()
-    return open_source(
-        config.dataset,
-        config.split,
-        image_root=config.image_root,
-        subset=config.subset,
-        revision=config.dataset_revision,
-        streaming=config.streaming,
-    )
-
-
-def _schema(config: PrepareConfig, source: Source) -> Schema:
-    """The source's format, by `--map` or recognized, printed before the work starts."""
-    row, where = source.first_row(), f"'{source.name}'"
-    mapping = config.mapping()
-    schema = (
-        schemas.mapped(mapping, source.columns, row, where)
-        if mapping
-        else schemas.detect(source.columns, row, where)
-    )
-    count = f"{source.count:,} rows" if source.count is not None else "number of rows unknown"
-    ui.say(
-        f"{source.name}: {count}, format {schema.line}"
-        + ("" if mapping else "; if that is wrong, name the columns with --map")
-    )
-    return schema
-
-
-def _default_processes(first: int, last: int | None) -> int:
-    """Worker processes for these rows; `last` is None for a source of unknown length."""
+def _default_processes(rows: int | None) -> int:
+    """Worker processes for this number of rows; None if it is unknown."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    wanted = cores if last is None else (last - first) // _ROWS_PER_PROCESS
+    wanted = cores if rows is None else rows // _ROWS_PER_PROCESS
     return max(1, min(cores, wanted, _MAX_PROCESSES))
 
 
-def _key_facts(
-    config: PrepareConfig,
-    source: Source,
-    schema: Schema,
-    first: int,
-    last: int | None,
-    side: int | None,
-) -> dict[str, Any]:
-    """Everything that changes the result: hashed into the key, and kept in the manifest."""
-    own = ("on_bad", "max_length", "over_length", "test_size", "shuffle", "seed")
-    return {
-        "dataset": source.name,
-        "fingerprint": source.fingerprint,
-        "rows": [first, last],
-        "schema": schema.line,
-        "image_root": str(source.root),
-        "max_image_side": side,
-        **{name: getattr(config, name) for name in own},
-    }
-
-
 def _prepare(
-    source: Source,
-    schema: Schema,
-    rows: tuple[int, int | None],
+    mixture: Mixture,
     facts: dict[str, Any],
     counter: Any,
     num_proc: int,
@@ -176,8 +113,7 @@ def _prepare(
     prompts = dataclasses.replace(prompts, date=_open_work_folder(work_folder, key, prompts.date))
     set_rendering(counter.processor, prompts, config.model)
     job = work.Job(
-        source=source,
-        schema=schema,
+        mixture=mixture,
         max_image_side=facts["max_image_side"],
         max_length=config.max_length,
         over_length=config.over_length,
@@ -191,13 +127,12 @@ def _prepare(
             prompts,
         ),
     )
-    total = None if rows[1] is None else rows[1] - rows[0]
-    with ui.progress("prepare", total, unit="rows") as bar:
-        units = work.process_all(job, source.units(*rows), num_proc, counter, bar.advance)
+    with ui.progress("prepare", mixture.count, unit="rows") as bar:
+        units = work.process_all(job, mixture.units(), num_proc, counter, bar.advance)
     settings = assemble.SplitSettings(
         test_size=config.test_size, shuffle=config.shuffle, seed=config.seed
     )
-    plan = assemble.plan(job.folder, units, settings, config.on_bad)
+    plan = assemble.plan(job.folder, units, mixture.parts, settings, config.on_bad)
     result = work_folder / "result"
     size = assemble.write(job.folder, plan, result, key)
     manifest = {
@@ -207,6 +142,7 @@ def _prepare(
         "model": config.model,
         "processor_class": type(counter.processor).__name__,  # says the model's family
         "prompt_date": prompts.date,
+        "sources": summary(mixture.parts, plan.parts),
         **_outcome(plan, result, size),
     }
     try:
@@ -301,9 +237,7 @@ def _count_image_sides(folder: Path, manifest: Mapping[str, Any]) -> dict[int, i
     """{longer side in pixels: number of images} of a finished folder."""
     rows = (row for split in manifest["splits"] for row in as_stored(store.load(folder, split)))
     return Counter(
-        max(Image.open(io.BytesIO(stored["bytes"])).size)
-        for row in rows
-        for stored in row["images"]
+        max(open_bytes(stored["bytes"]).size) for row in rows for stored in row["images"]
     )
 
 

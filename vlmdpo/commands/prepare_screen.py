@@ -19,6 +19,7 @@ def show(report: dict[str, Any]) -> None:
         f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in "
         f"{report['path']}"
     )
+    _show_sources(report)
     if len(report["splits"]) > 1:
         ui.result(
             "  "
@@ -53,6 +54,20 @@ def show(report: dict[str, Any]) -> None:
             f"{worst}; find out why before training"
         )
     _show_example(report)
+
+
+def _show_sources(report: dict[str, Any]) -> None:
+    """Where the rows of a mixture come from."""
+    if len(report["sources"]) < 2:
+        return
+    rows = [
+        [
+            *(source["dataset"], f"{source['rows_in']:,}", f"{source['usable']:,}"),
+            *(f"{source['mix']:g}", f"{source['rows_out']:,}"),
+        ]
+        for source in report["sources"]
+    ]
+    ui.table("Sources", ["Dataset", "Rows", "Usable", "Mix", "Pairs"], rows, text=(0,))
 
 
 def _show_lengths(report: dict[str, Any]) -> None:

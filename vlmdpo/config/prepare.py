@@ -10,6 +10,7 @@ from vlmdpo.config.common import LengthOptions, OutputOptions, PromptOptions
 from vlmdpo.config.options import option, require, require_at_least, require_choice
 from vlmdpo.errors import ConfigError
 
+MAX_WEIGHT = 100  # of --mix
 MAP_TARGETS = ("image", "images", "question", "chosen", "rejected")
 
 
@@ -22,8 +23,15 @@ class SourceOptions(LengthOptions):
     dataset: str = option(
         "scenes",
         "Preference data: an alias (scenes, rlaif-v), a Hub id, a local Parquet, JSONL, JSON, CSV "
-        "or WebDataset tar file, a folder of such files, or a save_to_disk folder",
+        "or WebDataset tar file, a folder of such files, or a save_to_disk folder; several with "
+        "commas between them are mixed",
         common=True,
+    )
+    mix: str | None = option(
+        None,
+        "How often the rows of each --dataset are taken, as in 1,0.5,2: all once, a random half, "
+        "all twice",
+        default_text="all once",
     )
     split: str = option(
         "train", 'Split of the source, slices included: "train", "train[:1%]", "train[100:200]"'
@@ -43,6 +51,11 @@ class SourceOptions(LengthOptions):
         None,
         "Folder that image paths start from, and may not leave",
         default_text="the folder of the data",
+    )
+    allow_root: Path | None = option(
+        None,
+        "One more folder that image paths and symbolic links may lead to",
+        default_text="links lead nowhere but into --image-root",
     )
     limit: int | None = option(None, "Use at most this many rows", default_text="all rows")
     on_bad: str = option(
@@ -64,11 +77,40 @@ class SourceOptions(LengthOptions):
         require(is_share or is_number, self, "test_size", wanted)
         require_choice(self.on_bad, ("drop", "fail"), "on_bad")
         self.mapping()
+        self.weights()
         if self.streaming and "[" in self.split:
             raise ConfigError(
                 f"--split {self.split} selects rows by number, which --streaming cannot; use "
                 "--limit instead"
             )
+
+    def datasets(self) -> list[str]:
+        """The sources of `--dataset`. Raises ConfigError for one that is named twice."""
+        if "," not in self.dataset or Path(self.dataset).exists():
+            return [self.dataset]
+        names = [name.strip() for name in self.dataset.split(",")]
+        if "" in names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"--dataset: '{self.dataset}' names a source twice or none; to take rows several "
+                "times, use --mix"
+            )
+        return names
+
+    def weights(self) -> list[float]:
+        """`--mix` as one number for each source. Raises ConfigError if it cannot be read."""
+        names = self.datasets()
+        if self.mix is None:
+            return [1.0] * len(names)
+        try:
+            weights = [float(number) for number in str(self.mix).split(",")]
+        except ValueError:
+            weights = []
+        if len(weights) != len(names) or not all(0 < weight <= MAX_WEIGHT for weight in weights):
+            raise ConfigError(
+                f"--mix: cannot read '{self.mix}'; give {len(names)} numbers above 0 and up to "
+                f"{MAX_WEIGHT}, one for each --dataset, as in 1,0.5,2"
+            )
+        return weights
 
     def mapping(self) -> dict[str, str]:
         """`--map` as {target: column}. Raises ConfigError if it cannot be read."""

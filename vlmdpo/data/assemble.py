@@ -11,12 +11,13 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.data import store
+from vlmdpo.data import mixture, store
+from vlmdpo.data.mixture import Part
 from vlmdpo.data.work import RowCounts, record_path, shard_path
 from vlmdpo.errors import DataError
 
@@ -39,51 +40,150 @@ class SplitSettings:
 
 @dataclass
 class Plan:
-    """The rows of each split, as (unit, index), in order, and what happened to all rows."""
+    """The rows of each split, as (unit, index), in order, and what happened to all rows.
+
+    Attributes:
+        unit_rows: the rows of each unit's shard.
+        sides: images by their longer side in pixels.
+        parts: for each source: rows_in, usable rows, and rows_out, repeats included.
+    """
 
     row_counts: RowCounts
     splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     unit_rows: list[int] = field(default_factory=list)
-    sides: Counter[int] = field(default_factory=Counter)  # images by longer side, in pixels
+    sides: Counter[int] = field(default_factory=Counter)
+    parts: list[dict[str, int]] = field(default_factory=list)
 
 
-def plan(work: Path, units: int, settings: SplitSettings, on_bad: str) -> Plan:
-    """Decide from the units' records which rows are kept, and in which split.
+@dataclass
+class _Kept:
+    """The rows that are kept, in order: place, source of several, images."""
+
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+    images: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def plan(
+    work: Path, units: int, parts: Sequence[Part], settings: SplitSettings, on_bad: str
+) -> Plan:
+    """Decide from the units' records which rows are kept, how often, and in which split.
 
     Raises:
         DataError: no row is left, an empty split, or a duplicate if `on_bad` is "fail".
     """
-    result = Plan(RowCounts())
-    rows: list[tuple[int, int]] = []
-    images_of_rows: list[tuple[str, ...]] = []
-    seen: dict[int, int] = {}
-    for unit in range(units):
-        record = json.loads(record_path(work, unit).read_text(encoding="utf-8"))
+    result = Plan(RowCounts(), parts=[Counter(rows_in=0, usable=0, rows_out=0) for _ in parts])
+    kept = _Kept()
+    copies_of = _Copies(_last_votes(work, units))
+    for unit, record in _records(work, units):
+        part = parts[record["part"]]
         result.row_counts.add(record)
         result.unit_rows.append(len(record["kept"]))
-        for at, (source_row, key, swapped, images, changes, sides) in enumerate(record["kept"]):
-            reason = _duplicate_reason(seen, key, swapped)
-            if reason is None:
-                seen[int(key, 16)] = source_row
-                rows.append((unit, at))
+        result.parts[record["part"]]["rows_in"] += record["rows_in"]
+        for at, (number, key, swapped, images, changes, sides) in enumerate(record["kept"]):
+            name = part.row(number - record["offset"])
+            voted = str(at) in record["votes"]
+            reason, why = copies_of.add((unit, at), key, swapped, name, voted=voted)
+            if not reason:
+                kept.rows.append((unit, at))
+                kept.parts.append(record["part"])
+                kept.images.append(tuple(images) if settings.test_size else ())
                 result.row_counts.change(changes)
                 result.sides.update(sides)
-                images_of_rows.append(tuple(images) if settings.test_size else ())
                 continue
-            why = f"as row {seen[int(key if reason == 'duplicate' else swapped, 16)]}"
-            if on_bad == "fail":
-                raise DataError(f"row {source_row}: {reason}: {why}")
-            result.row_counts.drop(reason, source_row, why)
-    if not rows:
+            if on_bad == "fail" and not voted:
+                raise DataError(f"{name}: {reason}: {why}")
+            result.row_counts.drop(reason, name, why)
+    if not kept.rows:
         raise DataError(
             f"none of the {result.row_counts.rows_in} rows is usable: "
             f"{_dropped_by_reason(result.row_counts)}"
         )
-    result.splits = _split(rows, images_of_rows, settings)
+    _mix_and_split(result, kept, [part.weight for part in parts], settings)
+    return result
+
+
+def _mix_and_split(
+    result: Plan, kept: _Kept, weights: Sequence[float], settings: SplitSettings
+) -> None:
+    """Take each source's share before rows are split, and repeat rows of the training split."""
+    taken = mixture.copies(weights, kept.parts, settings.seed)
+    of_row = dict(zip(kept.rows, zip(kept.parts, taken, strict=True), strict=True))
+    picked = [at for at, times in enumerate(taken) if times]
+    if not picked:
+        raise DataError("--mix leaves none of the usable rows; give larger numbers")
+    result.splits = _split(
+        [kept.rows[at] for at in picked], [kept.images[at] for at in picked], settings
+    )
+    result.splits["train"] = [row for row in result.splits["train"] for _ in range(of_row[row][1])]
+    for part in kept.parts:
+        result.parts[part]["usable"] += 1
+    for rows in result.splits.values():
+        for row in rows:
+            result.parts[of_row[row][0]]["rows_out"] += 1
     if settings.shuffle:
         for split_rows in result.splits.values():
             random.Random(settings.seed).shuffle(split_rows)
-    return result
+
+
+def _records(work: Path, units: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    for unit in range(units):
+        yield unit, json.loads(record_path(work, unit).read_text(encoding="utf-8"))
+
+
+def _last_votes(work: Path, units: int) -> dict[int, tuple[int, int, str]]:
+    """The place (unit, index) and key of the last vote on each question and pair of answers.
+
+    People correct their votes, and a file of votes is appended to.
+    """
+    last: dict[int, tuple[str, int, int, str]] = {}
+    for unit in range(units):
+        text = record_path(work, unit).read_text(encoding="utf-8")
+        if '"votes": {}' in text:  # as of all other data
+            continue
+        record = json.loads(text)
+        for at, voted_at in record["votes"].items():
+            key, swapped = record["kept"][int(at)][1:3]
+            vote = (voted_at, unit, int(at), key)
+            pair = _either_way(key, swapped)
+            last[pair] = max(last.get(pair, vote), vote)
+    return {pair: (unit, at, key) for pair, (_, unit, at, key) in last.items()}
+
+
+def _either_way(key: str, swapped: str) -> int:
+    """The same number for a pair and its swapped copy."""
+    return min(int(key, 16), int(swapped, 16))
+
+
+class _Copies:
+    """Tells copies of rows. The last vote on a pair of answers counts; else the first row does.
+
+    Args:
+        last_votes: the place and key of the last vote on each pair.
+    """
+
+    def __init__(self, last_votes: dict[int, tuple[int, int, str]]) -> None:
+        self._last_votes = last_votes
+        self._seen: dict[int, str] = {}
+
+    def add(
+        self, place: tuple[int, int], key: str, swapped: str, name: str, *, voted: bool
+    ) -> tuple[str, str]:
+        """The reason why a row is dropped, and more about it; "" for a row that is kept."""
+        vote = self._last_votes.get(_either_way(key, swapped))
+        if vote is not None:
+            if vote[:2] == place:
+                return "", ""
+            if voted:
+                return "earlier_vote", "a later vote on these answers counts"
+            return ("duplicate" if vote[2] == key else "swapped_copy"), "a vote counts instead"
+        own, other = int(key, 16), int(swapped, 16)
+        if own in self._seen:
+            return "duplicate", f"as {self._seen[own]}"
+        if other in self._seen:  # contradicts it
+            return "swapped_copy", f"as {self._seen[other]}"
+        self._seen[own] = name
+        return "", ""
 
 
 def _dropped_by_reason(row_counts: RowCounts) -> str:
@@ -91,15 +191,6 @@ def _dropped_by_reason(row_counts: RowCounts) -> str:
         f"{reason} {count} ({row_counts.examples[reason][0]})"
         for reason, count in row_counts.dropped.items()
     )
-
-
-def _duplicate_reason(seen: dict[int, int], key: str, swapped: str) -> str | None:
-    """Why a row is dropped as a copy of an earlier one: equal, or equal with swapped answers, which
-    contradicts it.
-    """
-    if int(key, 16) in seen:
-        return "duplicate"
-    return "swapped_copy" if int(swapped, 16) in seen else None
 
 
 def _split(
@@ -187,7 +278,7 @@ def _write_split(
     for unit, picked in _shards(rows):
         path = folder / f"data-{len(files):05d}.arrow"
         files.append(path.name)
-        if unit is not None and len(picked) == unit_rows[unit]:
+        if unit is not None and picked == [(unit, at) for at in range(unit_rows[unit])]:
             _link(shard_path(work, unit), path)
             continue
         with store.ShardWriter(path) as shard:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vlmdpo.data.archives import tar_count, tar_rows
+from vlmdpo.data.reasons import first_line
 from vlmdpo.data.sources import ArrowRows, ParquetRows, Record, Source, Streamed, fingerprint
+from vlmdpo.data.text_files import (
+    count_json_lines,
+    csv_dialect,
+    csv_rows,
+    is_json_lines,
+    json_lines,
+    json_rows,
+)
 from vlmdpo.errors import DataError
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What `datasets` and LLaMA-Factory write beside data, about it.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 def open_local(path: Path, split: str, image_root: Path | None) -> Source:
@@ -26,6 +34,8 @@ def open_local(path: Path, split: str, image_root: Path | None) -> Source:
     name = split.partition("[")[0]
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         return _saved(path, name, image_root)
+    if not path.is_dir() and not path.is_file():  # a FIFO would be waited for
+        raise DataError(f"--dataset: '{path}' is neither a file nor a folder")
     files = _files_of_split(_data_files(path), name, path) if path.is_dir() else [path]
     root = image_root or (path if path.is_dir() else path.parent)
     kinds = {_kind(file) for file in files}
@@ -44,7 +54,14 @@ def _kind(file: Path) -> str:
 
 def _data_files(folder: Path) -> list[Path]:
     """The data files in a folder. JSON beside other files describes them, and has no rows."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in _READERS)
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and _kind(file) in _READERS
+        and file.name not in _DESCRIPTIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     if any(_kind(file) != ".json" for file in files):
         files = [file for file in files if _kind(file) != ".json"]
     if not files:
@@ -80,8 +97,12 @@ def _parquet(files: list[Path], name: str, root: Path) -> Source:
             meta = pq.ParquetFile(file)
         except (pyarrow.ArrowException, OSError) as problem:
             raise DataError(
-                f"'{file}' is not a readable Parquet file: {str(problem).splitlines()[0]}"
+                f"'{file}' is not a readable Parquet file: {first_line(problem)}"
             ) from problem
+        names = meta.schema_arrow.names
+        twice = [one for number, one in enumerate(names) if one in names[:number]]
+        if twice:
+            raise DataError(f"'{file}' has two columns named '{twice[0]}'; rename one of them")
         groups.append(
             (
                 file,
@@ -90,7 +111,7 @@ def _parquet(files: list[Path], name: str, root: Path) -> Source:
                 ),
             )
         )
-        columns += [column for column in meta.schema_arrow.names if column not in columns]
+        columns += [column for column in names if column not in columns]
     count = sum(sum(rows) for _, rows in groups)
     return ParquetRows(
         name=name,
@@ -119,147 +140,32 @@ def _streamed(
 
 
 def _jsonl(files: list[Path], name: str, root: Path) -> Source:
-    return _streamed(
-        files,
-        name,
-        root,
-        _json_lines,
-        lambda file: sum(bool(line.strip()) for line in _lines(file)),
-    )
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8-sig") as handle:
-            yield from handle
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"'{file}' cannot be read as UTF-8 text: {problem}") from problem
-
-
-def _json_lines(file: Path) -> Iterator[Record]:
-    for number, line in enumerate(_lines(file), start=1):
-        if line.strip():
-            yield _parse_object(line, f"'{file}' line {number}")
-
-
-def _parse_object(text: str, where: str) -> Record:
-    """A JSON object. Raises DataError, naming `where`."""
-    try:
-        record = json.loads(text)
-    except ValueError as problem:
-        raise DataError(f"{where} is not valid JSON: {problem}") from problem
-    return _require_object(record, where)
-
-
-def _require_object(record: Any, where: str) -> Record:
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where} must be a JSON object with the columns of a row, not {type(record).__name__}"
-        )
-    return record
+    return _streamed(files, name, root, json_lines, count_json_lines)
 
 
 def _json(files: list[Path], name: str, root: Path) -> Source:
     """JSON files with a list of objects each, or with JSON lines."""
-    if all(
-        next((line for line in _lines(file) if line.strip()), "").lstrip().startswith("{")
-        for file in files
-    ):
+    if all(map(is_json_lines, files)):
         return _jsonl(files, name, root)
-    records = {file: _json_list(file) for file in files}
+    records = {file: json_rows(file) for file in files}
     return _streamed(
         files, name, root, lambda file: iter(records[file]), lambda file: len(records[file])
     )
 
 
-def _json_list(file: Path) -> list[Record]:
-    try:
-        records = json.loads("".join(_lines(file)))
-    except ValueError as problem:
-        raise DataError(f"'{file}' is not valid JSON: {problem}") from problem
-    if not isinstance(records, list):
-        raise DataError(
-            f"'{file}' must hold a list of objects, one per row, not {type(records).__name__}"
-        )
-    return [
-        _require_object(record, f"'{file}' entry {number}") for number, record in enumerate(records)
-    ]
-
-
 def _csv(files: list[Path], name: str, root: Path) -> Source:
-    return _streamed(files, name, root, _csv_rows, lambda file: sum(1 for _ in _csv_rows(file)))
-
-
-def _csv_rows(file: Path) -> Iterator[Record]:
-    reader = csv.DictReader(
-        _lines(file), delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True
+    dialects = {file: csv_dialect(file) for file in files}
+    return _streamed(
+        files,
+        name,
+        root,
+        lambda file: csv_rows(file, dialects[file]),
+        lambda file: dialects[file].rows,
     )
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"'{file}' line {reader.line_num} does not have as many cells as the header "
-                    "has columns"
-                )
-            yield dict(row)
-    except csv.Error as problem:
-        raise DataError(f"'{file}' line {reader.line_num} is not valid CSV: {problem}") from problem
 
 
 def _tar(files: list[Path], name: str, root: Path) -> Source:
-    return _streamed(
-        files, name, root, _tar_rows, lambda file: sum(1 for _ in _tar_groups(file, contents=False))
-    )
-
-
-def _tar_groups(file: Path, *, contents: bool) -> Iterator[dict[str, bytes]]:
-    """WebDataset samples as {extension: content}: consecutive files with the same name up to its
-    first dot.
-    """
-    key: tuple[str, str] | None = None
-    group: dict[str, bytes] = {}
-    try:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if (folder, stem) != key and group:
-                    yield group
-                    group = {}
-                key = (folder, stem)
-                opened = archive.extractfile(member) if contents else None
-                group[extension.lower()] = opened.read() if opened else b""
-    except (tarfile.TarError, OSError, EOFError) as problem:
-        raise DataError(f"'{file}' is not a readable tar archive: {problem}") from problem
-    if group:
-        yield group
-
-
-def _tar_rows(file: Path) -> Iterator[Record]:
-    """Rows of an archive: the fields of .json, images as `images`, other texts by extension."""
-    for group in _tar_groups(file, contents=True):
-        row: Record = {}
-        images = []
-        for extension, data in group.items():
-            end = "." + extension.rpartition(".")[2]
-            if end in _IMAGE_SUFFIXES:
-                images.append(data)
-            elif end == ".json":
-                row.update(_parse_object(_decode_utf8(data, file), f"'{file}': a .json member"))
-            elif end in (".txt", ".cls"):
-                row[extension.rpartition(".")[0] or extension] = _decode_utf8(data, file)
-            else:
-                row[extension] = data
-        yield {**row, "images": images} if images else row
-
-
-def _decode_utf8(data: bytes, file: Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        raise DataError(f"'{file}' has a text member that is not UTF-8: {problem}") from problem
+    return _streamed(files, name, root, tar_rows, tar_count)
 
 
 def _saved(path: Path, split: str, image_root: Path | None) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.data.files import from_dataset, open_local
+from vlmdpo.data.reasons import first_line
 from vlmdpo.data.sources import Source, Streamed
 from vlmdpo.errors import DataError, nearest
 
@@ -99,7 +101,7 @@ def _streamed(rows: Any, repo: str) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _translate_errors(repo: str, name: str) -> Iterator[None]:
     """Inside, errors of the Hub's libraries become one line that names the next step."""
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
@@ -116,5 +118,20 @@ def _translate_errors(repo: str, name: str) -> Iterator[None]:
             f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Use a "
             "local file, or go online"
         ) from problem
-    except ValueError as problem:
-        raise DataError(f"dataset '{repo}': {str(problem).splitlines()[0]}") from problem
+    except (OSError, ValueError, DatasetGenerationError) as problem:
+        raise DataError(f"dataset '{repo}': {_reason(problem)}") from problem
+
+
+def _reason(problem: BaseException) -> str:
+    """What went wrong with a download: `datasets` wraps the cause in errors of its own."""
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, OSError) and (
+            cause.errno in (errno.ENOSPC, errno.EDQUOT) or "disk space" in str(cause)
+        ):
+            return (
+                "the disk is full; free some space, let HF_HOME name a folder on another disk, or "
+                "use --streaming, which keeps nothing"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return first_line(problem)

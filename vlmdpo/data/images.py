@@ -1,4 +1,4 @@
-"""Open, check, reduce and encode one image.
+"""Open, check and bound one image. All of vlmdpo opens images here, with `open_bytes`.
 
 The bytes of an image that needs no change are kept; only their header and end are read. This module
 knows nothing about datasets or models.
@@ -6,18 +6,44 @@ knows nothing about datasets or models.
 
 from __future__ import annotations
 
-import base64
-import binascii
+import functools
+import importlib
 import io
+import re
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from vlmdpo.data.image_cells import inside, read, read_file
+from vlmdpo.data.pixels import ALPHA_MODES, encode, resized, to_rgb
+from vlmdpo.data.reasons import BadImage, foreign, shown
+
+__all__ = [
+    "BadImage",
+    "EncodedImage",
+    "bounded",
+    "decode",
+    "encode",
+    "inside",
+    "open_bytes",
+    "open_file",
+    "read",
+    "to_rgb",
+]
 
 MAX_PIXELS = 120_000_000  # larger images are refused before they are decoded
+# A progressive JPEG is decoded once for each of its scans, and a scan may have only a few bytes.
+MAX_SCANNED_PIXELS = 2_000_000_000
+_COMMON_SCANS = 64  # more than any encoder makes
+# Pillow has many more; one of them, EPS, starts another program (Ghostscript).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXIF_ORIENTATION = 0x0112
+_TURNED = range(2, 9)  # EXIF's orientations that are not upright
 # Modes that every reader of the prepared data converts to RGB in the same way.
 _PLAIN_MODES = ("RGB", "L")
 _MODE_CHANGES = {
@@ -26,19 +52,10 @@ _MODE_CHANGES = {
     "PA": "palette_to_rgb",
     "I": "16bit_to_rgb",
 }
-# What Pillow raises for broken or truncated data.
-_BROKEN_DATA = (OSError, SyntaxError, ValueError)
-_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 # JPEG markers: frames that every decoder reads, and the start of the pixels.
 _JPEG_BASELINE, _JPEG_SCAN = (0xC0, 0xC1, 0xC2), 0xDA
-
-
-class BadImage(Exception):
-    """Why an image cannot be used: `reason` is the name it is counted by, the text says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+_SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"RIFF": "WebP"}
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 @dataclass(frozen=True)
@@ -50,54 +67,46 @@ class EncodedImage:
     changes: tuple[str, ...] = ()
 
 
-def inside(root: Path, relative: str) -> Path:
-    """The file that a path in data names. Raises BadImage if it lies outside `root`."""
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise BadImage("image_outside_root", f"'{relative}' points outside '{root}'")
-    return path
+def open_bytes(data: bytes) -> Image.Image:
+    """An image whose header is read, of a format that is wanted. It is not decoded.
 
-
-def read(value: Any, root: Path) -> bytes:
-    """The encoded bytes of an image cell.
-
-    A cell is bytes, {"bytes", "path"}, a path below `root`, a data: URI or a PIL image. Raises
-    BadImage.
+    Raises BadImage.
     """
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
-        raise BadImage("missing_image", "the row has no image")
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
-    if isinstance(value, Image.Image):
-        return encode(value, "PNG")
-    if not isinstance(value, str):
-        raise BadImage(
-            "unreadable_image",
-            f"an image cell holds {type(value).__name__}, not bytes, a path or an image",
-        )
-    if "://" in value:
-        raise BadImage(
-            "image_is_url",
-            f"'{value[:80]}' is not fetched; download images first and name their files",
-        )
-    if value.startswith("data:image/"):
-        return _from_uri(value)
-    path = inside(root, value)
-    try:
-        return path.read_bytes()
-    except OSError as problem:
-        raise BadImage("missing_image", f"cannot read '{path}': {problem.strerror}") from problem
+    with warnings.catch_warnings(), foreign(BadImage, "truncated_image"):
+        # MAX_PIXELS is the stricter bound.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(data), formats=_formats())
+        except UnidentifiedImageError:
+            raise BadImage("unreadable_image", _what_it_is(data)) from None
+        except Image.DecompressionBombError as problem:
+            raise BadImage("oversized_image", str(problem)) from problem
 
 
-def _from_uri(value: str) -> bytes:
-    try:
-        return base64.b64decode(value.partition(",")[2], validate=True)
-    except binascii.Error as problem:
-        raise BadImage(
-            "unreadable_image", f"a data: URI is not valid base64: {problem}"
-        ) from problem
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The wanted formats that this Pillow has; HEIC with the package pillow-heif."""
+    Image.init()
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in (*FORMATS, "AVIF", "HEIF") if name in Image.OPEN)
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why bytes are no image, by how they begin."""
+    if not data:
+        return "no picture: there are no bytes"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return "a HEIC picture, which needs another package: pip install pillow-heif"
+    if data.startswith(b"version https://git-lfs"):
+        return "no picture but a pointer of Git LFS; get the files with: git lfs pull"
+    kind = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+    if kind:
+        return f"a damaged {kind}: its header cannot be read"
+    tag = re.match(rb"\s*(<[!?]?[\w-]{1,20}[^>]{0,40}>)", data[:80])
+    if tag:
+        return f"no picture: begins with {tag[1].decode('latin-1')}"
+    return f"no picture: begins with {shown(data[:12])[1:]}"
 
 
 def bounded(data: bytes, max_side: int | None) -> EncodedImage:
@@ -110,55 +119,53 @@ def bounded(data: bytes, max_side: int | None) -> EncodedImage:
     Raises:
         BadImage: "unreadable_image", "truncated_image" or "oversized_image".
     """
-    image = _open(data)
+    whole = _without_long_texts(data)
+    image = _open(whole)
     size, kind = image.size, image.format or "PNG"
-    changes = _changes(image, data, max_side)
+    changes = _changes(image, whole, max_side)
     if not changes and kind in ("JPEG", "PNG", "WEBP"):
-        if not _is_complete(data, kind):
+        if not _is_complete(whole, kind):
             _load(image)  # raises for an incomplete image
-        return EncodedImage(data, size)
-    width, height = _bounded_size(size, max_side)
-    image.draft(image.mode, (width, height))  # a no-op for all but JPEG
-    _load(image)
-    image = to_rgb(_resized(image, (width, height)))
-    if "exif_rotated" in changes:
-        image = ImageOps.exif_transpose(image)
-    target = "JPEG" if kind in ("JPEG", "MPO") else "PNG"
-    if not changes:
-        changes = [f"{kind.lower()}_to_{target.lower()}"]
-    return EncodedImage(encode(image, target), image.size, tuple(changes))
+        return EncodedImage(whole, size, () if whole is data else ("long_text_removed",))
+    with foreign(BadImage, "truncated_image"):
+        width, height = _bounded_size(size, max_side)
+        image.draft(image.mode, (width, height))  # a no-op for all but JPEG
+        _load(image)
+        image = to_rgb(resized(image, (width, height)))
+        if "exif_rotated" in changes:
+            image = ImageOps.exif_transpose(image)
+        target = "JPEG" if kind in ("JPEG", "MPO") else "PNG"
+        if not changes:
+            changes = [f"{kind.lower()}_to_{target.lower()}"]
+        return EncodedImage(encode(image, target), image.size, tuple(changes))
 
 
 def decode(data: bytes) -> Image.Image:
     """A decoded image. Raises BadImage if it is unreadable, incomplete or too large."""
-    image = _open(data)
+    image = _open(_without_long_texts(data))
     _load(image)
     return image
 
 
 def _open(data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # MAX_PIXELS below is the stricter bound.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as problem:
-        bomb = isinstance(problem, Image.DecompressionBombError)
-        raise BadImage("oversized_image" if bomb else "unreadable_image", str(problem)) from problem
-    except _BROKEN_DATA as problem:
-        raise BadImage("truncated_image", str(problem)) from problem
-    if image.width * image.height > MAX_PIXELS:
+    """`open_bytes` of an image that may be decoded. Raises BadImage where that takes too much."""
+    image = open_bytes(data)
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise BadImage(
             "oversized_image", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}"
+        )
+    scans = data.count(bytes((0xFF, _JPEG_SCAN))) if image.format in ("JPEG", "MPO") else 1
+    if scans > _COMMON_SCANS and scans * pixels > MAX_SCANNED_PIXELS:
+        raise BadImage(
+            "oversized_image", f"{scans:,} scans of {image.width}x{image.height} pixels each"
         )
     return image
 
 
 def _load(image: Image.Image) -> None:
-    try:
+    with foreign(BadImage, "truncated_image"):
         image.load()
-    except _BROKEN_DATA as problem:
-        raise BadImage("truncated_image", str(problem)) from problem
 
 
 def _changes(image: Image.Image, data: bytes, max_side: int | None) -> list[str]:
@@ -167,15 +174,15 @@ def _changes(image: Image.Image, data: bytes, max_side: int | None) -> list[str]
     kind, mode = image.format, image.mode
     if kind == "MPO":
         changes.append("first_of_several_pictures")
-    elif getattr(image, "is_animated", False):
+    elif _is_animated(image):
         changes.append("animated_first_frame")
     if mode.startswith("I;16"):
         changes.append("16bit_to_rgb")
     elif mode in _MODE_CHANGES:
         changes.append(_MODE_CHANGES[mode])
-    elif mode not in _PLAIN_MODES and mode not in _ALPHA:
+    elif mode not in _PLAIN_MODES and mode not in ALPHA_MODES:
         changes.append("mode_to_rgb")
-    if mode in _ALPHA or "transparency" in image.info:
+    if mode in ALPHA_MODES or "transparency" in image.info:
         changes.append("alpha_on_white")
     # A PNG may hold EXIF after its pixels; asking Pillow for it would decode all of them.
     has_exif = (
@@ -183,11 +190,67 @@ def _changes(image: Image.Image, data: bytes, max_side: int | None) -> list[str]
         or (kind == "PNG" and b"eXIf" in data)
         or kind not in ("JPEG", "PNG", "WEBP", "MPO")
     )
-    if has_exif and image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
-        changes.append("exif_rotated")
+    changes += _exif_changes(image) if has_exif else []
     if max_side is not None and max(image.size) > max_side:
         changes.append("resized")
     return changes
+
+
+def _is_animated(image: Image.Image) -> bool:
+    with foreign(BadImage, "truncated_image"):  # a GIF looks for its second frame
+        return bool(getattr(image, "is_animated", False))
+
+
+def _exif_changes(image: Image.Image) -> list[str]:
+    """What an image's EXIF block asks for. One that cannot be read is removed, because the model's
+    processor would stumble over it.
+    """
+    try:
+        with foreign(BadImage, "malformed_exif"):
+            exif = image.getexif()
+            if "exif" in image.info:
+                # Read afresh: Pillow has hidden an error of the first time, but would not hide it
+                # from those who read a copy of the image, as processors do.
+                exif = Image.Exif()
+                exif.load(image.info["exif"])
+            turned = exif.get(_EXIF_ORIENTATION, 1) in _TURNED
+    except BadImage:
+        image.info.pop("exif", None)
+        return ["exif_removed"]
+    return ["exif_rotated"] if turned else []
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(type, start, end) of each chunk of a PNG."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], at, end
+        at = end
+
+
+def _without_long_texts(data: bytes) -> bytes:
+    """A PNG without its texts if Pillow refuses one of them for its length; else the same bytes."""
+    if not data.startswith(b"\x89PNG") or not any(kind in data for kind in _PNG_TEXTS):
+        return data
+    texts = [chunk for chunk in _png_chunks(data) if chunk[0] in _PNG_TEXTS]
+    lengths = [_text_length(kind, data[start + 8 : end - 4]) for kind, start, end in texts]
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    if not lengths or (max(lengths) <= limits[0] and sum(lengths) <= limits[1]):
+        return data
+    kept = [data[a:b] for kind, a, b in _png_chunks(data) if kind not in _PNG_TEXTS]
+    return data[:8] + b"".join(kept)
+
+
+def _text_length(kind: bytes, chunk: bytes) -> int:
+    """The length of a PNG's text, decompressed as far as Pillow would."""
+    _, _, rest = chunk.partition(b"\0")  # behind the keyword
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return len(chunk)
+    packed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+    with suppress(zlib.error):
+        return len(zlib.decompressobj().decompress(packed, PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    return len(packed)
 
 
 def _is_complete(data: bytes, kind: str) -> bool:
@@ -199,10 +262,8 @@ def _is_complete(data: bytes, kind: str) -> bool:
         return data.rstrip(b"\x00").endswith(b"\xff\xd9") and _is_common_jpeg(data)
     if kind == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
-    try:
-        Image.open(io.BytesIO(data)).verify()
-    except _BROKEN_DATA as problem:
-        raise BadImage("truncated_image", str(problem)) from problem
+    with foreign(BadImage, "truncated_image"):
+        open_bytes(data).verify()
     return data.rstrip(b"\x00").endswith(b"IEND\xaeB`\x82")
 
 
@@ -229,54 +290,9 @@ def _bounded_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Reduced with Pillow's bicubic filter, by PyTorch's kernel for it: equal to one level, and 2.5
-    times as fast.
-    """
-    if image.size == size:
-        return image
-    if image.mode != "RGB":
-        image = to_rgb(image)  # palette indices cannot be averaged
-    import numpy
-    import torch
-
-    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]
-    reduced = torch.nn.functional.interpolate(
-        pixels, size=(size[1], size[0]), mode="bicubic", antialias=True
-    )
-    resized = Image.fromarray(reduced[0].permute(1, 2, 0).numpy())
-    resized.info = image.info
-    return resized
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with transparency on white and 16 bits scaled to 8 (Pillow's convert makes transparent
-    parts black, and clips 16 bits).
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in _ALPHA or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        rgb = Image.alpha_composite(white, layered).convert("RGB")
-    elif image.mode == "I" or image.mode.startswith("I;16"):
-        rgb = image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
-    else:
-        rgb = image.convert("RGB")
-    for name in ("exif", "Raw profile type exif", "xmp"):
-        if name in image.info:
-            rgb.info[name] = image.info[name]
-    return rgb
-
-
-def encode(image: Image.Image, kind: str) -> bytes:
-    """The bytes of an image in a format, without its metadata."""
-    buffer = io.BytesIO()
-    image.info = {}
-    image.save(buffer, format=kind, **({"quality": 90} if kind == "JPEG" else {}))
-    return buffer.getvalue()
-
-
 def open_file(path: Path) -> Image.Image:
-    """An upright RGB image from a file that the user named. Raises BadImage."""
-    return to_rgb(ImageOps.exif_transpose(decode(read(path.name, path.parent))))
+    """An upright RGB image from a file that the user named; links are followed. Raises BadImage."""
+    image = decode(read_file(path, f"'{path}'"))
+    turned = _exif_changes(image)
+    with foreign(BadImage, "truncated_image"):
+        return to_rgb(ImageOps.exif_transpose(image) if "exif_rotated" in turned else image)

@@ -6,12 +6,17 @@ This module knows nothing about files, columns or models.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.data.images import BadImage, read
+from vlmdpo.data.image_cells import image_cells, read
+from vlmdpo.data.reasons import BadRow, missing, shown
+from vlmdpo.data.templates import without_end_tokens, without_template
 
+# How files of text are read: bytes that are not UTF-8 become lone surrogates (PEP 383).
+_ESCAPED_BYTES = {chr(code) for code in range(0xDC80, 0xDD00)}
 PLACEHOLDER = "<image>"  # marks the place of an image in texts of LLaVA, LLaMA-Factory, ms-swift
 _VIDEO_PLACEHOLDER = "<video>"
 _ROLES = {
@@ -24,16 +29,10 @@ _ROLES = {
     "system": "system",
 }
 
-Part = dict[str, str | None]
+# {"type": "text" or "image", "text"}; while a row is checked, "cell" is an image's own.
+Part = dict[str, Any]
+_IMAGE_KEYS = ("image", "image_url", "path", "url", "bytes")  # of a part that holds its image
 Message = dict[str, Any]  # {"role", "content": [Part, ...]}
-
-
-class BadRow(Exception):
-    """Why a row cannot be used: `reason` is the name it is counted by, the text says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class UncheckedPair:
     prompt: Any  # a text, or messages
     chosen: Any  # a text, a message, or messages that may begin with the prompt
     rejected: Any
-    system: str | None = None
+    system: Any = None
+    voted_at: Any = None  # when a person chose, in rows of `vlmdpo compare`
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class PreferencePair:
     chosen: Message
     rejected: Message
     notes: tuple[str, ...] = field(default=())
+    voted_at: str | None = None
 
     def keys(self) -> tuple[str, str, tuple[str, ...]]:
         """(key of the row, key of the row with swapped answers, key of each image), in 16 hex
@@ -106,38 +107,64 @@ def message(role: str, text: str, images: int = 0) -> Message:
     return {"role": role, "content": [*places, {"type": "text", "text": text}]}
 
 
-def check(unchecked: UncheckedPair, root: Path) -> PreferencePair:
-    """The checked pair, with its images read from below `root`. Raises BadRow."""
-    prompt = _messages(unchecked.prompt, "user", "prompt")
-    if unchecked.system and unchecked.system.strip():
-        prompt = [message("system", unchecked.system.strip()), *prompt]
+def check(unchecked: UncheckedPair, root: Path, allowed: Sequence[Path] = ()) -> PreferencePair:
+    """The checked pair, with its images read from below `root` or a folder of `allowed`.
+
+    Raises BadRow.
+    """
+    notes: list[str] = []
+    prompt = _messages(unchecked.prompt, "user", "prompt", notes)
+    system = _system(unchecked.system)
+    prompt = [message("system", system), *prompt] if system else prompt
     chosen, rejected = (
-        _messages(unchecked.chosen, "assistant", "chosen"),
-        _messages(unchecked.rejected, "assistant", "rejected"),
+        _messages(answer, "assistant", where, notes)
+        for answer, where in ((unchecked.chosen, "chosen"), (unchecked.rejected, "rejected"))
     )
     if not prompt or len(chosen) > 1 or len(rejected) > 1:
         prompt, chosen, rejected = _common_prompt(prompt, chosen, rejected)
     _check_prompt(prompt)
-    chosen_answer, rejected_answer = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    chosen_answer = _answer(chosen, "chosen", notes)
+    rejected_answer = _answer(rejected, "rejected", notes)
     text = text_of(chosen_answer)
     if text == text_of(rejected_answer):
-        raise BadRow("identical_answers", f"chosen and rejected are both {text[:60]!r}")
-    cells = _image_cells(unchecked.images)
-    prompt = _with_image_places(prompt, len(cells))
+        raise BadRow("identical_answers", f"chosen and rejected are both {shown(text)}")
+    prompt, cells = _with_image_places(prompt, image_cells(unchecked.images))
+    images = tuple(read(cell, root, allowed) for cell in cells)
+    notes += [] if images else ["no_image"]
+    voted_at = unchecked.voted_at if isinstance(unchecked.voted_at, str) else None
+    return PreferencePair(
+        images, tuple(prompt), chosen_answer, rejected_answer, tuple(dict.fromkeys(notes)), voted_at
+    )
+
+
+def _system(value: Any) -> str:
+    """The text of a system column, "" for none."""
+    if missing(value):
+        return ""
+    if not isinstance(value, str):
+        raise BadRow("unknown_message", f"system holds {type(value).__name__}, not a text")
+    return _usable(value.strip(), "system")
+
+
+def _usable(text: str, where: str) -> str:
+    """The same text. Raises BadRow where it holds what no tokenizer can read."""
+    if "\x00" in text:
+        raise BadRow("invalid_text", f"{where} holds the character NUL")
     try:
-        images = tuple(read(cell, root) for cell in cells)
-    except BadImage as problem:
-        raise BadRow(problem.reason, str(problem)) from problem
-    notes = () if images else ("no_image",)
-    return PreferencePair(images, tuple(prompt), chosen_answer, rejected_answer, notes)
+        text.encode()
+    except UnicodeEncodeError as problem:
+        half = text[problem.start : problem.start + 1]
+        what = "a byte that is not UTF-8" if half in _ESCAPED_BYTES else "half a character"
+        raise BadRow("invalid_text", f"{where} holds {what}, {shown(half)}") from None
+    return text
 
 
-def _messages(value: Any, role: str, where: str) -> list[Message]:
+def _messages(value: Any, role: str, where: str, notes: list[str]) -> list[Message]:
     """Messages from a text, one message or a list, in any known spelling of roles and contents."""
-    if value is None:
+    if missing(value):
         return []
     if isinstance(value, str):
-        return [{"role": role, "content": _parts(value, where)}] if value.strip() else []
+        value = [{"role": role, "content": value}] if value.strip() else []
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(turn, dict) for turn in value):
@@ -146,25 +173,31 @@ def _messages(value: Any, role: str, where: str) -> list[Message]:
         )
     found = []
     for turn in value:
-        role_name = turn.get("role") or turn.get("from")
-        if role_name not in _ROLES:
+        name = turn.get("role") or turn.get("from")
+        if not isinstance(name, str) or name not in _ROLES:
             raise BadRow(
-                "unknown_role", f"{where} has a turn of {role_name!r}; known: {', '.join(_ROLES)}"
+                "unknown_role", f"{where} has a turn of {shown(name)}; known: {', '.join(_ROLES)}"
             )
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        found.append({"role": _ROLES[role_name], "content": _parts(content, where)})
+        if isinstance(content, str) and _ROLES[name] != "system":
+            cleaned = without_template if _ROLES[name] == "user" else without_end_tokens
+            content, noted = cleaned(_usable(content, where))
+            notes += noted
+        found.append({"role": _ROLES[name], "content": _parts(content, where)})
     return found
 
 
 def _parts(content: Any, where: str) -> list[Part]:
-    """Content as parts: {"type": "text", "text"} and {"type": "image", "text": None}."""
-    if content is None:
+    """Content as parts: {"type": "text", "text"} and {"type": "image", "text": None}, the latter
+    with a "cell" where it holds its image itself.
+    """
+    if missing(content):
         return []
     if isinstance(content, str):
         if _VIDEO_PLACEHOLDER in content:
             raise BadRow("video", f"{where} has a video; only images are supported")
         pieces: list[Part] = []
-        for number, text in enumerate(content.split(PLACEHOLDER)):
+        for number, text in enumerate(_usable(content, where).split(PLACEHOLDER)):
             pieces += [{"type": "image", "text": None}] if number else []
             pieces += [{"type": "text", "text": text.strip()}] if text.strip() else []
         return pieces
@@ -177,20 +210,24 @@ def _parts(content: Any, where: str) -> list[Part]:
             "unknown_message",
             f"{where} has content of type {type(content).__name__}, not text or parts",
         )
-    found: list[Part] = []
-    for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            found += _parts(part.get("text") or "", where)
-        elif kind in ("image", "image_url"):
-            found.append({"type": "image", "text": None})
-        else:
-            reason = "video" if kind in ("video", "video_url") else "unknown_message"
-            raise BadRow(
-                reason,
-                f"{where} has a part of type {kind!r}; only text and images are supported",
-            )
-    return found
+    return [piece for part in content for piece in _pieces(part, where)]
+
+
+def _pieces(part: Mapping[str, Any], where: str) -> list[Part]:
+    """One part of a message as parts of ours: as of TRL, OpenAI, Azure and Qwen."""
+    kind = part.get("type")
+    if kind is None:  # Qwen's: {"image": ...} and {"text": ...}
+        kind = next((name for name in ("image", "text", "video") if part.get(name)), None)
+    if kind in ("text", "input_text", "output_text"):
+        return _parts(part.get("text") or "", where)
+    if kind in ("image", "image_url", "input_image"):
+        cell = next((part[key] for key in _IMAGE_KEYS if not missing(part.get(key) or None)), None)
+        place: Part = {"type": "image", "text": None}
+        return [place if cell is None else {**place, "cell": cell}]
+    raise BadRow(
+        "video" if kind in ("video", "video_url") else "unknown_message",
+        f"{where} has a part of type {shown(kind)}; only text and images are supported",
+    )
 
 
 def _common_prompt(
@@ -224,7 +261,7 @@ def _check_prompt(prompt: list[Message]) -> None:
         )
 
 
-def _answer(turns: list[Message], where: str) -> Message:
+def _answer(turns: list[Message], where: str, notes: list[str]) -> Message:
     """The only assistant message of an answer. Raises BadRow."""
     if len(turns) > 1 or (turns and turns[0]["role"] != "assistant"):
         raise BadRow(
@@ -236,37 +273,35 @@ def _answer(turns: list[Message], where: str) -> Message:
         raise BadRow(
             "placeholder_miscount", f"{where} has {PLACEHOLDER}, and answers cannot have images"
         )
-    if not parts:
+    text, noted = without_end_tokens("\n".join(part["text"] for part in parts))
+    notes += noted
+    if not text:
         raise BadRow(f"empty_{where}", f"{where} is empty")
-    return message("assistant", "\n".join(str(part["text"]) for part in parts))
+    return message("assistant", text)
 
 
-def _image_cells(images: Any) -> list[Any]:
-    """Image cells as a list."""
-    if images is None or (
-        isinstance(images, dict) and images.get("bytes") is None and images.get("path") is None
-    ):
-        return []
-    if isinstance(images, (list, tuple)):
-        return [
-            cell for one in images for cell in (_image_cells(one) or ([one] if one is None else []))
-        ]
-    return [images]
+def _with_image_places(prompt: list[Message], cells: list[Any]) -> tuple[list[Message], list[Any]]:
+    """The prompt with a place for every image, and the images' cells in that order.
 
-
-def _with_image_places(prompt: list[Message], images: int) -> list[Message]:
-    """The prompt with a place for every image: as its texts say, else before the first question."""
-    places = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
-    if places == images:
-        return prompt
+    The places are those of the prompt's texts and parts, else before the first question. Parts may
+    hold images of their own; the row's images fill the other places.
+    """
+    places = [part for turn in prompt for part in turn["content"] if part["type"] == "image"]
+    own = [part.pop("cell", None) for part in places]
+    if any(cell is not None for cell in own) and len(cells) == own.count(None):
+        rest = iter(cells)
+        cells = [next(rest) if cell is None else cell for cell in own]
+    if len(places) == len(cells):
+        return prompt, cells
     if places:
         raise BadRow(
             "placeholder_miscount",
-            f"{places} image placeholders in the prompt, {images} images in the row",
+            f"{len(places)} image placeholders in the prompt, {len(cells)} images in the row",
         )
     first = next(number for number, turn in enumerate(prompt) if turn["role"] == "user")
-    front = message("user", "", images)["content"][:-1]
-    return [
+    front = message("user", "", len(cells))["content"][:-1]
+    with_places = [
         {**turn, "content": [*front, *turn["content"]]} if number == first else turn
         for number, turn in enumerate(prompt)
     ]
+    return with_places, cells

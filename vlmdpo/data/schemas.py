@@ -6,13 +6,17 @@ A new format is one function and one line in `_FORMATS`. The first that recogniz
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmdpo.data.pairs import BadRow, UncheckedPair
+from vlmdpo.data.image_cells import image_cells, is_empty
+from vlmdpo.data.json_rows import parse
+from vlmdpo.data.pairs import UncheckedPair
+from vlmdpo.data.reasons import SHOWN, BadRow, missing, shown
 from vlmdpo.errors import DataError
 
 Record = Mapping[str, Any]
@@ -46,29 +50,65 @@ class Schema:
 
 
 def _images(row: Record) -> Any:
-    value = next((row[column] for column in IMAGE_COLUMNS if row.get(column) is not None), None)
+    """The cell of the first image column that names an image in this row.
+
+    An empty text is taken only where no column names one.
+    """
+    cells = [_image_cell(row, column) for column in IMAGE_COLUMNS]
+    named = [cell for cell in cells if image_cells(cell)]
+    return next((cell for cell in named if cell != ""), named[0] if named else None)
+
+
+def _image_cell(row: Record, column: str) -> Any:
+    """One image column, also where it was flattened to `image.bytes` and `image.path`."""
+    value = row.get(column)
+    if missing(value) and column not in row:
+        return {part: row.get(f"{column}.{part}") for part in ("bytes", "path")}
     if isinstance(value, str) and value.startswith('["'):  # a CSV cell can hold a list only as JSON
         with contextlib.suppress(ValueError):  # a file name, then
-            return json.loads(value)
+            return parse(value)
     return value
 
 
-def _question(row: Record) -> UncheckedPair:
+def _pair(row: Record, prompt: Any, chosen: Any, rejected: Any) -> UncheckedPair:
+    """A pair of what a format found, with the columns that all formats share.
+
+    Raises BadRow for a row about a video.
+    """
+    video = next((column for column in _VIDEO_COLUMNS if _names_video(row.get(column))), None)
+    if video:
+        raise BadRow("video", f"column {video} names a video; only images are supported")
     return UncheckedPair(
-        _images(row), row.get("question"), row.get("chosen"), row.get("rejected"), row.get("system")
+        _images(row), prompt, chosen, rejected, row.get("system"), row.get("voted_at")
     )
+
+
+def _names_video(cell: Any) -> bool:
+    return bool(cell) and not is_empty(cell)
+
+
+def _turns(row: Record, column: str) -> list[Any]:
+    """A column of messages. Raises BadRow for anything but a list."""
+    value = row.get(column)
+    if missing(value):
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise BadRow("unknown_message", f"{column} holds {type(value).__name__}, not messages")
+    return list(value)
+
+
+def _question(row: Record) -> UncheckedPair:
+    return _pair(row, row.get("question"), row.get("chosen"), row.get("rejected"))
 
 
 def _prompt(row: Record) -> UncheckedPair:
-    return UncheckedPair(
-        _images(row), row.get("prompt"), row.get("chosen"), row.get("rejected"), row.get("system")
-    )
+    return _pair(row, row.get("prompt"), row.get("chosen"), row.get("rejected"))
 
 
 def _rlhf_v(row: Record) -> UncheckedPair:
     text = row.get("text")
     try:
-        fields = json.loads(text) if isinstance(text, str) else text
+        fields = parse(text) if isinstance(text, str) else text
     except ValueError as problem:
         raise BadRow("bad_json", f"text is not valid JSON: {problem}") from problem
     if not isinstance(fields, dict):
@@ -76,9 +116,7 @@ def _rlhf_v(row: Record) -> UncheckedPair:
             "bad_json",
             f"text holds {type(fields).__name__}, not an object with question, chosen and rejected",
         )
-    return UncheckedPair(
-        _images(row), fields.get("question"), fields.get("chosen"), fields.get("rejected")
-    )
+    return _pair(row, fields.get("question"), fields.get("chosen"), fields.get("rejected"))
 
 
 def _ranking(row: Record) -> UncheckedPair:
@@ -96,14 +134,16 @@ def _ranking(row: Record) -> UncheckedPair:
     best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
     if best[0] == worst[0]:
         raise BadRow("tied_ranking", f"all {len(known)} answers are rated {best[0]:g}")
-    return UncheckedPair(_images(row), row.get("prompt"), best[1], worst[1])
+    return _pair(row, row.get("prompt"), best[1], worst[1])
 
 
 def _completions(row: Record) -> list[dict[str, Any]]:
     completions = row.get("completions")
-    if isinstance(
-        completions, dict
+    if isinstance(completions, dict) and all(
+        isinstance(values, (list, tuple)) for values in completions.values()
     ):  # how `datasets` gives a sequence of structs: one list for each field
+        if len({len(values) for values in completions.values()}) > 1:
+            raise BadRow("unknown_message", "completions has lists of unequal lengths")
         return [
             dict(zip(completions, values, strict=True))
             for values in zip(*completions.values(), strict=True)
@@ -118,14 +158,29 @@ def _completions(row: Record) -> list[dict[str, Any]]:
 
 def _mean_rating(annotations: Any) -> float | None:
     """The mean over all aspects; None if one is N/A or there are none."""
-    ratings: list[float] = []
-    for aspect in (annotations or {}).values():
-        rating: Any = aspect.get("Rating") if isinstance(aspect, dict) else aspect
-        try:
-            ratings.append(float(rating))
-        except (TypeError, ValueError):
-            return None
-    return sum(ratings) / len(ratings) if ratings else None
+    if missing(annotations):
+        return None
+    if not isinstance(annotations, dict):
+        raise BadRow(
+            "unknown_message", f"annotations holds {type(annotations).__name__}, not ratings"
+        )
+    ratings = [
+        _number(aspect.get("Rating") if isinstance(aspect, dict) else aspect)
+        for aspect in annotations.values()
+    ]
+    known = [rating for rating in ratings if rating is not None]
+    return sum(known) / len(known) if known and len(known) == len(ratings) else None
+
+
+def _number(cell: Any) -> float | None:
+    """A number, also in a text; None for anything else."""
+    if not isinstance(cell, (int, float, str)):
+        return None
+    try:
+        number = float(cell)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _sharegpt(row: Record) -> UncheckedPair:
@@ -133,49 +188,53 @@ def _sharegpt(row: Record) -> UncheckedPair:
     turns = (
         row.get("conversations") if row.get("conversations") is not None else row.get("messages")
     )
-    return UncheckedPair(
-        _images(row), turns, row.get("chosen"), row.get("rejected"), row.get("system")
-    )
+    return _pair(row, turns, row.get("chosen"), row.get("rejected"))
 
 
 def _alpaca(row: Record) -> UncheckedPair:
-    """LLaMA-Factory's alpaca ranking: an instruction and its input."""
-    question = "\n".join(text for text in (row.get("instruction"), row.get("input")) if text)
-    return UncheckedPair(
-        _images(row), question, row.get("chosen"), row.get("rejected"), row.get("system")
-    )
+    """LLaMA-Factory's alpaca ranking: an instruction and its input, behind earlier turns."""
+    texts = [row.get(column) for column in ("instruction", "input")]
+    if not all(missing(text) or isinstance(text, str) for text in texts):
+        kinds = " and ".join(type(text).__name__ for text in texts)
+        raise BadRow("unknown_message", f"instruction and input hold {kinds}, not texts")
+    question = "\n".join(text for text in texts if not missing(text) and text)
+    turns: list[dict[str, Any]] = []
+    for turn in _turns(row, "history"):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise BadRow("unknown_message", "history holds a turn that is not [question, answer]")
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    prompt = [*turns, {"role": "user", "content": question}] if turns else question
+    return _pair(row, prompt, row.get("chosen"), row.get("rejected"))
 
 
 def _swift(row: Record) -> UncheckedPair:
     """ms-swift: a conversation that ends with the chosen answer, and the rejected one, or its whole
     conversation.
     """
-    turns = list(row.get("messages") or [])
+    turns = _turns(row, "messages")
     if not turns:
         raise BadRow("empty_prompt", "messages is empty")
     if row.get("rejected_images") not in (None, [], row.get("images")):
         raise BadRow("other_images_for_rejected", "chosen and rejected are about different images")
-    if row.get("rejected_messages"):
-        return UncheckedPair(_images(row), None, turns, list(row["rejected_messages"]))
-    return UncheckedPair(_images(row), turns[:-1], turns[-1], row.get("rejected_response"))
+    rejected = _turns(row, "rejected_messages")
+    if rejected:
+        return _pair(row, None, turns, rejected)
+    return _pair(row, turns[:-1], turns[-1], row.get("rejected_response"))
 
 
 def _llava_outputs(row: Record) -> UncheckedPair:
     """LLaVA-RLHF: a conversation, two outputs, and which of them (1 or 2) people preferred."""
     outputs = (row.get("output_1"), row.get("output_2"))
-    preferred = row.get("preference")
+    preferred = _number(row.get("preference"))
     if preferred not in (1, 2):
-        raise BadRow("tied_ranking", f"preference is {preferred!r}, not 1 or 2")
-    return UncheckedPair(
-        _images(row), row.get("conversations"), outputs[preferred - 1], outputs[2 - preferred]
-    )
+        raise BadRow("tied_ranking", f"preference is {shown(row.get('preference'))}, not 1 or 2")
+    best, worst = outputs if preferred == 1 else outputs[::-1]
+    return _pair(row, row.get("conversations"), best, worst)
 
 
 def _llava_twice(row: Record) -> UncheckedPair:
     """POVID: the whole conversation twice, with the chosen and with the rejected answer."""
-    return UncheckedPair(
-        _images(row), None, row.get("conversations"), row.get("rejected_conversations")
-    )
+    return _pair(row, None, row.get("conversations"), row.get("rejected_conversations"))
 
 
 # (name, columns that must be there, columns that must not, unchecked_pair)
@@ -199,26 +258,70 @@ def detect(columns: Iterable[str], record: Record, where: str) -> Schema:
     """The schema of a source, by its columns and one of its rows.
 
     Raises:
-        DataError: no schema fits, or the source is about videos. Says which columns were found and
-            how to map them.
+        DataError: no schema fits, the source is about videos, or its images are in a column of
+            another name. Says which columns were found and how to map them.
     """
     found = list(dict.fromkeys([*columns, *record]))
-    videos = [column for column in _VIDEO_COLUMNS if record.get(column)]
+    videos = [column for column in _VIDEO_COLUMNS if _names_video(record.get(column))]
     if videos:
         raise DataError(
             f"{where}: column {videos[0]} holds videos; vlmdpo trains on images: sample frames "
             "to images first"
         )
-    image_columns = tuple(column for column in IMAGE_COLUMNS if column in found)[:1]
+    image_columns = _image_columns(found)[:1]
     for name, needed, unchecked_pair in _FORMATS:
         if all(column in found for column in needed) and not (
             name == "RLHF-V" and not _holds_json(record.get("text"))
         ):
+            _check_other_columns(record, {*image_columns, *needed}, image_columns, where)
             return Schema(name, tuple(dict.fromkeys([*image_columns, *needed])), unchecked_pair)
     raise DataError(
-        f"{where}: no known preference format in columns {', '.join(found) or '(none)'}; "
+        f"{where}: no known preference format in columns {_listed(found)}; "
         "say which is which, as in --map image=photo,question=ask,chosen=good,rejected=bad"
     )
+
+
+def _image_columns(found: Iterable[str]) -> tuple[str, ...]:
+    """The image columns, also those flattened to `image.bytes`."""
+    found = set(found)
+    names = (
+        one
+        for column in IMAGE_COLUMNS
+        for one in (column, f"{column}.bytes", f"{column}.path")
+        if one in found
+    )
+    return tuple(names)
+
+
+def _check_other_columns(
+    record: Record, used: set[str], image_columns: tuple[str, ...], where: str
+) -> None:
+    """Raise DataError where no column has images by its name, but one by its content: its rows
+    would lose them.
+    """
+    if image_columns:
+        return
+    for column, value in record.items():
+        if column not in used and _looks_like_image(value):
+            raise DataError(
+                f"{where}: column {shown(column)} seems to hold images, which this format has not; "
+                f"add --map image={column} and the other columns, or remove it"
+            )
+
+
+def _looks_like_image(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and _looks_like_image(value[0])
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, bytes) and value.startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF"))
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Names of columns for a message: the first twenty, each shortened."""
+    names = [name if len(name) <= SHOWN else f"{name[:SHOWN]}…" for name in map(str, columns)]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(names[:20]) + more) or "(none)"
 
 
 def _holds_json(text: Any) -> bool:
@@ -237,18 +340,23 @@ def mapped(
     found = list(dict.fromkeys([*columns, *record]))
     for target, column in names.items():
         wanted = target in mapping or target in ("question", "chosen", "rejected")
-        if wanted and column.split(".")[0] not in found:
+        if wanted and column not in found and column.split(".")[0] not in found:
             raise DataError(
-                f"{where}: --map wants column '{column}' as {target}; found "
-                f"{', '.join(found) or '(none)'}"
+                f"{where}: --map wants column '{column}' as {target}; found {_listed(found)}"
             )
     image_column = names["images"] if "images" in mapping or "images" in found else names["image"]
     used = (image_column, names["question"], names["chosen"], names["rejected"])
-    return Schema("mapped", tuple(dict.fromkeys(used)), functools.partial(_mapped, used))
+    is_named = "image" in mapping or "images" in mapping
+    read = functools.partial(_mapped, used[1:], image_column if is_named else None)
+    return Schema("mapped", tuple(dict.fromkeys(used)), read)
 
 
-def _mapped(columns: tuple[str, ...], row: Record) -> UncheckedPair:
-    return UncheckedPair(*(_value_at(row, column) for column in columns))
+def _mapped(texts: tuple[str, ...], image_column: str | None, row: Record) -> UncheckedPair:
+    prompt, chosen, rejected = (_value_at(row, column) for column in texts)
+    pair = _pair(row, prompt, chosen, rejected)
+    if image_column is None:
+        return pair
+    return dataclasses.replace(pair, images=_value_at(row, image_column))
 
 
 def _value_at(row: Any, path: str) -> Any:

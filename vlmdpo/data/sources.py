@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmdpo.data.reasons import UnreadableRow, first_line
 from vlmdpo.errors import DataError
 
 Record = dict[str, Any]
 UNIT_ROWS = 256  # rows of a unit, the most that a killed run has to repeat
+_FIRST_ROWS = 64  # looked at to recognize the schema
 _UNIT_BYTES = 32_000_000  # of a streamed unit, which is sent to another process
 # Larger Parquet row groups are streamed: they can only be read from their start.
 _ROW_GROUP_ROWS = 2_000
@@ -24,12 +26,19 @@ _ROW_GROUP_ROWS = 2_000
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `first` to `last` (exclusive) of a source; `records` holds them if they are streamed."""
+    """Rows `first` to `last` (exclusive) of a source; `records` holds them if they are streamed.
+
+    Attributes:
+        part: which source of several.
+        offset: rows of the sources before it.
+    """
 
     number: int
     first: int
     last: int
     records: list[Record] | None = None
+    part: int = 0
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,7 @@ class Source:
         count: number of rows, or None if only reading tells.
         root: the folder that image paths start from.
         columns: those known without reading a row.
+        allowed: more folders that links in `root` may lead to.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Source:
     count: int | None
     root: Path
     columns: tuple[str, ...] = ()
+    allowed: tuple[Path, ...] = ()
 
     def units(self, first: int, last: int | None) -> Iterator[Unit]:
         """Rows `first` to `last` in units, the same at every call."""
@@ -58,12 +69,23 @@ class Source:
         """The rows of a unit."""
         raise NotImplementedError
 
-    def first_row(self) -> Record:
-        """A row, to recognize the schema by. Raises DataError if there is none."""
-        for unit in self.units(0, 1):
-            for row in self.rows(unit):
-                return row
-        raise DataError(f"'{self.name}' has no rows")
+    def first_row(self, is_known: Callable[[Record], bool] = lambda row: True) -> Record:
+        """A row to recognize the schema by: the first that `is_known` accepts, else the first.
+
+        Raises DataError if there is none.
+        """
+        found: list[Record] = []
+        for last in (1, _FIRST_ROWS):  # more only if need be: a stream may be slow
+            units = self.units(0, last if self.count is None else min(last, self.count))
+            found = [row for unit in units for row in self.rows(unit)]
+            readable = [row for row in found if not isinstance(row, UnreadableRow)]
+            known = next((row for row in readable if is_known(row)), None)
+            if known is not None:
+                return known
+        if readable:
+            return readable[0]
+        why = f" that can be read; the first: {found[0]['detail']}" if found else ""
+        raise DataError(f"'{self.name}' has no rows{why}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +162,7 @@ class ArrowRows(Source):
 def as_stored(dataset: Any) -> Iterator[Record]:
     """Rows of a `datasets.Dataset` as stored: images are {"bytes", "path"}, not decoded."""
     for table in dataset.with_format("arrow").iter(batch_size=16):
-        yield from table.to_pylist()
+        yield from _records(table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +214,22 @@ class ParquetRows(Source):
                 at += rows
 
 
+def _records(table: Any) -> Iterator[Record]:
+    """The rows of an Arrow table or batch; one that Python cannot hold is an `UnreadableRow`."""
+    import pyarrow
+
+    # A text that is not UTF-8, a date out of range.
+    errors = (ValueError, OverflowError, pyarrow.ArrowException)
+    try:
+        yield from table.to_pylist()
+    except errors:
+        for number in range(table.num_rows):
+            try:
+                yield from table.slice(number, 1).to_pylist()
+            except errors as problem:
+                yield UnreadableRow("unreadable_row", first_line(problem))
+
+
 def _group_rows(file: Path, groups: list[int]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet as pq
@@ -200,9 +238,9 @@ def _group_rows(file: Path, groups: list[int]) -> Iterator[Record]:
         # Without pre-buffering, which would hold a whole group in memory.
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as reader:
             for batch in reader.iter_batches(batch_size=16, row_groups=groups):
-                yield from batch.to_pylist()
+                yield from _records(batch)
     except (pyarrow.ArrowException, OSError) as problem:
-        raise DataError(f"'{file}' cannot be read: {str(problem).splitlines()[0]}") from problem
+        raise DataError(f"'{file}' cannot be read: {first_line(problem)}") from problem
 
 
 def fingerprint(files: Iterable[Path]) -> str:

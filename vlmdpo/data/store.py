@@ -22,7 +22,7 @@ from vlmdpo.data.pairs import PreferencePair, TokenCounts
 from vlmdpo.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the rows below; part of the key, so that older results are not reused
+FORMAT = 3  # of the rows below, and what is made of a source; older results are not reused
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
 BATCH_ROWS = 16  # written at once: bounds memory
 
@@ -41,6 +41,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # absent, or not ours: the folder is not prepared
         return None
     return manifest if isinstance(manifest, dict) and "key" in manifest else None
+
+
+def check_target(folder: Path) -> None:
+    """Raise DataError for a folder that cannot be made or replaced: a file, the folder that is
+    worked in, or one above it.
+    """
+    if folder.is_file():
+        raise DataError(f"--output-dir: '{folder}' is a file")
+    whole = folder.resolve()
+    if not folder.name or folder.name == ".." or Path.cwd().is_relative_to(whole):
+        raise DataError(
+            f"--output-dir: '{folder}' is the working folder or above it, and would be replaced; "
+            "name a folder of its own"
+        )
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

@@ -31,10 +31,11 @@ from typing import Any, Protocol
 
 from vlmdpo import ui
 from vlmdpo.data import store
-from vlmdpo.data.images import BadImage, EncodedImage, bounded
-from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, check
-from vlmdpo.data.schemas import Schema
-from vlmdpo.data.sources import Source, Unit
+from vlmdpo.data.images import EncodedImage, bounded
+from vlmdpo.data.mixture import Mixture
+from vlmdpo.data.pairs import PreferencePair, TokenCounts, check
+from vlmdpo.data.reasons import BadRow, UnreadableRow
+from vlmdpo.data.sources import Unit
 from vlmdpo.errors import DataError
 
 _POLL_S = 0.05  # between looks at the progress of other processes
@@ -47,6 +48,9 @@ class TokenCounter(Protocol):
 
     def count(self, pair: PreferencePair, images: list[EncodedImage]) -> TokenCounts:
         """Raises BadRow if the chat template or processor refuses the row."""
+
+    def notes(self, pair: PreferencePair) -> tuple[str, ...]:
+        """The names of what is odd about a pair for this model."""
 
     def trim(
         self, pair: PreferencePair, images: list[EncodedImage], limit: int
@@ -61,8 +65,7 @@ class TokenCounter(Protocol):
 class Job:
     """What is done to every row, in every process."""
 
-    source: Source
-    schema: Schema
+    mixture: Mixture
     max_image_side: int | None
     max_length: int | None
     over_length: str
@@ -78,6 +81,7 @@ class RowCounts:
     Attributes:
         kept: for each row of the shard: source row, its key, the key of its swapped copy, the keys
             of its images, the names of what was corrected, and the images' longer sides in pixels.
+        votes: when a person chose between the answers, by the place in `kept`; of votes alone.
     """
 
     rows_in: int = 0
@@ -87,13 +91,14 @@ class RowCounts:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
+    votes: dict[int, str] = field(default_factory=dict)
 
-    def drop(self, reason: str, row: int, why: str) -> None:
+    def drop(self, reason: str, row: str, why: str) -> None:
         """Count a dropped row, and remember the first few."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         kept = self.examples.setdefault(reason, [])
         if len(kept) < MAX_EXAMPLES:
-            kept.append(f"row {row}: {why}")
+            kept.append(f"{row}: {why}")
 
     def change(self, names: Iterable[str]) -> None:
         """Count what was corrected in a row that is kept."""
@@ -134,24 +139,25 @@ def process_unit(job: Job, unit: Unit, counter: TokenCounter, on_row: Callable[[
 
     Raises DataError for a full disk, and for the first bad row if `on_bad` is "fail".
     """
-    row_counts = RowCounts()
+    row_counts, part = RowCounts(), job.mixture.parts[unit.part]
     path = shard_path(job.folder, unit.number)
     try:
         with store.ShardWriter(path) as shard:
-            for number, row in enumerate(job.source.rows(unit), start=unit.first):
+            for number, row in enumerate(job.mixture.rows(unit), start=unit.first):
                 try:
-                    shard.add(_process_row(job, counter, number, row, row_counts))
-                except (BadRow, BadImage) as problem:
+                    shard.add(_process_row(job, counter, unit, number, row, row_counts))
+                except BadRow as problem:
                     if job.on_bad == "fail":
-                        name = job.source.name
                         raise DataError(
-                            f"'{name}' row {number}: {problem.reason}: {problem}"
+                            f"'{part.source.name}' row {number}: {problem.reason}: {problem}"
                         ) from problem
-                    row_counts.drop(problem.reason, number, str(problem))
+                    row_counts.drop(problem.reason, part.row(number), str(problem))
                 row_counts.rows_in += 1
                 on_row()
         record = {
             **vars(row_counts),
+            "part": unit.part,
+            "offset": unit.offset,
             "first": unit.first,
             "last": unit.last,
             "bytes": path.stat().st_size,
@@ -169,14 +175,22 @@ def process_unit(job: Job, unit: Unit, counter: TokenCounter, on_row: Callable[[
 
 
 def _process_row(
-    job: Job, counter: TokenCounter, number: int, row: dict[str, Any], row_counts: RowCounts
+    job: Job,
+    counter: TokenCounter,
+    unit: Unit,
+    number: int,
+    row: dict[str, Any],
+    row_counts: RowCounts,
 ) -> dict[str, Any]:
-    """A source row as a row of the dataset. Raises BadRow or BadImage."""
-    pair = check(job.schema.unchecked_pair(row), job.source.root)
+    """A source row as a row of the dataset. Raises BadRow."""
+    part = job.mixture.parts[unit.part]
+    if isinstance(row, UnreadableRow):
+        raise row.problem()
+    pair = check(part.schema.unchecked_pair(row), part.source.root, part.source.allowed)
     images = [bounded(data, job.max_image_side) for data in pair.images]
     counts = counter.count(pair, images)
     image_changes = dict.fromkeys(change for image in images for change in image.changes)
-    changes = [*pair.notes, *image_changes]
+    changes = [*pair.notes, *counter.notes(pair), *image_changes]
     if job.max_length is not None and counts.longest > job.max_length:
         if job.over_length == "drop":
             raise BadRow(
@@ -185,6 +199,9 @@ def _process_row(
             )
         pair, counts = counter.trim(pair, images, job.max_length)
         changes.append("answers_trimmed")
+    if pair.voted_at is not None:
+        row_counts.votes[len(row_counts.kept)] = pair.voted_at
+    number += unit.offset
     row_counts.kept.append((number, *pair.keys(), changes, [max(image.size) for image in images]))
     return store.row_of(pair, images, counts, number)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmdpo.data.pairs import text_of
+from vlmdpo.data.reasons import BadRow
 from vlmdpo.engine.processing import BatchingProcessor
 from vlmdpo.errors import DataError, ModelError
 from vlmdpo.models.families import answer_token_type
@@ -258,7 +259,7 @@ def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
     return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
 
 
-def cannot_render(row: int | None, problem: CannotRender) -> DataError:
+def cannot_render(row: int | None, problem: BadRow) -> DataError:
     """The error for a row of prepared data that a model's chat template cannot render."""
     where = "a row" if row is None else f"row {row}"
     return DataError(

@@ -6,18 +6,17 @@ Counts exactly what the collator would make, without decoding images wherever th
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset
-from PIL import Image as PillowImage
+from PIL import Image
 
 from vlmdpo import ui
-from vlmdpo.data.images import EncodedImage
-from vlmdpo.data.pairs import BadRow, PreferencePair, TokenCounts, message, text_of
+from vlmdpo.data.images import EncodedImage, open_bytes
+from vlmdpo.data.pairs import PreferencePair, TokenCounts, message, text_of
+from vlmdpo.data.reasons import BadRow, foreign, shown
 from vlmdpo.data.sources import as_stored
 from vlmdpo.data.store import COUNTS
 from vlmdpo.engine.collate import (
@@ -32,7 +31,6 @@ from vlmdpo.models.digest import processor_digest
 from vlmdpo.models.families import estimated_image_tokens, reserved_tokens
 from vlmdpo.models.load import load_processor
 from vlmdpo.models.protocols import Processor
-from vlmdpo.models.rendering import CannotRender
 
 # Image sizes that are processed before a processor's own estimate of a size is trusted.
 _CONFIRMATIONS = 4
@@ -44,6 +42,11 @@ class RowLength(TokenCounts):
     """Tokens of one row of a dataset."""
 
     row: int
+
+
+def _texts(pair: PreferencePair) -> list[str]:
+    turns = (*pair.prompt, pair.chosen, pair.rejected)
+    return [str(part["text"]) for turn in turns for part in turn["content"]]
 
 
 class TokenCounter:
@@ -64,6 +67,13 @@ class TokenCounter:
         # By surroundings: what comes on top of the estimate, and how often that was confirmed.
         self._offsets: dict[str, tuple[int, int]] = {}
         self._trusts_estimates = True  # until the processor is wrong about a size
+        self._takes_text_only = False  # once it has
+        self._special = frozenset(getattr(processor.tokenizer, "all_special_tokens", ()))
+
+    def notes(self, pair: PreferencePair) -> tuple[str, ...]:
+        """What is odd about a pair for this model: its special tokens, written out in a text."""
+        held = any(token in text for token in self._special for text in _texts(pair))
+        return ("special_token_in_text",) if held else ()
 
     def count(self, pair: PreferencePair, images: list[EncodedImage]) -> TokenCounts:
         """Tokens of a checked pair.
@@ -71,11 +81,7 @@ class TokenCounter:
         Raises:
             BadRow: template or processor refuses it, or its text contains their special tokens.
         """
-        texts = [
-            str(part["text"])
-            for turn in (*pair.prompt, pair.chosen, pair.rejected)
-            for part in turn["content"]
-        ]
+        texts = _texts(pair)
         held = next((token for token in self.reserved for text in texts if token in text), None)
         if held is not None:
             raise BadRow(
@@ -87,45 +93,39 @@ class TokenCounter:
             "rejected": [pair.rejected],
             "images": [{"bytes": image.data} for image in images],
         }
-        try:
-            return self.count_row(example)
-        except CannotRender as problem:
-            raise BadRow(problem.reason, str(problem)) from problem
-        except ValueError as problem:
-            raise BadRow("processor_refuses", str(problem).splitlines()[0]) from problem
+        return self.count_row(example)
 
     def count_row(self, example: Example) -> TokenCounts:
-        """Tokens of a row of a prepared dataset, its images undecoded."""
-        images = [PillowImage.open(io.BytesIO(image["bytes"])) for image in example["images"] or []]
-        texts = render_example(self.processor, example)
-        prompt = self._text_tokens(texts["prompt"])
-        # A placeholder counts as one token of the text.
-        extra = self._extra_tokens(texts["prompt"], images, prompt) if images else 0
-        chosen, rejected = (self._text_tokens(texts[side]) for side in SIDES)
-        return TokenCounts(prompt + extra, chosen, rejected, images=extra + len(images))
+        """Tokens of a row of a prepared dataset, its images undecoded. Raises BadRow."""
+        sizes = tuple(open_bytes(image["bytes"]).size for image in example["images"] or [])
+        with foreign(BadRow, "chat_template_refuses"):
+            texts = render_example(self.processor, example)
+        with foreign(BadRow, "processor_refuses"):
+            prompt = self._text_tokens(texts["prompt"])
+            # A placeholder counts as one token of the text.
+            extra = self._extra_tokens(texts["prompt"], sizes, prompt)
+            chosen, rejected = (self._text_tokens(texts[side]) for side in SIDES)
+        return TokenCounts(prompt + extra, chosen, rejected, images=extra + len(sizes))
 
-    def _extra_tokens(
-        self, text: str, images: Sequence[PillowImage.Image], text_tokens: int
-    ) -> int:
+    def _extra_tokens(self, text: str, sizes: _Sizes, text_tokens: int) -> int:
         """Tokens that images add to a rendered prompt of `text_tokens` tokens."""
-        key = tuple(image.size for image in images), self._surroundings(text)
+        if not sizes:
+            if not self._takes_text_only:  # PaliGemma's processor refuses
+                self.collator.process_prompts([text], [[]])
+                self._takes_text_only = True
+            return 0
+        key = sizes, self._surroundings(text)
         if key not in self._image_tokens:
-            self._image_tokens[key] = self._measure(text, images, text_tokens, *key)
+            self._image_tokens[key] = self._measure(text, text_tokens, *key)
         return self._image_tokens[key]
 
-    def _measure(
-        self,
-        text: str,
-        images: Sequence[PillowImage.Image],
-        text_tokens: int,
-        sizes: _Sizes,
-        surroundings: str,
-    ) -> int:
+    def _measure(self, text: str, text_tokens: int, sizes: _Sizes, surroundings: str) -> int:
         estimate = estimated_image_tokens(self.processor, sizes) if self._trusts_estimates else None
         offset, confirmations = self._offsets.get(surroundings, (0, 0))
         if estimate is not None and confirmations >= _CONFIRMATIONS:
             return estimate + offset
-        inputs = self.collator.process_prompts([text], [[image.convert("RGB") for image in images]])
+        # Blank ones: how many tokens an image has depends on its size alone.
+        inputs = self.collator.process_prompts([text], [[Image.new("RGB", size) for size in sizes]])
         measured = int(inputs["attention_mask"].sum()) - text_tokens
         if estimate is not None and confirmations and estimate + offset != measured:
             self._trusts_estimates = False
@@ -180,7 +180,7 @@ class TokenCounter:
         if text_of(pair.chosen) == text_of(pair.rejected):
             raise BadRow(
                 "identical_once_trimmed",
-                f"within {limit} tokens both answers are {text_of(pair.chosen)[:60]!r}",
+                f"within {limit} tokens both answers are {shown(text_of(pair.chosen))}",
             )
         return pair, counts
 
@@ -240,7 +240,7 @@ def row_lengths(
         for row, example in enumerate(as_stored(dataset)):
             try:
                 counts = counter.count_row(example)
-            except CannotRender as problem:
+            except BadRow as problem:
                 raise cannot_render(row, problem) from problem
             lengths.append(RowLength(**asdict(counts), row=row))
             bar.advance()

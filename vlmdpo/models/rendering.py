@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vlmdpo import ui
+from vlmdpo.data.reasons import BadRow
 from vlmdpo.errors import ModelError
 from vlmdpo.models.chat_template import (
     Message,
@@ -33,12 +34,8 @@ RENDERING = "rendering.json"  # beside saved weights: how they were trained
 _ATTRIBUTE = "_vlmdpo_rendering"
 
 
-class CannotRender(ValueError):
-    """Why a conversation cannot be rendered; `reason` is the name such rows are counted by."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+class CannotRender(BadRow, ValueError):
+    """Why a conversation cannot be rendered."""
 
 
 def set_rendering(processor: Processor, settings: PromptSettings, model: str = "") -> Rendering:

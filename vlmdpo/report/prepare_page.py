@@ -5,13 +5,11 @@ All text is escaped.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PillowImage
-
+from vlmdpo.data.images import open_bytes
 from vlmdpo.data.sources import as_stored
 from vlmdpo.report import html as pages
 
@@ -90,7 +88,7 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _thumbnail(stored: Mapping[str, Any]) -> str:
-    image = PillowImage.open(io.BytesIO(stored["bytes"]))
+    image = open_bytes(stored["bytes"])
     # Lets a JPEG be decoded at a size not much larger than needed.
     image.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))
     return pages.thumbnail(image)

@@ -27,7 +27,7 @@ def load() -> list[dict[str, Any]]:
     was written from the scene because no sample was right.
     """
     compressed = resources.files("vlmdpo.tiny").joinpath("assets", FILE).read_bytes()
-    return [json.loads(line) for line in gzip.decompress(compressed).decode().splitlines()]
+    return [json.loads(line) for line in gzip.decompress(compressed).splitlines()]
 
 
 def as_row(stored: dict[str, Any]) -> dict[str, Any]:

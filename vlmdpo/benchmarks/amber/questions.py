@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from vlmdpo.data.images import BadImage, decode, inside, to_rgb
+from vlmdpo.data.images import BadImage, decode, inside, read, to_rgb
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".
@@ -200,8 +200,8 @@ def _vocabulary(folder: Path) -> Vocabulary:
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
     def open_image(name: str) -> Image.Image:
         try:
-            return to_rgb(decode(inside(folder, name).read_bytes()))
-        except (OSError, BadImage) as problem:
+            return to_rgb(decode(read(name, folder)))
+        except BadImage as problem:
             raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
     return open_image
@@ -226,6 +226,8 @@ def _exists(folder: Path, name: str) -> bool:
     try:
         return inside(folder, name).is_file()
     except BadImage as problem:
+        if problem.reason == "missing_image":  # its links form a circle
+            return False
         raise DataError(f"image '{name}': {problem}") from problem
 
 
