@@ -82,6 +82,19 @@ def test_an_absent_package_is_named_with_its_command(monkeypatch):
     assert message.startswith("--optim lomo: a package is missing: You need to install `some_opti")
 
 
+def test_a_plan_for_another_machine_only_warns_of_it(monkeypatch, vlmdpo):
+    def absent(args):
+        if args.optim == "lomo":
+            raise ImportError("You need to install `some_optim`: `pip install some-optim`")
+
+    monkeypatch.setattr("vlmdpo.training.arguments._check_optimizer", absent)
+    plan = ["train", "--dry-run", "--optim", "lomo"]
+    assert vlmdpo(*plan)[0] == 6
+    code, _, err = vlmdpo(*plan, "--gpu", "h100")
+    assert code == 0, err
+    assert "the machine that trains needs it" in err
+
+
 def test_unknown_names_and_incomplete_settings_of_optimizer_and_schedule():
     assert "adamw_foo" in _refused(optim="adamw_foo")
     assert "min_lr" in _refused(lr_scheduler_type="cosine_with_min_lr")

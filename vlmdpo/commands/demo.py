@@ -36,13 +36,14 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     estimates = [
         estimate_memory.run(cf.EstimateMemoryConfig()),
         estimate_memory.run(
-            cf.EstimateMemoryConfig(model="idefics2-8b", dtype="bfloat16", lora=True)
+            cf.EstimateMemoryConfig(model="idefics2-8b", dtype="bfloat16", lora=True, fast=True)
         ),
     ]
     for estimate in estimates:
         ui.result(
-            f"{estimate['model']}: {ui.human_bytes(estimate['total_bytes'])} before activations "
-            f"({estimate['dtype']})"
+            f"{estimate['model']} ({estimate['dtype']}{', LoRA' if estimate['lora_r'] else ''}): "
+            f"{ui.human_bytes(estimate['total_bytes'])} by the article's table, before "
+            f"activations; here a step peaks at about {ui.human_bytes(estimate['peak_bytes'])}"
         )
     ui.step("3/5 train: DPO with LoRA")
     layer = {"dataset": str(folder / "data"), "output_dir": folder / "adapter", "seed": config.seed}

@@ -22,7 +22,13 @@ from vlmdpo.config import (
 from vlmdpo.data import store
 from vlmdpo.data.hub import DATASETS
 from vlmdpo.data.sources import Streamed, bounds
-from vlmdpo.errors import ConfigError, DataError, ModelError, nearest
+from vlmdpo.errors import (
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    ModelError,
+    nearest,
+)
 from vlmdpo.memory import fast
 from vlmdpo.memory.gpus import capacity_bytes
 from vlmdpo.models import registry
@@ -42,10 +48,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         ConfigError: settings that TRL refuses.
         DataError, ModelError: a data or model path that does not exist.
     """
-    from vlmdpo.models.load import pick_device
-    from vlmdpo.training.trial import try_settings
-
-    try_settings(config, pick_device("cpu"))
+    _try_settings(config)
     gpus, gpu = _parse_gpus(config.gpu)
     known = _registry_entry(config.model)
     _check_layers(config, known)
@@ -78,6 +81,22 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "memory": _memory_by_formula(config, gpus, gpu),
         "estimate": _estimate_command(config, gpus, gpu),
     }
+
+
+def _try_settings(config: TrainConfig) -> None:
+    """Raise ConfigError for what TRL refuses, and MissingDependencyError for an optimizer without
+    its package; where `--gpu` plans for another machine, that is a warning.
+    """
+    from vlmdpo.models.load import pick_device
+    from vlmdpo.training.trial import try_settings
+
+    try:
+        try_settings(config, pick_device("cpu"))
+    except MissingDependencyError as problem:
+        if config.gpu is None or config.optim == "auto":
+            raise
+        ui.warn(f"{problem}; the machine that trains needs it")
+        try_settings(dataclasses.replace(config, optim="auto"), pick_device("cpu"))
 
 
 def _parse_gpus(gpu: str | None) -> tuple[int, str | None]:
