@@ -1,7 +1,9 @@
 """The command line: fast help, options in step with configs, layers, one clear line per mistake."""
 
 import dataclasses
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,3 +205,43 @@ def test_configs_are_frozen_and_build_from_plain_values():
         built.beta = 1.0
     with pytest.raises(ConfigError, match="not a number"):
         recipes.build(config.TrainConfig, {"beta": "much"})
+
+
+def test_alone_it_prints_its_help(vlmdpo):
+    code, out, err = vlmdpo()
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: vlmdpo [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prepare", "--limit", "8"], "rows that are done are kept; continue with: vlmdpo prepare"),
+        (["eval-amber", "--overwrite", "--limit", "8"], "with: vlmdpo eval-amber --limit 8"),
+        (["infer", "--input", "q", "--output", "o"], "answers so far are kept; continue with:"),
+        (["infer"], "warning: interrupted\n"),
+        (["env"], "warning: interrupted\n"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(arguments, says, vlmdpo, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    module = cli.COMMANDS[arguments[0]].module
+    monkeypatch.setattr(f"{module}.run", interrupted)
+    code, _, err = vlmdpo(*arguments)
+    assert code == 130
+    assert says in err
+
+
+def test_a_reader_that_is_gone_gives_141_from_every_kind_of_output(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    for arguments in ([], ["env"], ["env", "--json"], ["estimate-memory", "--fast"]):
+        assert cli.run(arguments) == 141, arguments

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import shlex
 import sys
 import types
 import typing
@@ -24,7 +25,8 @@ from typer.exceptions import TyperException
 
 from vlmdpo import __version__, ui
 from vlmdpo import config as cf
-from vlmdpo.config import recipes
+from vlmdpo.commands.table import COMMANDS
+from vlmdpo.config import recipes, spelling
 from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import (
     Interrupted,
@@ -39,86 +41,10 @@ from vlmdpo.errors import (
 from vlmdpo.memory.gpus import GPUS
 from vlmdpo.models import registry
 
-
-class Command(typing.NamedTuple):
-    """A command of the program."""
-
-    config: type[cf.Options]
-    module: str  # has run(config) and show(report)
-    summary: str
-    full_size: str  # the command line that does the same at full size, or ""
-    less_memory: str = "close what else uses the memory"  # what to try where it runs out
-
-
-COMMANDS = {
-    "prepare": Command(
-        cf.PrepareConfig,
-        "vlmdpo.commands.prepare",
-        "Check preference pairs, bound their images, store them.",
-        "vlmdpo prepare --model idefics2-8b --dataset rlaif-v",
-        "use fewer --num-proc",
-    ),
-    "estimate-memory": Command(
-        cf.EstimateMemoryConfig,
-        "vlmdpo.commands.estimate_memory",
-        "Estimate the memory that training needs, before paying for it.",
-        "vlmdpo estimate-memory --model idefics2-8b --dtype bfloat16 --lora",
-    ),
-    "train": Command(
-        cf.TrainConfig,
-        "vlmdpo.commands.train",
-        "Train with Direct Preference Optimization (TRL and LoRA).",
-        "vlmdpo train --model idefics2-8b --dataset rlaif-v",
-        "use a smaller --per-device-train-batch-size, a lower --max-length or --quantization nf4; "
-        "see: vlmdpo estimate-memory --gpu",
-    ),
-    "infer": Command(
-        cf.InferConfig,
-        "vlmdpo.commands.infer",
-        "Answer questions about images, one or a file of them.",
-        "vlmdpo infer --model idefics2-8b --adapter DIR --image FILE --question TEXT --compare",
-        "use a smaller --batch-size, smaller images, or --dtype bfloat16",
-    ),
-    "eval-amber": Command(
-        cf.EvalAmberConfig,
-        "vlmdpo.commands.eval_amber",
-        "Score hallucination on AMBER, base beside tuned.",
-        "vlmdpo eval-amber --model idefics2-8b --adapter DIR --data AMBER/data "
-        "--images AMBER/image",
-        "use a smaller --batch-size or --dtype bfloat16; finished answers are kept",
-    ),
-    "compare": Command(
-        cf.CompareConfig,
-        "vlmdpo.commands.compare",
-        "Serve a page with base beside tuned; votes become data.",
-        "vlmdpo compare --model idefics2-8b --adapter DIR",
-        "use --dtype bfloat16, or close what else uses the memory",
-    ),
-    "export": Command(
-        cf.ExportConfig,
-        "vlmdpo.commands.export",
-        "Merge an adapter into its base, or upload it.",
-        "",
-        "merge on the CPU with --device cpu, or use --dtype bfloat16",
-    ),
-    "env": Command(
-        cf.EnvConfig,
-        "vlmdpo.commands.env",
-        "Show what a bug report needs: versions, GPUs, settings.",
-        "",
-    ),
-    "demo": Command(
-        cf.DemoConfig,
-        "vlmdpo.commands.demo",
-        "Run the five main commands offline, in some minutes.",
-        "",
-    ),
-}
-
 # Switches that are off by default and need no --no- form.
 _ONE_WAY = {
     *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge"),
-    *("dry_run", "share", "open"),
+    *("dry_run", "share", "open", "data_of_another_model"),
 }
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
@@ -140,7 +66,7 @@ app = typer.Typer(
     help="Direct Preference Optimization for vision-language models: prepare, estimate-memory, "
     "train, infer, eval-amber. Without a model and data, every command runs offline on the "
     "embedded model 'tiny'; try: vlmdpo demo",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its boxes cut long option names at 80 columns; plain help never does
@@ -181,6 +107,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: bool = typer.Option(
         False,
         "--version",
@@ -189,7 +116,9 @@ def _root(
         is_eager=True,
     ),
 ) -> None:
-    """Options of the program itself."""
+    """Options of the program itself; alone, it prints its help."""
+    if ctx.invoked_subcommand is None:
+        ui.raw(ctx.get_help())
 
 
 def _completion(name: str) -> Callable[[str], list[str]] | None:
@@ -263,7 +192,7 @@ def _general_parameters(has_short_help: bool) -> list[inspect.Parameter]:
 
 def _command(name: str) -> Callable[..., None]:
     """The function behind a command: merge the layers, run, show."""
-    cls, module, help_text, full_size, _ = COMMANDS[name]
+    cls, module, help_text, full_size = COMMANDS[name][:4]
 
     def call(**given: Any) -> None:
         recipe_file = given.pop("config")
@@ -335,24 +264,13 @@ for _name, _entry in COMMANDS.items():
     app.command(_name, cls=type("GroupedCommand", (GroupedCommand,), _common))(_command(_name))
 
 
-def _spelling(argument: str) -> str:
-    """TRL spells options with underscores; both are taken: --learning_rate is --learning-rate."""
-    if not argument.startswith("--"):
-        return argument
-    name, separator, value = argument.partition("=")
-    return name.replace("_", "-") + separator + value
-
-
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error is one clear line on stderr."""
     try:
-        code = app(
-            [_spelling(argument) for argument in arguments],
-            standalone_mode=False,
-            prog_name="vlmdpo",
-        )
+        code = app(spelling.as_typer(arguments), standalone_mode=False, prog_name="vlmdpo")
+        sys.stdout.flush()  # here, where a reader that is gone is known how to handle
         if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
-            ui.warn("interrupted")
+            ui.warn(_interrupted(arguments))
         return code if isinstance(code, int) else 0
     except VlmDpoError as problem:
         return _fail(problem)
@@ -371,6 +289,17 @@ def run(arguments: list[str]) -> int:
         return 2
     except typer.Abort:
         return Interrupted.exit_code
+
+
+def _interrupted(arguments: list[str]) -> str:
+    """What Ctrl-C leaves, and the command that goes on from there."""
+    name = next((one for one in arguments if one in COMMANDS), "")
+    writes = name != "infer" or any(one.startswith("--input") for one in arguments)
+    if not name or not COMMANDS[name].kept or not writes:
+        return "interrupted"
+    # Of an evaluation, --overwrite would remove the answers.
+    again = [one for one in arguments if one != "--overwrite" or name != "eval-amber"]
+    return f"interrupted: {COMMANDS[name].kept}; continue with: {shlex.join(['vlmdpo', *again])}"
 
 
 def _fail(problem: VlmDpoError) -> int:

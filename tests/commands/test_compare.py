@@ -1,5 +1,7 @@
 """`vlmdpo compare`: both answers, their scores, votes as data, and the page in a real browser."""
 
+import dataclasses
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,9 @@ from vlmdpo.commands import compare
 from vlmdpo.engine.side_by_side import Answer, SideBySide
 from vlmdpo.errors import DataError
 from vlmdpo.tiny import evaluation
-from vlmdpo.web import examples, votes
+from vlmdpo.web import examples, panes
+from vlmdpo.web.votes import VoteFile
+from vlmdpo.web.voting import Session, Voting
 from vlmdpo.web.word_diff import marked
 
 pytestmark = pytest.mark.slow
@@ -36,10 +41,8 @@ def models():
 
 @pytest.fixture
 def page(models):
-    pytest.importorskip("gradio")
-    from vlmdpo.web.app import Page
-
-    return Page(models, ("tiny", "tuned"), [], Path("votes/v.jsonl"), 32)
+    names = ("tiny", "tuned")
+    return Voting(models, names, [], VoteFile(Path("votes/v.jsonl"), names), 32)
 
 
 def _flips():
@@ -123,8 +126,8 @@ def test_log_probs_are_those_of_training(models, vlmdpo):
 
 def test_words_that_differ_are_marked_and_everything_is_escaped():
     base, tuned = marked("A red <b>cup</b> stands here.", "A blue <b>cup</b> stands here.")
-    assert base == 'A <mark class="only-base">red</mark> &lt;b&gt;cup&lt;/b&gt; stands here.'
-    assert '<mark class="only-tuned">blue</mark>' in tuned
+    assert base == "A <mark>red</mark> &lt;b&gt;cup&lt;/b&gt; stands here."
+    assert "<mark>blue</mark>" in tuned
     assert marked("same", "same") == ("same", "same")
     assert "<img" not in "".join(marked(EVIL, "no"))
 
@@ -132,48 +135,19 @@ def test_words_that_differ_are_marked_and_everything_is_escaped():
 def test_votes_are_data_that_prepare_accepts(page, vlmdpo, tmp_path):
     picture = tmp_path / "photo.jpg"
     Image.new("RGB", (90, 60), "red").save(picture)
-    *_, last = page.ask(str(picture), QUESTION)
-    said = {**last[3], "base": "Yes, a moon — über it.", "tuned": "No"}
-    assert page.vote(said, "tuned")[0] is None
-    assert page.vote(said, "neither", "There is none.")[0] is None
+    *_, view = page.ask(page.token, Session(), str(picture), f"<image> {QUESTION}")
+    exchange = dataclasses.replace(view.session.exchange, base="Yes — über it.", tuned="No")
+    session = Session(exchange)
+    right = panes.SIDES[exchange.order.index("tuned")]
+    assert page.vote(page.token, session, right).session.exchange is None
+    page.vote(page.token, session, "neither", "There is none.")
+    page.vote(page.token, Session(dataclasses.replace(exchange, tuned="Perhaps")), "tie")
     assert page.votes == 3
-    with Path("votes/v.jsonl").open("a") as file:
-        file.write('{"image": "cut by a ki')
-    page.vote({**said, "tuned": "None."}, "base")
-    lines = [json.loads(line) for line in Path("votes/v.jsonl").read_text().splitlines()]
-    assert [(line["chosen"], line["rejected"]) for line in lines] == [
-        ("No", said["base"]),
-        ("There is none.", "No"),
-        ("There is none.", said["base"]),
-        (said["base"], "None."),
-    ]
-    assert len(list(Path("votes/images").iterdir())) == 1, "an image is stored once"
     code, out, err = vlmdpo(
         "prepare", "--dataset", "votes/v.jsonl", "--output-dir", "data", "--json"
     )
     assert code == 0, err
-    assert json.loads(out)["rows_out"] == 4
-
-
-def test_invalid_questions_and_votes_are_explained(page, tmp_path):
-    def status(*asked):
-        *_, last = page.ask(*asked)
-        assert last[3] is None
-        return last[4]
-
-    assert "Choose an image" in status(None, QUESTION)
-    assert "Choose an image" in status("x.png", "  ")
-    (tmp_path / "no.png").write_text("no picture")
-    assert "cannot be used" in status(str(tmp_path / "no.png"), QUESTION)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert "2,000 characters" in status(str(tmp_path / "a.png"), "x" * 2001)
-    assert page.vote(None, "base")[1] == "Ask first."
-    said = {"image": str(tmp_path / "a.png"), "question": "?", "base": "A", "tuned": ""}
-    assert "empty answer" in page.vote(said, "base")[1]
-    assert "differs from these two" in page.vote(said, "neither", "A")[1]
-    (tmp_path / "votes").write_text("in the way")
-    assert "Not written" in page.vote({**said, "tuned": "B"}, "base")[1]
-    assert page.votes == 0
+    assert json.loads(out)["rows_out"] == 3
 
 
 def test_examples_are_the_flips_first_then_rows_of_the_run(vlmdpo, tmp_path):
@@ -217,12 +191,28 @@ def test_examples_are_the_flips_first_then_rows_of_the_run(vlmdpo, tmp_path):
     assert compare._beta(config.adapter) == 0.1
     with pytest.raises(DataError, match="not written by vlmdpo eval-amber"):
         examples.from_amber(tmp_path, tmp_path)
+
+
+def test_lines_of_an_example_file_that_cannot_be_asked_are_left_out(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("none")
     mine = tmp_path / "mine.jsonl"
-    mine.write_text('{"image": "../secret.png", "question": "?"}\n')
-    with pytest.raises(DataError, match=r"line 1: .* points outside"):
-        examples.from_file(mine, tmp_path)
+    lines = (
+        '{"image": "a.png", "question": "a\u2028b"}',
+        '{"image": "../secret.png", "question": "?"}',
+        '{"image": "text.png", "question": "?"}',
+        '{"image": "a.png"}',
+    )
+    mine.write_text("\ufeff" + "".join(line + "\n" for line in lines))
+    found, left_out = examples.from_file(mine, tmp_path)
+    assert [example.question for example in found] == ["a\u2028b"]
+    assert set(left_out.by_reason) == {
+        "image_outside_root",
+        "unreadable_image",
+        "missing_question",
+    }
     mine.write_text('{"image": "a.png"}\n')
-    with pytest.raises(DataError, match="line 1"):
+    with pytest.raises(DataError, match="--examples: none of the 1 questions"):
         examples.from_file(mine, tmp_path)
 
 
@@ -278,27 +268,40 @@ def test_in_a_browser_ask_compare_vote_and_find_the_file(tmp_path):
             view.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
             view.goto(url)
             view.locator(".gallery-item, tr.tr-body").first.click()
-            assert view.locator("#vote-tuned").is_disabled()
+            assert view.locator("#vote-right").is_disabled()
             view.wait_for_function(
                 "document.querySelector('#question textarea').value.startsWith('Is ')"
             )
             view.locator("#ask").click()
-            view.wait_for_selector(".figures table", timeout=60000)
-            base, tuned = (view.locator(f"#{who} .text").inner_text() for who in ("base", "tuned"))
-            assert base != tuned
-            assert view.locator("#tuned mark").count() >= 1
+            view.wait_for_selector("#vote-right:not([disabled])", timeout=60000)
+            said = {side: view.locator(f"#{side} .text").inner_text() for side in panes.SIDES}
+            assert said["left"] != said["right"]
+            assert view.locator("#right mark").count() >= 1
+            assert "tuned" not in view.locator("#left").inner_text(), "blind until the vote"
+            assert view.locator(".figures").count() == 0
+            view.locator("h1").click()
+            view.keyboard.press("2")
+            view.get_by_text("Written: 1 preference").wait_for(timeout=30000)
+            assert view.locator("#vote-right").is_disabled(), "one vote an answer"
             assert "Reward margin" in view.locator(".figures").inner_text()
+            role = view.locator("#right h3").inner_text().partition(":")[0]
+            view.keyboard.press("u")
+            view.get_by_text("Taken back").wait_for(timeout=30000)
+            view.locator("#vote-right").click()
+            view.get_by_text("Written: 1 preference").wait_for(timeout=30000)
             assert view.evaluate("document.documentElement.scrollWidth") <= 390, (
                 "nothing sticks out on a phone"
             )
-            view.locator("#vote-tuned").click()
-            view.get_by_text("Written: 1 preference").wait_for(timeout=30000)
-            assert view.locator("#vote-tuned").is_disabled(), "one vote an answer"
+            view.keyboard.press("n")  # asks the next example
+            view.wait_for_selector("#vote-left:not([disabled])", timeout=60000)
+            assert "Example 2 of" in view.locator("#progress").inner_text()
             # an upload, and a question that would like to be markup
             view.set_input_files("input[type=file]", tmp_path / "mine.png")
             view.locator("#question textarea").fill(EVIL)
             view.locator("#ask").click()
-            view.wait_for_selector(".figures table", timeout=60000)
+            view.get_by_text("Which is better?").or_(
+                view.get_by_text("Both answers are the same")
+            ).wait_for(timeout=60000)
             view.locator("tr.tr-body", has_text="onerror").click()
             view.wait_for_timeout(300)
             assert (elsewhere, dialogs) == ([], [])
@@ -309,40 +312,59 @@ def test_in_a_browser_ask_compare_vote_and_find_the_file(tmp_path):
             assert refused.status == 413, "more than --max-upload-mb"
             browser.close()
         [line] = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
-        assert (line["chosen"], line["rejected"], line["preferred"]) == (tuned, base, "tuned")
+        assert (line["chosen"], line["rejected"]) == (said["right"], said["left"])
+        assert line["preferred"] == role
         assert (tmp_path / line["image"]).is_file()
     finally:
         server.send_signal(signal.SIGINT)
         out, err = server.communicate(timeout=60)
     assert server.returncode == 0, err
-    assert "1 votes written" in out
-    assert "vlmdpo prepare --dataset" in out
+    assert "1 preferences written" in out
+    assert "of 1 decided votes" in out
+    assert "A second round: vlmdpo train --dataset" in out
 
 
-def test_a_page_shows_what_models_say_as_text(page, monkeypatch):
-    """Answers may contain markup, not only questions."""
-    said = (Answer((1, 2), EVIL), Answer((1, 3), EVIL + "!"))
-    monkeypatch.setattr(type(page.models), "stream", lambda *_: iter([said]))
-    picture = Path("p.png")
-    Image.new("RGB", (8, 8)).save(picture)
-    for outputs in page.ask(str(picture), "?"):
-        for pane in outputs[:2]:
-            assert "<img" not in pane
-            assert "<b>" not in pane
-    assert "&lt;img" in pane
-
-
-def test_votes_on_an_unreadable_image_are_not_written(tmp_path):
-    from vlmdpo.data.images import BadImage
-
-    (tmp_path / "no.png").write_text("no")
-    with pytest.raises(BadImage):
-        votes.append(
-            tmp_path / "v.jsonl",
-            image=tmp_path / "no.png",
-            question="?",
-            chosen="a",
-            rejected="b",
-            about={},
+def test_requests_uploads_and_output_are_kept_private():
+    """Over HTTP: other hosts and pages, a full queue, uploads, stdout, and what is left behind."""
+    httpx = pytest.importorskip("httpx").Client(timeout=60)
+    server, url = _served("--votes", "votes.jsonl", "--allow-host", "proxy.example")
+    try:
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"Host": "proxy.example"}).status_code == 200
+        assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
+        join = f"{url}gradio_api/queue/join"
+        evil = httpx.post(join, json={}, headers={"Origin": "http://evil.example"})
+        assert evil.status_code == 403
+        picture = _as_png(evaluation.draw_image("SCENE_1.png"))
+        [path] = httpx.post(f"{url}gradio_api/upload", files={"files": picture}).json()
+        folder = next(one for one in Path(path).parents if one.name.startswith("vlmdpo-compare-"))
+        assert folder.parent == Path(tempfile.gettempdir())
+        assert folder.stat().st_mode & 0o777 == 0o700
+        config = httpx.get(f"{url}config").json()
+        ask = next(one for one in config["dependencies"] if len(one["targets"]) == 2)
+        token = next(
+            one["props"]["value"]
+            for one in config["components"]
+            if one["props"].get("visible") == "hidden"
         )
-    assert not (tmp_path / "v.jsonl").exists()
+        data = [token, None, {"path": path, "meta": {"_type": "gradio.FileData"}}, QUESTION]
+        answers = [
+            httpx.post(join, json={"data": data, "fn_index": ask["id"], "session_hash": f"s{n}"})
+            for n in range(30)
+        ]
+        assert answers[0].status_code == 200
+        assert answers[-1].status_code == 503
+        assert "Queue is full" in answers[-1].text
+    finally:
+        httpx.close()
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=60)
+    assert server.returncode == 0, err[-2000:]
+    assert out == "No votes.\n"
+    assert not folder.exists()
+
+
+def _as_png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return ("a.png", buffer.getvalue(), "image/png")

@@ -138,7 +138,7 @@ def test_adapters_that_it_would_ignore_in_part_are_refused(target, fake, tmp_pat
 
 def test_a_processor_that_rewrites_prompts_is_refused(fake):
     _, processor = random_models.make("paligemma")
-    with pytest.raises(ModelError, match="use --engine shared"):
+    with pytest.raises(ModelError, match="leave --engine out"):
         engine.VllmGenerator("tiny", processor, None, **SETTINGS)
 
 
@@ -152,7 +152,7 @@ def test_a_processor_that_rewrites_prompts_is_refused(fake):
 def test_a_start_that_fails_says_why(message, error, fake):
     fake.fails = message
     generator = engine.VllmGenerator("tiny", load_processor("tiny"), None, **SETTINGS)
-    with pytest.raises(error, match="use --engine shared"):
+    with pytest.raises(error, match="leave --engine out"):
         generator.start()
 
 

@@ -25,7 +25,8 @@ def asked(monkeypatch, tiny_model_parts):
 
     def from_pretrained(source, **options):
         asked.update(options)
-        return tiny_model_parts[0]
+        nothing = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return tiny_model_parts[0], nothing
 
     monkeypatch.setattr(
         transformers.AutoModelForImageTextToText, "from_pretrained", from_pretrained

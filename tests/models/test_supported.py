@@ -3,8 +3,8 @@
 import pytest
 import transformers as tf
 
-from vlmdpo.errors import ModelError
-from vlmdpo.models import load
+from vlmdpo.errors import MissingDependencyError, ModelError
+from vlmdpo.models import load, supported
 
 
 def _refused(config, folder):
@@ -17,11 +17,11 @@ def _refused(config, folder):
     return message
 
 
-@pytest.mark.parametrize("kind", ["florence2", "instructblip", "udop"])
+@pytest.mark.parametrize("kind", ["florence2", "blip-2", "udop"])
 def test_encoder_decoders(kind, tmp_path):
     config = {
         "florence2": tf.Florence2Config,
-        "instructblip": lambda: tf.InstructBlipConfig(text_config={"model_type": "t5"}),
+        "blip-2": lambda: tf.Blip2Config(text_config={"model_type": "t5"}),
         "udop": tf.UdopConfig,
     }[kind]()
     assert f"is a {kind} model, an encoder-decoder" in _refused(config, tmp_path)
@@ -40,3 +40,19 @@ def test_code_of_its_own_for_another_class(tmp_path):
 
 def test_a_language_model(tmp_path):
     assert "not a vision-language model; try one of" in _refused(tf.LlamaConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["llama", "t5"])
+def test_instructblip_on_any_language_model(text, tmp_path):
+    message = _refused(tf.InstructBlipConfig(text_config={"model_type": text}), tmp_path)
+    assert "is an instructblip model, which vlmdpo does not train: its Q-Former reads" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(tf.Gemma3nConfig, "gemma3n"), (tf.PerceptionLMConfig, "perception_lm")]
+)
+def test_a_tower_of_a_package_that_is_missing(config, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(supported.importlib.util, "find_spec", lambda name: None)
+    config().save_pretrained(tmp_path)
+    with pytest.raises(MissingDependencyError, match=f"is a {kind} model, whose vision tower is"):
+        load.check_is_vlm(str(tmp_path))

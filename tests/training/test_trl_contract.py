@@ -18,7 +18,7 @@ WATCHED = {"accelerate", "datasets", "gradio", "peft", "torch", "transformers", 
 DOCUMENTED = {
     *("chat_template", "do_image_splitting", "pad_token", "image_grid_pinpoints"),  # processors
     *("num_hidden_layers", "layer_types", "generation_config"),  # configurations
-    *("should_save", "should_training_stop"),  # TrainerControl
+    *("should_save", "should_log", "should_training_stop"),  # TrainerControl
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size"),  # training arguments
     *("last_hidden_state", "base_model_name_or_path", "grad"),
     *("temperature", "max_tokens", "stop_token_ids"),  # vLLM's sampling settings

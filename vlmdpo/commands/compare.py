@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import glob
 import importlib.util
-import ipaddress
 import json
+import os
 import shlex
 import signal
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from vlmdpo import ui
 from vlmdpo.config import CompareConfig
+from vlmdpo.data.left_out import in_words
 from vlmdpo.errors import ConfigError, DataError, MissingDependencyError, install_command
 from vlmdpo.models.configured import configured_model, configured_processor
+
+if TYPE_CHECKING:
+    from vlmdpo.web.voting import Voting
 
 SHIPPED = Path(str(resources.files("vlmdpo.tiny").joinpath("assets", "adapter")))
 FLIPS = "flips.json"  # beside the shipped adapter: some of the answers it changed
@@ -42,27 +50,53 @@ def run(config: CompareConfig) -> dict[str, Any]:
         raise ConfigError("not shared; leave out --share to serve on this machine alone")
     _warn_if_reachable_by_others(config.host)
     _check_votes(config.votes)
-    with tempfile.TemporaryDirectory(prefix="vlmdpo-compare-") as name:
-        page = _page(config, Path(name))
-        url = _serve(config, page)
-    return {"url": url, "votes": page.votes, "file": str(config.votes)}
+    # Readable by this user alone, and gone at the end: copies of examples, and uploads.
+    with tempfile.TemporaryDirectory(prefix="vlmdpo-compare-") as name, _uploads_to(name):
+        voting = _voting(config, Path(name))
+        url = _serve(config, voting)
+    return {
+        "url": url,
+        "votes": voting.votes,
+        "file": str(config.votes),
+        "tally": dataclasses.asdict(voting.file.tally()),
+        "train": _second_round(config),
+    }
 
 
-def _page(config: CompareConfig, folder: Path) -> Any:
+@contextlib.contextmanager
+def _uploads_to(folder: str) -> Iterator[None]:
+    """Inside, gradio keeps uploads and copies in `folder`, not where every user finds them."""
+    name = "GRADIO_TEMP_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _voting(config: CompareConfig, folder: Path) -> Voting:
     from vlmdpo.engine.side_by_side import SideBySide
+    from vlmdpo.web.votes import VoteFile
+    from vlmdpo.web.voting import Voting
 
     adapter = config.adapter or SHIPPED
+    ui.step("look for examples")
     examples = _examples(config, adapter, folder)  # before the model: they may be unreadable
+    ui.say(f"{len(examples)} examples")
+    ui.step(f"load {config.model} and its adapter")
     model = configured_model(config, adapter=adapter)
     processor = configured_processor(config, adapter=adapter)
-    from vlmdpo.web.app import Page
-
     names = (
         config.model,
         "the adapter shipped with it" if adapter == SHIPPED else str(config.adapter),
     )
     models = SideBySide(model, processor, config.beta or _beta(adapter))
-    return Page(models, names, examples, config.votes, config.max_new_tokens)
+    file = VoteFile(config.votes, names)
+    return Voting(models, names, examples, file, config.max_new_tokens, config.blind)
 
 
 def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
@@ -77,7 +111,12 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
         picked += examples.from_flips(flips, folder, None, "questions about the embedded scenes")
     picked += examples.from_run(adapter, folder)
     if config.examples is not None:
-        picked += examples.from_file(config.examples, config.image_root or config.examples.parent)
+        root = config.image_root or config.examples.parent
+        own, left_out = examples.from_file(config.examples, root)
+        picked += own
+        if left_out:
+            reasons = in_words(left_out.report())
+            ui.warn(f"{len(left_out)} lines of '{config.examples}' are left out: {reasons}")
     return picked
 
 
@@ -98,12 +137,22 @@ def _beta(adapter: Path) -> float:
         return _DEFAULT_BETA
 
 
+def _second_round(config: CompareConfig) -> str:
+    """The command that trains on the votes, with the settings of the adapter's run."""
+    command = ["vlmdpo", "train", "--dataset", str(config.votes)]
+    if config.adapter is not None and (config.adapter / "recipe.yaml").is_file():
+        again = config.adapter.resolve().name + "-votes"
+        command += ["--config", str(config.adapter / "recipe.yaml")]
+        command += ["--output-dir", str(config.adapter.parent / again)]
+    elif config.model != "tiny":
+        command += ["--model", config.model]
+    return shlex.join(command)
+
+
 def _warn_if_reachable_by_others(host: str) -> None:
-    try:
-        is_local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = host == "localhost"
-    if not is_local:
+    from vlmdpo.web.guard import is_local
+
+    if not is_local(host):
         ui.warn(
             f"--host {host}: everyone who can reach this machine can use the page; 127.0.0.1 keeps "
             "it private"
@@ -122,31 +171,12 @@ def _check_votes(file: Path) -> None:
         raise DataError(f"--votes: '{file}' is a folder; name a file")
 
 
-def _serve(config: CompareConfig, page: Any) -> str:
+def _serve(config: CompareConfig, voting: Voting) -> str:
     """Start the page, print its address, and wait until it is stopped. Returns the address."""
-    from vlmdpo.web.app import CSS, THEME
-
-    app = page.build()
-    try:
-        _, local, shared = app.launch(
-            server_name=config.host,
-            server_port=config.port,
-            share=config.share,
-            inbrowser=config.open,
-            max_file_size=f"{config.max_upload_mb}mb",
-            theme=THEME,
-            css=CSS,
-            quiet=True,
-            footer_links=[],
-            ssr_mode=False,
-            prevent_thread_lock=True,
-        )
-    except (OSError, RuntimeError) as problem:
-        raise ConfigError(
-            f"cannot serve on {config.host}, port {config.port or 'any'}: "
-            f"{' '.join(str(problem).split())}"
-        ) from problem
-    url = str(shared or local)
+    ui.step("start the page")
+    # stdout is for results; gradio prints there.
+    with contextlib.redirect_stdout(sys.stderr):
+        app, url = _launch(config, voting)
     # Not an Event: the signal may interrupt a line that holds its lock.
     stopped: list[int] = []
     handlers = {
@@ -156,21 +186,61 @@ def _serve(config: CompareConfig, page: Any) -> str:
     try:
         (ui.say if config.json else ui.result)(f"Base and tuned side by side: {url}")
         ui.say(f"votes go to {config.votes}; stop with Ctrl-C")
-        while not stopped:
-            time.sleep(0.2)
+        with contextlib.redirect_stdout(sys.stderr):
+            while not stopped:
+                time.sleep(0.2)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         app.close(verbose=False)
+        voting.models.close()
     return url
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print how many votes there were, and how to train on them."""
-    if report["votes"]:
-        ui.result(f"{report['votes']} votes written to {report['file']}")
-        ui.result(
-            f"Train on them: {shlex.join(['vlmdpo', 'prepare', '--dataset', report['file']])}"
+def _launch(config: CompareConfig, voting: Voting) -> tuple[Any, str]:
+    """The running app and its address. Raises ConfigError."""
+    from starlette.middleware import Middleware
+
+    from vlmdpo.web.app import CSS, HEAD, THEME, Page
+    from vlmdpo.web.guard import Hosts, OnlyThisPage
+
+    hosts = Hosts(config.host, config.allow_host)
+    app = Page(voting).build()
+    try:
+        _, local, shared = app.launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=config.share,
+            inbrowser=config.open,
+            max_file_size=f"{config.max_upload_mb}mb",
+            theme=THEME,
+            css=CSS,
+            head=HEAD,
+            quiet=True,
+            footer_links=[],
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            allowed_paths=[str(example.image) for example in voting.examples],
+            app_kwargs={"middleware": [Middleware(OnlyThisPage, hosts=hosts)]},
         )
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise ConfigError(
+            f"cannot serve on {config.host}, port {config.port or 'any'}: "
+            f"{' '.join(str(problem).split())}"
+        ) from problem
+    url = str(shared or local)
+    hosts.add(url)
+    return app, url
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print how many votes there were, what they say, and how to train on them."""
+    from vlmdpo.web.panes import tally_sentence
+    from vlmdpo.web.votes import Tally
+
+    if report["votes"]:
+        ui.result(f"{report['votes']} preferences written to {report['file']}")
+        ui.result(tally_sentence(Tally(**report["tally"])))
+        ui.result(f"A second round: {report['train']}")
     else:
         ui.result("No votes.")

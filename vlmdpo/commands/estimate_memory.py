@@ -115,6 +115,11 @@ def _with_longest_row_of(config: EstimateMemoryConfig, dataset: Path) -> Estimat
     manifest = store.read_manifest(dataset)
     if manifest is None or "lengths" not in manifest:
         raise DataError(f"--dataset: '{dataset}' was not written by vlmdpo prepare")
+    if not registry.is_same_name(str(manifest.get("model")), config.model):
+        raise DataError(
+            f"--dataset: the tokens of '{dataset}' were counted for '{manifest.get('model')}', not "
+            f"'{config.model}'; leave out --fast, which counts them anew"
+        )
     longest = {name: int(figures["max"]) for name, figures in manifest["lengths"].items()}
     answers = max(longest["chosen_tokens"], longest["rejected_tokens"])
     return dataclasses.replace(

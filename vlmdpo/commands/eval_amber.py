@@ -238,6 +238,7 @@ def _ask(
         "engine": "plain" if fell_back else config.engine,
         "fallback_reason": next((o.reason for o in outcomes if o.reason), None),
         "bad_pictures": {name: why for o in outcomes for name, why in o.bad_pictures.items()},
+        "bad_questions": {n: why for o in outcomes for n, why in o.bad_questions.items()},
         "identity": identity,
     }
     return store, facts, roles
@@ -246,10 +247,11 @@ def _ask(
 def _load(config: EvalAmberConfig, whole: Benchmark) -> tuple[Any, Any, dict[str, Any]]:
     """(model, processor, identity of the run); vLLM loads its own model, so it is None there."""
     from vlmdpo.models import digest, load
+    from vlmdpo.models.adapter_files import check_adapter
     from vlmdpo.models.rendering import rendering_of
 
     if config.adapter is not None:
-        load.check_adapter(config.adapter)
+        check_adapter(config.adapter, config.model, config.revision)
     # Yes or No is read at an answer's start, so no reasoning may come first.
     processor = configured_processor(
         config,
@@ -299,6 +301,7 @@ def _report(
         "engine": None,
         "fallback_reason": None,
         "bad_pictures": {},
+        "bad_questions": {},
         **facts,
         "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
         "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},

@@ -29,6 +29,11 @@ def show(report: dict[str, Any]) -> None:
             f"{len(report['bad_pictures'])} images could not be read; coverage "
             f"{100 * report['coverage']:.1f}%"
         )
+    if report["bad_questions"]:
+        ui.result(
+            f"{len(report['bad_questions'])} questions could not be asked; coverage "
+            f"{100 * report['coverage']:.1f}%"
+        )
     if "output_dir" in report:
         ui.result(f"Answers, scores and report: {report['output_dir']}/{PAGE}")
 

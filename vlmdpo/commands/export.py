@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vlmdpo import ui
 from vlmdpo.config import ExportConfig
 from vlmdpo.errors import DataError, ModelError
+from vlmdpo.models.adapter_files import base_of_adapter
 from vlmdpo.models.configured import configured_model, configured_processor
 from vlmdpo.models.registry import short_name
 
@@ -63,19 +63,6 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
         report["url"] = hub.model(folder, config.push_to_hub, private=config.private)
     return report
-
-
-def base_of_adapter(adapter: Path) -> str:
-    """The base model that an adapter names. Raises ModelError if the folder holds no adapter."""
-    from vlmdpo.models.load import check_adapter
-
-    check_adapter(adapter)
-    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
-    if not isinstance(named, str) or not named:
-        raise ModelError(f"--adapter: '{adapter}' names no base model; give it with --model")
-    return named
 
 
 def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ __all__ = ["run", "show"]
 
 _ROWS_PER_PROCESS = 4_000  # fewer are done before another process has imported its libraries
 _MAX_PROCESSES = 32
+_MOST_PER_CORE = 4  # processes for each core that --num-proc can ask for
 LENGTHS = "lengths.png"
 
 
@@ -44,7 +45,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     if config.output_dir is not None:
         store.check_target(config.output_dir)
     mixture = open_mixture(config)
-    num_proc = config.num_proc or _default_processes(mixture.count)
+    num_proc = _processes(config.num_proc, mixture.count)
     work.start_forkserver(num_proc, ["vlmdpo.engine.lengths"])
     from vlmdpo.engine.lengths import load_token_counter
     from vlmdpo.models.configured import prompt_settings
@@ -86,11 +87,18 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def _default_processes(rows: int | None) -> int:
-    """Worker processes for this number of rows; None if it is unknown."""
+def _processes(asked: int | None, rows: int | None) -> int:
+    """Worker processes: those asked for, up to some for each core, else by the number of rows,
+    which is None if it is unknown.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
+    if asked is not None:
+        most = cores * _MOST_PER_CORE
+        if asked > most:
+            ui.warn(f"--num-proc {asked:,}: using {most}, as this machine has {cores} cores")
+        return min(asked, most)
     wanted = cores if rows is None else rows // _ROWS_PER_PROCESS
     return max(1, min(cores, wanted, _MAX_PROCESSES))
 
@@ -140,6 +148,7 @@ def _prepare(
         "key": key,
         "split": config.split,
         "model": config.model,
+        "processor_class": type(counter.processor).__name__,  # says the model's family
         "prompt_date": prompts.date,
         "sources": summary(mixture.parts, plan.parts),
         **_outcome(plan, result, size),

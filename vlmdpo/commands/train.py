@@ -17,6 +17,7 @@ from vlmdpo.config import DEFAULT_RATES, USUAL_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import (
+    ConfigError,
     DataError,
     Interrupted,
     MemoryBudgetError,
@@ -54,8 +55,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig) -> dict[str, Any]:
     from vlmdpo.models.load import pick_device
+    from vlmdpo.report.metrics import METRICS_FILE
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
+    from vlmdpo.training.monitor import TrainingMonitor
+    from vlmdpo.training.trial import try_if_unusual
 
     name = f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
     output_dir = config.output_dir or Path("outputs") / name
@@ -65,32 +68,48 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     args = dpo_config(config, output_dir, pick_device(config.device))
     if args.process_index > 0:
         ui.mute()
-    with args.main_process_first():  # so that the others find the data prepared
-        if args.process_index == 0:
-            config = train_folder.check(output_dir, config)
-        data = _prepared(config)
-    if config.auto_batch_size:
-        _plan_batch(config, args, data)
-    with _memory_forecast(config, args, data) as forecast:
-        with train_folder.removed_if_empty(output_dir):
-            monitor = TrainingMonitor(output_dir / METRICS_FILE, forecast=forecast)
-            setup = build.build_setup(config, args, data, monitor)
-        return _run(setup, config, output_dir)
+    try_if_unusual(config, args.device)
+    is_first = args.process_index == 0
+    with train_folder.locked(output_dir) if is_first else contextlib.nullcontext():
+        last = None
+        with args.main_process_first():  # so that the others find the data prepared
+            if is_first:
+                config = train_folder.check(output_dir, config)
+                if config.resume:
+                    last = train_folder.checkpoint_to_resume(output_dir, args.world_size)
+            data = _prepared(config)
+        if config.auto_batch_size:
+            _plan_batch(config, args, data)
+        with _memory_forecast(config, args, data) as forecast:
+            with train_folder.removed_if_empty(output_dir):
+                monitor = TrainingMonitor(output_dir / METRICS_FILE, forecast=forecast)
+                setup = build.build_setup(config, args, data, monitor)
+            return _run(setup, config, output_dir, last)
 
 
-def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
-    """Check, train, and save the results."""
+def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -> dict[str, Any]:
+    """Check, train, and save the results.
+
+    Args:
+        last: the checkpoint to resume from, known to the first process.
+    """
+    from accelerate.utils import broadcast_object_list
+
     from vlmdpo.training import preflight
 
     trainer, args = setup.trainer, setup.trainer.args
-    if args.process_index == 0:
-        train_folder.start(output_dir, config, setup.over_length)
-    trainer.accelerator.wait_for_everyone()
     preflight.check_before_training(setup, config)
     results.attach_samples_and_page(setup, output_dir, config)
+    if args.process_index == 0:
+        train_folder.start(output_dir, config, setup.over_length, last)
+        if last is not None:
+            resumed = last
+            setup.monitor.on_begin = lambda: train_folder.go_on(output_dir, config, resumed)
+    trainer.accelerator.wait_for_everyone()
     _say_plan(trainer, config, len(setup.dataset))
-    last = train_folder.last_checkpoint(output_dir) if config.resume else None
-    with _translate_errors(setup, output_dir), setup.monitor.catching_signals():
+    if args.world_size > 1:
+        last = broadcast_object_list([last])[0]
+    with _translate_errors(setup, output_dir, last), setup.monitor.catching_signals():
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.save_reference_cache()
     state = trainer.state
@@ -101,12 +120,18 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
         raise error(
             f"stopped at step {state.global_step} of {state.max_steps}; continue with: {command}"
         )
+    if setup.keep_best is not None:
+        setup.keep_best.restore(trainer)
     return results.save_results(setup, outcome.metrics, output_dir, config)
 
 
 @contextlib.contextmanager
-def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
-    """Inside, errors that end a training become errors that say what to do."""
+def _translate_errors(setup: Any, folder: Path, last: Path | None) -> Iterator[None]:
+    """Inside, errors that end a training become errors that say what to do.
+
+    Args:
+        last: the checkpoint to resume from.
+    """
     from vlmdpo.training.finite_check import NonFiniteLoss
 
     trainer = setup.trainer
@@ -114,7 +139,7 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
         yield
     except NonFiniteLoss as problem:
         raise non_finite.explain_non_finite_loss(setup, problem, folder) from problem
-    except (RuntimeError, MemoryError, OSError) as problem:
+    except (RuntimeError, ValueError, MemoryError, OSError) as problem:
         if is_out_of_memory(problem):
             batch = trainer.args.per_device_train_batch_size
             raise MemoryBudgetError(
@@ -122,9 +147,15 @@ def _translate_errors(setup: Any, folder: Path) -> Iterator[None]:
                 f"{out_of_memory_reason(problem)}; add --auto-batch-size, or see: vlmdpo "
                 "estimate-memory --gpu"
             ) from problem
+        if last is not None and not setup.monitor.has_begun:
+            raise ConfigError(
+                f"--resume: {last.name} does not fit this run's settings: "
+                f"{' '.join(str(problem).split())[:200]}; use those that it was started with, in "
+                f"'{folder / train_folder.RECIPE}'"
+            ) from problem
         if isinstance(problem, OSError):
             raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
-        if "DataLoader worker" not in str(problem):
+        if isinstance(problem, ValueError) or "DataLoader worker" not in str(problem):
             raise
         workers = trainer.args.dataloader_num_workers
         raise DataError(
@@ -225,9 +256,10 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
 def _doctor(config: TrainConfig) -> dict[str, Any]:
     """Everything up to the first step, in a temporary folder; returns the findings."""
     from vlmdpo.models.load import pick_device
+    from vlmdpo.report.metrics import METRICS_FILE
     from vlmdpo.training import preflight
     from vlmdpo.training.arguments import dpo_config
-    from vlmdpo.training.monitor import METRICS_FILE, TrainingMonitor
+    from vlmdpo.training.monitor import TrainingMonitor
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -15,7 +15,7 @@ import yaml
 
 from vlmdpo import ui
 from vlmdpo.config import PER_CALL, TrainConfig, recipes
-from vlmdpo.errors import DataError
+from vlmdpo.errors import ConfigError, DataError
 
 RECIPE = "recipe.yaml"  # the resolved settings; its presence marks a folder as a training run
 # Rows beyond --max-length: their tokens, and whether they were dropped or trimmed.
@@ -57,7 +57,12 @@ def check(folder: Path, config: TrainConfig) -> TrainConfig:
 
 def _warn_of_changed_settings(folder: Path, config: TrainConfig) -> None:
     """Warn if a run is resumed with other settings: its result is then not that of one run."""
-    started_with = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    try:
+        started_with = recipes.read_recipe(folder / RECIPE)
+    except ConfigError as problem:
+        raise DataError(
+            f"--resume: the settings that '{folder}' was started with cannot be read: {problem}"
+        ) from problem
     now = recipes.plain(config, without=_NOT_IN_RECIPE)
     changed = [
         f"{name} {started_with.get(name)} → {value}"
@@ -68,42 +73,117 @@ def _warn_of_changed_settings(folder: Path, config: TrainConfig) -> None:
         ui.warn(f"--resume with other settings than the run started with: {', '.join(changed)}")
 
 
-def start(folder: Path, config: TrainConfig, over_length: list[dict[str, Any]]) -> None:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in this folder. The lock of a killed process is released.
+
+    Raises DataError at once if one does: unlike data, which is the same whoever prepares it, two
+    runs are two results.
+    """
+    import filelock
+
+    lock = filelock.FileLock(folder.absolute().with_name(f".{folder.absolute().name}.lock"))
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as problem:
+        raise DataError(
+            f"--output-dir: another vlmdpo is training in '{folder}'; wait for it, or choose "
+            "another folder"
+        ) from problem
+    except OSError as problem:
+        raise DataError(
+            f"--output-dir: cannot write '{folder}': {problem.strerror or problem}"
+        ) from problem
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def start(
+    folder: Path, config: TrainConfig, over_length: list[dict[str, Any]], last: Path | None
+) -> None:
     """Make the folder a run's: remove an earlier run if asked, and write the recipe.
+
+    That of a run that is resumed from `last` stays as it is until training goes on: see `go_on`.
 
     Raises DataError if it cannot be written.
     """
     from vlmdpo.training import checkpoints
 
-    settings = recipes.plain(config, without=_NOT_IN_RECIPE)
-    try:
+    with _writing(folder):
         if config.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_partial(folder)
         # The recipe comes first: from now on the folder is recognized as a run.
-        part = folder / f".{RECIPE}.partial"
-        part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        part.replace(folder / RECIPE)
+        if last is None:
+            _write_recipe(folder, config)
         if over_length:
             lines = "".join(json.dumps(row) + "\n" for row in over_length)
             (folder / OVER_LENGTH).write_text(lines, encoding="utf-8")
+
+
+def go_on(folder: Path, config: TrainConfig, last: Path) -> None:
+    """What a resumed run changes in its folder, once its checkpoint was read: write its settings,
+    and set aside the damaged checkpoints after it, whose steps will be written again.
+
+    Raises DataError if it cannot be written.
+    """
+    from vlmdpo.training import checkpoints
+
+    listed = checkpoints.list_checkpoints(folder)
+    with _writing(folder):
+        checkpoints.set_aside(listed[listed.index(last) + 1 :])
+        _write_recipe(folder, config)
+
+
+def _write_recipe(folder: Path, config: TrainConfig) -> None:
+    settings = recipes.plain(config, without=_NOT_IN_RECIPE)
+    part = folder / f".{RECIPE}.partial"
+    part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    part.replace(folder / RECIPE)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as problem:
         raise DataError(
             f"--output-dir: cannot write '{folder}': {problem.strerror or problem}"
         ) from problem
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint, or None; says which it is, or that there is none."""
+def checkpoint_to_resume(folder: Path, processes: int) -> Path | None:
+    """The last whole checkpoint, or None; says which it is, or that there is none.
+
+    Damaged ones after it are named. So is another number of `processes` than wrote it: each has its
+    own random numbers and rows.
+
+    Raises DataError if none of several is whole.
+    """
     from vlmdpo.training import checkpoints
 
-    found = checkpoints.list_checkpoints(folder)
-    if not found:
+    last, damaged = checkpoints.last_whole(folder)
+    for path, reason in damaged.items():
+        ui.warn(f"{path.name} is damaged: {reason}")
+    if last is None and damaged:
+        raise DataError(
+            f"--resume: no checkpoint in '{folder}' is whole; start again with --overwrite"
+        )
+    if last is None:
         ui.say(f"no checkpoint in '{folder}' yet: starting from the beginning")
         return None
-    ui.say(f"resuming from {found[-1].name}")
-    return found[-1]
+    ui.say(f"resuming from {last.name}")
+    wrote = len(list(last.glob("rng_state*.pth")))
+    if wrote != processes:
+        ui.warn(
+            f"{last.name} was written by {wrote} processes, and this run has {processes}: random "
+            "numbers and the order of rows will differ from those of an unbroken run"
+        )
+    return last
 
 
 @contextlib.contextmanager

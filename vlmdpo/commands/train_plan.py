@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 import shlex
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,18 @@ from vlmdpo.config import (
 from vlmdpo.data import store
 from vlmdpo.data.hub import DATASETS
 from vlmdpo.data.sources import Streamed, bounds
-from vlmdpo.errors import ConfigError, ModelError
+from vlmdpo.errors import (
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    ModelError,
+    nearest,
+)
 from vlmdpo.memory import fast
+from vlmdpo.memory.gpus import capacity_bytes
 from vlmdpo.models import registry
+from vlmdpo.training.build import check_eval_steps, freeze_parts
+from vlmdpo.training.data_check import check_by_name
 
 _PUBLISHED_ROWS = {"openbmb/RLAIF-V-Dataset": 83_132}  # source: the dataset's card on the Hub
 _COMMON_OPTIONS = {field.name for field in dataclasses.fields(EstimateMemoryConfig)} & {
@@ -40,17 +48,14 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         ConfigError: settings that TRL refuses.
         DataError, ModelError: a data or model path that does not exist.
     """
-    from vlmdpo.models.load import pick_device
-    from vlmdpo.training.arguments import dpo_config
-
-    with tempfile.TemporaryDirectory() as folder:
-        dpo_config(config, Path(folder), pick_device("cpu"))
+    _try_settings(config)
     gpus, gpu = _parse_gpus(config.gpu)
+    known = _registry_entry(config.model)
+    _check_layers(config, known)
     gpus = config.num_processes if config.num_processes > 1 else gpus
     rows, rows_known_by = _training_rows(config)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus
     losses, weights, is_mdpo = config.losses()
-    known = _registry_entry(config.model)
     has_counted_adapter = (
         config.lora
         and config.lora_scope == "all"
@@ -78,10 +83,53 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def _try_settings(config: TrainConfig) -> None:
+    """Raise ConfigError for what TRL refuses, and MissingDependencyError for an optimizer without
+    its package; where `--gpu` plans for another machine, that is a warning.
+    """
+    from vlmdpo.models.load import pick_device
+    from vlmdpo.training.trial import try_settings
+
+    try:
+        try_settings(config, pick_device("cpu"))
+    except MissingDependencyError as problem:
+        if config.gpu is None or config.optim == "auto":
+            raise
+        ui.warn(f"{problem}; the machine that trains needs it")
+        try_settings(dataclasses.replace(config, optim="auto"), pick_device("cpu"))
+
+
 def _parse_gpus(gpu: str | None) -> tuple[int, str | None]:
-    """(number, kind) of "8xh100" or "h100"."""
-    counted = re.fullmatch(r"(\d+)x(.+)", gpu or "")
-    return (int(counted[1]), counted[2]) if counted else (1, gpu)
+    """(number, kind) of "8xh100" or "h100". Raises ConfigError for one that is not known."""
+    counted = re.fullmatch(r"([1-9]\d{0,5})x(.+)", gpu or "")
+    number, kind = (int(counted[1]), counted[2]) if counted else (1, gpu)
+    if kind is not None:
+        capacity_bytes(kind)
+    return number, kind
+
+
+def _check_layers(config: TrainConfig, known: registry.ModelEntry | None) -> None:
+    """Raise ConfigError for layers to adapt or parts to freeze that the model does not have, where
+    its configuration is at hand: of a known model or a local folder.
+    """
+    is_usual = config.lora_target_modules == "all-linear" and config.lora_scope == "all"
+    if (is_usual and config.lora) or not (known or Path(config.model).expanduser().is_dir()):
+        return
+    from vlmdpo.memory.architecture import build_on_meta, load_config
+    from vlmdpo.training.arguments import lora_config
+
+    is_here = known is None or known.alias in ("tiny", *fast.counted_architectures())
+    if not is_here:
+        return
+    model = build_on_meta(
+        load_config(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    )
+    freeze_parts(config, model)
+    lora_config(config, model)
 
 
 def _registry_entry(model: str) -> registry.ModelEntry | None:
@@ -96,11 +144,13 @@ def _registry_entry(model: str) -> registry.ModelEntry | None:
     return known
 
 
-def _training_rows(config: DataOptions) -> tuple[int | None, str]:
+def _training_rows(config: TrainConfig) -> tuple[int | None, str]:
     """(number of rows, how it is known); None if it takes a download to know."""
     folder = Path(config.dataset)
     manifest = store.read_manifest(folder)
+    check_eval_steps(config, has_test_split=store.has_test_split(folder))
     if manifest is not None:
+        check_by_name(folder, manifest, config)
         return int(manifest["splits"]["train"]), "prepared"
     if config.dataset == "scenes":
         from vlmdpo.tiny import pairs
@@ -113,6 +163,11 @@ def _training_rows(config: DataOptions) -> tuple[int | None, str]:
             open_source(config.dataset, config.split).count, config
         ), "counted, before checks"
     repo = DATASETS.get(config.dataset, config.dataset)
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise DataError(
+            f"--dataset: there is no file or folder '{repo}', and it is no Hub id."
+            f"{nearest(repo, ('scenes', *DATASETS))}"
+        )
     if repo in _PUBLISHED_ROWS:
         return _rows_of_split(_PUBLISHED_ROWS[repo], config), "published, before checks"
     return None, "not known without a download"
@@ -153,11 +208,13 @@ def _estimate_options(config: TrainConfig, gpus: int, gpu: str | None) -> dict[s
         name: getattr(config, name)
         for name in _COMMON_OPTIONS - {"dataset", "dtype", "gpu", *PER_CALL}
     }
-    prepared = config.dataset if store.read_manifest(Path(config.dataset)) is not None else None
+    manifest = store.read_manifest(Path(config.dataset))
+    # Token counts of another model's processor say nothing of this one.
+    is_counted = manifest and registry.is_same_name(str(manifest.get("model")), config.model)
     return {
         **shared,
         "dtype": dtype,
-        "dataset": prepared,
+        "dataset": config.dataset if is_counted else None,
         "num_gpus": gpus,
         "strategy": strategy,
         "gpu": gpu,

@@ -22,19 +22,18 @@ from vlmdpo.config.options import (
     ordered_fields,
 )
 from vlmdpo.config.prepare import PrepareConfig
+from vlmdpo.config.runs import RunsConfig
 from vlmdpo.config.train import DEFAULT_RATES, USUAL_RATES, TrainConfig
+from vlmdpo.config.train_output import TRACKERS, CheckOptions, TrainOutputOptions
 from vlmdpo.config.training import (
     LOSS_PRESETS,
     LOSSES,
-    TRACKERS,
-    CheckOptions,
     DataOptions,
     LoraOptions,
     LossMix,
     LossOptions,
     RunOptions,
     SpeedOptions,
-    TrainOutputOptions,
     TrainProcessOptions,
 )
 
@@ -66,6 +65,7 @@ __all__ = [
     "PrepareConfig",
     "ProcessOptions",
     "RunOptions",
+    "RunsConfig",
     "SpeedOptions",
     "TrainConfig",
     "TrainOutputOptions",

@@ -51,6 +51,11 @@ class CompareConfig(RuntimeOptions, OutputOptions):
         "JSONL that votes are appended to; vlmdpo prepare accepts it",
         group="Output",
     )
+    blind: bool = option(
+        True,
+        "Left and right at random, and the models' names only after the vote",
+        group="Output",
+    )
     host: str = option(
         "127.0.0.1",
         "Address to serve on; any but this machine's own lets others in",
@@ -58,6 +63,12 @@ class CompareConfig(RuntimeOptions, OutputOptions):
     )
     port: int | None = option(
         None, "Port to serve on", default_text="7860, or the next free one", group="Output"
+    )
+    allow_host: tuple[str, ...] = option(
+        (),
+        "Another name under which browsers reach the page, such as a proxy's; repeatable",
+        default_text="this machine's own",
+        group="Output",
     )
     share: bool = option(
         False,

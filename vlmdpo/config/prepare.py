@@ -134,7 +134,7 @@ class PrepareConfig(SourceOptions, PromptOptions, OutputOptions):
     num_proc: int | None = option(
         None,
         "Worker processes",
-        default_text="one for every 4,000 rows, up to the CPU's cores",
+        default_text="one for every 4,000 rows, up to the CPU's cores; at most 4 for each",
         group="Memory and speed",
     )
     output_dir: Path | None = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 from vlmdpo.config import Options, flag_name, ordered_fields
 from vlmdpo.errors import ConfigError, nearest
 
+# Of a recipe, which is a page of options and values.
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 10_000, 20
 Config = TypeVar("Config")
 
 
@@ -56,7 +59,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        _check_yaml_size(text, path)
+        loaded = yaml.safe_load(text)
+    except RecursionError as problem:
+        raise ConfigError(f"--config: '{path}' is nested too deeply for a recipe") from problem
     except OSError as problem:
         raise ConfigError(f"--config: cannot read '{path}': {problem.strerror}") from problem
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
@@ -69,6 +76,31 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"--config: '{path}' must hold 'option: value' lines, as in 'learning_rate: 5.0e-5'"
         )
     return {key.replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _check_yaml_size(text: str, path: Path) -> None:
+    """Raise ConfigError for YAML that is more than a recipe, once its aliases are written out.
+
+    Each alias of a bomb holds several of the one before: a page of text is then 10⁹ values.
+    """
+    import yaml
+
+    sizes: dict[int, int] = {}  # values below each node, by id
+
+    def size(node: Any, depth: int) -> int:
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"--config: '{path}' is nested too deeply for a recipe")
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node.value, list) else []
+            flat = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(size(one, depth + 1) for one in flat)
+        return sizes[id(node)]
+
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(f"--config: '{path}' has {len(text):,} characters; a recipe has a page")
+    composed = yaml.compose(text, Loader=yaml.SafeLoader)
+    if composed is not None and size(composed, 0) > _MAX_VALUES:
+        raise ConfigError(f"--config: the aliases of '{path}' stand for too many values")
 
 
 def _coerce(wanted: Any, value: Any, key: str) -> Any:
@@ -100,6 +132,8 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
     elif kind in (int, float) and isinstance(value, (int, float, str)):
         try:
             number = float(value)
+            if not math.isfinite(number):
+                raise ConfigError(f"{flag_name(key)}: '{value}' is not a finite number")
             if kind is float or number == int(number):
                 return kind(number)
         except (ValueError, OverflowError) as problem:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmdpo.config.common import RuntimeOptions, check_quantization
+from vlmdpo.config.train_output import CheckOptions, TrainOutputOptions
 from vlmdpo.config.training import (
-    CheckOptions,
     DataOptions,
     LoraOptions,
     LossOptions,
     RunOptions,
     SpeedOptions,
-    TrainOutputOptions,
     TrainProcessOptions,
 )
 from vlmdpo.errors import ConfigError
@@ -46,6 +45,11 @@ class TrainConfig(
             raise ConfigError(
                 "--feature-cache needs frozen image features: --lora-scope language, without "
                 "--engine stock"
+            )
+        if self.keep_best and self.strategy in ("zero2", "zero3"):
+            raise ConfigError(
+                f"--keep-best cannot go back to earlier weights under --strategy {self.strategy}; "
+                "use ddp or fsdp2"
             )
         check_quantization(self.quantization, self.strategy)
         if ":" in self.device:

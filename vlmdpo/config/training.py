@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from vlmdpo.config.common import (
     LORA_SCOPES,
     STRATEGIES,
     LengthOptions,
-    OutputOptions,
     ProcessOptions,
 )
 from vlmdpo.config.options import (
@@ -33,7 +31,12 @@ LOSS_PRESETS: dict[str, tuple[list[str], list[float]]] = {
     "mdpo": (["sigmoid"], [3.0]),  # mean over three comparisons per row: see training.mdpo
 }
 _SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")
+# What --best-by names → the metric of the test split, and 1 if more is better, or -1 if less is.
+BEST_BY = {
+    "loss": ("loss", -1),
+    "accuracy": ("rewards/accuracies", 1),
+    "margin": ("rewards/margins", 1),
+}
 MODEL_PARTS = ("vision", "connector", "language", "head")
 
 
@@ -49,6 +52,11 @@ class DataOptions(LengthOptions):
         common=True,
     )
     split: str = option("train", "Split of the source, if it is prepared first")
+    data_of_another_model: bool = option(
+        False,
+        "Train on data that was prepared for another model, though its images may be smaller and "
+        "rows may be missing",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,16 @@ class RunOptions(Options):
         "a share of the run if below 1; 0 for none",
         default_text="a tenth of the run, if the data has a test split",
     )
+    keep_best: bool = option(
+        False,
+        "Save the weights that are best on the test split, not those of the last step",
+    )
+    best_by: str = option("loss", "What --keep-best judges by: loss, accuracy or margin")
+    early_stopping: int | None = option(
+        None,
+        "With --keep-best, stop after this many evaluations in a row without a better one",
+        default_text="never",
+    )
     set: tuple[str, ...] = option(
         (), "Any other field of TRL's DPOConfig, as key=value; repeatable", default_text="none"
     )
@@ -95,6 +113,12 @@ class RunOptions(Options):
         require_positive(self, "learning_rate", "num_train_epochs")
         require_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
         require_at_least(self, 0, "warmup_steps", "eval_steps")
+        require_at_least(self, 1, "early_stopping", unit="evaluation")
+        require_choice(self.best_by, BEST_BY, "best_by")
+        if self.keep_best and self.eval_steps == 0:
+            raise ConfigError("--keep-best judges by evaluations, which --eval-steps 0 leaves out")
+        if self.early_stopping and not self.keep_best:
+            raise ConfigError("--early-stopping needs --keep-best, which says what is better")
         is_count = self.max_steps == -1 or self.max_steps >= 1
         require(is_count, self, "max_steps", "1 or more, or -1 for whole epochs")
 
@@ -305,80 +329,3 @@ class TrainProcessOptions(ProcessOptions):
             raise ConfigError(
                 f"--strategy {self.strategy} shares a model between processes; add --num-processes"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOutputOptions(OutputOptions):
-    """What a training leaves behind, and how an earlier one is treated."""
-
-    group: ClassVar[str] = "Output"
-
-    output_dir: Path | None = option(
-        None,
-        "Folder for adapter, processor, metrics and curves",
-        default_text="outputs/<model>-<dataset>-dpo",
-        common=True,
-    )
-    resume: bool = option(
-        False,
-        "Continue from the last checkpoint in the output folder, or start if there is none",
-        common=True,
-    )
-    overwrite: bool = option(False, "Replace an earlier run in the output folder")
-    logging_steps: float = option(10.0, "Optimizer steps between two lines of metrics")
-    save_steps: float = option(500.0, "Optimizer steps between two checkpoints")
-    save_total_limit: int = option(2, "Number of checkpoints to keep")
-    sample_every: int | None = option(
-        None,
-        "Optimizer steps between sample answers, kept in samples.jsonl and run.html; 0 for none",
-        default_text="before the first step and after the last",
-    )
-    report_to: str = option(
-        "none", f"Comma-separated trackers that get the metrics: {', '.join(TRACKERS)}; or none"
-    )
-
-    def _check(self) -> None:
-        require_positive(self, "logging_steps", "save_steps")
-        require_at_least(self, 1, "save_total_limit")
-        require_at_least(self, 0, "sample_every")
-        for name in self.trackers():
-            require_choice(name, TRACKERS, "report_to")
-        if self.resume and self.overwrite:
-            raise ConfigError("--resume continues what --overwrite would delete; choose one")
-
-    def trackers(self) -> tuple[str, ...]:
-        """The names in `--report-to`; empty for none."""
-        names = (part.strip() for part in self.report_to.split(","))
-        return tuple(name for name in names if name not in ("none", ""))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions(Options):
-    """What is checked before or beside a training."""
-
-    group: ClassVar[str] = "Checks"
-
-    dry_run: bool = option(
-        False,
-        "Show what the run would be, its steps and memory, and stop: offline, nothing is loaded",
-        common=True,
-    )
-    doctor: bool = option(
-        False,
-        "Check engine, data and model on a few rows, show the findings, and stop before training",
-        common=True,
-    )
-    gpu: str | None = option(
-        None,
-        "With --dry-run, the GPUs to judge for: rtx-4090, 24GiB, 8xa100-80gb ...",
-        default_text="no verdict",
-    )
-    foresee_memory: bool | None = option(
-        None,
-        "Estimate the peak memory in a separate process, and show the measured one beside it",
-        default_text="on a GPU",
-    )
-
-    def _check(self) -> None:
-        if self.gpu is not None and not self.dry_run:
-            raise ConfigError("--gpu needs --dry-run; a training uses the GPUs that are present")

@@ -114,9 +114,11 @@ def _translate_errors(repo: str, name: str) -> Iterator[None]:
         ) from problem
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as problem:
         hint = "" if name in DATASETS else nearest(name, DATASETS)
+        is_offline = isinstance(problem, OfflineModeIsEnabled)
+        why = "was not asked, as HF_HUB_OFFLINE is set" if is_offline else "cannot be reached"
         raise DataError(
-            f"cannot reach the Hub for dataset '{repo}', and it is not in the cache.{hint} Use a "
-            "local file, or go online"
+            f"dataset '{repo}' is not in the cache, and the Hub {why}.{hint} Use a local file, or "
+            "go online"
         ) from problem
     except (OSError, ValueError, DatasetGenerationError) as problem:
         raise DataError(f"dataset '{repo}': {_reason(problem)}") from problem

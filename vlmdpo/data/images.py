@@ -34,6 +34,7 @@ __all__ = [
     "open_file",
     "read",
     "to_rgb",
+    "upright_rgb",
 ]
 
 MAX_PIXELS = 120_000_000  # larger images are refused before they are decoded
@@ -292,7 +293,14 @@ def _bounded_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int
 
 def open_file(path: Path) -> Image.Image:
     """An upright RGB image from a file that the user named; links are followed. Raises BadImage."""
-    image = decode(read_file(path, f"'{path}'"))
+    return upright_rgb(decode(read_file(path, f"'{path}'")))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as RGB, rotated by its EXIF orientation where that can be read.
+
+    Raises BadImage.
+    """
     turned = _exif_changes(image)
     with foreign(BadImage, "truncated_image"):
         return to_rgb(ImageOps.exif_transpose(image) if "exif_rotated" in turned else image)

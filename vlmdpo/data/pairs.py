@@ -107,6 +107,19 @@ def message(role: str, text: str, images: int = 0) -> Message:
     return {"role": role, "content": [*places, {"type": "text", "text": text}]}
 
 
+def question_message(text: Any, images: int = 1) -> Message:
+    """The user's turn that asks `text` about this many images, whose places `<image>` may mark.
+
+    Raises BadRow.
+    """
+    if not isinstance(text, str):
+        raise BadRow("unknown_message", f"the question is {type(text).__name__}, not a text")
+    turn: Message = {"role": "user", "content": _parts(text, "the question")}
+    _check_prompt([turn])
+    [turn], _ = _with_image_places([turn], [None] * images)
+    return turn
+
+
 def check(unchecked: UncheckedPair, root: Path, allowed: Sequence[Path] = ()) -> PreferencePair:
     """The checked pair, with its images read from below `root` or a folder of `allowed`.
 

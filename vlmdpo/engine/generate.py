@@ -1,4 +1,4 @@
-"""Greedy answers to questions about images, many at a time."""
+"""Answers to questions about images, many at a time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.models.protocols import Processor, VisionLanguageModel
 from vlmdpo.models.rendering import render_question, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
+    from transformers.generation.streamers import BaseStreamer
 
 
-@torch.inference_mode()
 def answer(
     model: VisionLanguageModel,
     processor: Processor,
@@ -28,15 +29,37 @@ def answer(
     Prompts are padded on the left; answers do not depend on the batch but for rounding.
     """
     inputs = model_inputs(model, processor, images, questions)
+    return [texts[0] for texts in answers_to(model, processor, inputs, max_new_tokens)]
+
+
+@torch.inference_mode()
+def answers_to(
+    model: VisionLanguageModel,
+    processor: Processor,
+    inputs: BatchFeature,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    streamer: BaseStreamer | None = None,
+) -> list[list[str]]:
+    """The answers to each row of `model_inputs`, stripped of special tokens.
+
+    Draws come from torch's own generator, to be seeded by the caller.
+
+    Args:
+        streamer: gets the tokens as they come, of a single row.
+    """
     sequences = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         eos_token_id=stop_token_ids(model, processor),
+        streamer=streamer,
+        **sampling.options(),
     )
     prompt_width = inputs["input_ids"].shape[1]
-    answers = processor.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
-    return [text.strip() for text in answers]
+    texts = processor.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
+    texts = [text.strip() for text in texts]
+    count = 1 if sampling.is_greedy else sampling.count
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def model_inputs(

@@ -74,13 +74,14 @@ class _TokenStreamer(BaseStreamer):
 
 
 class _StopOnRequest(StoppingCriteria):
-    """Ends generation once `requested` is set, from another thread."""
+    """Ends generation once `requested` or `closed` is set, from another thread."""
 
-    def __init__(self) -> None:
-        self.requested = threading.Event()
+    def __init__(self, closed: threading.Event) -> None:
+        self.requested, self.closed = threading.Event(), closed
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        return torch.full((len(input_ids),), self.requested.is_set(), device=input_ids.device)
+        ends = self.requested.is_set() or self.closed.is_set()
+        return torch.full((len(input_ids),), ends, device=input_ids.device)
 
 
 @contextlib.contextmanager
@@ -112,12 +113,30 @@ class SideBySide:
         self.model, self.processor, self.beta = model, processor, beta
         self.in_one_batch = True  # until PEFT refuses
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is answered any more."""
+        return self._closed.is_set()
+
+    def close(self) -> None:
+        """End what is being generated, and wait for it: a program that ends while one of its
+        threads computes is aborted.
+        """
+        self._closed.set()
+        with self._lock:
+            pass
 
     def stream(
         self, image: Image.Image, question: str, max_new_tokens: int
     ) -> Iterator[tuple[Answer, Answer]]:
-        """Both greedy answers, again and again as they grow. The last pair is complete."""
+        """Both greedy answers, again and again as they grow. The last pair is complete, unless the
+        object was closed.
+        """
         with self._lock:
+            if self.is_closed:
+                return
             if self.in_one_batch:
                 try:
                     with _removing_new_hooks(self.model):
@@ -143,7 +162,7 @@ class SideBySide:
     ) -> Iterator[list[Answer]]:
         """The answers of `rows` equal rows, step by step. Raises what generation raises."""
         inputs = model_inputs(self.model, self.processor, [image] * rows, [question] * rows)
-        streamer, stop = _TokenStreamer(), _StopOnRequest()
+        streamer, stop = _TokenStreamer(), _StopOnRequest(self._closed)
 
         def generate() -> None:
             try:

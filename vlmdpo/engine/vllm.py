@@ -1,4 +1,4 @@
-"""Greedy answers through vLLM, for GPU machines that have it: it batches and shares prefixes by
+"""Answers through vLLM, for GPU machines that have it: it batches and shares prefixes by
 itself.
 
 vLLM has no part in training here, so whatever it could do otherwise is settled in the call: it gets
@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import (
     MemoryBudgetError,
     MissingDependencyError,
@@ -20,6 +21,7 @@ from vlmdpo.errors import (
     install_command,
     is_out_of_memory,
 )
+from vlmdpo.models.adapter_files import check_adapter
 from vlmdpo.models.families import inserts_image_tokens, parameters_by_part
 from vlmdpo.models.load import meta_model, pretrained_source
 from vlmdpo.models.protocols import Processor
@@ -75,10 +77,10 @@ class VllmGenerator:
             if is_out_of_memory(problem) or any(text in reason for text in _TOO_LITTLE_MEMORY):
                 raise MemoryBudgetError(
                     f"--engine vllm: '{self.model}' does not fit the GPU: {reason}; close what "
-                    "else uses it, or use --engine shared"
+                    "else uses it, or leave --engine out"
                 ) from problem
             raise ModelError(
-                f"--engine vllm cannot run '{self.model}': {reason}; use --engine shared"
+                f"--engine vllm cannot run '{self.model}': {reason}; leave --engine out"
             ) from problem
 
     def generate(
@@ -94,6 +96,19 @@ class VllmGenerator:
         Args:
             tuned: whether the adapter is on.
         """
+        answers = self.answers_to(images, questions, max_new_tokens, GREEDY, tuned=tuned)
+        return [texts[0] for texts in answers]
+
+    def answers_to(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        tuned: bool,
+    ) -> list[list[str]]:
+        """The answers, stripped, to each image and question. For `tuned` see `generate`."""
         prompts = [
             # Ids, because vLLM would add special tokens to a text. One image token stands for the
             # image; vLLM puts in the others.
@@ -107,13 +122,16 @@ class VllmGenerator:
         ]
         # The model's own, for its repetition penalty; `transformers` applies it too.
         settings = self._engine.get_default_sampling_params()
-        settings.temperature, settings.max_tokens = 0.0, max_new_tokens
+        settings.temperature, settings.max_tokens = sampling.temperature, max_new_tokens
+        if not sampling.is_greedy:
+            settings.top_p, settings.top_k, settings.n = sampling.top_p, -1, sampling.count
+            settings.seed = sampling.seed_of(questions)
         end = rendering_of(self.processor).end_token_id
         settings.stop_token_ids = [*(settings.stop_token_ids or []), end]
         outputs = self._engine.generate(
             prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
         )
-        return [output.outputs[0].text.strip() for output in outputs]
+        return [[one.text.strip() for one in output.outputs] for output in outputs]
 
 
 def _import_vllm() -> tuple[Any, Any]:
@@ -139,10 +157,11 @@ def _check_model_and_adapter(
     if inserts_image_tokens(processor):
         raise ModelError(
             f"--engine vllm: the processor of '{model}' rewrites its prompts, which vLLM does "
-            "otherwise; use --engine shared"
+            "otherwise; leave --engine out"
         )
     if adapter is None:
         return
+    check_adapter(adapter, model, revision)
     skeleton = meta_model(model, revision=revision, trust_remote_code=trust_remote_code)
     outside = {
         name.rpartition(".")[0]

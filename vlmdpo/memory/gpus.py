@@ -28,7 +28,7 @@ GPUS: dict[str, float] = {
     "b200": 178.4,
 }
 _UNITS = {"gib": _GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-_AMOUNT = re.compile(r"^\s*([\d.]+)\s*(gib|gb|mib|mb)\s*$", re.IGNORECASE)
+_AMOUNT = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*(gib|gb|mib|mb)\s*$", re.IGNORECASE)
 
 
 def capacity_bytes(gpu: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import warnings
@@ -20,7 +21,6 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -29,6 +29,7 @@ from transformers.utils import is_bitsandbytes_available
 from vlmdpo import ui
 from vlmdpo.errors import MissingDependencyError, ModelError, install_command, is_out_of_memory
 from vlmdpo.models import registry
+from vlmdpo.models.adapter_files import check_adapter
 from vlmdpo.models.attention import check_attention_installed, use_attention
 from vlmdpo.models.chat_template import PromptSettings, add_missing_template
 from vlmdpo.models.download import shown_download
@@ -36,7 +37,9 @@ from vlmdpo.models.load_errors import translate_load_errors
 from vlmdpo.models.processor_parts import load_processor_parts
 from vlmdpo.models.protocols import AdaptedModel, VisionLanguageModel
 from vlmdpo.models.rendering import set_rendering
-from vlmdpo.models.supported import check_supported
+from vlmdpo.models.supported import check_sizes, check_supported
+from vlmdpo.models.weight_files import local_folder
+from vlmdpo.models.weights import check_complete, check_finite
 
 # What they say to a terminal, this package says itself, as errors and warnings of its own.
 transformers.utils.logging.set_verbosity_error()
@@ -60,9 +63,14 @@ def check_is_vlm(
         ModelError: there is none, or it is not of a model that can be trained.
     """
     with translate_load_errors(model, revision):
+        folder = local_folder(model, revision)
+        if folder is not None and (folder / "config.json").is_file():
+            # First, because a configuration makes lists as long as it has layers.
+            check_sizes(json.loads((folder / "config.json").read_text(encoding="utf-8")), model)
         config = AutoConfig.from_pretrained(
             pretrained_source(model), revision=revision, trust_remote_code=trust_remote_code
         )
+    check_sizes(config.to_dict(), model)
     check_supported(config, model, trust_remote_code=trust_remote_code)
     return config
 
@@ -260,7 +268,7 @@ def load_model(
     """
     config = check_is_vlm(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
-        check_adapter(adapter)
+        check_adapter(adapter, model, revision)
     where = pick_device(device)
     picked = pick_dtype(dtype, where)
     check_attention_installed(attention)
@@ -270,14 +278,19 @@ def load_model(
         if is_remote and attention != "auto":  # code of its own may choose only as it is built
             options["attn_implementation"] = attention
         with _download_shown(model, revision):
-            loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            loaded, keys = AutoModelForImageTextToText.from_pretrained(
                 pretrained_source(model),
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 dtype=picked,
                 use_safetensors=True,
+                # What does not fit is an error here too, but one that names it.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **options,
             )
+        check_complete(keys, model)
+        check_finite(loaded.named_parameters(), f"--model: '{model}'")
         if "device_map" not in options:
             loaded.to(where)
         if not is_remote:
@@ -286,36 +299,34 @@ def load_model(
     return loaded if adapter is None else load_adapter(loaded, adapter)
 
 
-def check_adapter(adapter: Path) -> None:
-    """Raise ModelError where a folder does not hold a PEFT adapter in safetensors."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            raise ModelError(
-                f"--adapter: '{adapter}' holds no {name}; give the output folder of vlmdpo train"
-            )
-
-
 def load_adapter(model: VisionLanguageModel, adapter: Path) -> AdaptedModel:
-    """The model wrapped in an adapter from disk. Raises ModelError where the two do not fit."""
+    """The model wrapped in an adapter from disk, which `check_adapter` has seen.
+
+    Raises ModelError where the two do not fit, or the adapter holds NaN.
+    """
     from peft import PeftModel
 
-    check_adapter(adapter)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its keys are looked at below
             wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
-        except (RuntimeError, ValueError, KeyError, SafetensorError) as problem:
-            if is_out_of_memory(problem):
-                raise
-            reason = str(problem).splitlines()[0]
+            # Once more, because only this says which keys it found.
+            keys = wrapped.load_adapter(str(adapter), "default")
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        # PyTorch lists what does not fit in the lines below its first.
+        reason = " ".join(str(problem).split("\n\t", 2)[:2]) or type(problem).__name__
+        raise ModelError(f"--adapter: '{adapter}' does not fit the model: {reason}") from problem
+    for names, what in (
+        (keys.missing_keys, "it lacks weights for this one"),
+        (keys.unexpected_keys, "this one has no place for some of its weights"),
+    ):
+        if names:
             raise ModelError(
-                f"--adapter: '{adapter}' does not fit the model: {reason}"
-            ) from problem
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise ModelError(
-            f"--adapter: '{adapter}' was trained on another model: some of its weights are "
-            "missing here"
-        )
+                f"--adapter: '{adapter}' was trained on another model: {what}, as {min(names)}"
+            )
+    adapted = ((name, weight) for name, weight in wrapped.named_parameters() if ".default" in name)
+    check_finite(adapted, f"--adapter: '{adapter}'")
     wrapped.eval()
     return wrapped

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 
@@ -35,6 +36,7 @@ from vlmdpo.errors import (
     out_of_memory_reason,
 )
 from vlmdpo.models import registry
+from vlmdpo.models.weight_files import damaged_file, local_folder
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -177,7 +179,7 @@ def _of_hub(chain: list[BaseException], model: str, revision: str | None) -> Mod
             f"--revision: '{model}' has no revision '{revision}'; see its page on the Hub"
         )
     if is_unknown or _has(chain, HFValidationError):
-        return _not_found(model, "on the Hub")
+        return _not_found(model, "in the cache, or on the Hub")
     if _has(chain, LocalEntryNotFoundError, OfflineModeIsEnabled) or "couldn't connect" in text:
         return _not_reached(model)
     broken = [link for link in chain if _is_broken_connection(link)]
@@ -195,9 +197,9 @@ def _of_hub(chain: list[BaseException], model: str, revision: str | None) -> Mod
     return None
 
 
-def _not_found(model: str, where: str) -> ModelError:
+def _not_found(model: str, where: str, more: str = "") -> ModelError:
     return ModelError(
-        f"--model: cannot find '{model}' as a folder, in the cache, or {where}."
+        f"--model: cannot find '{model}' as a folder, or {where}{more}."
         f"{nearest(model, registry.ENTRIES)} Aliases: {', '.join(list(registry.ENTRIES)[:4])} ... "
         "For a private one, run `hf auth login`"
     )
@@ -205,8 +207,8 @@ def _not_found(model: str, where: str) -> ModelError:
 
 def _not_reached(model: str) -> ModelError:
     if registry.find(model) is None:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ", now unreachable"
-        return _not_found(model, f"on the Hub{offline}")
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it cannot be reached"
+        return _not_found(model, "in the cache", f", and the Hub was not asked: {why}")
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     return ModelError(
         f"--model: '{registry.hub_id(model)}' is not in the cache, and {why}; go online, or give a "
@@ -214,8 +216,12 @@ def _not_reached(model: str) -> ModelError:
     )
 
 
-def _of_files(chain: list[BaseException], model: str, _: str | None) -> ModelError | None:
+def _of_files(chain: list[BaseException], model: str, revision: str | None) -> ModelError | None:
     """Files that are damaged, missing, or of another model."""
+    folder = local_folder(model, revision)
+    reason = damaged_file(folder) if folder is not None else None
+    if reason is not None:
+        return ModelError(f"--model: of '{model}', {reason}")
     text = " ".join(map(str, chain))
     if (
         _has(chain, SafetensorError)
@@ -228,7 +234,10 @@ def _of_files(chain: list[BaseException], model: str, _: str | None) -> ModelErr
             f"--model: a file of '{model}' is damaged ({why}); delete it from {where} and get it "
             "again"
         )
-    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
+    if _has(chain, StrictDataclassError):
+        why = " ".join(str(chain[0]).split())[:200]
+        return ModelError(f"--model: the config.json of '{model}' is not valid: {why}")
+    if "size mismatch" in text:
         return ModelError(
             f"--model: the weights of '{model}' do not fit its config.json: {_line(chain[0])}"
         )

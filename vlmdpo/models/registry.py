@@ -243,6 +243,14 @@ def hub_id(model: str) -> str:
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
+def is_same_name(one: str, other: str) -> bool:
+    """Whether two names of `--model` are one model: by alias, Hub id or path."""
+    names = (hub_id(one), hub_id(other))
+    return names[0].lower() == names[1].lower() or (
+        Path(names[0]).is_dir() and Path(names[0]).absolute() == Path(names[1]).absolute()
+    )
+
+
 def recipe(model: str, command: str) -> Mapping[str, Any]:
     """The option values that `command` starts from for this model; empty for most models."""
     entry = find(model)

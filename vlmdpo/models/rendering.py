@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vlmdpo import ui
+from vlmdpo.data.pairs import question_message
 from vlmdpo.data.reasons import BadRow
 from vlmdpo.errors import ModelError
 from vlmdpo.models.chat_template import (
@@ -27,6 +28,7 @@ from vlmdpo.models.chat_template import (
     apply_template,
     text_message,
 )
+from vlmdpo.models.families import reserved_tokens
 from vlmdpo.models.protocols import Processor
 from vlmdpo.models.template_probe import probe
 
@@ -103,8 +105,20 @@ def _kinds(messages: Sequence[Message]) -> list[str]:
 
 
 def render_question(processor: Processor, question: str, images: int = 1) -> str:
-    """One user turn of images and a question, up to the answer. Raises CannotRender."""
-    return render_prompt(processor, [text_message("user", question, images)])
+    """One user turn of images and a question, up to the answer.
+
+    `<image>` in the question is an image's place, as in the rows that `prepare` reads. Raises
+    BadRow.
+    """
+    turn = question_message(question, images)
+    texts = [str(part["text"]) for part in turn["content"] if part["type"] == "text"]
+    for token in reserved_tokens(processor):
+        if any(token in text for text in texts):
+            raise CannotRender(
+                "placeholder_miscount",
+                f"the question holds {token!r}, which the model reads as an image",
+            )
+    return render_prompt(processor, [turn])
 
 
 def render_answer(processor: Processor, text: str) -> str:

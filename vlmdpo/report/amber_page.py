@@ -12,6 +12,7 @@ from vlmdpo.benchmarks.amber.published import beside_article, why_not_beside_art
 from vlmdpo.benchmarks.amber.questions import Benchmark
 from vlmdpo.benchmarks.amber.scores import COVERS
 from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
 from vlmdpo.report import html as pages
 
@@ -63,6 +64,7 @@ def page(
         .get_template("amber.html")
         .render(
             **_context(report),
+            setting_groups=pages.by_difference(report["settings"], EvalAmberConfig),
             gallery=[
                 {**flip, "picture": thumbnail(flip["image"])}
                 for flip in _gallery(report, benchmark, answers)
@@ -83,7 +85,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def as_cell(value: Any) -> str:
     """Text that is safe in a Markdown table: without bars, tags, links and line breaks."""
     text = " ".join(str(value).split())
-    for mark in "\\|`*_<>[]&":
+    for mark in "&\\|`*_<>[]":  # & first: it begins what the others become
         text = text.replace(mark, f"&#{ord(mark)};" if mark in "<>&" else f"\\{mark}")
     return text
 

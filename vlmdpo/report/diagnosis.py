@@ -7,9 +7,12 @@ times the difference of an answer's log-probs under policy and reference, in nat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from vlmdpo.config import TrainConfig
 
 _MIN_LINES = 4  # logged lines; fewer show nothing
 _UNMOVED_NATS = 0.2  # an answer's log-prob that changed by less has hardly moved
@@ -59,10 +62,16 @@ class RunSummary:
     learning_rate: float
     evaluations: Lines
     lines: Lines
+    settings: TrainConfig
 
 
 def diagnose(
-    lines: Lines, evaluations: Lines = (), *, learning_rate: float, beta: float = 0.1
+    lines: Lines,
+    evaluations: Lines = (),
+    *,
+    learning_rate: float,
+    beta: float = 0.1,
+    settings: TrainConfig | None = None,
 ) -> list[Finding]:
     """What the curves show, worst first; one finding "good" or "too early" if there is no other.
 
@@ -71,7 +80,9 @@ def diagnose(
         evaluations: the same for the test split.
         learning_rate: the peak, from which the next one to try is computed.
         beta: of the rewards, by which they are converted to nats.
+        settings: the run's, so that no finding advises what was done; None for the defaults.
     """
+    settings = settings or TrainConfig()
     if len(lines) < _MIN_LINES:
         seen = f"{len(lines)} logged lines; a diagnosis needs at least {_MIN_LINES}."
         return [
@@ -81,10 +92,10 @@ def diagnose(
                 "Too early to say",
                 seen,
                 "Train longer, or log more often.",
-                ("--logging-steps 1",),
+                _untried(("--logging-steps 1", settings.logging_steps <= 1), ("more steps", False)),
             )
         ]
-    run = _summarized(lines, evaluations, learning_rate, beta)
+    run = _summarized(lines, evaluations, learning_rate, beta, settings)
     rules = (
         _diverged,
         _overfits,
@@ -100,7 +111,29 @@ def diagnose(
     return sorted(found, key=lambda finding: finding.level != "bad") or [_healthy(run)]
 
 
-def _summarized(lines: Lines, evaluations: Lines, learning_rate: float, beta: float) -> RunSummary:
+def _untried(*tries: tuple[str, bool]) -> tuple[str, ...]:
+    """The advice that was not followed yet, of (advice, whether the run did that)."""
+    return tuple(advice for advice, done in tries if not done)
+
+
+def _uses_loss(settings: TrainConfig, *names: str) -> bool:
+    """Whether one of these losses is minimized, by its own name or as a part of a preset."""
+    return bool({*settings.losses().names, settings.loss_type} & set(names))
+
+
+def _sets_at_most(settings: TrainConfig, name: str, most: float) -> bool:
+    """Whether `--set` gives a field this value or a smaller one."""
+    values = [text.partition("=")[2] for text in settings.set if text.startswith(f"{name}=")]
+    return any(float(value) <= most for value in values)
+
+
+def _summarized(
+    lines: Lines,
+    evaluations: Lines,
+    learning_rate: float,
+    beta: float,
+    settings: TrainConfig,
+) -> RunSummary:
     last = lines[-max(1, len(lines) // 4) :]
 
     def mean(name: str) -> float:
@@ -120,6 +153,7 @@ def _summarized(lines: Lines, evaluations: Lines, learning_rate: float, beta: fl
         learning_rate=learning_rate,
         evaluations=evaluations,
         lines=lines,
+        settings=settings,
     )
 
 
@@ -137,10 +171,13 @@ def _diverged(run: RunSummary) -> Finding | None:
         f"loss {run.first_loss:.3f} at step 1, {run.loss:.3f} over the last quarter; reward "
         f"accuracy {run.accuracy:.2f}.",
         "Steps are too large for the gradient to be valid, so the model unlearns.",
-        (
-            f"--learning-rate {run.learning_rate / 10:.0e}",
-            "--warmup-steps 0.1, so that the first steps are small",
-            "--set max_grad_norm=0.5",
+        _untried(
+            (f"--learning-rate {run.learning_rate / 10:.0e}", False),
+            (
+                "--warmup-steps 0.1, so that the first steps are small",
+                run.settings.warmup_steps > 0,
+            ),
+            ("--set max_grad_norm=0.5", _sets_at_most(run.settings, "max_grad_norm", 0.5)),
         ),
     )
 
@@ -162,12 +199,22 @@ def _overfits(run: RunSummary) -> Finding | None:
         "training loss fell from "
         f"{trained_then:.3f} to {run.loss:.3f}.",
         f"Since about step {step} it memorizes the training rows.",
-        (
-            f"--max-steps {step}, or the nearest checkpoint",
-            "more pairs, or fewer epochs",
-            "--lora-r 8, --lora-dropout 0.1, or a larger --beta",
+        _untried(
+            ("--keep-best, which keeps the weights of that step", run.settings.keep_best),
+            (f"--max-steps {step}, or the nearest checkpoint", False),
+            ("more pairs, or fewer epochs", False),
+            (_less_capacity(run.settings), False),
         ),
     )
+
+
+def _less_capacity(settings: TrainConfig) -> str:
+    ways = [
+        *(["--lora-r 8"] if settings.lora and settings.lora_r > 8 else []),
+        *(["--lora-dropout 0.1"] if settings.lora and settings.lora_dropout < 0.1 else []),
+        "a larger --beta",
+    ]
+    return ways[0] if len(ways) == 1 else ", ".join(ways[:-1]) + f" or {ways[-1]}"
 
 
 def _not_moving(run: RunSummary) -> Finding | None:
@@ -184,10 +231,13 @@ def _not_moving(run: RunSummary) -> Finding | None:
         f"Nothing was learned in {run.steps} steps",
         f"loss {at}; rewards: chosen {run.chosen:+.4f}, rejected {run.rejected:+.4f}.",
         "The model is still the reference: its weights hardly move.",
-        (
-            f"--learning-rate {run.learning_rate * 10:.0e}",
-            "more steps, or a schedule without a long warm-up",
-            "--lora-scope all, in case the adapter is in the wrong part of the model",
+        _untried(
+            (f"--learning-rate {run.learning_rate * 10:.0e}", False),
+            ("more steps, or a schedule without a long warm-up", False),
+            (
+                "--lora-scope all, in case the adapter is in the wrong part of the model",
+                not run.settings.lora or run.settings.lora_scope == "all",
+            ),
         ),
     )
 
@@ -208,10 +258,13 @@ def _accuracy_at_chance(run: RunSummary) -> Finding | None:
         f"{run.rejected:+.3f}).",
         "What moves the rewards does not separate chosen from rejected: labels may be noise, or "
         "the images may be ignored.",
-        (
-            "look at some pairs: the report.html of vlmdpo prepare, or --show N",
-            "vlmdpo train --doctor, which checks that the image matters",
-            "--loss robust --label-smoothing 0.2, if the labels are known to be noisy",
+        _untried(
+            ("look at some pairs: the report.html of vlmdpo prepare, or --show N", False),
+            ("vlmdpo train --doctor, which checks that the image matters", False),
+            (
+                "--loss robust --label-smoothing 0.2, if the labels are known to be noisy",
+                _uses_loss(run.settings, "robust"),
+            ),
         ),
     )
 
@@ -219,6 +272,7 @@ def _accuracy_at_chance(run: RunSummary) -> Finding | None:
 def _both_fall(run: RunSummary) -> Finding | None:
     if run.margin < run.unmoved or run.chosen >= -max(run.unmoved, 0.2 * run.margin):
         return None
+    has_sft = _uses_loss(run.settings, "sft")
     return Finding(
         "both_fall",
         "bad",
@@ -227,11 +281,18 @@ def _both_fall(run: RunSummary) -> Finding | None:
         f"{run.margin:+.3f}.",
         "The loss only asks for a difference, and gets it by making both answers unlikely; what "
         "becomes more likely is neither of them. Read the samples.",
-        (
-            "--loss mpo, or --loss sigmoid,sft --loss-weights 1,0.2: they keep the chosen answer "
-            "likely",
-            f"--learning-rate {run.learning_rate / 3:.0e}, or fewer steps",
-            "--loss mdpo, whose anchor keeps the chosen answer's reward above zero",
+        _untried(
+            (
+                "--loss mpo, or --loss sigmoid,sft --loss-weights 1,0.2: they keep the chosen "
+                "answer likely",
+                has_sft,
+            ),
+            ("a larger weight of sft in --loss-weights, as in 1,1", not has_sft),
+            (f"--learning-rate {run.learning_rate / 3:.0e}, or fewer steps", False),
+            (
+                "--loss mdpo, whose anchor keeps the chosen answer's reward above zero",
+                _uses_loss(run.settings, "mdpo"),
+            ),
         ),
     )
 
@@ -250,9 +311,12 @@ def _only_rejected_falls(run: RunSummary) -> Finding | None:
         f"{-run.rejected / run.margin:.0%} of the margin.",
         "It learns what not to say. That is fine if chosen answers were likely anyway; otherwise "
         "it has not learned them.",
-        (
-            "read the samples: are the new answers the chosen ones?",
-            "--loss mpo, or --loss apo_zero, which raise the chosen answer",
+        _untried(
+            ("read the samples: are the new answers the chosen ones?", False),
+            (
+                "--loss mpo, or --loss apo_zero, which raise the chosen answer",
+                _uses_loss(run.settings, "sft", "apo_zero"),
+            ),
         ),
     )
 
@@ -291,3 +355,36 @@ def _healthy(run: RunSummary) -> Finding:
         "Curves cannot show whether it hallucinates less.",
         ("vlmdpo eval-amber",),
     )
+
+
+def of_this_model(findings: Iterable[Finding], command: str) -> list[Finding]:
+    """The findings with `vlmdpo eval-amber` as the command that scores this run's model."""
+    return [
+        dataclasses.replace(
+            one, tries=tuple(text.replace("vlmdpo eval-amber", command) for text in one.tries)
+        )
+        for one in findings
+    ]
+
+
+def best_kept(best: Mapping[str, Any] | None) -> list[Finding]:
+    """What `--keep-best` kept, as a finding; none without it.
+
+    Args:
+        best: of `KeepBest.summary`.
+    """
+    if best is None:
+        return []
+    stopped = " The run was stopped there." if best["stopped_early"] else ""
+    return [
+        Finding(
+            "best_kept",
+            "good",
+            f"The result is the weights of step {best['step']}",
+            f"{best['judged_by']} {best['value']:.4f}, the best of {best['evaluations']} "
+            f"evaluations on the test split; {best['last_value']:.4f} at the last, of step "
+            f"{best['last_step']}.{stopped}",
+            "It was chosen by the test split, so that its figure there is a little too good.",
+            ("judge it by what did not choose it: vlmdpo eval-amber",),
+        )
+    ]

@@ -5,13 +5,18 @@ of the page.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image as PillowImage
 
+from vlmdpo.config.options import Options
+
+_NOTHING = "none"
 SIDE_PX = 320  # the longer side of an image on a page
 
 
@@ -29,6 +34,43 @@ def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True
     )
     made.filters |= dict(filters or {})
     return made
+
+
+class Settings(NamedTuple):
+    """The settings of a run: those that differ from the defaults, with these, and the others."""
+
+    changed: list[tuple[str, Any, Any]]
+    usual: list[tuple[str, Any]]
+
+
+def by_difference(settings: Mapping[str, Any], config: type[Options]) -> Settings:
+    """A run's settings as a page shows them, empty ones left out.
+
+    Args:
+        config: the command's options, whose defaults they are compared with.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    found = Settings([], [])
+    for name, value in settings.items():
+        value, default = _plain(value), _plain(defaults.get(name))
+        if name in defaults and value != default:
+            found.changed.append((name, value, default))
+        elif value != _NOTHING:
+            found.usual.append((name, value))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a page shows it, whether it comes from a file or from an option's default."""
+    if value is None or value == "" or value == [] or value == ():
+        return _NOTHING
+    return (
+        list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+    )
 
 
 def evenly(entries: Sequence[Any], count: int) -> list[Any]:

@@ -53,6 +53,7 @@ def text(folder: Path, *, merged: bool) -> str:
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         report=report,
         base=base,
+        embedded=report["model"] == "tiny",  # it is on no Hub
         data=data,
         settings=_settings(recipe, report),
         standalone=standalone,

@@ -14,6 +14,7 @@ from vlmdpo.data.sources import as_stored
 from vlmdpo.report import html as pages
 
 SAMPLES = 24  # pairs shown
+_USUAL, _FAR = 99, 2  # per cent of the values, and how many times their range an axis may span
 
 
 def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
@@ -36,10 +37,15 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
         "prompt and longer answer": longer,
     }
     for axes, title, shown in ((left, "Answers", answers), (right, "Sequences", sequences)):
-        edges = numpy.histogram_bin_edges(numpy.concatenate(list(shown.values())), bins=40)
+        everything = numpy.concatenate(list(shown.values()))
+        top, longest = _top(everything), int(everything.max())
+        edges = numpy.histogram_bin_edges(numpy.minimum(everything, top), bins=40)
         for label, tokens in shown.items():
-            axes.hist(tokens, bins=edges, histtype="step", linewidth=1.6, label=label)
-        axes.set_title(title, loc="left")
+            axes.hist(
+                numpy.minimum(tokens, top), bins=edges, histtype="step", linewidth=1.6, label=label
+            )
+        more = f" (the last bin: up to {longest:,})" if longest > top else ""
+        axes.set_title(title + more, loc="left", fontsize=11)
         axes.legend(fontsize=8)
         axes.set_xlabel("tokens")
         axes.set_ylabel("rows")
@@ -48,6 +54,17 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
     # Without the version of matplotlib, so that equal data gives equal bytes.
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _top(values: Any) -> float:
+    """Where a histogram ends: the largest value, unless a few values lie far beyond the others and
+    would crush them into the first bin.
+    """
+    import numpy
+
+    usual, most = numpy.percentile(values, (_USUAL, 100))
+    low = values.min()
+    return float(most if most - low <= _FAR * max(usual - low, 1) else usual)
 
 
 def page(manifest: Mapping[str, Any], dataset: Any, lengths: Path, sides: Mapping[int, int]) -> str:
@@ -98,15 +115,20 @@ def _sizes(sides: Mapping[int, int]) -> list[dict[str, Any]]:
     """A histogram of longer sides with eight bins."""
     if not sides:
         return []
+    import numpy
+
     low, high = min(sides), max(sides)
-    step = max(1, -(-(high - low + 1) // 8))
+    top = int(_top(numpy.repeat(list(sides), list(sides.values()))))
+    step = max(1, -(-(top - low + 1) // 8))
+    last = (top - low) // step
     counts: dict[int, int] = {}
     for side, images in sides.items():
-        counts[(side - low) // step] = counts.get((side - low) // step, 0) + images
+        at = min((side - low) // step, last)
+        counts[at] = counts.get(at, 0) + images
     most = max(counts.values())
     return [
         {
-            "label": _range(low + at * step, min(high, low + (at + 1) * step - 1)),
+            "label": _range(low + at * step, high if at == last else low + (at + 1) * step - 1),
             "count": count,
             "share": 100 * count / most,
         }

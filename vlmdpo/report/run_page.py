@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from vlmdpo.config import TrainConfig
 from vlmdpo.report import html as pages
 from vlmdpo.report.diagnosis import Finding
 
@@ -73,9 +74,7 @@ def page(
             evaluated=evaluations[-1] if evaluations else None,
             findings=findings,
             samples=_by_row(samples, pictures),
-            settings={
-                name: value for name, value in settings.items() if value not in (None, [], "")
-            },
+            settings=pages.by_difference(settings, TrainConfig),
             data=_data(lines, evaluations),
             script=script,
             hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib.util
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from peft import LoraConfig
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
 from vlmdpo import ui
-from vlmdpo.config import LoraOptions, TrainConfig, flag_name
+from vlmdpo.config import LoraOptions, TrainConfig
 from vlmdpo.distributed.processes import WAIT_FOR_PEERS
-from vlmdpo.errors import ConfigError, MissingDependencyError, install_command, nearest
+from vlmdpo.errors import (
+    ConfigError,
+    MissingDependencyError,
+    VlmDpoError,
+    install_command,
+    nearest,
+)
 from vlmdpo.models.experts import expert_parameters, returns_several, router_layers
 from vlmdpo.models.families import linear_layers, parameter_numel
 from vlmdpo.models.load import computes_in_bfloat16
+from vlmdpo.training.set_fields import extra_fields
 
 if TYPE_CHECKING:
     from vlmdpo.models.protocols import VisionLanguageModel
@@ -45,7 +53,6 @@ _SAME_FIELDS = (
     ),
     *("label_smoothing", "save_steps", "save_total_limit", "seed"),
 )
-_OUR_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 _MAX_WORKERS = 4  # by default; more only help where images are large and cores many
 _MAX_PREFETCHED_BATCHES = 8  # a worker
 _WORKER_SHARED_MEMORY_BYTES = 1 << 30  # batches on their way from a worker to its process
@@ -54,7 +61,8 @@ _WORKER_SHARED_MEMORY_BYTES = 1 << 30  # batches on their way from a worker to i
 def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> DPOConfig:
     """TRL's arguments for a run.
 
-    Raises ConfigError if TRL refuses them, or `--set` names an unknown field.
+    Raises ConfigError if TRL refuses them, or `--set` names an unknown field;
+    MissingDependencyError where a tracker's or optimizer's package is missing.
     """
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_FIELDS}
     losses, weights, _ = config.losses()
@@ -72,7 +80,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         # transformers would look at the loss of every batch for it; `PairTrainer` raises an error.
         "logging_nan_inf_filter": False,
     }
-    extra = _extra_fields(config.set, values)
+    extra = extra_fields(config.set, values, is_shared=config.engine != "stock")
     _check_not_compiled(config, extra)
     values = {**_data_loader_fields(config, device), **values, **extra}
     values.setdefault("ddp_timeout", int(WAIT_FOR_PEERS.total_seconds()))
@@ -81,14 +89,42 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
             raise MissingDependencyError(
                 f"--report-to {name} needs a package: {install_command(name)}"
             )
-    try:
+    with translate_refusals(config):
         args = DPOConfig(**values)
-    except (ValueError, TypeError, ImportError) as problem:
-        raise ConfigError(
-            f"TRL refuses these settings: {' '.join(str(problem).split())}"
-        ) from problem
+        _check_optimizer(args)
     _use_one_gpu(args, config)
     return args
+
+
+@contextlib.contextmanager
+def translate_refusals(config: TrainConfig) -> Iterator[None]:
+    """Inside, what TRL and transformers refuse about settings, or lack for them, is one line."""
+    try:
+        yield
+    except VlmDpoError:
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError) as problem:
+        raise _refused(problem, config) from problem
+    except (OSError, LookupError, AttributeError) as problem:
+        if not config.set:
+            raise  # what options of ours cannot cause
+        raise _refused(problem, config) from problem
+
+
+def _refused(problem: Exception, config: TrainConfig) -> VlmDpoError:
+    words = " ".join(str(problem).split())
+    if not isinstance(problem, ImportError) and "lease install" not in words:
+        return ConfigError(f"TRL refuses these settings: {words}")
+    given = [f"--optim {config.optim}"] if config.optim != "auto" else []
+    given += [f"--set {setting}" for setting in config.set]
+    return MissingDependencyError(f"{', '.join(given)}: a package is missing: {words}")
+
+
+def _check_optimizer(args: DPOConfig) -> None:
+    """Raise what transformers raises for an optimizer that cannot be made, most often because its
+    package is missing: now, and not once a model has been loaded.
+    """
+    Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
 
 
 def _use_one_gpu(args: DPOConfig, config: TrainConfig) -> None:
@@ -193,37 +229,6 @@ def enable_evaluation(args: DPOConfig, steps: float | None) -> None:
     args.per_device_eval_batch_size = args.per_device_train_batch_size
 
 
-def _extra_fields(settings: tuple[str, ...], computed: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `--set`. Raises ConfigError for one that is unknown or not theirs to set."""
-    fields = {field.name: field for field in dataclasses.fields(DPOConfig) if field.init}
-    extra: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        key = key.strip().replace("-", "_")
-        if not separator:
-            raise ConfigError(
-                f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5"
-            )
-        if key in computed or key in _OUR_FIELDS:
-            if key in _OUR_FIELDS:
-                raise ConfigError(f"--set: use {flag_name(key)} for '{key}'")
-            raise ConfigError(f"--set: '{key}' is determined by vlmdpo's own options")
-        if key not in fields:
-            raise ConfigError(f"--set: DPOConfig has no field '{key}'.{nearest(key, fields)}")
-        extra[key] = _parsed(text)
-        is_number = type(fields[key].default) in (int, float)
-        if is_number and not isinstance(extra[key], (int, float)):
-            raise ConfigError(f"--set: '{key}' takes a number, not '{text}'")
-    return extra
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):  # plain text, such as a name or a path
-        return yaml.safe_load(text) if text.lower() in ("true", "false") else text
-
-
 def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig | None:
     """PEFT's configuration of the adapter, or None for full fine-tuning.
 
@@ -235,6 +240,7 @@ def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig 
     if not options.lora:
         return None
     names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
+    _check_targets(names, model)
     weights = _expert_targets(options, model, names)
     names = [name for name in names if name not in weights]
     is_all = names == ["all-linear"]
@@ -261,6 +267,22 @@ def lora_config(options: LoraOptions, model: VisionLanguageModel) -> LoraConfig 
         use_dora=options.use_dora,
         bias="none",
     )
+
+
+def _check_targets(names: list[str], model: VisionLanguageModel) -> None:
+    """Raise ConfigError for a name of `--lora-target-modules` that nothing in the model has.
+
+    PEFT is content if one of several is found.
+    """
+    held = {name for name, _ in model.named_modules()} | set(expert_parameters(model))
+    for wanted in names:
+        if wanted == "all-linear" or any(f".{name}".endswith(f".{wanted}") for name in held):
+            continue
+        last = {name.rpartition(".")[2] for name in linear_layers(model, "all")}
+        raise ConfigError(
+            f"--lora-target-modules: no layer '{wanted}' in this model.{nearest(wanted, last)} "
+            f"Linear layers: {', '.join(sorted(last)[:12])}"
+        )
 
 
 def _returns_several(model: VisionLanguageModel, name: str) -> bool:

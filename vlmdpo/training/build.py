@@ -16,6 +16,7 @@ from vlmdpo.config.common import RuntimeOptions
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.configured import configured_model, configured_processor
+from vlmdpo.training.data_check import check_prepared_for
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def build_setup(
     from vlmdpo.distributed.processes import launched_strategy
     from vlmdpo.training import caches, engine_choice
     from vlmdpo.training.arguments import enable_evaluation, lora_config, say_what_lora_leaves
+    from vlmdpo.training.keep_best import KeepBest
     from vlmdpo.training.make_trainer import make_trainer
     from vlmdpo.training.sharding import check_sharding
 
@@ -49,13 +51,14 @@ def build_setup(
     eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
     manifest = store.read_manifest(data) or {}
     processor = configured_processor(config, date=manifest.get("prompt_date"))
+    check_prepared_for(data, manifest, processor, config)
     dataset, over_length = _within_max_length(config, dataset, processor, data)
     if eval_dataset is not None:
         eval_dataset, _ = _within_max_length(config, eval_dataset, processor, data)
         enable_evaluation(args, config.eval_steps)
     loaded_as = dataclasses.replace(config, dtype=config.weights_dtype)
     model = _load_policy(loaded_as, config.quantization)
-    _freeze_parts(config, model)
+    freeze_parts(config, model)
     engine, fallback_reason = engine_choice.choose_engine(
         config.engine, model, router_loss=args.router_aux_loss_coef
     )
@@ -81,6 +84,11 @@ def build_setup(
         mdpo_rows=total_rows if config.losses().is_mdpo else 0,
     )
     setup = TrainingSetup(trainer, processor, dataset, monitor, fallback_reason, over_length, data)
+    if config.keep_best:
+        keep_best = KeepBest(Path(args.output_dir), config.best_by, config.early_stopping, monitor)
+        setup.keep_best = keep_best
+        trainer.best_step = lambda: (keep_best.best() or {}).get("step")
+        trainer.add_callback(keep_best)
     _finish_setup(setup, config, config.per_device_train_batch_size)
     return setup
 
@@ -132,6 +140,23 @@ def _load_policy(options: RuntimeOptions, quantization: str) -> VisionLanguageMo
     return model
 
 
+def check_eval_steps(options: RunOptions, *, has_test_split: bool) -> None:
+    """Raise ConfigError for options that need a test split, where the data has none."""
+    asked = [
+        flag
+        for flag, is_given in (
+            ("--eval-steps", options.eval_steps),
+            ("--keep-best", options.keep_best),
+        )
+        if is_given and not has_test_split
+    ]
+    if asked:
+        raise ConfigError(
+            f"{asked[0]}: this data has no test split; make one with vlmdpo prepare --test-size "
+            "0.05"
+        )
+
+
 def _load_eval_dataset(
     options: RunOptions, data: Path, train_rows: int
 ) -> tuple[Dataset | None, int]:
@@ -140,12 +165,9 @@ def _load_eval_dataset(
     Its rows are numbered after the `train_rows` that train. Raises ConfigError for `--eval-steps`
     without a test split.
     """
-    if not store.has_test_split(data):
-        if options.eval_steps:
-            raise ConfigError(
-                "--eval-steps: this data has no test split; make one with vlmdpo prepare "
-                "--test-size 0.05"
-            )
+    has_test_split = store.has_test_split(data)
+    check_eval_steps(options, has_test_split=has_test_split)
+    if not has_test_split:
         return None, train_rows
     test = store.load(data, "test")
     total = train_rows + len(test)
@@ -154,7 +176,7 @@ def _load_eval_dataset(
     return test.add_column("row", range(train_rows, total)), total
 
 
-def _freeze_parts(options: LoraOptions, model: VisionLanguageModel) -> None:
+def freeze_parts(options: LoraOptions, model: VisionLanguageModel) -> None:
     """Exclude the parts of `--freeze` from training. Raises ConfigError if nothing is left."""
     from vlmdpo.models.families import parameters_by_part
 

@@ -242,6 +242,8 @@ def _check_first_loss(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     largest = max((p.sum() - r.sum()).abs().item() for p, r in zip(policy, reference, strict=True))
     loss = math.log1p(math.exp(min(trainer.beta * 2 * largest, 50.0)))
     cause = "the adapter does not start at zero, or dropout is on"
+    if not all(bool(logps.isfinite().all()) for logps in (*policy, *reference)):
+        loss, cause = math.nan, "weights or pictures overflow in this --dtype, or hold NaN"
     return Check("loss at step 0 is ln 2", loss - math.log(2) < 0.05, f"{loss:.4f}", cause)
 
 

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from vlmdpo import ui
+from vlmdpo.report.metrics import as_evaluation, read_lines, write_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-METRICS_FILE = "metrics.jsonl"
 _STEPS_TO_PEAK = 3  # optimizer steps after which memory has been at its highest
 _SPEED_WINDOW = 20  # optimizer steps that the speed is averaged over
 
@@ -55,6 +55,9 @@ class TrainingMonitor(TrainerCallback):
         lines: the logged lines of training.
         evaluations: the logged lines of the test split, their names without "eval_".
         save_now: writes a checkpoint; the trainer's, once there is one.
+        began_at: the optimizer step from which this process went on; 0 of a new run.
+        has_begun: whether training has, after all of a checkpoint was read.
+        on_begin: called once it has.
         write_page: called after each checkpoint, and however training ends.
     """
 
@@ -62,6 +65,9 @@ class TrainingMonitor(TrainerCallback):
         self.forecast = forecast
         self.metrics_file = metrics_file
         self.write_page: Callable[[], None] | None = None
+        self.has_begun = False
+        self.began_at = 0
+        self.on_begin: Callable[[], None] | None = None
         self.stopped_by: signal.Signals | None = None
         self.save_now: Callable[[], None] | None = None
         self._restore_random_state: Callable[[], None] | None = None
@@ -75,10 +81,13 @@ class TrainingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.has_begun, self.began_at = True, state.global_step
+        if self.on_begin is not None:
+            self.on_begin()
         # After a resume, lines past the checkpoint belong to steps that are repeated.
         kept = [line for line in read_lines(self.metrics_file) if line["step"] <= state.global_step]
         self.lines = [line for line in kept if "loss" in line]
-        self.evaluations = [_evaluation(line) for line in kept if "eval_loss" in line]
+        self.evaluations = [as_evaluation(line) for line in kept if "eval_loss" in line]
         if not state.is_world_process_zero:
             return
         write_lines(self.metrics_file, kept)
@@ -98,6 +107,8 @@ class TrainingMonitor(TrainerCallback):
             self._peak_compared = True
             ui.say(compare_peaks(estimated, torch.cuda.max_memory_allocated()))
         self._restore_random_state = _save_random_state()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last metrics are of the last steps
         if self._should_stop(args):
             control.should_save = control.should_training_stop = True
 
@@ -142,7 +153,7 @@ class TrainingMonitor(TrainerCallback):
         if "loss" in logs:
             self.lines.append(line)
         else:
-            self.evaluations.append(_evaluation(line))
+            self.evaluations.append(as_evaluation(line))
         if not state.is_world_process_zero:
             return
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -248,11 +259,6 @@ def _figure(
     return ui.Figure(label, text, values, template)
 
 
-def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the test split, with its metrics named as in training."""
-    return {name.removeprefix("eval_"): value for name, value in line.items()}
-
-
 def _save_random_state() -> Callable[[], None]:
     """A function that restores every random number generator to its state now."""
     python_state = random.getstate()
@@ -277,21 +283,3 @@ def compare_peaks(estimated_bytes: int, measured_bytes: int) -> str:
         f"peak memory: {estimated_bytes / 2**30:.2f} GiB estimated, "
         f"{measured_bytes / 2**30:.2f} GiB measured ({difference:+.1f}%)"
     )
-
-
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write a file of JSON lines, which gets its name once it is complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-    )
-    partial.replace(path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of such a file; none if there is no file."""
-    if not path.exists():
-        return []
-    # A last line without its end was cut off by a kill.
-    complete, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()] if newline else []

@@ -26,6 +26,13 @@ def explain_non_finite_loss(
     from vlmdpo.training import checkpoints
 
     last = next(iter(reversed(checkpoints.list_checkpoints(folder))), None)
+    broken = _broken_before(setup, problem.step)
+    if broken:
+        return ModelError(
+            f"the loss of step {problem.step} is not finite, because weights held NaN or infinity "
+            f"before it: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}; no learning "
+            "rate mends that: resume from an earlier checkpoint, or start again with --overwrite"
+        )
     advice = "lower --learning-rate"
     if last:
         advice += f" and continue from {last.name} with --resume"
@@ -50,6 +57,15 @@ def explain_non_finite_loss(
         f"the loss of step {problem.step} is not finite, for every row of its batch ({named}); "
         f"{advice}"
     )
+
+
+def _broken_before(setup: TrainingSetup, step: int) -> list[str]:
+    """The weights that were not finite before this run's first step; none once it took one."""
+    from vlmdpo.models.weights import non_finite
+
+    if setup.is_sharded or step > setup.monitor.began_at + 1:
+        return []
+    return non_finite(setup.trainer.model.named_parameters())
 
 
 def _non_finite_rows(setup: TrainingSetup, rows: list[int]) -> list[int]:

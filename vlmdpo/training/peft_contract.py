@@ -85,12 +85,6 @@ PEFT = (
         breaks="a clear message for it",
     ),
     *messages(
-        "models/load",
-        "peft.peft_model:missing adapter keys",
-        why="an adapter of another model is recognized by PEFT's warning",
-        breaks="such an adapter would be used half loaded",
-    ),
-    *messages(
         "engine/side_by_side",
         "peft.tuners.lora.layer:adapter_names",
         "peft.tuners.lora.layer:__base__",

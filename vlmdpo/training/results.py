@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shlex
 import shutil
 from collections import Counter
 from importlib.metadata import version
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vlmdpo.report.diagnosis import Finding
-    from vlmdpo.training.monitor import TrainingMonitor
     from vlmdpo.training.trainer import PairTrainer
 
 CURVES = "learning_curves.png"
@@ -46,7 +46,8 @@ def save_results(
     from vlmdpo.training.sharding import active_strategy, gather_full_weights
 
     trainer, monitor = setup.trainer, setup.monitor
-    findings = _diagnose(monitor, config)
+    best = setup.keep_best.summary() if setup.keep_best is not None else None
+    findings = _diagnose(setup, folder, config)
     forecast = monitor.forecast
     if config.foresee_memory and forecast is not None:
         forecast.wait_or_warn()  # the user asked for it, and the run was shorter
@@ -73,6 +74,7 @@ def save_results(
         "curves": str(folder / CURVES),
         "page": str(folder / PAGE),
         "eval": _last_metrics(monitor.evaluations[-1]) if monitor.evaluations else None,
+        "best": best,
         "diagnosis": [dataclasses.asdict(finding) for finding in findings],
         "versions": {
             "python": platform.python_version(),
@@ -132,15 +134,26 @@ def _title(config: TrainConfig) -> str:
     return f"{config.model} · {config.dataset} · DPO"
 
 
-def _diagnose(monitor: TrainingMonitor, config: TrainConfig) -> list[Finding]:
-    from vlmdpo.report.diagnosis import diagnose
+def _diagnose(setup: TrainingSetup, folder: Path, config: TrainConfig) -> list[Finding]:
+    from vlmdpo.report.diagnosis import best_kept, diagnose, of_this_model
 
-    return diagnose(
+    monitor, keep_best = setup.monitor, setup.keep_best
+    findings = diagnose(
         monitor.lines,
         monitor.evaluations,
         learning_rate=config.peak_learning_rate,
         beta=config.beta,
+        settings=config,
     )
+    findings += best_kept(keep_best.summary() if keep_best is not None else None)
+    return of_this_model(findings, evaluation_command(folder, config))
+
+
+def evaluation_command(folder: Path, config: TrainConfig) -> str:
+    """The command that scores what a run leaves in `folder`."""
+    base = [] if config.model == "tiny" else ["--model", config.model]
+    trained = [*base, "--adapter", str(folder)] if config.lora else ["--model", str(folder)]
+    return shlex.join(["vlmdpo", "eval-amber", *trained])
 
 
 def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainConfig) -> None:
@@ -179,7 +192,7 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
             samples=[] if samples is None else samples.records,
             pictures=pictures,
             settings=recipes.plain(config, without=PER_CALL),
-            findings=_diagnose(monitor, config),
+            findings=_diagnose(setup, folder, config),
         )
         partial = folder / f".{PAGE}.partial"
         partial.write_text(text, encoding="utf-8")

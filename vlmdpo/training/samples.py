@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from vlmdpo.data.pairs import text_of
 from vlmdpo.engine.collate import PairCollator, images_of
 from vlmdpo.models.rendering import stop_token_ids
-from vlmdpo.training.monitor import read_lines, write_lines
+from vlmdpo.report.metrics import read_lines, write_lines
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

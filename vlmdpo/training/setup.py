@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from vlmdpo.models.protocols import Processor
+    from vlmdpo.training.keep_best import KeepBest
     from vlmdpo.training.monitor import TrainingMonitor
     from vlmdpo.training.trainer import PairTrainer
 
@@ -26,6 +27,7 @@ class TrainingSetup:
         fallback_reason: why the engine is not the shared one; None if it is, or was not wanted.
         over_length: lengths and fate of the rows over `--max-length`.
         data: the prepared folder.
+        keep_best: chooses the weights that are saved, if not those of the last step.
     """
 
     trainer: PairTrainer
@@ -35,6 +37,7 @@ class TrainingSetup:
     fallback_reason: str | None
     over_length: list[dict[str, Any]]
     data: Path
+    keep_best: KeepBest | None = None
 
     @property
     def is_sharded(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -72,6 +73,7 @@ class PairTrainer(DPOTrainer):
         feature_cache: image features on disk; takes effect with the next `use_engine`.
         row_lengths: tokens of each row's longer sequence, to group rows of similar length.
         auto_batch: computes batches in parts that fit into memory.
+        best_step: the step whose checkpoint is never removed; of `--keep-best`.
         checkpointed_layers: how many language layers recompute their activations; None for all (of
             the shared engine: all but the last).
         has_real_values: False while a step is simulated, whose loss means nothing.
@@ -97,6 +99,7 @@ class PairTrainer(DPOTrainer):
         self.feature_cache: FeatureCache | None = None
         self.row_lengths: list[int] | None = None
         self.auto_batch: AutoBatch | None = None
+        self.best_step: Callable[[], int | None] = lambda: None
         self.checkpointed_layers: int | None = None
         self.shared_forwards: list[SharedForward] = []
         self.has_real_values = True
@@ -185,9 +188,8 @@ class PairTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()
         if (folder / checkpoints.checkpoint_name(self.state.global_step)).is_dir():
             return  # a resumed run stopped before its first step
-        with checkpoints.atomic_checkpoint(
-            folder, self.state.global_step, self.args.save_total_limit, self.accelerator
-        ) as partial:
+        how = folder, self.state.global_step, self.args.save_total_limit, self.accelerator
+        with checkpoints.atomic_checkpoint(*how, best_step=self.best_step()) as partial:
             token = _unfinished_checkpoint.set(partial)
             try:
                 super()._save_checkpoint(model, trial)

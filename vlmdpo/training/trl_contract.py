@@ -166,6 +166,18 @@ _TRANSFORMERS_TRAINER = (
         why="rows of similar length are grouped in one order for all processes and after a resume",
         breaks="a resumed run would visit rows twice or never",
     ),
+    *called(
+        "training/keep_best",
+        "transformers.Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)",
+        why="the best weights are read from their checkpoint as those of a resumed run are",
+        breaks="--keep-best",
+    ),
+    *messages(
+        "training/arguments",
+        "transformers.trainer_optimizer:lease install",
+        why="of some optimizers a missing package is no ImportError, but known by these words",
+        breaks="the exit code for it, 6",
+    ),
     *overridden(
         "training/trainer",
         "transformers.Trainer._run_epoch(self, model, epoch, train_dataloader, steps_in_epoch, "
@@ -248,12 +260,12 @@ _TRANSFORMERS_MODELS = (
         breaks="processors of Qwen2-VL and SmolVLM on machines without torchvision",
     ),
     *overridden(
-        "engine/side_by_side engine/decode",
+        "engine/side_by_side engine/decode engine/streaming",
         "transformers.generation.streamers.BaseStreamer.put(self, value)",
         "transformers.generation.streamers.BaseStreamer.end(self)",
         "transformers.StoppingCriteria.__call__(self, input_ids, scores, kwargs)",
         why="`generate` passes on each token, and stops early",
-        breaks="vlmdpo compare, and early stops of eval-amber",
+        breaks="vlmdpo compare, infer on a terminal, and early stops of eval-amber",
     ),
     *called(
         "engine/packed_attention",

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlmdpo.benchmarks.amber import questions as qs
-from vlmdpo.data import store
-from vlmdpo.data.images import BadImage, inside, open_file
+from vlmdpo.data import questions, store
+from vlmdpo.data.left_out import LeftOut
+from vlmdpo.data.reasons import BadImage
 from vlmdpo.errors import DataError
 from vlmdpo.report.html import evenly
 
 SCORES = "scores.json"
 _PER_SOURCE = 12  # examples of each source
+_MOST_OF_FILE = 200  # examples of the user's own file
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def from_amber(folder: Path, image_folder: Path) -> list[Example]:
         report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         flips = (report["comparison"] or {}).get("flips", [])
         data, images = report["settings"]["data"], report["settings"]["images"]
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise DataError(
             f"--amber: '{folder}' was not written by vlmdpo eval-amber: {problem}"
         ) from problem
@@ -53,7 +54,7 @@ def from_flips(
     from vlmdpo.tiny import evaluation
 
     examples = []
-    for flip in flips:
+    for number, flip in enumerate(flips):
         try:
             image = (
                 benchmark.open_image(flip["image"])
@@ -62,7 +63,7 @@ def from_flips(
             )
         except DataError:  # AMBER's images may have been moved since
             continue
-        path = folder / f"{Path(flip['image']).stem}.png"
+        path = folder / f"changed-{number}.png"
         image.save(path)
         examples.append(Example(path, flip["question"], source))
     return examples
@@ -92,28 +93,21 @@ def from_run(adapter: Path, folder: Path) -> list[Example]:
     return examples
 
 
-def from_file(file: Path, root: Path) -> list[Example]:
-    """The user's own: JSON lines with image and question. Raises DataError, naming the line."""
-    return list(islice(_lines(file, root), 200))
+def from_file(file: Path, root: Path) -> tuple[list[Example], LeftOut]:
+    """The user's own: JSON lines with image and question, and the lines that cannot be used.
 
-
-def _lines(file: Path, root: Path) -> Iterator[Example]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(
-            f"--examples: cannot read '{file}': {getattr(problem, 'strerror', None) or problem}"
-        ) from problem
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"--examples: '{file}' line {number}"
+    Raises DataError for a file that cannot be read, or has no line that can be used.
+    """
+    flag = "--examples"
+    found, left_out = questions.read(file, root, flag)
+    examples = []
+    for question in found[:_MOST_OF_FILE]:
         try:
-            entry = json.loads(line)
-            path = inside(root, str(entry["image"]))
-            open_file(path)
-            yield Example(path, str(entry["question"]), file.name)
-        except (ValueError, KeyError, TypeError) as problem:
-            raise DataError(f"{where} must be a JSON object with image and question") from problem
+            question.open_image()
         except BadImage as problem:
-            raise DataError(f"{where}: {problem}") from problem
+            left_out.add(question.row, problem)
+        else:
+            examples.append(Example(question.path, question.text, file.name))
+    if not examples:
+        raise questions.nothing_to_ask(file, root, left_out, flag)
+    return examples, left_out

@@ -12,18 +12,14 @@ def plain(text: str) -> str:
     return html.escape(text).replace("\n", "<br>")
 
 
-def marked(base: str, tuned: str) -> tuple[str, str]:
-    """Both texts as HTML; words in only one of them have the class "only-base" or "only-tuned"."""
-    left, right = (re.findall(r"\w+|[^\w\s]+|\s+", text) for text in (base, tuned))
+def marked(left: str, right: str) -> tuple[str, str]:
+    """Both texts as HTML, with a mark around words that only one of them has."""
+    words = [re.findall(r"\w+|[^\w\s]+|\s+", text) for text in (left, right)]
     shown: tuple[list[str], list[str]] = ([], [])
-    for same, a, b, c, d in difflib.SequenceMatcher(
-        None, left, right, autojunk=False
-    ).get_opcodes():
-        for side, words, name in ((0, left[a:b], "only-base"), (1, right[c:d], "only-tuned")):
-            text = plain("".join(words))
-            shown[side].append(
-                text
-                if same == "equal" or not text.strip()
-                else f'<mark class="{name}">{text}</mark>'
-            )
+    matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
+    for same, a, b, c, d in matcher.get_opcodes():
+        for side, piece in ((0, words[0][a:b]), (1, words[1][c:d])):
+            text = plain("".join(piece))
+            is_marked = same != "equal" and text.strip()
+            shown[side].append(f"<mark>{text}</mark>" if is_marked else text)
     return "".join(shown[0]), "".join(shown[1])

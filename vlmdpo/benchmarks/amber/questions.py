@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from vlmdpo.data.images import BadImage, decode, inside, read, to_rgb
+from vlmdpo.data.images import BadImage, decode, inside, read, upright_rgb
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".
@@ -200,7 +200,7 @@ def _vocabulary(folder: Path) -> Vocabulary:
 def _opener(folder: Path) -> Callable[[str], Image.Image]:
     def open_image(name: str) -> Image.Image:
         try:
-            return to_rgb(decode(read(name, folder)))
+            return upright_rgb(decode(read(name, folder)))
         except BadImage as problem:
             raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
 
@@ -249,7 +249,7 @@ def read_responses(path: Path) -> list[tuple[int, str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(
             f"cannot read '{path}': {getattr(problem, 'strerror', None) or problem}"
@@ -259,7 +259,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:  # the latter: nested too deeply
         raise DataError(f"'{path}' is not valid JSON: {problem}") from problem
 
 

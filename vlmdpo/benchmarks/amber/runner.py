@@ -18,6 +18,7 @@ from vlmdpo.benchmarks.amber.questions import Benchmark, Description, Question
 from vlmdpo.benchmarks.answers import AnswerStore
 from vlmdpo.benchmarks.verdict import is_settled
 from vlmdpo.config import EvalAmberConfig
+from vlmdpo.data.reasons import BadImage, BadRow, foreign
 from vlmdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,11 +33,14 @@ Asked = TypeVar("Asked", Question, Description)
 
 @dataclass
 class Outcome:
-    """How the asking went: the engine used, why not the one asked for, and unreadable images."""
+    """How the asking went: the engine used, why not the one asked for, and what cannot be asked:
+    images by name, questions by id, each with the reason.
+    """
 
     engine: str
     reason: str = ""
     bad_pictures: dict[str, str] = field(default_factory=dict)
+    bad_questions: dict[int, str] = field(default_factory=dict)
 
 
 class AmberRunner:
@@ -75,6 +79,8 @@ class AmberRunner:
         own_images = set(self.image_names)
         questions = [q for q in self.benchmark.questions if q.image in own_images]
         descriptions = [d for d in self.benchmark.descriptions if d.image in own_images]
+        self._check_texts([*questions, *descriptions])
+        questions = [q for q in questions if q.id not in self.outcome.bad_questions]
         if self.config.engine == "vllm":
             self._ask_vllm(questions, descriptions)
         else:
@@ -83,8 +89,57 @@ class AmberRunner:
         return self.outcome
 
     def _unanswered(self, role: str, asked: Sequence[Asked]) -> list[Asked]:
-        answered, bad = self.answers.of(role), self.outcome.bad_pictures
-        return [one for one in asked if one.id not in answered and one.image not in bad]
+        answered, bad = self.answers.of(role), self.outcome
+        return [
+            one
+            for one in asked
+            if not (
+                one.id in answered or one.image in bad.bad_pictures or one.id in bad.bad_questions
+            )
+        ]
+
+    def _check_texts(self, asked: Sequence[Question | Description]) -> None:
+        """Remember the questions that the model's prompts cannot hold. Raises DataError with
+        `strict`.
+        """
+        from vlmdpo.models.rendering import render_question
+
+        refused: dict[str, str | None] = {}
+        for one in asked:
+            if one.text not in refused:
+                refused[one.text] = None
+                try:
+                    with foreign(BadRow, "chat_template_refuses"):
+                        render_question(self.processor, one.text)
+                except BadRow as problem:
+                    refused[one.text] = str(problem)
+            reason = refused[one.text]
+            if reason is not None:
+                self._leave_out(self.outcome.bad_questions, one.id, f"question {one.id}", reason)
+
+    def _leave_out(self, bad: dict[Any, str], key: object, name: str, reason: str) -> None:
+        """Remember what cannot be asked. Raises DataError with `strict`."""
+        if self.config.strict:
+            raise DataError(f"{name} cannot be asked: {reason}")
+        bad[key] = reason
+        ui.warn(f"{name} cannot be asked: {reason}; it stays unanswered")
+
+    def _refuses(self, image: Image.Image, asked: Question | Description) -> bool:
+        """Whether the processor cannot take an image, which is then remembered as unreadable."""
+        from vlmdpo.models.rendering import render_question
+
+        try:
+            with foreign(BadImage, "processor_refuses"):
+                self.processor(
+                    text=[render_question(self.processor, asked.text)],
+                    images=[[image]],
+                    return_tensors="pt",
+                )
+        except BadImage as problem:
+            name = f"image '{asked.image}'"
+            self._leave_out(self.outcome.bad_pictures, asked.image, name, str(problem))
+            return True
+        return False
 
     def _open_image(self, name: str) -> Image.Image | None:
         """The image; None, and remembered, if it cannot be read and `strict` is off."""
@@ -122,7 +177,11 @@ class AmberRunner:
             for name, group in groups.items():
                 image = self._open_image(name)
                 if image is not None:
-                    self._ask_about(image, group, decoder)
+                    try:
+                        self._ask_about(image, group, decoder)
+                    except Exception:
+                        if not self._refuses(image, group[0]):
+                            raise
                 bar.advance(counts[name])
 
     def _ask_about(
@@ -179,7 +238,7 @@ class AmberRunner:
         disagreement = self._disagreement(decoder, groups) if self.config.verify else ""
         if not disagreement:
             return decoder
-        self.outcome = Outcome("plain", disagreement, self.outcome.bad_pictures)
+        self.outcome.engine, self.outcome.reason = "plain", disagreement
         ui.warn(f"{disagreement}; continuing with the plain engine")
         return None
 
@@ -193,7 +252,7 @@ class AmberRunner:
         per_image = max(1, self.config.verify // count // len(self.roles))
         for name in picked:
             image = self._open_image(name)
-            if image is None:
+            if image is None or self._refuses(image, groups[name][0]):
                 continue
             for role in self.roles:
                 with self._model_as(role) as model, decoder.open(image) as opened:
@@ -251,8 +310,17 @@ class AmberRunner:
         for start in range(0, len(opened), size):
             batch, images = zip(*opened[start : start + size], strict=True)
             texts = [d.text for d in batch]
-            with self._model_as(role) as model:
-                answers = answer(model, self.processor, images, texts, tokens)
+            try:
+                with self._model_as(role) as model:
+                    answers = answer(model, self.processor, images, texts, tokens)
+            except Exception:
+                kept = [
+                    one for one in opened[start : start + size] if not self._refuses(one[1], one[0])
+                ]
+                if len(kept) == len(batch):
+                    raise
+                self._describe(role, kept, bar)
+                continue
             self.answers.put(role, zip((d.id for d in batch), answers, strict=True))
             bar.advance(len(batch))
 

@@ -27,8 +27,10 @@ function smooth(points, weight) {
 }
 
 function ticks(low, high) {
-  const rough = (high - low) / 4 || 1, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * [1, 2, 5, 10].find((by) => by * unit >= rough);
+  // The widest step of 1, 2 or 5 times a power of ten that puts three labels or more between the ends.
+  const unit = 10 ** Math.floor(Math.log10(high - low));
+  const count = (step) => Math.floor(high / step + 1e-9) - Math.ceil(low / step - 1e-9) + 1;
+  const step = [1, 0.5, 0.2, 0.1, 0.05].map((by) => by * unit).find((one) => count(one) >= 3);
   const found = [];
   for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step) found.push(Math.abs(at) < step * 1e-9 ? 0 : at);
   return found;
@@ -91,8 +93,9 @@ function legend(chart, box, step) {
   names.replaceChildren();
   for (const curve of chart.curves) {
     const at = step === undefined ? undefined : curve.points.find((point) => point[0] === step);
-    const button = html("button", {type: "button", "aria-pressed": String(!curve.hidden)});
-    button.append(html("span", {class: `swatch ${curve.colour}`}), curve.label + (at ? ` ${shown(at[1])}` : ""));
+    const title = curve.hidden ? "show this curve" : "hide this curve";
+    const button = html("button", {type: "button", "aria-pressed": String(!curve.hidden), title});
+    button.append(html("span", {class: `swatch ${curve.colour} ${curve.dotted ? "dotted" : "solid"}`}), curve.label + (at ? ` ${shown(at[1])}` : ""));
     button.addEventListener("click", () => { curve.hidden = !curve.hidden; draw(chart, box); });
     names.append(button);
   }
