@@ -27,16 +27,14 @@ HEAD = f"<script>{_KEYS}</script>"
 _HELP = "Keys: 1 or ← left, 2 or → right, t tie, s skip or next, u undo."
 
 
-class Picture(gr.Image):
+def _picture(**options: Any) -> gr.Image:
     """An image field whose file is handed over as it is: `Voting` opens it, and says in words why
     one cannot be used. gradio would decode it twice, and show an error for what it cannot read.
     """
-
-    is_template = True  # the browser's part is that of gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the uploaded file."""
-        return payload.path if payload is not None else None
+    field = gr.Image(**options)
+    # On the instance, because gradio writes a .pyi file beside the source of every subclass.
+    field.preprocess = lambda payload: payload.path if payload is not None else None
+    return field
 
 
 class _Asked(NamedTuple):
@@ -62,7 +60,7 @@ class Page:
             gr.HTML(f"<h1 dir='auto'>{plain(self.voting.names[0])}, before and after</h1>")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    image = Picture(
+                    image = _picture(
                         label="Image",
                         type="filepath",
                         sources=["upload", "clipboard"],
