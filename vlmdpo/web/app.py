@@ -27,16 +27,14 @@ HEAD = f"<script>{_KEYS}</script>"
 _HELP = "Keys: 1 or ← left, 2 or → right, t tie, s skip or next, u undo."
 
 
-class Picture(gr.Image):
+def _picture_field() -> Any:
     """An image field whose file is handed over as it is: `Voting` opens it, and says in words why
     one cannot be used. gradio would decode it twice, and show an error for what it cannot read.
     """
-
-    is_template = True  # the browser's part is that of gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the uploaded file."""
-        return payload.path if payload is not None else None
+    field = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=260)
+    # On the instance: of a subclass, gradio would write a .pyi file beside this module.
+    field.preprocess = lambda payload: payload.path if payload is not None else None
+    return field
 
 
 class _Asked(NamedTuple):
@@ -62,12 +60,7 @@ class Page:
             gr.HTML(f"<h1 dir='auto'>{plain(self.voting.names[0])}, before and after</h1>")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    image = Picture(
-                        label="Image",
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        height=260,
-                    )
+                    image = _picture_field()
                     question = gr.Textbox(
                         label="Question", max_length=MAX_QUESTION, lines=2, elem_id="question"
                     )
