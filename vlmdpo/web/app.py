@@ -27,12 +27,12 @@ HEAD = f"<script>{_KEYS}</script>"
 _HELP = "Keys: 1 or ← left, 2 or → right, t tie, s skip or next, u undo."
 
 
-def _picture(**options: Any) -> gr.Image:
+def _picture_field() -> Any:
     """An image field whose file is handed over as it is: `Voting` opens it, and says in words why
     one cannot be used. gradio would decode it twice, and show an error for what it cannot read.
     """
-    field = gr.Image(**options)
-    # On the instance, because gradio writes a .pyi file beside the source of every subclass.
+    field = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=260)
+    # On the instance: of a subclass, gradio would write a .pyi file beside this module.
     field.preprocess = lambda payload: payload.path if payload is not None else None
     return field
 
@@ -60,12 +60,7 @@ class Page:
             gr.HTML(f"<h1 dir='auto'>{plain(self.voting.names[0])}, before and after</h1>")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    image = _picture(
-                        label="Image",
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        height=260,
-                    )
+                    image = _picture_field()
                     question = gr.Textbox(
                         label="Question", max_length=MAX_QUESTION, lines=2, elem_id="question"
                     )
