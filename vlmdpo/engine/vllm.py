@@ -122,10 +122,12 @@ class VllmGenerator:
         ]
         # The model's own, for its repetition penalty; `transformers` applies it too.
         settings = self._engine.get_default_sampling_params()
-        settings.temperature, settings.max_tokens = sampling.temperature, max_new_tokens
+        asked = {"temperature": sampling.temperature, "max_tokens": max_new_tokens}
         if not sampling.is_greedy:
-            settings.top_p, settings.top_k, settings.n = sampling.top_p, -1, sampling.count
-            settings.seed = sampling.seed_of(questions)
+            asked |= {"top_p": sampling.top_p, "top_k": -1, "n": sampling.count}
+            asked |= {"seed": sampling.seed_of(questions)}
+        for name, value in asked.items():
+            setattr(settings, name, value)
         end = rendering_of(self.processor).end_token_id
         settings.stop_token_ids = [*(settings.stop_token_ids or []), end]
         outputs = self._engine.generate(

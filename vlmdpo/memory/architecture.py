@@ -184,8 +184,8 @@ def make_shallow(
         if isinstance(of_layers := getattr(text, name, None), (list, tuple)):
             setattr(text, name, of_layers[-text_layers:])
     text.num_hidden_layers = text_layers
-    if getattr(text, "num_kv_shared_layers", 0):
-        text.num_kv_shared_layers = 0
+    if hasattr(text, shared := "num_kv_shared_layers"):
+        setattr(text, shared, 0)
     if depth := _depth_setting(vision):
         setattr(vision, depth, vision_layers)
     for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
