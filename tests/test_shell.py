@@ -155,7 +155,8 @@ def test_a_closed_pipe_gives_no_traceback():
         [
             sys.executable,
             "-c",
-            "from vlmdpo import cli, ui\ndef broken(text): raise BrokenPipeError\nui.raw = broken\n"
+            "from vlmdpo import cli, ui\ndef broken(_): raise BrokenPipeError\n"
+            "ui.json_result = broken\n"
             "raise SystemExit(cli.run(['env', '--json']))",
         ],
         capture_output=True,

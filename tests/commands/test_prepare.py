@@ -353,14 +353,14 @@ def test_the_report_page_escapes_texts_of_the_data(tmp_path, vlmdpo):
 def test_the_image_is_drawn_if_the_terminal_can(tmp_path, vlmdpo, monkeypatch):
     from rich.console import Console
 
-    from vlmdpo import ui
+    from vlmdpo.ui import tables
 
     path = _rows(tmp_path / "d", [{}])
     (tmp_path / "d" / "x.png").write_bytes(noise((60, 40), kind="PNG"))
     _, out, _ = vlmdpo("prepare", "--dataset", path)
     assert "▀" not in out
     monkeypatch.setattr(
-        ui, "_out", lambda: Console(force_terminal=True, color_system="truecolor", width=120)
+        tables, "out", lambda: Console(force_terminal=True, color_system="truecolor", width=120)
     )
     _, out, _ = vlmdpo("prepare", "--dataset", path)
     assert out.count("▀") == 48 * 16

@@ -28,7 +28,8 @@ def _constants(tree):
 
 def _reasons_in_code():
     found = set()
-    for path in ROOT.rglob("*.py"):
+    # A file of questions has reasons of its own, for `infer` and `compare`.
+    for path in set(ROOT.rglob("*.py")) - {ROOT / "data" / "questions.py"}:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             name = getattr(getattr(node, "func", None), "id", "")
             if name in _RAISED and len(node.args) > _RAISED[name]:
@@ -55,7 +56,7 @@ def test_what_is_noted_is_documented(module):
     ends = "rgb|white|frame|pictures|removed|text|rotated|prompt|image|trimmed|resized"
     notes = {text for text in _constants(tree) if re.fullmatch(rf"[a-z0-9_]+_({ends})", text)}
     documented = set(_NAME.findall(PAGE.partition("## What it checks")[2].partition("\n## ")[0]))
-    assert notes - {"to_rgb"} <= documented
+    assert notes - {"to_rgb", "upright_rgb"} <= documented
 
 
 def test_errors_of_libraries_are_reasons_and_ours_are_not():

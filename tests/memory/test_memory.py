@@ -69,10 +69,8 @@ def test_the_embedded_model_is_counted_from_its_files():
 
 def test_a_simulated_step_peaks_like_a_measured_one():
     settings = [
-        "llava, shared, LoRA, batch 2 × 1",
         "gemma3",
         "smolvlm, shared, full",
-        "bf16 autocast",
     ]
     command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -272,9 +270,13 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
     assert report["image"] == [72, 72]
     assert 1e7 < report["peak_bytes"] < 1e9
     longest = prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))["lengths"]
-    fast = estimate(
-        vlmdpo, "--model", "smolvlm-256m", "--lora", "--fast", "--dataset", tmp_path / "few"
-    )["settings"]
+    asked = ["--model", "smolvlm-256m", "--lora", "--fast", "--dataset", tmp_path / "few"]
+    code, _, err = vlmdpo("estimate-memory", *asked)
+    assert code == 3
+    assert "were counted for 'tiny', not 'smolvlm-256m'" in err
+    manifest = tmp_path / "few" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"model": "tiny"', '"model": "smolvlm-256m"'))
+    fast = estimate(vlmdpo, *asked)["settings"]
     assert fast["prompt_tokens"] == longest["prompt_tokens"]["max"] - 18
     assert fast["answer_tokens"] == max(
         longest[f"{side}_tokens"]["max"] for side in ("chosen", "rejected")

@@ -20,6 +20,7 @@ from vlmdpo.report import run_page
 from vlmdpo.report.diagnosis import diagnose
 from vlmdpo.training import memory_forecast, results
 from vlmdpo.training.monitor import TrainingMonitor
+from vlmdpo.ui import live
 
 pytestmark = pytest.mark.slow
 
@@ -380,7 +381,7 @@ def test_the_dashboard_keeps_its_place_on_a_terminal(monkeypatch):
     from rich.console import Console
 
     held = Console(force_terminal=True, width=80, height=30, file=io.StringIO(), _environ={})
-    monkeypatch.setattr(ui, "_err", lambda **_: held)
+    monkeypatch.setattr(live, "err", lambda **_: held)
     with ui.dashboard("train", 20) as board:
         board.step(5, 21.5, 61.0)
         board.figures(

@@ -179,7 +179,7 @@ def _of_hub(chain: list[BaseException], model: str, revision: str | None) -> Mod
             f"--revision: '{model}' has no revision '{revision}'; see its page on the Hub"
         )
     if is_unknown or _has(chain, HFValidationError):
-        return _not_found(model, "in the cache, or on the Hub")
+        return _not_found(model, ", in the cache, or on the Hub")
     if _has(chain, LocalEntryNotFoundError, OfflineModeIsEnabled) or "couldn't connect" in text:
         return _not_reached(model)
     broken = [link for link in chain if _is_broken_connection(link)]
@@ -199,7 +199,7 @@ def _of_hub(chain: list[BaseException], model: str, revision: str | None) -> Mod
 
 def _not_found(model: str, where: str, more: str = "") -> ModelError:
     return ModelError(
-        f"--model: cannot find '{model}' as a folder, or {where}{more}."
+        f"--model: cannot find '{model}' as a folder{where}{more}."
         f"{nearest(model, registry.ENTRIES)} Aliases: {', '.join(list(registry.ENTRIES)[:4])} ... "
         "For a private one, run `hf auth login`"
     )
@@ -208,7 +208,7 @@ def _not_found(model: str, where: str, more: str = "") -> ModelError:
 def _not_reached(model: str) -> ModelError:
     if registry.find(model) is None:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it cannot be reached"
-        return _not_found(model, "in the cache", f", and the Hub was not asked: {why}")
+        return _not_found(model, " or in the cache", f", and the Hub was not asked: {why}")
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     return ModelError(
         f"--model: '{registry.hub_id(model)}' is not in the cache, and {why}; go online, or give a "
