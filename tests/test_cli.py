@@ -187,6 +187,7 @@ def test_mistakes_get_one_line_and_their_exit_code(arguments, code, says, vlmdpo
         ("lora: maybe", "--lora: expected bool"),
         ("- a\n- b", "option: value"),
         ("a: [", "not valid YAML"),
+        ("seed: 1\nlora_r: 8\nseed: 2", "has the key 'seed' twice"),
     ],
 )
 def test_bad_recipes_name_the_key(text, says, tmp_path, vlmdpo):

@@ -335,6 +335,9 @@ def test_requests_uploads_and_output_are_kept_private():
         join = f"{url}gradio_api/queue/join"
         evil = httpx.post(join, json={}, headers={"Origin": "http://evil.example"})
         assert evil.status_code == 403
+        # Another program's page on this machine.
+        other = httpx.post(join, json={}, headers={"Origin": "http://127.0.0.1:9"})
+        assert other.status_code == 403
         picture = _as_png(evaluation.draw_image("SCENE_1.png"))
         [path] = httpx.post(f"{url}gradio_api/upload", files={"files": picture}).json()
         folder = next(one for one in Path(path).parents if one.name.startswith("vlmdpo-compare-"))
@@ -369,3 +372,11 @@ def _as_png(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return ("a.png", buffer.getvalue(), "image/png")
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "192.0.2.1"], ids=["no address", "not ours"])
+def test_an_address_that_cannot_be_served_on_is_an_error(host, vlmdpo):
+    pytest.importorskip("gradio")
+    code, _, err = vlmdpo("compare", "--host", host)
+    assert code == 2, err
+    assert f"cannot serve on {host}, port any: " in err

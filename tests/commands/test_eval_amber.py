@@ -237,6 +237,15 @@ def test_a_part_is_drawn_by_kind_and_truth_and_says_so(tmp_path, vlmdpo):
     assert abs(report["questions"]["Existence"] - 34.7) <= 1
 
 
+def test_answers_to_a_part_are_said_to_be_a_part(tmp_path, vlmdpo):
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps([{"id": 1, "response": "A circle."}]))
+    code, out, err = vlmdpo("eval-amber", "--answers", one)
+    assert code == 0
+    assert "of 1 of 100 descriptions" in " ".join(out.split())
+    assert "answers cover 1.0% of what was asked" in err
+
+
 def test_a_damaged_answer_file_is_named(small, tmp_path, vlmdpo):
     run(vlmdpo, "--data", small, "--output-dir", tmp_path / "out", "--limit", "2")
     (tmp_path / "out" / "answers_base.json").write_text('[{"id": 1}]')

@@ -48,6 +48,7 @@ def test_the_host_must_be_this_machine(host, asked, status):
         ("http://127.0.0.1:7860", 200),
         ("http://localhost:7860", 403),
         ("http://127.0.0.1:9999", 403),
+        ("http://127.0.0.1:9999.evil.example", 403),
         ("http://evil.example", 403),
         ("null", 403),
     ],

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         raise ConfigError("not shared; leave out --share to serve on this machine alone")
     _warn_if_reachable_by_others(config.host)
     _check_votes(config.votes)
+    _check_address(config)
     # Readable by this user alone, and gone at the end: copies of examples, and uploads.
     with tempfile.TemporaryDirectory(prefix="vlmdpo-compare-") as name, _uploads_to(name):
         voting = _voting(config, Path(name))
@@ -224,13 +226,30 @@ def _launch(config: CompareConfig, voting: Voting) -> tuple[Any, str]:
             app_kwargs={"middleware": [Middleware(OnlyThisPage, hosts=hosts)]},
         )
     except (OSError, RuntimeError, ValueError) as problem:
-        raise ConfigError(
-            f"cannot serve on {config.host}, port {config.port or 'any'}: "
-            f"{' '.join(str(problem).split())}"
-        ) from problem
-    url = str(shared or local)
-    hosts.add(url)
-    return app, url
+        raise _cannot_serve(config, problem) from problem
+    if shared:  # the local address is ours already, and with its port: other pages may share it
+        hosts.add(str(shared))
+    return app, str(shared or local)
+
+
+def _check_address(config: CompareConfig) -> None:
+    """Raise ConfigError for an address that cannot be served on: gradio would wait for it."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            config.host, config.port or 0, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as problem:
+        raise _cannot_serve(config, problem) from problem
+
+
+def _cannot_serve(config: CompareConfig, problem: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot serve on {config.host}, port {config.port or 'any'}: "
+        f"{' '.join(str(problem).split())}"
+    )
 
 
 def show(report: dict[str, Any]) -> None:

@@ -20,6 +20,11 @@ def show(report: dict[str, Any]) -> None:
     _show_descriptions(report)
     if report["comparison"]:
         show_comparison(report["comparison"])
+    if report["coverage"] < 1:
+        ui.warn(
+            f"answers cover {100 * report['coverage']:.1f}% of what was asked; the figures are of "
+            "those"
+        )
     if report["part"]:
         ui.result(part_in_words(report["part"]))
     if report["is_amber"] and any("Discriminative" in table for table in report["scores"].values()):
@@ -114,13 +119,19 @@ def _show_descriptions(report: dict[str, Any]) -> None:
         + (["change", "95%", ""] if compared else [])
     )
     note = (
-        f"Per cent, of {report['descriptions']:,} descriptions; nouns found by the {extractor} "
-        "extractor."
+        f"Per cent, of {_described(report)} descriptions; nouns found by the {extractor} extractor."
     )
     if extractor == "lexicon":
         note += " Not comparable with published figures: those need --extractor official."
     title = f"{report['data']}, generative, {extractor} extractor ({report['model']})"
     ui.table(title, head, rows, note=note, text=(0, len(head) - 1) if compared else (0,))
+
+
+def _described(report: dict[str, Any]) -> str:
+    """How many descriptions the figures are of, as in "62 of 1,004"."""
+    asked = report["descriptions"]
+    counts = {facts["described"] for facts in report["models"].values()}
+    return f"{asked:,}" if counts == {asked} else f"{min(counts):,} of {asked:,}"
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:

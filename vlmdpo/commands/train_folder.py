@@ -171,7 +171,8 @@ def checkpoint_to_resume(folder: Path, processes: int) -> Path | None:
         ui.warn(f"{path.name} is damaged: {reason}")
     if last is None and damaged:
         raise DataError(
-            f"--resume: no checkpoint in '{folder}' is whole; start again with --overwrite"
+            f"--resume: no checkpoint in '{folder}' is whole; start again with --overwrite, "
+            "or in another --output-dir to keep what is there"
         )
     if last is None:
         ui.say(f"no checkpoint in '{folder}' yet: starting from the beginning")

@@ -58,8 +58,10 @@ class Hosts:
 
 def _host_of(authority: str) -> str:
     try:
-        return (urlsplit(f"//{authority}").hostname or "").lower()
-    except ValueError:  # a bracket that is never closed
+        found = urlsplit(f"//{authority}")
+        _ = found.port  # raises where it is no number
+        return (found.hostname or "").lower()
+    except ValueError:  # nor is a bracket closed
         return ""
 
 
