@@ -101,11 +101,11 @@ def _check_yaml_size(text: str, path: Path) -> None:
     composed = yaml.compose(text, Loader=yaml.SafeLoader)
     if composed is not None and size(composed, 0) > _MAX_VALUES:
         raise ConfigError(f"--config: the aliases of '{path}' stand for too many values")
-    is_mapping = isinstance(composed, yaml.MappingNode)
-    keys = [key.value for key, _ in composed.value] if is_mapping else []
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"--config: '{path}' has the key {str(twice)[:80]!r} twice; remove one")
+    if isinstance(composed, yaml.MappingNode):
+        keys = [key.value for key, _ in composed.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"--config: '{path}' has the key {str(twice)[:80]!r} twice")
 
 
 def _coerce(wanted: Any, value: Any, key: str) -> Any:
