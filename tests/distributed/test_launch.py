@@ -23,7 +23,7 @@ from tests.support.images import noise
 from tests.support.ranks import FSDP2, PATIENCE_S, run_groups
 from vlmdpo.config import InferConfig, TrainConfig
 from vlmdpo.distributed import launch
-from vlmdpo.errors import ConfigError, MissingDependencyError
+from vlmdpo.errors import ConfigError, MissingDependencyError, Preempted, ProcessError
 
 pytestmark = pytest.mark.slow
 
@@ -379,6 +379,18 @@ def test_a_rank_that_dies_ends_the_run_and_sigterm_keeps_a_checkpoint(data):
         json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()
     ]
     assert saved.name == f"checkpoint-{steps[-1]}"
+
+
+def test_a_killed_process_is_the_cause_also_where_the_others_saved_their_work(tmp_path):
+    """The launcher sends them SIGTERM, upon which one may end as preempted."""
+    preempted = {"kind": "Preempted", "message": "stopped at step 3", "at": 1.0}
+    (tmp_path / "error-0.json").write_text(json.dumps(preempted))
+    exit_codes = {0: 75, 1: -signal.SIGKILL}
+    problem = launch._run_error(tmp_path, exit_codes, "go on with --resume")
+    assert isinstance(problem, ProcessError)
+    assert "process 1 was killed (SIGKILL, probably out of memory)" in str(problem)
+    stopped = launch._run_error(tmp_path, {0: 75}, "go on with --resume")
+    assert isinstance(stopped, Preempted)
 
 
 def test_infer_writes_the_file_of_one_process():

@@ -27,6 +27,7 @@ from vlmdpo.errors import (
     ConfigError,
     MissingDependencyError,
     PeerLost,
+    Preempted,
     ProcessError,
     VlmDpoError,
     install_command,
@@ -279,13 +280,17 @@ def _run_error(
         (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")),
         key=lambda error: error["at"],
     )
-    causes = [error for error in errors if error["kind"] != PeerLost.__name__]
-    # The launcher ends the other workers by SIGTERM, so that is never the cause.
+    # The launcher ends the other workers by SIGTERM, so that is never the cause, nor that one of
+    # them saved its work at that.
     killed = {
         rank: -code for rank, code in exit_codes.items() if code < 0 and -code != signal.SIGTERM
     }
+    effects = (PeerLost, Preempted) if killed else (PeerLost,)
+    causes = [error for error in errors if error["kind"] not in {e.__name__ for e in effects}]
     failed = {
-        rank: code for rank, code in exit_codes.items() if code > 0 and code != PeerLost.exit_code
+        rank: code
+        for rank, code in exit_codes.items()
+        if code > 0 and code not in {e.exit_code for e in effects}
     }
     if causes:
         return _rebuild_error(causes[0])
