@@ -423,4 +423,4 @@ def test_links_of_a_folder_of_images_may_lead_to_the_one_allowed(tmp_path, vlmdp
     code, out, _ = vlmdpo(*base, "out", "--allow-root", "store")
     assert (code, json.loads(out)["rows_out"]) == (0, 1)
     code, _, err = vlmdpo(*base, "out2", "--allow-root", "gone")
-    assert (code, "--allow-root: there is no folder 'gone'" in err) == (3, True)
+    assert (code, "--allow-root: the folder 'gone' does not exist" in err) == (3, True)

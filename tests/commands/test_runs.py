@@ -115,7 +115,7 @@ def test_damaged_runs_are_left_out_by_name_and_others_stay(three, vlmdpo):
 def test_a_folder_without_runs_is_said(vlmdpo):
     code, _, err = vlmdpo("runs", "outputs")
     assert code == 3
-    assert "there is no folder 'outputs'" in err
+    assert "'outputs' is not a folder" in err
     Path("outputs").mkdir()
     code, _, err = vlmdpo("runs")
     assert code == 3

@@ -26,7 +26,7 @@ def open_mixture(config: PrepareConfig) -> Mixture:
     for option in ("image_root", "allow_root"):
         folder = getattr(config, option)
         if folder is not None and not folder.is_dir():
-            raise DataError(f"{flag_name(option)}: there is no folder '{folder}'")
+            raise DataError(f"{flag_name(option)}: the folder '{folder}' does not exist")
     names = config.datasets()
     parts = []
     for dataset, weight in zip(names, config.weights(), strict=True):

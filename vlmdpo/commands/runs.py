@@ -31,7 +31,7 @@ def run(config: RunsConfig) -> dict[str, Any]:
     Raises DataError for a folder that is not there or holds no run.
     """
     if not config.folder.is_dir():
-        raise DataError(f"--folder: there is no folder '{config.folder}'")
+        raise DataError(f"--folder: '{config.folder}' is not a folder")
     found = [_read_or_warn(path, config.folder) for path in _run_folders(config.folder)]
     runs = [one for one in found if one is not None]
     if not runs:

@@ -192,7 +192,7 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
     """Inside, an error leaves no empty folder behind: the trainer makes it before it is set up."""
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C too; it is raised again
         with contextlib.suppress(OSError):  # it is not empty: an earlier run
             folder.rmdir()
         raise

@@ -165,7 +165,7 @@ def _training_rows(config: TrainConfig) -> tuple[int | None, str]:
     repo = DATASETS.get(config.dataset, config.dataset)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise DataError(
-            f"--dataset: there is no file or folder '{repo}', and it is no Hub id."
+            f"--dataset: '{repo}' is not a file, a folder or a Hub id."
             f"{nearest(repo, ('scenes', *DATASETS))}"
         )
     if repo in _PUBLISHED_ROWS:

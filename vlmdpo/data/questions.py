@@ -97,7 +97,7 @@ def _parse(line: bytes, number: int, root: Path) -> Question:
     except OSError as problem:  # a name that is too long
         raise BadImage("missing_image", f"{shown(image)}: {problem.strerror}") from problem
     if not is_file:
-        raise BadImage("missing_image", f"{shown(image)} is no file in '{root}'")
+        raise BadImage("missing_image", f"{shown(image)} was not found in '{root}'")
     question_message(text)
     return Question(f"line {number}", _id(entry.get("id"), number), image, text, path)
 

@@ -75,7 +75,7 @@ class Source:
         Raises DataError if there is none.
         """
         found: list[Record] = []
-        for last in (1, _FIRST_ROWS):  # more only if need be: a stream may be slow
+        for last in (1, _FIRST_ROWS):  # a stream may be slow, so try one row first
             units = self.units(0, last if self.count is None else min(last, self.count))
             found = [row for unit in units for row in self.rows(unit)]
             readable = [row for row in found if not isinstance(row, UnreadableRow)]

@@ -179,7 +179,7 @@ class AmberRunner:
                 if image is not None:
                     try:
                         self._ask_about(image, group, decoder)
-                    except Exception:
+                    except Exception:  # unless the processor refuses it, which is said and counted
                         if not self._refuses(image, group[0]):
                             raise
                 bar.advance(counts[name])
@@ -313,7 +313,7 @@ class AmberRunner:
             try:
                 with self._model_as(role) as model:
                     answers = answer(model, self.processor, images, texts, tokens)
-            except Exception:
+            except Exception:  # unless one of them is refused, which is said and counted
                 kept = [
                     one for one in opened[start : start + size] if not self._refuses(one[1], one[0])
                 ]
