@@ -116,7 +116,7 @@ def test_answers_of_another_model_are_not_mixed(question_file, tmp_path, vlmdpo)
     [
         (
             '{"id": 1, "image": "absent.png", "question": "q"}',
-            "missing_image: 1 (line 1): 'absent.png' is no file",
+            "missing_image: 1 (line 1): 'absent.png' was not found",
         ),
         ('{"id": 1, "image": "../x.png", "question": "q"}', "points outside"),
         ('{"id": 1, "question": "q"}', "must hold image and question; found id, question"),
