@@ -72,7 +72,7 @@ def translate_load_errors(model: str, revision: str | None = None) -> Iterator[N
 def explain_load_error(
     problem: BaseException, model: str, revision: str | None = None
 ) -> VlmDpoError | None:
-    """The error to show for what loading a model raised; None if it is no fault of the input."""
+    """The error to show for what loading a model raised; None if the input is not at fault."""
     chain = list(_chain(problem))
     if any(map(is_out_of_memory, chain)):
         reason = next(out_of_memory_reason(link) for link in chain if is_out_of_memory(link))

@@ -96,7 +96,7 @@ TORCH = (
     *messages(
         "memory/fake_tensors",
         "torch._subclasses.fake_tensor:failed while attempting to run meta",
-        why="its logger is silenced, because a step that cannot be simulated is no bug of ours",
+        why="its logger is silenced, because a step that cannot be simulated is not a bug of ours",
         breaks="estimate-memory would print a traceback before it tries the next engine",
     ),
     *messages(
