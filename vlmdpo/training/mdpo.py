@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmdpo.engine.collate import PairBatch, PairCollator
+from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.plant import Planted
 
 _SHOWN_AREA = (0.01, 0.2)  # the share of an image that its corrupted copy shows, as in the paper
 
@@ -49,8 +50,7 @@ def corrupt_image(image: Image.Image, seed: str) -> Image.Image:
 class MdpoCollator(PairCollator):
     """B examples → the packed pairs of B rows and their corrupted copies, as 3B pairs for TRL.
 
-    `order` (6B,) says which packed answer each of TRL's rows is. In `row` (2B,) the copies' numbers
-    have `rows` added.
+    In `row` (2B,) the copies' numbers have `rows` added.
 
     Args:
         rows: the number of rows in the dataset.
@@ -75,36 +75,31 @@ class MdpoCollator(PairCollator):
 
     def _answers(
         self, texts: list[dict[str, str]], limits: list[int | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Any], list[Any]]:
         """Both answers of each row, and the copies' chosen ones: a copy has no rejected answer."""
         chosen, rejected = super()._answers(texts, limits)
         count = len(rejected) // 2
-        return chosen, [*rejected[:count], *(answer[:0] for answer in rejected[count:])]
+        return chosen, [*rejected[:count], *[None] * count]
 
-    def _packed_batch(
-        self, prompts: list[Tensor], chosen: list[Tensor], rejected: list[Tensor]
-    ) -> PairBatch:
-        count = len(prompts) // 2
-        batch = super()._packed_batch(prompts, chosen, rejected)
-        order = term_order(count)
-        batch["input_ids"] = batch["input_ids"][order]
-        batch["attention_mask"] = batch["attention_mask"][order]
-        batch["completion_mask"] = batch["completion_mask"][order]
+    def _packed_batch(self, planted: Planted, order: list[int]) -> dict[str, Any]:
+        count = len(order) // 4
+        batch = super()._packed_batch(planted, [order[number] for number in term_order(count)])
         batch["completion_mask"][5 * count :] = 0  # the anchor has no rejected answer
         for repeated in (slice(count, 3 * count), slice(5 * count, None)):
             batch["attention_mask"][repeated] = 0  # TRL only counts tokens by it
-        return {**batch, "order": order}
+        batch["tokens"] = [int(batch["attention_mask"].sum()), planted.forest.slots]
+        return batch
 
 
-def term_order(count: int) -> Tensor:
-    """(6B,) the packed answer that each of TRL's rows is, for B = `count`.
+def term_order(count: int) -> list[int]:
+    """(6B,) the answer that each of TRL's rows is, for B = `count`.
 
-    Packed answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
+    Answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
     """
-    row_B = torch.arange(count)
-    chosen_3B = [row_B, row_B, row_B]
-    rejected_3B = [row_B + 2 * count, row_B + count, row_B]
-    return torch.cat([*chosen_3B, *rejected_3B])
+    rows = list(range(count))
+    chosen_3B = rows * 3
+    rejected_3B = [*(row + 2 * count for row in rows), *(row + count for row in rows), *rows]
+    return chosen_3B + rejected_3B
 
 
 def terms_to_answers(chosen_3B: Tensor, rejected_3B: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from trl import DPOConfig, DPOTrainer
 from vlmdpo import ui
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
-from vlmdpo.engine.collate import PairCollator, pair_token_ids
+from vlmdpo.engine.collate import PairCollator, image_token_ids
 from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.forward import SharedForward
@@ -34,6 +34,7 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.adapters import adapters_off
+from vlmdpo.models.families import has_bidirectional_prompt, unwrap_peft
 from vlmdpo.models.inputs import in_dtype
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
@@ -132,7 +133,12 @@ class PairTrainer(DPOTrainer):
         self.pair_collator: PairCollator | StockCollator = (
             StockCollator(processor, max_length=limit)
             if engine == "stock"
-            else PairCollator(processor, max_length=limit, share=engine == "shared")
+            else PairCollator(
+                processor,
+                max_length=limit,
+                share=engine == "shared",
+                share_beginnings=not has_bidirectional_prompt(unwrap_peft(self.model).base_model),
+            )
         )
         self.data_collator: Any = self.pair_collator
         if self.mdpo_rows:
@@ -237,9 +243,10 @@ class PairTrainer(DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
         rows = inputs.pop("row", [])
+        inputs.pop("tokens", None)
         if self.shared_forwards:
             # TRL passes every input that it does not know on to the model.
-            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(rows, pair_token_ids(inputs))
+            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(rows, image_token_ids(inputs))
         if self.reference_cache is not None or self.mdpo_rows:
             logps = self._reference_logps(model, inputs, rows)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = logps
