@@ -109,7 +109,7 @@ def test_what_is_no_reason_to_fall_back(problem, raised, tmp_path, monkeypatch):
 def test_mdpo_names_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "check_shared_forward", failing(RuntimeError("no such layer")))
     with pytest.raises(ConfigError, match=r"--loss mdpo needs the shared engine.*no such layer"):
-        verified("llava", tmp_path, mdpo_rows=1)
+        verified("llava", tmp_path, mdpo=True)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlmdpo.data.pairs import text_of
 from vlmdpo.data.reasons import BadRow
+from vlmdpo.engine.content_keys import ContentKeys, content_keys
 from vlmdpo.engine.processing import BatchingProcessor
 from vlmdpo.errors import DataError, ModelError
 from vlmdpo.models.families import answer_token_type
@@ -51,7 +52,9 @@ class PairBatch(TypedDict):
     pairs: NotRequired[list[list[int]]]
     pair_ids: NotRequired[Tensor]
     image_copies: NotRequired[int]
-    row: NotRequired[list[int]]  # B row numbers, which no device needs
+    row: NotRequired[list[int]]  # B row numbers, for messages; no device needs them
+    image_keys: NotRequired[list[str]]  # of each example that is processed: see `content_keys`
+    answer_keys: NotRequired[list[str]]  # of each row of the loss
     order: NotRequired[Tensor]  # which answer each row of the loss is, where not one each; see mDPO
 
 
@@ -99,8 +102,6 @@ class PairCollator:
             (self._packed_batch, _pack) if self.share else (self._rows_batch, _pad_rows)
         )
         batch = make_batch(prompts, chosen, rejected)
-        if "row" in examples[0]:
-            batch["row"] = [example["row"] for example in examples]
         placed_types = {}
         for name, prompt_types in types_by_name.items():
             of_answers = [self._answer_type(name, types) for types in prompt_types]
@@ -112,7 +113,11 @@ class PairCollator:
                 for side in (chosen, rejected)
             ]
             placed_types[name] = place_types(prompt_types, *answer_types)
-        return {**batch, **placed_types, **inputs}
+        return {**batch, **placed_types, **inputs, **host_inputs(examples)}
+
+    def content_keys(self, examples: list[Example]) -> ContentKeys:
+        """The keys that the batch of these examples has."""
+        return content_keys(examples)
 
     def render(self, example: Example) -> dict[str, str]:
         """Prompt and answers of one example as text.
@@ -257,6 +262,12 @@ def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
         # A pair's slots are its tokens and the prompt's last token once more.
         return list(batch["pair_ids"][0].split([sum(lengths) + 1 for lengths in batch["pairs"]]))
     return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
+
+
+def host_inputs(examples: list[Example]) -> dict[str, Any]:
+    """What a batch holds for the host: its rows' numbers, if they have any, and content keys."""
+    numbered = {"row": [example["row"] for example in examples]} if "row" in examples[0] else {}
+    return {**numbered, **content_keys(examples)}
 
 
 def cannot_render(row: int | None, problem: BadRow) -> DataError:

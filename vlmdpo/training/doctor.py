@@ -26,7 +26,7 @@ from vlmdpo.engine.pair_layout import PairLayout, Span
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
-from vlmdpo.models.inputs import has_images, image_token_id, other_pixels
+from vlmdpo.models.inputs import has_images, image_token_id, other_pixels, take_host_only
 from vlmdpo.training.rounding import one_more_rounding
 from vlmdpo.training.trainer import PairTrainer
 
@@ -78,7 +78,7 @@ def token_logps(
 ) -> list[Tensor]:
     """Log-probs (A,) of each of the 2B answers' tokens, under the policy or without adapter."""
     inputs = dict(trainer._prepare_inputs(batch))
-    inputs.pop("row", None)
+    take_host_only(inputs)
     labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
     with (
         _evaluation_mode(trainer.model),
