@@ -38,23 +38,20 @@ class _Group:
         return sum(map(len, self.prompts))
 
     def cut(self, size: int) -> tuple[_Group, _Group]:
-        """The first `size` rows, and the others."""
-        first: list[tuple[int, ...]] = []
-        rest: list[tuple[int, ...]] = []
-        for prompt in self.prompts:
-            room = size - sum(map(len, first))
-            first += [prompt[:room]] if room else []
-            rest += [prompt[room:]] if prompt[room:] else []
-        return _Group(tuple(first)), _Group(tuple(rest))
+        """A part of `size` rows, of whole prompts if there are such, and the others."""
+        taken = _earliest([len(prompt) for prompt in self.prompts], size)
+        part = [self.prompts[at] for at in taken]
+        rest = [prompt for at, prompt in enumerate(self.prompts) if at not in taken]
+        missing = size - sum(map(len, part))
+        if missing:
+            part.append(rest[0][:missing])
+            rest[0] = rest[0][missing:]
+        return _Group(tuple(part)), _Group(tuple(rest))
 
-    def has_prompts_border(self, size: int) -> bool:
-        """Whether a prompt's rows end after the first `size` rows."""
-        done = 0
-        for prompt in self.prompts:
-            done += len(prompt)
-            if done >= size:
-                break
-        return done == size
+    def has_whole_prompts(self, size: int) -> bool:
+        """Whether some of its prompts have `size` rows together."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        return sum(lengths[at] for at in _earliest(lengths, size)) == size
 
 
 class ImageGroupedSampler(Sampler[int]):
@@ -175,31 +172,40 @@ def _steps(groups: Sequence[_Group], batch_size: int) -> Iterator[list[_Group]]:
             return
         chosen = _fill(window, batch_size)
         step = [window[at] for at in chosen]
-        window = [group for at, group in enumerate(window) if at not in chosen]
+        window = _without(window, chosen)
         room = batch_size - sum(group.size for group in step)
         if room and window:
-            at = next((i for i, group in enumerate(window) if group.has_prompts_border(room)), 0)
+            at = next((i for i, group in enumerate(window) if group.has_whole_prompts(room)), 0)
             first, rest = window.pop(at).cut(room)
             step.append(first)
             window.insert(0, rest)
         yield step
 
 
-def _fill(window: Sequence[_Group], batch_size: int) -> set[int]:
+def _without(groups: Sequence[_Group], chosen: Sequence[int]) -> list[_Group]:
+    numbers = set(chosen)
+    return [group for at, group in enumerate(groups) if at not in numbers]
+
+
+def _fill(window: Sequence[_Group], batch_size: int) -> list[int]:
     """Which groups make a step as full as can be: the first, and the earliest that allow it."""
     sizes = [group.size for group in window]
-    room = batch_size - sizes[0]
-    # Bit n of reachable[i]: some of the groups from i on have n rows together.
+    return [0, *(1 + at for at in _earliest(sizes[1:], batch_size - sizes[0]))]
+
+
+def _earliest(sizes: Sequence[int], room: int) -> list[int]:
+    """Which of `sizes` fill `room` as far as any of them can, the earliest that allow it."""
+    # Bit n of reachable[i]: some of the sizes from i on are n together.
     within = (1 << (room + 1)) - 1
-    reachable = [1] * (len(window) + 1)
-    for at in range(len(window) - 1, 0, -1):
+    reachable = [1] * (len(sizes) + 1)
+    for at in range(len(sizes) - 1, -1, -1):
         reachable[at] = (reachable[at + 1] | reachable[at + 1] << sizes[at]) & within
-    wanted = reachable[1].bit_length() - 1
-    chosen = {0}
-    for at in range(1, len(window)):
-        if sizes[at] <= wanted and reachable[at + 1] >> (wanted - sizes[at]) & 1:
-            chosen.add(at)
-            wanted -= sizes[at]
+    wanted = reachable[0].bit_length() - 1
+    chosen = []
+    for at, size in enumerate(sizes):
+        if size <= wanted and reachable[at + 1] >> (wanted - size) & 1:
+            chosen.append(at)
+            wanted -= size
     return chosen
 
 
@@ -215,6 +221,6 @@ def _aligned(groups: Sequence[_Group], block: int) -> list[_Group]:
         chosen = _fill(left, block)
         if sum(left[at].size for at in chosen) < block:
             break
-        arranged += _aligned([left[at] for at in sorted(chosen)], block // 2)
-        left = [group for at, group in enumerate(left) if at not in chosen]
+        arranged += _aligned([left[at] for at in chosen], block // 2)
+        left = _without(left, chosen)
     return arranged + left
