@@ -145,6 +145,9 @@ def test_every_arrangement_of_processes_learns_the_same(data):
     for here, there in zip(curve("grouped-two"), curve("grouped-one"), strict=True):
         assert here == pytest.approx(there, rel=2e-3, abs=2e-5)
     assert curve("grouped-one") != curve("one")
+    assert report("one")["sharing"]["is_grouped"], "by image, without being asked to"
+    stock = {report(name)["tokens"]["stock"] for name in ("one", "two", "four", "accumulated")}
+    assert len(stock) == 1, "tokens are those of all processes"
     assert report("two")["checkpointed_layers"] == 2
     assert Path("two/samples.jsonl").read_text().count("\n") == 3 * 4, (
         "one process asks, before, between and after"

@@ -256,6 +256,18 @@ class PairCollator:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
+def batch_tokens(batch: dict[str, Any]) -> tuple[int, int] | None:
+    """(tokens of stock rows, slots that run in their place) of a packed batch; None for a batch in
+    rows. The device is not waited for.
+    """
+    if "pairs" not in batch:
+        return None
+    stock = sum(
+        prompt + answer for prompt, *answers in batch["pairs"] for answer in answers if answer
+    )
+    return stock, sum(sum(lengths) + 1 for lengths in batch["pairs"])
+
+
 def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
     """The token ids of each pair of a batch of `PairCollator`, its images' tokens once."""
     if "pairs" in batch:

@@ -94,7 +94,7 @@ def build_setup(
 def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) -> None:
     """What needs the trainer: the engine's self-check, and what is switched on in the trainer."""
     from vlmdpo.engine.lengths import row_lengths
-    from vlmdpo.training import activation_checkpointing, caches, engine_choice, preflight
+    from vlmdpo.training import activation_checkpointing, caches, engine_choice, grouping, preflight
     from vlmdpo.training.sharding import configure_fsdp
 
     trainer = setup.trainer
@@ -109,6 +109,7 @@ def _finish_setup(setup: TrainingSetup, options: SpeedOptions, batch_size: int) 
         manifest = store.read_manifest(setup.data)
         lengths = row_lengths(setup.processor, setup.dataset, manifest)
         trainer.row_lengths = [length.longest for length in lengths]
+    grouping.group_by_image(setup, options)
     if options.feature_cache and trainer.engine == "stock":
         raise ConfigError(f"--feature-cache: image features stay TRL's ({setup.fallback_reason})")
     if options.feature_cache:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vlmdpo import ui
+from vlmdpo.data.groups import IMAGE_DIGEST
 from vlmdpo.errors import DataError
 from vlmdpo.training.setup import TrainingSetup
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # Counts what made log-probs of earlier versions wrong: 2, that FSDP2 rounded them to whole nats.
 _FORMAT = 2
-_IMAGE_DIGEST = "image_digest"  # a column of prepared data
 
 
 class ReferenceOptions(Protocol):
@@ -137,6 +137,6 @@ def attach_feature_cache(setup: TrainingSetup) -> None:
 
 def _num_distinct_images(rows: Dataset) -> int:
     """How many rows have images that no row before them has; all, if `prepare` did not note it."""
-    if _IMAGE_DIGEST not in rows.column_names:
+    if IMAGE_DIGEST not in rows.column_names:
         return len(rows)
-    return len(set(rows[_IMAGE_DIGEST]) - {""})  # "" for a row without images
+    return len(set(rows[IMAGE_DIGEST]) - {""})  # "" for a row without images

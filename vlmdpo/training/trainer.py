@@ -38,15 +38,17 @@ from vlmdpo.models.inputs import in_dtype, take_host_only
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
 from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
-from vlmdpo.training.length_grouping import LengthGroupedSampler
 from vlmdpo.training.mdpo import MdpoCollator
+from vlmdpo.training.row_order import grouped_sampler
 from vlmdpo.training.sharding import any_process_needs, checkpointable_layers
+from vlmdpo.training.token_count import TokenCount
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
     from torch.utils.data import Sampler
 
+    from vlmdpo.data.groups import RowGroups
     from vlmdpo.models.protocols import Processor
 
 # transformers asks `_get_output_dir` where a checkpoint goes, and passes nothing of ours to it.
@@ -70,11 +72,11 @@ class PairTrainer(DPOTrainer):
     Attributes:
         pair_collator: makes a batch of plain pairs, without mDPO's corrupted copies.
         feature_cache: image features on disk; takes effect with the next `use_engine`.
-        row_lengths: tokens of each row's longer sequence, to group rows of similar length.
+        row_lengths, row_groups: what rows are grouped by: their tokens, and what they share.
+        tokens: those of the training batches so far.
         auto_batch: computes batches in parts that fit into memory.
         best_step: the step whose checkpoint is never removed; of `--keep-best`.
-        checkpointed_layers: how many language layers recompute their activations; None for all (of
-            the shared engine: all but the last).
+        checkpointed_layers: how many language layers recompute; None for all (shared: all but one).
         has_real_values: False while a step is simulated, whose loss means nothing.
     """
 
@@ -97,12 +99,13 @@ class PairTrainer(DPOTrainer):
         self.is_mdpo = mdpo
         self.feature_cache: FeatureCache | None = None
         self.row_lengths: list[int] | None = None
+        self.row_groups: RowGroups | None = None
         self.auto_batch: AutoBatch | None = None
         self.best_step: Callable[[], int | None] = lambda: None
         self.checkpointed_layers: int | None = None
         self.shared_forwards: list[SharedForward] = []
         self.has_real_values = True
-        self.finite_check = FiniteCheck()
+        self.finite_check, self.tokens = FiniteCheck(), TokenCount()
         if reference_cache is not None and not isinstance(self.model, PeftModel):
             # Only TRL needed one: the policy itself fills the cache before it trains.
             self.ref_model = None
@@ -159,12 +162,8 @@ class PairTrainer(DPOTrainer):
 
     # transformers' grouping by length is not the same in all processes and after a resume.
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        if self.row_lengths is None:
-            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
-            return sampler
-        args = self.args
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedSampler(self.row_lengths, batch_size, args.seed)
+        sampler = grouped_sampler(self.row_groups, self.row_lengths, self.args)
+        return sampler if sampler is not None else super()._get_train_sampler(train_dataset)
 
     # transformers takes one step too many when a run is resumed after its last step.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -209,10 +208,11 @@ class PairTrainer(DPOTrainer):
         loader: DataLoader[Any] = super(PairTrainer, builder).get_train_dataloader()
         return loader
 
-    # With auto batch size a step may run in several parts, and again after memory ran out.
+    # Tokens are counted; with auto batch size a step may run in parts, and again.
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
+        self.tokens.add(inputs[PARTS].batches if self.auto_batch is not None else [inputs])
         if self.auto_batch is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
