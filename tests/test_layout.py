@@ -49,9 +49,15 @@ MAY_BE_HEAVY = {
     "tiny/sample_pairs",
     *("memory/architecture", "memory/cuda_autocast", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
-    *("training/finite_check", "training/rounding"),
+    *("training/finite_check", "training/image_grouping", "training/rounding"),
     *("training/doctor", "training/length_grouping", "training/make_trainer", "training/mdpo"),
-    *("training/monitor", "training/preflight", "training/set_fields", "training/keep_best"),
+    *(
+        "training/monitor",
+        "training/prefill",
+        "training/preflight",
+        "training/set_fields",
+        "training/keep_best",
+    ),
     *("training/samples", "training/sharding", "training/simulate", "training/trainer"),
 }
 

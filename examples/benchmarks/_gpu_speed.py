@@ -85,12 +85,12 @@ def arms(
         duo.ours.reference_cache = cache
         return optimizer_step(duo.ours, ours)
 
-    filled = ReferenceCache(machine.folder, "filled", len(rows))
+    filled = ReferenceCache(machine.folder, "filled")
     logps = torch.full((len(rows),), -300.0)  # which values does not change the time
     filled.put(range(len(rows)), logps, logps)
     return {
         "stock": lambda: optimizer_step(duo.stock, stock),
-        "first": lambda: with_cache(ReferenceCache(machine.folder, "empty", len(rows))),
+        "first": lambda: with_cache(ReferenceCache(machine.folder, "empty")),
         "cached": lambda: with_cache(filled),
     }
 

@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     options = parser.parse_args()
-    ui.set_quiet(True)
+    ui.set_verbosity(quiet=True, yes=True)
+    ui.set_json_only(True)  # the commands' own results are not this script's
     with tempfile.TemporaryDirectory() as folder:
         cases = [case(seed, Path(folder)) for seed in options.seeds]
     if options.markdown:

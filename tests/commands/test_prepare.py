@@ -38,6 +38,11 @@ def test_without_options_it_prepares_the_scenes_and_reuses_them(vlmdpo):
         72,
         {"train": 2399},
     )
+    assert first["distinct"] == {
+        "images": 959,
+        "prompts": 2389,
+        "pairs_per_prompt": pytest.approx(2399 / 2389),
+    }
     assert "full size: vlmdpo prepare --model idefics2-8b --dataset rlaif-v" in err
     assert "format RLAIF-V (image, question, chosen, rejected)" in err
     dataset = load_from_disk(first["path"])
@@ -47,6 +52,7 @@ def test_without_options_it_prepares_the_scenes_and_reuses_them(vlmdpo):
     code, out, _ = vlmdpo("prepare")
     assert code == 0
     assert "Found prepared" in out
+    assert "2,399 pairs: 959 images, 2,389 prompts, 1.0 pairs a prompt" in out
     assert "User:<fake_token_around_image><image>×16<fake_token_around_image> Is there" in out
     assert re.search(r"chosen +No│<end_of_utterance>\n +2 tokens, all in the loss", out)
 
@@ -347,6 +353,8 @@ def test_the_report_page_escapes_texts_of_the_data(tmp_path, vlmdpo):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert page.count("<img") == 1 + 2  # the histogram and two samples
+    assert "<b>1</b>different images" in page
+    assert "<b>2</b>different prompts, 1.0 pairs each" in page
     assert "missing_image" in page
 
 

@@ -79,6 +79,21 @@ def test_a_run_leaves_everything_behind(trained):
     assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10  # something is drawn
 
 
+def test_a_run_says_what_its_rows_share_and_what_ran(trained):
+    folder, report = trained
+    sharing, tokens = report["sharing"], report["tokens"]
+    assert (sharing["pairs"], sharing["prompts"], sharing["answers"]) == (48, 48, 96)
+    assert sharing["images"] < 48
+    assert sharing["is_grouped"]
+    # Six steps of sixteen rows are two epochs.
+    assert tokens["stock"] == 2 * sharing["epoch"]["stock"]
+    assert tokens["run"] < tokens["stock"]
+    page = (folder / "run.html").read_text(encoding="utf-8")
+    assert f"The 48 pairs have {sharing['images']} images, 48 prompts and 96 answers;" in page
+    assert f"It has run {tokens['run']:,} tokens for the {tokens['stock']:,} of stock" in page
+    assert json.loads((folder / "train_report.json").read_text())["tokens"] == tokens
+
+
 def test_the_adapter_answers_through_infer_and_eval(trained, vlmdpo):
     folder, _ = trained
     code, out, _ = vlmdpo(
@@ -240,6 +255,7 @@ def test_stock_and_shared_log_the_same(few_pairs, tmp_path, vlmdpo):
             "1",
             "--lora-dropout",
             "0",
+            "--no-group-by-image",  # as the stock engine does not
             "--engine",
             engine,
             "--json",

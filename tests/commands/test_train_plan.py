@@ -50,6 +50,22 @@ def test_the_screen_shows_the_plan(vlmdpo):
     assert "--gpu h100 gives a verdict" in out
 
 
+def test_the_plan_says_in_which_order_rows_train(vlmdpo):
+    assert vlmdpo("prepare", "--limit", "60", "--output-dir", "data")[0] == 0
+    plan = _plan(vlmdpo, "--dataset", "data", "--group-by-length")
+    images, prompts = plan["distinct"]["images"], plan["distinct"]["prompts"]
+    assert plan["order"] == (
+        f"random, by length; rows of one image together ({images} images, {prompts} prompts)"
+    )
+    assert _plan(vlmdpo, "--dataset", "data", "--no-group-by-image")["order"] == "random"
+    assert _plan(vlmdpo, "--dataset", "data", "--engine", "stock")["order"] == "random"
+    assert _plan(vlmdpo)["order"].endswith("rows of one image together, if the data has such rows")
+    assert vlmdpo("prepare", "--limit", "2", "--output-dir", "two")[0] == 0
+    assert _plan(vlmdpo, "--dataset", "two")["order"] == (
+        "random; no rows together (2 images, 2 prompts)"
+    )
+
+
 def test_local_data_is_counted(vlmdpo):
     assert vlmdpo("prepare", "--limit", "40", "--output-dir", "data")[0] == 0
     assert (_plan(vlmdpo, "--dataset", "data")["rows"], _plan(vlmdpo)["rows"]) == (40, 2400)

@@ -84,6 +84,8 @@ def test_shares_and_repeats_are_taken_and_counted(tmp_path, vlmdpo):
         for source in report["sources"]
     ] == [(1, 10, 10, 10), (0.5, 10, 10, 5), (2.3, 10, 10, 23)]
     assert report["rows_out"] == 38
+    # Repeats have their prompt in common.
+    assert report["distinct"] == {"images": 1, "prompts": 25, "pairs_per_prompt": 38 / 25}
     questions = [row["prompt"][0]["content"][-1]["text"] for row in load_from_disk("out")]
     assert Counter(question[0] for question in questions) == {"x": 10, "y": 5, "z": 23}
     assert sorted(Counter(questions).values()) == [1] * 15 + [2] * 7 + [3] * 3

@@ -11,10 +11,12 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.support.engines import pairs, trainer
 from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.content_keys import content_keys
 from vlmdpo.engine.processing import BatchingProcessor, merge_prompts
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.engine.tree import TreeLayout
 from vlmdpo.errors import ModelError
+from vlmdpo.models.inputs import take_host_only
 from vlmdpo.tiny import random_models
 from vlmdpo.training import doctor, engine_checks
 
@@ -155,7 +157,7 @@ def test_stock_batches_are_trl_s_own_where_it_renders_alike(family):
     untouched = [{name: row[name] for name in row if name != "row"} for row in rows]
     expected = dict(DataCollatorForVisionPreference(processor)(untouched))
     found = StockCollator(processor)([dict(row) for row in rows])
-    assert found.pop("row") == [0, 1]
+    assert take_host_only(found) == ([0, 1], *content_keys(list(rows)).values())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

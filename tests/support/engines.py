@@ -94,7 +94,7 @@ def trainer(
     bf16=False,
     reference_cache=None,
     build=None,
-    mdpo_rows=0,
+    mdpo=False,
     gpu=None,
     **settings,
 ):
@@ -135,7 +135,7 @@ def trainer(
         train_dataset=rows,
         peft_config=config,
         reference_cache=reference_cache,
-        mdpo_rows=mdpo_rows,
+        mdpo=mdpo,
     )
     torch.manual_seed(1)
     for name, parameter in made.model.named_parameters():

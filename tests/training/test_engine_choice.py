@@ -110,7 +110,7 @@ def test_mdpo_names_the_reason(tmp_path, monkeypatch):
     refused = failing(RuntimeError("no such layer"))
     monkeypatch.setattr(engine_checks, "check_shared_forward", refused)
     with pytest.raises(ConfigError, match=r"--loss mdpo needs the shared engine.*no such layer"):
-        verified("llava", tmp_path, mdpo_rows=1)
+        verified("llava", tmp_path, mdpo=True)
 
 
 @pytest.mark.parametrize(

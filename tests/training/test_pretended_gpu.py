@@ -113,8 +113,8 @@ def test_every_engine_gives_the_same_loss_and_waits_little(family, gpu, tmp_path
 def test_cached_reference_log_probs_cost_no_wait(gpu, tmp_path):
     made = on_gpu(gpu, "idefics2", tmp_path)
     expected = loss_of(made)
-    made.reference_cache = ReferenceCache(tmp_path, "k", 2)
-    for known in (0, 2):
+    made.reference_cache = ReferenceCache(tmp_path, "k")
+    for known in (0, 4):
         assert made.reference_cache.num_known == known
         assert loss_of(made) == pytest.approx(expected, rel=1e-5)
         assert ours(gpu) == [IS_FINITE]
@@ -133,8 +133,8 @@ def test_without_autocast_the_loss_is_the_cpus(family, device_guard, tmp_path):
 
 @pytest.mark.parametrize("family", ["idefics2", "gemma3"])
 def test_mdpo(family, gpu, tmp_path):
-    cache = ReferenceCache(tmp_path, "k", 4)
-    made = on_gpu(gpu, family, tmp_path, mdpo_rows=2, reference_cache=cache)
+    cache = ReferenceCache(tmp_path, "k")
+    made = on_gpu(gpu, family, tmp_path, mdpo=True, reference_cache=cache)
     expected = loss_of(made)
     mdpos_metrics = "training/trainer.py _log_mdpo_metrics: copy to the host"
     assert ours(gpu) == [*expected_waits(family), mdpos_metrics]

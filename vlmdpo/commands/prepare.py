@@ -17,7 +17,7 @@ from vlmdpo import __version__, ui
 from vlmdpo.commands.prepare_screen import REPORT, show
 from vlmdpo.commands.prepare_sources import key_facts, open_mixture
 from vlmdpo.config import PrepareConfig
-from vlmdpo.data import assemble, store, work
+from vlmdpo.data import assemble, groups, store, work
 from vlmdpo.data.images import open_bytes
 from vlmdpo.data.mixture import Mixture, summary
 from vlmdpo.data.sources import as_stored
@@ -197,6 +197,7 @@ def _outcome(plan: assemble.Plan, folder: Path, size: int) -> dict[str, Any]:
         "dropped": dict(sorted(plan.row_counts.dropped.items())),
         "dropped_examples": dict(sorted(plan.row_counts.examples.items())),
         "changed": dict(sorted(plan.row_counts.changed.items())),
+        "distinct": groups.count_distinct([store.load(folder, split) for split in splits]),
         "lengths": _length_summary(folder, list(splits)),
         "bytes": size,
         "versions": _versions(),

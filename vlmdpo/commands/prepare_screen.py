@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def show(report: dict[str, Any]) -> None:
         f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in "
         f"{report['path']}"
     )
+    ui.result(f"  {distinct_line(report['rows_out'], report['distinct'])}")
     _show_sources(report)
     if len(report["splits"]) > 1:
         ui.result(
@@ -54,6 +56,15 @@ def show(report: dict[str, Any]) -> None:
             f"{worst}; find out why before training"
         )
     _show_example(report)
+
+
+def distinct_line(pairs: int, distinct: Mapping[str, float]) -> str:
+    """How many different images and prompts there are, and pairs for each prompt."""
+    per_prompt = distinct["pairs_per_prompt"]
+    return (
+        f"{pairs:,} pairs: {distinct['images']:,} images, {distinct['prompts']:,} prompts, "
+        f"{per_prompt:.1f} pairs a prompt"
+    )
 
 
 def _show_sources(report: dict[str, Any]) -> None:

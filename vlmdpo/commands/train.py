@@ -107,6 +107,7 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -
             setup.monitor.on_begin = lambda: train_folder.go_on(output_dir, config, resumed)
     trainer.accelerator.wait_for_everyone()
     _say_plan(trainer, config, len(setup.dataset))
+    ui.say(setup.sharing.sentence)
     if args.world_size > 1:
         last = broadcast_object_list([last])[0]
     with _translate_errors(setup, output_dir, last), setup.monitor.catching_signals():

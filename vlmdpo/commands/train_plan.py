@@ -20,6 +20,7 @@ from vlmdpo.config import (
     TrainConfig,
 )
 from vlmdpo.data import store
+from vlmdpo.data.groups import row_groups
 from vlmdpo.data.hub import DATASETS
 from vlmdpo.data.sources import Streamed, bounds
 from vlmdpo.errors import (
@@ -56,6 +57,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     rows, rows_known_by = _training_rows(config)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus
     losses, weights, is_mdpo = config.losses()
+    distinct = (store.read_manifest(Path(config.dataset)) or {}).get("distinct")
     has_counted_adapter = (
         config.lora
         and config.lora_scope == "all"
@@ -71,6 +73,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "dataset": config.dataset,
         "rows": rows,
         "rows_known_by": rows_known_by,
+        "distinct": distinct,
+        "order": _order(config, distinct),
         "gpus": gpus,
         "effective_batch": batch,
         "steps": _optimizer_steps(config, rows, batch),
@@ -184,6 +188,19 @@ def _rows_of_split(count: int | None, config: DataOptions) -> int | None:
     return (count if last is None else last) - first
 
 
+def _order(config: TrainConfig, distinct: dict[str, float] | None) -> str:
+    """The order in which rows will train, in words."""
+    by_length = ", by length" if config.group_by_length else ""
+    if config.group_by_image is False or config.engine == "stock":
+        return f"random{by_length}"
+    if distinct is None:
+        return f"random{by_length}; rows of one image together, if the data has such rows"
+    found = f"{distinct['images']:,} images, {distinct['prompts']:,} prompts"
+    is_shared = row_groups(store.load(Path(config.dataset))).is_shared
+    together = "rows of one image" if is_shared else "no rows"
+    return f"random{by_length}; {together} together ({found})"
+
+
 def _optimizer_steps(config: RunOptions, rows: int | None, batch: int) -> int | None:
     if config.max_steps > 0:
         return config.max_steps
@@ -256,6 +273,7 @@ def show(report: dict[str, Any]) -> None:
     ui.result(f"Model     {report['model']} ({report['hub_id']}){size}")
     rows = f"{report['rows']:,} rows" if report["rows"] is not None else "rows"
     ui.result(f"Data      {report['dataset']}: {rows} ({report['rows_known_by']})")
+    ui.result(f"Order     {report['order']}")
     trains = f": {report['trainable']:,} parameters train" if report["trainable"] else ""
     ui.result(f"Training  {report['how']}{trains}; learning rate {report['learning_rate']:g}")
     weights = ""

@@ -290,6 +290,12 @@ class SpeedOptions(Options):
         "Batch rows of similar length: less padding if each answer has a row of its own",
         default_text="only if a model cannot share its prefix; shared rows have no padding",
     )
+    group_by_image: bool | None = option(
+        None,
+        "Let rows of one image, and of one prompt, meet in a forward pass, which computes what "
+        "they share once",
+        default_text="if rows have an image or a prompt in common and the engine is shared",
+    )
     bf16: bool | None = option(
         None, "Compute in bfloat16 autocast", default_text="on if the GPU supports it"
     )

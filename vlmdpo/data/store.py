@@ -1,8 +1,9 @@
 """The prepared dataset on disk: Arrow shards for `datasets.load_from_disk`, and a manifest.
 
 Rows hold what TRL takes (`images`, `prompt`, `chosen`, `rejected` as messages, nothing rendered),
-`source_row`, and token counts. While it is made, it lies under a hidden name, unit by unit, so that
-a killed run can continue; it gets its own name only when it is complete.
+`source_row`, token counts, and digests of images and prompt. While it is made, it lies under a
+hidden name, unit by unit, so that a killed run can continue; it gets its own name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
+from vlmdpo.data.groups import IMAGE_DIGEST, PROMPT_DIGEST, image_digest, prompt_digest
 from vlmdpo.data.images import EncodedImage
 from vlmdpo.data.pairs import PreferencePair, TokenCounts
 from vlmdpo.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 3  # of the rows below, and what is made of a source; older results are not reused
+FORMAT = 4  # of the rows below, and what is made of a source; older results are not reused
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
+# Folders beside the rows that trainings write.
+REFERENCE_CACHE, FEATURE_CACHE = CACHES = ("reference-logprobs", "image-features")
 BATCH_ROWS = 16  # written at once: bounds memory
 
 
@@ -117,7 +121,9 @@ def pair_features() -> Any:
 
 
 def features() -> Any:
-    """The columns of a prepared dataset: a pair, its source row, and its token counts."""
+    """The columns of a prepared dataset: a pair, its source row, its token counts, and digests of
+    its images and of its prompt, equal for rows that share them.
+    """
     from datasets import Features, Value
 
     return Features(
@@ -125,6 +131,7 @@ def features() -> Any:
             **pair_features(),
             "source_row": Value("int64"),
             **{name: Value("int32") for name in COUNTS},
+            **{name: Value("string") for name in (IMAGE_DIGEST, PROMPT_DIGEST)},
         }
     )
 
@@ -133,6 +140,7 @@ def row_of(
     pair: PreferencePair, images: Sequence[EncodedImage], counts: TokenCounts, source_row: int
 ) -> dict[str, Any]:
     """A pair as a row of the dataset."""
+    digest = image_digest(image.data for image in images)
     return {
         "images": [{"bytes": image.data, "path": None} for image in images],
         "prompt": list(pair.prompt),
@@ -143,6 +151,8 @@ def row_of(
         "chosen_tokens": counts.chosen,
         "rejected_tokens": counts.rejected,
         "image_tokens": counts.images,
+        IMAGE_DIGEST: digest,
+        PROMPT_DIGEST: prompt_digest(list(pair.prompt), digest),
     }
 
 
@@ -243,10 +253,15 @@ def load(folder: Path, split: str = "train") -> Any:
 
 
 def replace(folder: Path, finished: Path) -> None:
-    """Move `finished` to `folder`. What was there before is removed afterwards."""
+    """Move `finished` to `folder`. What was there before is removed afterwards, all but its caches:
+    what they hold is found by content, which the new rows may share.
+    """
     old = finished.with_name("old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     finished.rename(folder)
+    for cache in CACHES:
+        if (old / cache).is_dir():
+            (old / cache).rename(folder / cache)
     shutil.rmtree(old, ignore_errors=True)

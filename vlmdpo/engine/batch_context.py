@@ -28,8 +28,8 @@ class BatchContext:
 
     Attributes:
         backbone: the model this context is for; any other model ignores it.
-        rows: (row number, image tokens) of each row, in order; empty where image features are not
-            kept on disk.
+        rows: (key of its images, image tokens) of each row, in order; empty where image features
+            are not kept on disk.
         vision_is_frozen: whether nothing that makes image features trains, so that policy and
             reference share them.
         frozen_towers: modules that do not train inside a vision part that does; each runs once.
@@ -42,7 +42,7 @@ class BatchContext:
     """
 
     backbone: nn.Module
-    rows: Sequence[tuple[int, int]] = ()
+    rows: Sequence[tuple[str, int]] = ()
     vision_is_frozen: bool = False
     frozen_towers: Sequence[nn.Module] = ()
     layout_class: type[TreeLayout] | None = None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmdpo.data.pairs import text_of
 from vlmdpo.data.reasons import BadRow
-from vlmdpo.engine.content_keys import image_key
+from vlmdpo.engine.content_keys import ContentKeys, content_keys
 from vlmdpo.engine.plant import Planted, Prompt, common_beginning_of, plant
 from vlmdpo.engine.processing import BatchingProcessor
 from vlmdpo.engine.tree import Forest
@@ -59,8 +59,9 @@ class PairBatch(TypedDict):
     order: NotRequired[Tensor]
     order_back: NotRequired[Tensor]
     image_copies: NotRequired[int]
-    row: NotRequired[list[int]]  # B row numbers, which no device needs
-    tokens: NotRequired[list[int]]  # of the rows that stock makes, and of those that run
+    row: NotRequired[list[int]]  # B row numbers, for messages; no device needs them
+    image_keys: NotRequired[list[str]]  # of each tree, or of each example: see `content_keys`
+    answer_keys: NotRequired[list[str]]  # of each row of the loss
 
 
 @dataclass
@@ -100,9 +101,10 @@ class PairCollator:
         """A batch to run as one packed row."""
         texts = [self.render(example) for example in examples]
         images = [images_of(example) for example in examples]
+        keys = self.content_keys(examples)
         # Examples of equal image and prompt have one `Prompt`.
         contents = [
-            (image_key(its), text["prompt"]) for its, text in zip(images, texts, strict=True)
+            (key, text["prompt"]) for key, text in zip(keys["image_keys"], texts, strict=True)
         ]
         groups: dict[object, list[int]] = {}  # the examples of each prompt, by image
         for number, content in enumerate(contents):
@@ -123,7 +125,8 @@ class PairCollator:
                 [prompt.types[name] for prompt in prompts],
                 lambda answer, types, name=name: self._types_of(name, types, answer),
             )
-        return {**batch, **pixels}
+        of_trees = [keys["image_keys"][tree[0].example] for tree in shared]
+        return {**batch, **pixels, **keys, "image_keys": of_trees}
 
     def _prompts(
         self,
@@ -200,14 +203,17 @@ class PairCollator:
             "completion_mask": _completion_mask(ids, answers),
             "image_copies": 2,
         }
-        batch["tokens"] = [int(batch["attention_mask"].sum())] * 2
         for name in prompts[0].types:
             types = [prompt.types[name] for prompt in twice]
             of_answers = [self._types_of(name, *pair) for pair in zip(types, answers, strict=True)]
             batch[name] = torch.nn.utils.rnn.pad_sequence(
                 _join(types, of_answers), batch_first=True
             )
-        return {**batch, **pixels}
+        return {**batch, **pixels, **self.content_keys(examples)}
+
+    def content_keys(self, examples: list[Example]) -> ContentKeys:
+        """The keys that the batch of these examples has."""
+        return content_keys(examples)
 
     def render(self, example: Example) -> dict[str, str]:
         """Prompt and answers of one example as text.
@@ -315,15 +321,15 @@ class PairCollator:
         answers = [planted.answers[number] for number in order]
         last = [planted.last_token(number) for number in order]
         lengths = [planted.prompt_tokens(number) for number in order]
-        forest = planted.forest
+        attention_mask = _stock_attention_mask(lengths, answers)
+        forest = replace(planted.forest, stock_tokens=int(attention_mask.sum()))
         batch: dict[str, Any] = {
             "input_ids": self._pad(_join(last, answers)),
-            "attention_mask": _stock_attention_mask(lengths, answers),
+            "attention_mask": attention_mask,
             "completion_mask": _completion_mask(last, answers),
             "forest": forest,
             "tree_ids": planted.ids,
         }
-        batch["tokens"] = [int(batch["attention_mask"].sum()), forest.slots]
         if order != list(range(len(forest.answers))):
             batch["order"] = torch.tensor(order)
             batch["order_back"] = torch.tensor([order.index(n) for n in range(len(forest.answers))])
@@ -353,10 +359,13 @@ def answer_ids(batch: dict[str, Any]) -> list[list[int]]:
     return [ids[in_loss == 1].tolist() for ids, in_loss in rows]
 
 
-def batch_tokens(batch: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of the rows that stock TRL would make of a batch, and of those that run."""
-    stock, run = batch["tokens"]
-    return stock, run
+def batch_tokens(batch: dict[str, Any]) -> tuple[int, int] | None:
+    """(tokens of stock rows, slots that run in their place) of a packed batch; None for a batch in
+    rows. The device is not waited for.
+    """
+    if "forest" not in batch:
+        return None
+    return batch["forest"].stock_tokens, batch["forest"].slots
 
 
 def cannot_render(row: int | None, problem: BadRow) -> DataError:

@@ -126,28 +126,28 @@ class SharedForward:
 
     def new_batch(
         self,
-        rows: Sequence[int] = (),
+        image_keys: Sequence[str] = (),
         ids: Sequence[Tensor] = (),
         layout_class: type[TreeLayout] | None = None,
     ) -> BatchContext:
         """The context of a new batch, to be given to the model as its input `batch_context`.
 
         Args:
-            rows: the B rows' numbers, by which image features are found on disk.
+            image_keys: of the B rows, by which image features are found on disk.
             ids: the token ids of each of these rows, to count its image tokens.
             layout_class: see `BatchContext`.
         """
         frozen = self.vision_is_frozen
-        numbered: list[tuple[int, int]] = []
-        if self.features is not None and rows:
+        rows: list[tuple[str, int]] = []
+        if self.features is not None and image_keys:
             image_token = image_token_id(self.backbone.config)
             if image_token is None:
                 raise ModelError("--feature-cache: the model's configuration names no image token")
             counts = torch.stack([torch.eq(row_ids, image_token).sum() for row_ids in ids])
-            numbered = list(zip(rows, counts.tolist(), strict=True))
+            rows = list(zip(image_keys, counts.tolist(), strict=True))
         return BatchContext(
             backbone=self.backbone,
-            rows=numbered,
+            rows=rows,
             vision_is_frozen=frozen,
             frozen_towers=[] if frozen else families.frozen_towers(self.backbone),
             layout_class=layout_class,
@@ -298,14 +298,14 @@ class SharedForward:
 
     @torch.no_grad()
     def _frozen_image_features(self, batch: BatchContext, *args: Any, **kwargs: Any) -> ModelOutput:
-        with_images = [(row, tokens) for row, tokens in batch.rows if tokens]
+        with_images = [(key, tokens) for key, tokens in batch.rows if tokens]
         if self.features is None or not with_images:
             return self._get_image_features(*args, **kwargs)
-        rows, tokens = zip(*with_images, strict=True)
-        features = self.features.get(rows, next(self.backbone.parameters()).device)
+        keys, tokens = zip(*with_images, strict=True)
+        features = self.features.get(keys, next(self.backbone.parameters()).device)
         if features is None:
             features = self._get_image_features(*args, **kwargs)
-            self.features.put(rows, tokens, features)
+            self.features.put(keys, tokens, features)
         return features
 
     def _tower_forward(

@@ -217,6 +217,22 @@ def load_token_counter(
     )
 
 
+def known_lengths(
+    processor: Processor, dataset: Dataset, manifest: dict[str, Any] | None
+) -> list[RowLength] | None:
+    """The tokens of every row, as `prepare` counted them with this very processor; None if it did
+    not.
+    """
+    if (
+        not manifest
+        or manifest.get("processor") != processor_digest(processor, dated=False)
+        or not set(COUNTS) <= set(dataset.column_names)
+    ):
+        return None
+    columns = [dataset[name][:] for name in COUNTS]
+    return [RowLength(*counts) for counts in zip(*columns, range(len(dataset)), strict=True)]
+
+
 def row_lengths(
     processor: Processor, dataset: Dataset, manifest: dict[str, Any] | None = None
 ) -> list[RowLength]:
@@ -227,13 +243,9 @@ def row_lengths(
 
     Raises DataError for a row that the model's chat template cannot render.
     """
-    if (
-        manifest
-        and manifest.get("processor") == processor_digest(processor, dated=False)
-        and set(COUNTS) <= set(dataset.column_names)
-    ):
-        columns = [dataset[name][:] for name in COUNTS]
-        return [RowLength(*counts) for counts in zip(*columns, range(len(dataset)), strict=True)]
+    known = known_lengths(processor, dataset, manifest)
+    if known is not None:
+        return known
     counter = TokenCounter(processor)
     lengths = []
     with ui.progress("count tokens", len(dataset)) as bar:

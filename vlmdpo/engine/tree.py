@@ -46,6 +46,7 @@ class Forest:
         prompts: (P,) the node in which each distinct prompt ends.
         answers: (D,) the node of each distinct answer.
         images: how many images each tree has.
+        stock_tokens: tokens of the rows that stock TRL would make of it.
     """
 
     parents: tuple[int, ...]
@@ -53,6 +54,7 @@ class Forest:
     prompts: tuple[int, ...]
     answers: tuple[int, ...]
     images: tuple[int, ...] = ()
+    stock_tokens: int = 0
 
     @property
     def slots(self) -> int:

@@ -51,6 +51,7 @@ def page(
     pictures: Mapping[int, Sequence[str]],
     settings: Mapping[str, Any],
     findings: Sequence[Finding],
+    facts: Sequence[str] = (),
 ) -> str:
     """The page as HTML.
 
@@ -61,6 +62,7 @@ def page(
         samples: records of `samples.jsonl`.
         pictures: by row, the data URIs of its images.
         settings: the run's settings.
+        facts: sentences on its data and on what it computes.
     """
     script = files("vlmdpo.report").joinpath("templates", _SCRIPT).read_text(encoding="utf-8")
     return (
@@ -73,6 +75,7 @@ def page(
             last=lines[-1] if lines else None,
             evaluated=evaluations[-1] if evaluations else None,
             findings=findings,
+            facts=facts,
             samples=_by_row(samples, pictures),
             settings=pages.by_difference(settings, TrainConfig),
             data=_data(lines, evaluations),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
-from vlmdpo.models.inputs import has_images, image_token_id, other_pixels
+from vlmdpo.models.inputs import has_images, image_token_id, other_pixels, take_host_only
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def token_logps(
 ) -> list[Tensor]:
     """Log-probs (A,) of each of the 2B answers' tokens, under the policy or without adapter."""
     inputs = dict(trainer._prepare_inputs(batch))
-    for host_only in ("row", "tokens"):
-        inputs.pop(host_only, None)
+    take_host_only(inputs)
     labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
     with (
         _evaluation_mode(trainer.model),

@@ -133,7 +133,7 @@ def _why_not_exact(trainer: PairTrainer, examples: list[dict[str, Any]]) -> str 
 def _fall_back(setup: TrainingSetup, reason: str) -> None:
     """Switch to the next simpler engine that can be built."""
     trainer = setup.trainer
-    if trainer.mdpo_rows:
+    if trainer.is_mdpo:
         raise ConfigError(f"--loss mdpo needs the shared engine, which cannot be used: {reason}")
     ui.warn(f"self-check: {reason}; falling back to a simpler engine")
     reasons = [setup.fallback_reason, reason] if setup.fallback_reason else [reason]

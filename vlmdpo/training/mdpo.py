@@ -19,14 +19,14 @@ Shapes: B rows of a batch; 2B rows and their corrupted copies ("answers"); 3B pa
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.collate import PairCollator, images_of
+from vlmdpo.engine.content_keys import NO_ANSWER, ContentKeys, image_key
 from vlmdpo.engine.plant import Planted
 
 _SHOWN_AREA = (0.01, 0.2)  # the share of an image that its corrupted copy shows, as in the paper
@@ -50,28 +50,37 @@ def corrupt_image(image: Image.Image, seed: str) -> Image.Image:
 class MdpoCollator(PairCollator):
     """B examples → the packed pairs of B rows and their corrupted copies, as 3B pairs for TRL.
 
-    In `row` (2B,) the copies' numbers have `rows` added.
+    `image_keys` are of rows and copies, `answer_keys` (6B,) of TRL's rows.
 
     Args:
-        rows: the number of rows in the dataset.
-        seed: determines what the copies show.
+        seed: determines, with an image's pixels, what its copy shows: the same in every row, order
+            and slice of the data.
     """
 
-    rows: int = 0
     seed: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(self._with_copies(examples))
+        if "row" in batch:
+            batch["row"] = batch["row"][: len(examples)]
+        return {**batch, "answer_keys": _keys_of_terms(batch["answer_keys"])}
+
+    def content_keys(self, examples: list[dict[str, Any]]) -> ContentKeys:
+        """The keys that the batch of these examples has."""
+        keys = super().content_keys(self._with_copies(examples))
+        return {**keys, "answer_keys": _keys_of_terms(keys["answer_keys"])}
+
+    def _with_copies(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """B examples, then their B corrupted copies."""
         copies = []
         for example in examples:
-            seeds = (
-                f"{self.seed}/{example['row']}/{number}" for number in range(len(example["images"]))
-            )
+            key = image_key(images_of(example))
             images = [
-                corrupt_image(image, seed)
-                for image, seed in zip(example["images"], seeds, strict=True)
+                corrupt_image(image, f"{self.seed}/{key}/{number}")
+                for number, image in enumerate(images_of(example))
             ]
-            copies.append({**example, "images": images, "row": self.rows + example["row"]})
-        return super().__call__([*examples, *copies])
+            copies.append({**example, "images": images})
+        return [*examples, *copies]
 
     def _answers(
         self, texts: list[dict[str, str]], limits: list[int | None]
@@ -87,7 +96,8 @@ class MdpoCollator(PairCollator):
         batch["completion_mask"][5 * count :] = 0  # the anchor has no rejected answer
         for repeated in (slice(count, 3 * count), slice(5 * count, None)):
             batch["attention_mask"][repeated] = 0  # TRL only counts tokens by it
-        batch["tokens"] = [int(batch["attention_mask"].sum()), planted.forest.slots]
+        tokens = int(batch["attention_mask"].sum())
+        batch["forest"] = replace(batch["forest"], stock_tokens=tokens)
         return batch
 
 
@@ -102,23 +112,11 @@ def term_order(count: int) -> list[int]:
     return chosen_3B + rejected_3B
 
 
-def terms_to_answers(chosen_3B: Tensor, rejected_3B: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of TRL's pairs → (2B,), (2B,) of rows and copies.
-
-    Copies have no rejected answer, so theirs are 0.
-    """
-    count = len(chosen_3B) // 3
-    rejected_B, copies_B = rejected_3B[:count], rejected_3B[count : 2 * count]
-    chosen_2B = torch.cat([chosen_3B[:count], copies_B])
-    return chosen_2B, torch.cat([rejected_B, torch.zeros_like(rejected_B)])
-
-
-def answers_to_terms(chosen_2B: Tensor, rejected_2B: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse: log-probs of rows and copies → (3B,), (3B,) of TRL's pairs."""
-    count = len(chosen_2B) // 2
-    chosen_B, copies_B = chosen_2B.split(count)
-    rejected_3B = torch.cat([rejected_2B[:count], copies_B, torch.zeros_like(chosen_B)])
-    return torch.cat([chosen_B] * 3), rejected_3B
+def _keys_of_terms(answer_keys: list[str]) -> list[str]:
+    """4B keys of the packed answers → 6B of TRL's rows. The anchor has no rejected answer."""
+    order = term_order(len(answer_keys) // 4)
+    anchors = len(order) // 6
+    return [answer_keys[place] for place in order[:-anchors]] + [NO_ANSWER] * anchors
 
 
 def mdpo_metrics(

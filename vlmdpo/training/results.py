@@ -46,6 +46,10 @@ def save_results(
     from vlmdpo.training.sharding import active_strategy, gather_full_weights
 
     trainer, monitor = setup.trainer, setup.monitor
+    assert setup.sharing is not None
+    setup.tokens = trainer.tokens.total()
+    if monitor.write_page is not None:
+        monitor.write_page()  # with the tokens of all processes
     best = setup.keep_best.summary() if setup.keep_best is not None else None
     findings = _diagnose(setup, folder, config)
     forecast = monitor.forecast
@@ -64,6 +68,8 @@ def save_results(
         "pairs_per_s": outcome["train_samples_per_second"],
         "elapsed_s": outcome["train_runtime"],
         "engine": trainer.engine,
+        "tokens": dataclasses.asdict(setup.tokens),
+        "sharing": dataclasses.asdict(setup.sharing),
         "images_once": trainer.engine != "stock",
         "fallback_reason": setup.fallback_reason,
         "checkpointed_layers": trainer.checkpointed_layers,
@@ -192,6 +198,7 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
             samples=[] if samples is None else samples.records,
             pictures=pictures,
             settings=recipes.plain(config, without=PER_CALL),
+            facts=_facts(setup),
             findings=_diagnose(setup, folder, config),
         )
         partial = folder / f".{PAGE}.partial"
@@ -199,6 +206,17 @@ def attach_samples_and_page(setup: TrainingSetup, folder: Path, config: TrainCon
         partial.replace(folder / PAGE)
 
     monitor.write_page = write
+
+
+def _facts(setup: TrainingSetup) -> list[str]:
+    """Sentences on the data and on what was computed, for the page."""
+    processes = setup.trainer.args.world_size
+    tokens, where = setup.tokens, ""
+    if tokens is None:
+        tokens = setup.trainer.tokens.here()
+        where = f", in the first of {processes} processes" if processes > 1 else ""
+    facts = [f"The {setup.sharing.sentence}."] if setup.sharing is not None else []
+    return [*facts, f"It has run {tokens.words}{where}."] if tokens.stock else facts
 
 
 def _batch_size(trainer: PairTrainer) -> int:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vlmdpo.models.protocols import Processor
     from vlmdpo.training.keep_best import KeepBest
     from vlmdpo.training.monitor import TrainingMonitor
+    from vlmdpo.training.sharing import Sharing
+    from vlmdpo.training.token_count import Tokens
     from vlmdpo.training.trainer import PairTrainer
 
 _EXAMPLES = 4
@@ -28,6 +30,8 @@ class TrainingSetup:
         over_length: lengths and fate of the rows over `--max-length`.
         data: the prepared folder.
         keep_best: chooses the weights that are saved, if not those of the last step.
+        sharing: what rows have in common.
+        tokens: those of all processes, once training has ended.
     """
 
     trainer: PairTrainer
@@ -38,6 +42,8 @@ class TrainingSetup:
     over_length: list[dict[str, Any]]
     data: Path
     keep_best: KeepBest | None = None
+    sharing: Sharing | None = None
+    tokens: Tokens | None = None
 
     @property
     def is_sharded(self) -> bool:

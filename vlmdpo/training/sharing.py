@@ -1,0 +1,87 @@
+"""What the rows of a run have in common, and the tokens that computing it once saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmdpo.data.groups import NO_IMAGES, RowGroups
+from vlmdpo.data.pairs import TokenCounts
+from vlmdpo.training.token_count import Tokens
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What the training rows have in common.
+
+    Attributes:
+        images, prompts, answers: how many different ones there are; equal answers to different
+            prompts are different.
+        is_grouped: whether rows of one image train together.
+        epoch: tokens of the first epoch; None if the rows' tokens are not known beforehand.
+    """
+
+    pairs: int
+    images: int
+    prompts: int
+    answers: int
+    is_grouped: bool
+    epoch: Tokens | None
+
+    @property
+    def sentence(self) -> str:
+        """For the screen and for pages."""
+        found = (
+            f"{self.pairs:,} pairs have {self.images:,} images, {self.prompts:,} prompts and "
+            f"{self.answers:,} answers"
+        )
+        if self.epoch is None:
+            return found
+        grouped = ", with rows of one image grouped," if self.is_grouped else ""
+        return f"{found}; the first epoch{grouped} runs {self.epoch.words}"
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Rows with what they share, to count tokens by.
+
+    Attributes:
+        groups: of images and prompts.
+        answers: numbers of chosen and rejected answer, equal for equal answers of a prompt.
+        counts: tokens.
+        with_copies: whether each row's chosen answer is also computed with a corrupted copy of its
+            images, as mDPO does; copies of the same images are the same.
+    """
+
+    groups: RowGroups
+    answers: Sequence[tuple[int, int]]
+    counts: Sequence[TokenCounts]
+    with_copies: bool = False
+
+    def tokens(self, order: Sequence[int], batch_size: int | None) -> Tokens:
+        """Tokens of these rows in forward passes of `batch_size`; None if nothing is shared."""
+        stock = sum(map(self._stock, order))
+        if batch_size is None:
+            return Tokens(stock, stock)
+        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        return Tokens(stock, sum(map(self._run, batches)))
+
+    def _stock(self, row: int) -> int:
+        counts = self.counts[row]
+        tokens = 2 * counts.prompt + counts.chosen + counts.rejected
+        return tokens + counts.prompt + counts.chosen if self.with_copies else tokens
+
+    def _run(self, rows: Sequence[int]) -> int:
+        """Tokens that one forward pass runs: images, prompts and answers each once."""
+        images = {self.groups.images[row]: self.counts[row].images for row in rows}
+        images.pop(NO_IMAGES, None)
+        # A prompt's last token stands before each answer, not in the prompt.
+        prompts = {
+            self.groups.prompts[row]: self.counts[row].prompt - self.counts[row].images - 1
+            for row in rows
+        }
+        chosen = {self.answers[row][0]: 1 + self.counts[row].chosen for row in rows}
+        rejected = {self.answers[row][1]: 1 + self.counts[row].rejected for row in rows}
+        once = sum(images.values()) + sum(prompts.values())
+        answers = sum((chosen | rejected).values())
+        return once + answers + (once + sum(chosen.values()) if self.with_copies else 0)
