@@ -64,8 +64,7 @@ _TRL = (
         "trl.DPOTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)",
         "trl.DPOTrainer.training_step(self, args, kwargs)",
         "transformers.Trainer.get_train_dataloader(self)",
-        why="a batch that does not fit into memory is computed in parts of the loss, and the tokens "
-        "of every batch are counted",
+        why="a batch that does not fit into memory is computed in parts; tokens are counted",
         breaks="--auto-batch-size would give wrong gradients or stop at the first full GPU",
     ),
     *overridden(
