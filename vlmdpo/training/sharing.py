@@ -75,13 +75,12 @@ class SharedRows:
         """Tokens that one forward pass runs: images, prompts and answers each once."""
         images = {self.groups.images[row]: self.counts[row].images for row in rows}
         images.pop(NO_IMAGES, None)
-        # A prompt's last token stands before each answer, not in the prompt.
         prompts = {
-            self.groups.prompts[row]: self.counts[row].prompt - self.counts[row].images - 1
+            self.groups.prompts[row]: self.counts[row].prompt - self.counts[row].images
             for row in rows
         }
-        chosen = {self.answers[row][0]: 1 + self.counts[row].chosen for row in rows}
-        rejected = {self.answers[row][1]: 1 + self.counts[row].rejected for row in rows}
+        chosen = {self.answers[row][0]: self.counts[row].chosen for row in rows}
+        rejected = {self.answers[row][1]: self.counts[row].rejected for row in rows}
         once = sum(images.values()) + sum(prompts.values())
         answers = sum((chosen | rejected).values())
         return once + answers + (once + sum(chosen.values()) if self.with_copies else 0)
