@@ -35,7 +35,8 @@ from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.prefill import fill_reference_cache
-from vlmdpo.training.simulate import Workload, simulate, synthetic_rows
+from vlmdpo.training.simulate import simulate
+from vlmdpo.training.synthetic_rows import Workload, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer
 
 TEXT = {
