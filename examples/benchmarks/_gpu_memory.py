@@ -342,7 +342,7 @@ def _little_memory(
     if not machine.is_cuda:
 
         def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if len(kwargs["pairs"]) > small:
+            if len(kwargs["input_ids"]) > 2 * small:
                 raise torch.OutOfMemoryError("pretended to be out of memory, on a CPU")
 
         hook = trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)

@@ -90,7 +90,10 @@ def test_a_run_says_what_its_rows_share_and_what_ran(trained):
     assert tokens["run"] < tokens["stock"]
     page = (folder / "run.html").read_text(encoding="utf-8")
     assert f"The 48 pairs have {sharing['images']} images, 48 prompts and 96 answers;" in page
-    assert f"It has run {tokens['run']:,} tokens for the {tokens['stock']:,} of stock" in page
+    assert (
+        f"It has computed {tokens['run']:,} tokens where stock rows hold {tokens['stock']:,}"
+        in page
+    )
     assert json.loads((folder / "train_report.json").read_text())["tokens"] == tokens
 
 

@@ -114,11 +114,9 @@ def test_a_batch_runs_each_image_and_answer_once(tmp_path):
     batch = made.data_collator([rows[i] for i in range(COUNT)])
     assert batch["pixel_values"].shape[0] == 2 * COUNT
     assert len(batch["input_ids"]) == 6 * COUNT
-    chosen = sum(pair[1] for pair in batch["pairs"])
-    rejected = sum(pair[2] for pair in batch["pairs"])
-    prompts = sum(pair[0] + 1 for pair in batch["pairs"])
-    assert batch["pair_ids"].shape[1] == prompts + chosen + rejected
-    assert all(pair[2] == 0 for pair in batch["pairs"][COUNT:])
+    forest = batch["forest"]
+    assert len(forest.roots) == 2 * COUNT
+    assert len(forest.answers) == 3 * COUNT, "a copy has no rejected answer"
     assert batch["row"] == [0, 1, 2]
     images, answers = batch["image_keys"], batch["answer_keys"]
     assert len(set(images)) == 2 * COUNT, "a copy has a key of its own pixels"

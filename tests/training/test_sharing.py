@@ -128,12 +128,14 @@ def test_the_sentence_says_what_is_shared_and_saved():
     )
     assert sharing.sentence == (
         "1,200 pairs have 400 images, 600 prompts and 2,000 answers; the first epoch, with rows of "
-        "one image grouped, runs 400 tokens for the 1,000 of stock rows (60% less)"
+        "one image grouped, computes 400 tokens where stock rows hold 1,000 (60% fewer)"
     )
     unknown = replace(sharing, epoch=None)
     assert unknown.sentence.endswith("2,000 answers")
     same = replace(sharing, is_grouped=False, epoch=Tokens(1000, 1000))
-    assert same.sentence.endswith("the first epoch runs 1,000 tokens for the 1,000 of stock rows")
+    assert same.sentence.endswith(
+        "the first epoch computes 1,000 tokens where stock rows hold 1,000"
+    )
 
 
 def test_answers_cut_to_the_limit_count_as_cut():

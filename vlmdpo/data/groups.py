@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.data.sources import as_stored
 
 IMAGE_DIGEST, PROMPT_DIGEST = "image_digest", "prompt_digest"  # the columns that prepare writes
@@ -114,10 +115,12 @@ def _digests(dataset: Any) -> Iterator[tuple[str, str]]:
         yield from zip(dataset[IMAGE_DIGEST][:], dataset[PROMPT_DIGEST][:], strict=True)
         return
     image_columns = [name for name in ("images", "image") if name in dataset.column_names]
-    for row in as_stored(dataset.select_columns([*image_columns, "prompt"])):
-        cells = row.get("images") or ([row["image"]] if row.get("image") else [])
-        images = image_digest(map(_stored_bytes, cells))
-        yield images, prompt_digest(row["prompt"], images)
+    with ui.progress("compare images", len(dataset), unit="rows") as bar:
+        for row in as_stored(dataset.select_columns([*image_columns, "prompt"])):
+            cells = row.get("images") or ([row["image"]] if row.get("image") else [])
+            images = image_digest(map(_stored_bytes, cells))
+            yield images, prompt_digest(row["prompt"], images)
+            bar.advance()
 
 
 def _stored_bytes(cell: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlmdpo.engine.pair_layout import PairLayout
+from vlmdpo.engine.tree import TreeLayout
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -33,7 +33,7 @@ class BatchContext:
         vision_is_frozen: whether nothing that makes image features trains, so that policy and
             reference share them.
         frozen_towers: modules that do not train inside a vision part that does; each runs once.
-        layout_class: in place of `PairLayout`, for checks that need a layout broken on purpose.
+        layout_class: in place of `TreeLayout`, for checks that need a layout broken on purpose.
         layout: the packed row's, made in the first forward pass.
         position_ids: of its slots (..., 1, T), or of rows (..., 2B, S), likewise.
         image_features: what the frozen vision part returned for the batch's images.
@@ -45,8 +45,8 @@ class BatchContext:
     rows: Sequence[tuple[str, int]] = ()
     vision_is_frozen: bool = False
     frozen_towers: Sequence[nn.Module] = ()
-    layout_class: type[PairLayout] | None = None
-    layout: PairLayout | None = None
+    layout_class: type[TreeLayout] | None = None
+    layout: TreeLayout | None = None
     position_ids: Tensor | None = None
     image_features: ModelOutput | None = None
     image_copies: int = 1

@@ -19,15 +19,15 @@ Shapes: B rows of a batch; 2B rows and their corrupted copies ("answers"); 3B pa
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmdpo.engine.collate import PairBatch, PairCollator, images_of
+from vlmdpo.engine.collate import PairCollator, images_of
 from vlmdpo.engine.content_keys import NO_ANSWER, ContentKeys, image_key
+from vlmdpo.engine.plant import Planted
 
 _SHOWN_AREA = (0.01, 0.2)  # the share of an image that its corrupted copy shows, as in the paper
 
@@ -50,8 +50,7 @@ def corrupt_image(image: Image.Image, seed: str) -> Image.Image:
 class MdpoCollator(PairCollator):
     """B examples → the packed pairs of B rows and their corrupted copies, as 3B pairs for TRL.
 
-    `order` (6B,) says which packed answer each of TRL's rows is. `image_keys` (2B,) are of rows and
-    copies, `answer_keys` (6B,) of TRL's rows.
+    `image_keys` are of rows and copies, `answer_keys` (6B,) of TRL's rows.
 
     Args:
         seed: determines, with an image's pixels, what its copy shows: the same in every row, order
@@ -85,41 +84,37 @@ class MdpoCollator(PairCollator):
 
     def _answers(
         self, texts: list[dict[str, str]], limits: list[int | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Any], list[Any]]:
         """Both answers of each row, and the copies' chosen ones: a copy has no rejected answer."""
         chosen, rejected = super()._answers(texts, limits)
         count = len(rejected) // 2
-        return chosen, [*rejected[:count], *(answer[:0] for answer in rejected[count:])]
+        return chosen, [*rejected[:count], *[None] * count]
 
-    def _packed_batch(
-        self, prompts: list[Tensor], chosen: list[Tensor], rejected: list[Tensor]
-    ) -> PairBatch:
-        count = len(prompts) // 2
-        batch = super()._packed_batch(prompts, chosen, rejected)
-        order = term_order(count)
-        batch["input_ids"] = batch["input_ids"][order]
-        batch["attention_mask"] = batch["attention_mask"][order]
-        batch["completion_mask"] = batch["completion_mask"][order]
+    def _packed_batch(self, planted: Planted, order: list[int]) -> dict[str, Any]:
+        count = len(order) // 4
+        batch = super()._packed_batch(planted, [order[number] for number in term_order(count)])
         batch["completion_mask"][5 * count :] = 0  # the anchor has no rejected answer
         for repeated in (slice(count, 3 * count), slice(5 * count, None)):
             batch["attention_mask"][repeated] = 0  # TRL only counts tokens by it
-        return {**batch, "order": order}
+        tokens = int(batch["attention_mask"].sum())
+        batch["forest"] = replace(batch["forest"], stock_tokens=tokens)
+        return batch
 
 
-def term_order(count: int) -> Tensor:
-    """(6B,) the packed answer that each of TRL's rows is, for B = `count`.
+def term_order(count: int) -> list[int]:
+    """(6B,) the answer that each of TRL's rows is, for B = `count`.
 
-    Packed answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
+    Answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
     """
-    row_B = torch.arange(count)
-    chosen_3B = [row_B, row_B, row_B]
-    rejected_3B = [row_B + 2 * count, row_B + count, row_B]
-    return torch.cat([*chosen_3B, *rejected_3B])
+    rows = list(range(count))
+    chosen_3B = rows * 3
+    rejected_3B = [*(row + 2 * count for row in rows), *(row + count for row in rows), *rows]
+    return chosen_3B + rejected_3B
 
 
 def _keys_of_terms(answer_keys: list[str]) -> list[str]:
     """4B keys of the packed answers → 6B of TRL's rows. The anchor has no rejected answer."""
-    order = term_order(len(answer_keys) // 4).tolist()
+    order = term_order(len(answer_keys) // 4)
     anchors = len(order) // 6
     return [answer_keys[place] for place in order[:-anchors]] + [NO_ANSWER] * anchors
 

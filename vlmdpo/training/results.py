@@ -216,7 +216,7 @@ def _facts(setup: TrainingSetup) -> list[str]:
         tokens = setup.trainer.tokens.here()
         where = f", in the first of {processes} processes" if processes > 1 else ""
     facts = [f"The {setup.sharing.sentence}."] if setup.sharing is not None else []
-    return [*facts, f"It has run {tokens.words}{where}."] if tokens.stock else facts
+    return [*facts, f"It has computed {tokens.words}{where}."] if tokens.stock else facts
 
 
 def _batch_size(trainer: PairTrainer) -> int:

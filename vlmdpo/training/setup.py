@@ -53,6 +53,10 @@ class TrainingSetup:
 
         return launched_strategy() in SHARDED_STRATEGIES
 
+    def related_examples(self) -> list[dict[str, Any]]:
+        """Rows to check the engine with, that share what rows of a batch do."""
+        return self.examples(1)
+
     def examples(self, count: int = _EXAMPLES) -> list[dict[str, Any]]:
         """Rows to check with: among the first, those with long answers, where mistakes show."""
         texts = self.trainer.train_dataset.select_columns(["chosen", "rejected"])[:_EXAMPLE_POOL]

@@ -15,8 +15,8 @@ class Sharing:
     """What the training rows have in common.
 
     Attributes:
-        images, prompts, answers: how many different ones there are; equal answers to different
-            prompts are different.
+        images, prompts, answers: how many different ones there are. Several images of a row count
+            as one, and equal answers to different prompts as different.
         is_grouped: whether rows of one image train together.
         epoch: tokens of the first epoch; None if the rows' tokens are not known beforehand.
     """
@@ -38,7 +38,7 @@ class Sharing:
         if self.epoch is None:
             return found
         grouped = ", with rows of one image grouped," if self.is_grouped else ""
-        return f"{found}; the first epoch{grouped} runs {self.epoch.words}"
+        return f"{found}; the first epoch{grouped} computes {self.epoch.words}"
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ class Tokens:
 
     @property
     def words(self) -> str:
-        """As in "60 tokens for the 100 of stock rows (40% less)"."""
-        saved = f" ({100 * (1 - self.run / self.stock):.0f}% less)" if self.run < self.stock else ""
-        return f"{self.run:,} tokens for the {self.stock:,} of stock rows{saved}"
+        """As in "60 tokens where stock rows hold 100 (40% fewer)"."""
+        fewer = 100 * (1 - self.run / max(1, self.stock))
+        saved = f" ({fewer:.0f}% fewer)" if self.run < self.stock else ""
+        return f"{self.run:,} tokens where stock rows hold {self.stock:,}{saved}"
 
 
 class TokenCount:

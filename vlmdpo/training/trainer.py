@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer
 
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
-from vlmdpo.engine.collate import PairCollator, pair_token_ids
+from vlmdpo.engine.collate import PairCollator, image_token_ids
 from vlmdpo.engine.content_keys import pair_keys
 from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.feature_cache import FeatureCache
@@ -34,6 +34,7 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.adapters import adapters_off
+from vlmdpo.models.families import has_bidirectional_prompt, unwrap_peft
 from vlmdpo.models.inputs import in_dtype, take_host_only
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
@@ -134,7 +135,12 @@ class PairTrainer(DPOTrainer):
         self.pair_collator: PairCollator | StockCollator = (
             StockCollator(processor, max_length=limit)
             if engine == "stock"
-            else PairCollator(processor, max_length=limit, share=engine == "shared")
+            else PairCollator(
+                processor,
+                max_length=limit,
+                share=engine == "shared",
+                share_beginnings=not has_bidirectional_prompt(unwrap_peft(self.model).base_model),
+            )
         )
         self.data_collator: Any = self.pair_collator
         if self.is_mdpo:
@@ -236,7 +242,7 @@ class PairTrainer(DPOTrainer):
         rows, image_keys, answer_keys = take_host_only(inputs)
         if self.shared_forwards:
             # TRL passes every input that it does not know on to the model.
-            ids = pair_token_ids(inputs)
+            ids = image_token_ids(inputs)
             inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(image_keys, ids)
         if self.reference_cache is not None or self.is_mdpo:
             logps_R = self.reference_logps(model, inputs, rows, answer_keys)

@@ -64,7 +64,7 @@ _TRL = (
         "trl.DPOTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)",
         "trl.DPOTrainer.training_step(self, args, kwargs)",
         "transformers.Trainer.get_train_dataloader(self)",
-        why="a batch that does not fit into memory is computed in parts of the loss",
+        why="a batch that does not fit into memory is computed in parts; tokens are counted",
         breaks="--auto-batch-size would give wrong gradients or stop at the first full GPU",
     ),
     *overridden(
@@ -163,7 +163,8 @@ _TRANSFORMERS_TRAINER = (
     *overridden(
         "training/trainer",
         "transformers.Trainer._get_train_sampler(self, train_dataset)",
-        why="rows of similar length are grouped in one order for all processes and after a resume",
+        why="rows of one image, or of similar length, are grouped in one order for all processes "
+        "and after a resume",
         breaks="a resumed run would visit rows twice or never",
     ),
     *called(
