@@ -332,6 +332,18 @@ def test_pairs_per_prompt_is_reported_and_lowers_the_formulas_peak(images, vlmdp
     assert "batch 8, 2 pairs a prompt" in " ".join(out.split())
 
 
+def test_a_simulated_step_computes_a_shared_prompt_once(vlmdpo):
+    asked = ["--lora", "--per-device-train-batch-size", "8", "--prompt-tokens", "100"]
+    asked += ["--answer-tokens", "10"]
+    one, two, eight = (
+        estimate(vlmdpo, *asked, "--pairs-per-prompt", pairs)["phases"]["backward"]
+        for pairs in ("1", "2", "8")
+    )
+    assert one > two > eight
+    stock = estimate(vlmdpo, *asked, "--pairs-per-prompt", "8", "--engine", "stock")
+    assert stock["phases"]["backward"] > one
+
+
 def test_sharding_and_four_bits_are_marked(vlmdpo):
     plain = estimate(vlmdpo, "--lora")
     sharded = estimate(
