@@ -30,7 +30,7 @@ from _measure import counted_flops, interleaved, medians
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from vlmdpo.engine.collate import batch_tokens
+from vlmdpo.engine.batch import batch_tokens
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer, is_near_tie
 from vlmdpo.engine.reference_cache import ReferenceCache

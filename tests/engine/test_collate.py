@@ -14,7 +14,7 @@ from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.content_keys import content_keys
 from vlmdpo.engine.processing import BatchingProcessor, merge_prompts
 from vlmdpo.engine.stock_collator import StockCollator
-from vlmdpo.engine.tree import TreeLayout
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.errors import ModelError
 from vlmdpo.models.inputs import take_host_only
 from vlmdpo.tiny import random_models

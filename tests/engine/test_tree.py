@@ -14,8 +14,10 @@ from tests.support.engines import (
     trainer,
 )
 from vlmdpo.engine import forward, tree_attention
-from vlmdpo.engine.collate import PairCollator, batch_tokens
-from vlmdpo.engine.tree import ROOT, Forest, GrowingTree, TreeLayout, ancestry, common_beginning
+from vlmdpo.engine.batch import batch_tokens
+from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.tree import ROOT, Forest, GrowingTree, ancestry, common_beginning
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.tiny import random_models
 from vlmdpo.training import engine_checks
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.engines import pairs, trainer
 from vlmdpo.engine.lengths import row_lengths
-from vlmdpo.engine.tree import TreeLayout
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.training import doctor
 
 pytestmark = pytest.mark.slow

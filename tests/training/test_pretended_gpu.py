@@ -17,7 +17,7 @@ from tests.support.pretended_gpu import (
 )
 from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.reference_cache import ReferenceCache
-from vlmdpo.engine.tree import TreeLayout
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny.random_models import RECURRENT
 from vlmdpo.training.auto_batch import PARTS, Parts

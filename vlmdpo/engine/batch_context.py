@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlmdpo.engine.tree import TreeLayout
+from vlmdpo.engine.tree_layout import TreeLayout
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput

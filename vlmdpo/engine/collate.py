@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NotRequired, TypedDict
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +24,6 @@ from vlmdpo.data.reasons import BadRow
 from vlmdpo.engine.content_keys import ContentKeys, content_keys
 from vlmdpo.engine.plant import Planted, Prompt, common_beginning_of, plant
 from vlmdpo.engine.processing import BatchingProcessor
-from vlmdpo.engine.tree import Forest
 from vlmdpo.errors import DataError, ModelError
 from vlmdpo.models.families import answer_token_type, image_placeholders
 from vlmdpo.models.inputs import image_inputs, inputs_by_token
@@ -34,39 +34,9 @@ Example = dict[str, Any]  # a row of a prepared dataset
 SIDES = ("chosen", "rejected")
 
 
-class PairBatch(TypedDict):
-    """What `PairCollator` makes of B pairs, besides the processor's pixels and token types.
-
-    For TRL: `input_ids` and `completion_mask`, chosen rows first; stock's `attention_mask`, by
-    which TRL counts tokens. Packed (share=True):
-
-        input_ids, completion_mask (R, 1 + C): column 0 is the last prompt token
-        attention_mask (R, S): as stock's
-        forest: what lies where in the packed row
-        tree_ids (1, T): token ids of the packed row
-        order (R,): which distinct answer each row of the loss is; absent where it is each once
-        order_back (D,): a row of the loss for each distinct answer; beside `order`
-
-    In rows (share=False): `input_ids`, `completion_mask` and `attention_mask` are (2B, S), and
-    `image_copies` says that each image, given once, stands in two rows.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    forest: NotRequired[Forest]
-    tree_ids: NotRequired[Tensor]
-    order: NotRequired[Tensor]
-    order_back: NotRequired[Tensor]
-    image_copies: NotRequired[int]
-    row: NotRequired[list[int]]  # B row numbers, for messages; no device needs them
-    image_keys: NotRequired[list[str]]  # of each tree, or of each example: see `content_keys`
-    answer_keys: NotRequired[list[str]]  # of each row of the loss
-
-
 @dataclass
 class PairCollator:
-    """Examples {images, prompt, chosen, rejected[, row]} → one batch of B pairs; see `PairBatch`.
+    """Examples {images, prompt, chosen, rejected[, row]} → a `batch.PairBatch` of B pairs.
 
     Args:
         processor: the model's processor.
@@ -88,7 +58,7 @@ class PairCollator:
         self._process: Any = BatchingProcessor(self.processor)
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """A `PairBatch`, with the processor's pixels and token types.
+        """A `batch.PairBatch`, with the processor's pixels and token types.
 
         Raises DataError for a prompt that leaves no room for an answer, and for an empty answer.
         """
@@ -123,7 +93,7 @@ class PairCollator:
         for name in prompts[0].types:
             batch[name] = planted.lay_out(
                 [prompt.types[name] for prompt in prompts],
-                lambda answer, types, name=name: self._types_of(name, types, answer),
+                partial(self._types_of, name),
             )
         of_trees = [keys["image_keys"][tree[0].example] for tree in shared]
         return {**batch, **pixels, **keys, "image_keys": of_trees}
@@ -205,7 +175,7 @@ class PairCollator:
         }
         for name in prompts[0].types:
             types = [prompt.types[name] for prompt in twice]
-            of_answers = [self._types_of(name, *pair) for pair in zip(types, answers, strict=True)]
+            of_answers = [self._types_of(name, *pair) for pair in zip(answers, types, strict=True)]
             batch[name] = torch.nn.utils.rnn.pad_sequence(
                 _join(types, of_answers), batch_first=True
             )
@@ -264,12 +234,12 @@ class PairCollator:
             }
         return [name for name in found if self._is_by_token[name]]
 
-    def _types_of(self, name: str, types: Tensor, answer: Tensor) -> Tensor:
+    def _types_of(self, name: str, answer: Tensor, types: Tensor) -> Tensor:
         """What an input by token says of an answer's tokens: the same as of the text before it.
 
         Args:
-            types: (L, ...) what it says of the prompt, whose last token is text.
             answer: (L,) its token ids.
+            types: (L, ...) what it says of the prompt, whose last token is text.
 
         Raises ModelError where it numbers the tokens.
         """
@@ -344,28 +314,10 @@ class PairCollator:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
-def image_token_ids(batch: dict[str, Any]) -> list[Tensor]:
-    """The token ids that the images of a batch of `PairCollator` stand in: of each tree, or of each
-    pair's chosen row.
-    """
-    if "forest" in batch:
-        return list(batch["tree_ids"][0].split(batch["forest"].tree_lengths))
-    return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
-
-
-def answer_ids(batch: dict[str, Any]) -> list[list[int]]:
-    """The answer's token ids of each row of the loss."""
-    rows = zip(batch["input_ids"], batch["completion_mask"], strict=True)
-    return [ids[in_loss == 1].tolist() for ids, in_loss in rows]
-
-
-def batch_tokens(batch: dict[str, Any]) -> tuple[int, int] | None:
-    """(tokens of stock rows, slots that run in their place) of a packed batch; None for a batch in
-    rows. The device is not waited for.
-    """
-    if "forest" not in batch:
-        return None
-    return batch["forest"].stock_tokens, batch["forest"].slots
+def host_inputs(examples: list[Example]) -> dict[str, Any]:
+    """What a batch holds for the host: its rows' numbers, if they have any, and content keys."""
+    numbered = {"row": [example["row"] for example in examples]} if "row" in examples[0] else {}
+    return {**numbered, **content_keys(examples)}
 
 
 def cannot_render(row: int | None, problem: BadRow) -> DataError:

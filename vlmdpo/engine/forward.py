@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vlmdpo.engine import packed_attention
 from vlmdpo.engine.batch_context import BatchContext, ForwardPass
 from vlmdpo.engine.feature_cache import FeatureCache
-from vlmdpo.engine.tree import Forest, TreeLayout
+from vlmdpo.engine.tree import Forest
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.errors import ModelError
 from vlmdpo.models import families
 from vlmdpo.models.attention import overlays_mask

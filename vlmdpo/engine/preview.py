@@ -7,7 +7,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from vlmdpo.engine.collate import SIDES, PairCollator, answer_ids
+from vlmdpo.engine.batch import answer_ids
+from vlmdpo.engine.collate import SIDES, PairCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

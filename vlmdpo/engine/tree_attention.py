@@ -11,7 +11,7 @@ Shapes: T slots of the packed row, q and kv slots that ask and are asked, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,22 @@ from torch.nn.attention.bias import causal_lower_right
 
 from vlmdpo.engine.causality import is_plainly_causal
 from vlmdpo.engine.packed_attention import additive_mask
-from vlmdpo.engine.tree import Run, TreeLayout
+from vlmdpo.engine.tree import Forest
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Nodes that lie one behind the other and continue each other: one attention call.
+
+    Attributes:
+        nodes: each is the first child of the one before.
+        prompt: a prompt in whose row they stand.
+    """
+
+    nodes: tuple[int, ...]
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,14 @@ class TreeMask(Tensor):
 
     @staticmethod
     def __new__(
-        cls, layout: TreeLayout, mask_function: Callable[..., Tensor], device: torch.device
+        cls,
+        forest: Forest,
+        runs: Sequence[Run],
+        sees: Sequence[tuple[int, ...]],
+        slot_index: Tensor,
+        mask_function: Callable[..., Tensor],
     ) -> TreeMask:
-        return cls._without_blocks(layout.forest.slots, device)
+        return cls._without_blocks(forest.slots, slot_index.device)
 
     @classmethod
     def _without_blocks(cls, slots: int, device: torch.device) -> TreeMask:
@@ -74,10 +92,24 @@ class TreeMask(Tensor):
         raise TypeError(f"{func} needs the values of a mask, and a TreeMask has none")
 
     def __init__(
-        self, layout: TreeLayout, mask_function: Callable[..., Tensor], device: torch.device
+        self,
+        forest: Forest,
+        runs: Sequence[Run],
+        sees: Sequence[tuple[int, ...]],
+        slot_index: Tensor,
+        mask_function: Callable[..., Tensor],
     ) -> None:
-        self.lengths = layout.forest.lengths
-        self.blocks = [_block(layout, run, mask_function, device) for run in layout.runs]
+        """The model's mask function for these runs.
+
+        Args:
+            sees: the nodes that each run's slots may see.
+            slot_index: (T,) the index of each slot in a row of its own.
+        """
+        self.lengths = forest.lengths
+        self.blocks = [
+            _block(forest, run, nodes, slot_index, mask_function)
+            for run, nodes in zip(runs, sees, strict=True)
+        ]
 
     def attend(
         self,
@@ -117,20 +149,22 @@ class TreeMask(Tensor):
 
 
 def _block(
-    layout: TreeLayout, run: Run, mask_function: Callable[..., Tensor], device: torch.device
+    forest: Forest,
+    run: Run,
+    sees: tuple[int, ...],
+    slot_index: Tensor,
+    mask_function: Callable[..., Tensor],
 ) -> _Block:
-    forest, sees = layout.forest, layout.sees(run)
     queries = sum(forest.lengths[node] for node in run.nodes)
     keys = sum(forest.lengths[node] for node in sees)
     if sees == forest.path(run.nodes[-1]) and is_plainly_causal(mask_function, keys):
         return _Block(queries, sees, keys, None)
-    parts = layout.slot_index.split(forest.lengths)
-    query_index, key_index = (
-        torch.cat([parts[node] for node in nodes]) for nodes in (run.nodes, sees)
-    )
+    parts = slot_index.split(forest.lengths)
+    query_index = torch.cat([parts[node] for node in run.nodes])
+    key_index = torch.cat([parts[node] for node in sees])
     # Filled on the device, and of the indices' dimensions: a number would be copied there, or
     # read from there when a mask function indexes with it.
-    row = torch.full((1, 1), run.prompt, device=device)
+    row = torch.full((1, 1), run.prompt, device=slot_index.device)
     allowed = mask_function(row, torch.zeros_like(row), query_index[:, None], key_index[None, :])
     return _Block(queries, sees, keys, allowed.expand(queries, keys))
 

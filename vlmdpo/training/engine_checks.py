@@ -20,7 +20,8 @@ from torch import Tensor
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.stock_collator import StockCollator
-from vlmdpo.engine.tree import Run, TreeLayout
+from vlmdpo.engine.tree_attention import Run
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.models import families
 from vlmdpo.models.inputs import other_pixels
 from vlmdpo.training.doctor import Check, token_logps

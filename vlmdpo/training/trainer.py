@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
 from vlmdpo.distributed.processes import launched_strategy
+from vlmdpo.engine.batch import image_token_ids
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
-from vlmdpo.engine.collate import PairCollator, image_token_ids
+from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.content_keys import pair_keys
 from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.feature_cache import FeatureCache
