@@ -64,7 +64,13 @@ MAY_BE_HEAVY = {
         "training/set_fields",
         "training/keep_best",
     ),
-    *("training/samples", "training/sharding", "training/simulate", "training/trainer"),
+    *(
+        "training/samples",
+        "training/sharding",
+        "training/simulate",
+        "training/synthetic_rows",
+        "training/trainer",
+    ),
 }
 
 

@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
 
 from vlmdpo.config import TrainConfig
+from vlmdpo.data.groups import row_groups
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import fallback_chat_template
@@ -35,7 +36,8 @@ from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.prefill import fill_reference_cache
-from vlmdpo.training.simulate import Workload, simulate, synthetic_rows
+from vlmdpo.training.simulate import simulate
+from vlmdpo.training.synthetic_rows import Workload, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer
 
 TEXT = {
@@ -64,6 +66,7 @@ class Case:
     cached: bool = True
     dtype: str = "float32"
     bf16: bool = False
+    pairs_per_prompt: int = 1
 
     @property
     def name(self) -> str:
@@ -77,6 +80,7 @@ class Case:
             ["checkpointing"] * self.checkpointing
             + ["bf16 autocast"] * self.bf16
             + ["no cache"] * (not self.cached)
+            + [f"{self.pairs_per_prompt} pairs a prompt"] * (self.pairs_per_prompt > 1)
         )
         return ", ".join(how)
 
@@ -100,6 +104,8 @@ CASES = (
     Case("paligemma", batch=1),
     Case("smolvlm", lora=False),
     Case("llava_next", answers=(20, 90)),
+    Case("llava", batch=8, pairs_per_prompt=4),
+    Case("qwen2_5_vl", batch=6, pairs_per_prompt=2, checkpointing=True),
 )
 
 
@@ -132,7 +138,7 @@ def settings(case: Case) -> TrainConfig:
 
 
 def workload(case: Case) -> Workload:
-    return Workload((64, 48), 1, 60, *case.answers)
+    return Workload((64, 48), 1, 60, *case.answers, case.pairs_per_prompt)
 
 
 def real_trainer(case: Case, folder: Path) -> PairTrainer:
@@ -155,6 +161,8 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
         lora_config=lora_config(config, model),
         reference_cache=references,
     )
+    if case.pairs_per_prompt > 1:
+        trainer.row_groups = row_groups(rows)
     if references is not None and not case.lora:
         fill_reference_cache(trainer)
     return trainer
