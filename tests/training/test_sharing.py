@@ -32,15 +32,15 @@ ROWS = SharedRows(
 def test_what_rows_of_one_forward_pass_share_runs_once():
     together = ROWS.tokens([0, 1, 2], 3)
     assert together.stock == (2 * 100 + 30) + (2 * 100 + 40) + (2 * 90 + 11)
-    image, prompts = 64, (100 - 64 - 1) + (90 - 64 - 1)
-    assert together.run == image + prompts + (11 + 21 + 31) + (6 + 7)
+    image, prompts = 64, (100 - 64) + (90 - 64)
+    assert together.run == image + prompts + (10 + 20 + 30) + (5 + 6)
     apart = ROWS.tokens([0, 1, 2], 1)
     assert apart.stock == together.stock
-    assert apart.run == (100 + 30 + 1) + (100 + 40 + 1) + (90 + 11 + 1)
+    assert apart.run == (100 + 30) + (100 + 40) + (90 + 11)
     assert ROWS.tokens([0, 3, 1, 2], 2).run == sum(
         ROWS.tokens(part, 2).run for part in ([0, 3], [1, 2])
     )
-    assert ROWS.tokens([3], 4) == Tokens(2 * 20 + 15, 20 + 15 + 1)
+    assert ROWS.tokens([3], 4) == Tokens(2 * 20 + 15, 20 + 15)
 
 
 def test_an_engine_that_shares_nothing_runs_stock_rows():
@@ -50,7 +50,7 @@ def test_an_engine_that_shares_nothing_runs_stock_rows():
 
 def test_corrupted_copies_of_mdpo_carry_the_chosen_answers():
     tokens = replace(ROWS, with_copies=True).tokens([3], 2)
-    assert tokens == Tokens(2 * 20 + 15 + 20 + 7, (20 + 15 + 1) + (20 - 1 + 1 + 7))
+    assert tokens == Tokens(2 * 20 + 15 + 20 + 7, (20 + 15) + (20 + 7))
 
 
 @pytest.mark.parametrize("engine", ["shared", "rows", "stock"])
