@@ -82,6 +82,7 @@ def _call(request):
 
 
 def main():
+    gc.set_threshold(50_000)  # as `cli.main` does
     import matplotlib.figure
     import torch
 
