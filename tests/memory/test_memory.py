@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.support import scripts
 from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError
 from vlmdpo.memory import architecture as arch
@@ -72,10 +71,8 @@ def test_a_simulated_step_peaks_like_a_measured_one():
         "gemma3",
         "smolvlm, shared, full",
     ]
-    command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    cases = json.loads(done.stdout)["cases"]
+    out = scripts.run(BENCHMARK, "--json", "--cases", *settings, timeout_s=600)
+    cases = json.loads(out)["cases"]
     assert all(any(setting in case["name"] for case in cases) for setting in settings)
     for case in cases:
         assert abs(case["agreement"]) < 0.005, case
