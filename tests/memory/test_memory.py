@@ -328,7 +328,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--fast", "--image-splitting"], 2, "--fast has no formula for --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
-        (["--dataset", "absent"], 3, "absent"),
+        (["--dataset", "absent"], 3, "'absent' is no folder; run vlmdpo prepare first"),
     ],
 )
 def test_mistakes(arguments, code, says, vlmdpo):
