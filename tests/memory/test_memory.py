@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.support import scripts
 from tests.support.images import noise
 from vlmdpo.config import TrainConfig
 from vlmdpo.engine.content_keys import image_key
@@ -73,10 +72,8 @@ def test_a_simulated_step_peaks_like_a_measured_one():
         "gemma3",
         "smolvlm, shared, full",
     ]
-    command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    cases = json.loads(done.stdout)["cases"]
+    out = scripts.run(BENCHMARK, "--json", "--cases", *settings, timeout_s=600)
+    cases = json.loads(out)["cases"]
     assert all(any(setting in case["name"] for case in cases) for setting in settings)
     for case in cases:
         assert abs(case["agreement"]) < 0.005, case
@@ -392,7 +389,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--fast", "--image-splitting"], 2, "--fast has no formula for --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
-        (["--dataset", "absent"], 3, "absent"),
+        (["--dataset", "absent"], 3, "'absent' is no folder; run vlmdpo prepare first"),
         (["--pairs-per-prompt", "0"], 2, "--pairs-per-prompt: 0 is out of range; give 1 or more"),
         (
             ["--pairs-per-prompt", "2", "--dataset", "x"],

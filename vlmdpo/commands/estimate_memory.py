@@ -52,6 +52,8 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
     capacity = capacity_bytes(config.gpu) if config.gpu else None
     if config.fast and config.dataset:
         config = _with_longest_row_of(config, Path(config.dataset))
+    elif config.dataset and not Path(config.dataset).is_dir():  # said before libraries are loaded
+        raise DataError(f"--dataset: '{config.dataset}' is no folder; run vlmdpo prepare first")
     counts = _count_parameters(config)
     static = _static_components(config, counts)
     report = _article_report(config, counts)

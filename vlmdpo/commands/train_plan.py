@@ -91,7 +91,7 @@ def _try_settings(config: TrainConfig) -> None:
     """Raise ConfigError for what TRL refuses, and MissingDependencyError for an optimizer without
     its package; where `--gpu` plans for another machine, that is a warning.
     """
-    from vlmdpo.models.load import pick_device
+    from vlmdpo.models.devices import pick_device
     from vlmdpo.training.trial import try_settings
 
     try:
