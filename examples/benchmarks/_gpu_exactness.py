@@ -26,7 +26,7 @@ from _gpu_run import NotHere
 from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
-from vlmdpo.training import doctor
+from vlmdpo.training import doctor, engine_checks
 from vlmdpo.training.rounding import one_more_rounding
 
 _PACKAGES = (
@@ -131,8 +131,8 @@ def exactness(machine: Machine, duo: Duo, example: dict[str, Any]) -> dict[str, 
     with one_more_rounding(duo.stock.model):
         noise["one rounding"] = _apart(doctor.token_logps(duo.stock, rows), logps)
     error = _apart(doctor.token_logps(duo.ours, collate(duo.ours, [example])), logps)
-    checks = {"shared": doctor.check_shared_forward, "rows": doctor.check_images_once}
-    check = checks[duo.engine](duo.ours, example)
+    checks = {"shared": engine_checks.check_shared_forward, "rows": engine_checks.check_images_once}
+    check = checks[duo.engine](duo.ours, [example])
     size = torch.cat(logps).abs().mean().item()
     return {
         "engine": duo.engine,

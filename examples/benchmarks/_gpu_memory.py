@@ -31,6 +31,7 @@ from _gpu_run import NotHere
 
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.models.load import load_model
+from vlmdpo.training.prefill import fill_reference_cache
 from vlmdpo.training.simulate import Workload, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer
 
@@ -190,9 +191,7 @@ def _measured(machine: Machine, case: MemoryCase) -> dict[str, Any]:
 
     def step() -> None:
         if case.lora:  # in the first epoch, which peaks, the reference is computed
-            trainer.reference_cache = ReferenceCache(
-                machine.folder, "none", len(trainer.train_dataset)
-            )
+            trainer.reference_cache = ReferenceCache(machine.folder, "none")
         optimizer_step(trainer, *batches)
 
     step()
@@ -224,7 +223,7 @@ def _trainer(machine: Machine, case: MemoryCase) -> tuple[PairTrainer, list[dict
     model = build(machine, shape.config, getattr(torch, options["dtype"]))
     if case.quantization != "none":
         model = _quantized(machine, model, case)
-    cache = None if case.lora else ReferenceCache(machine.folder, case.name, count)
+    cache = None if case.lora else ReferenceCache(machine.folder, case.name)
     trainer = trainer_of(
         machine,
         shape,
@@ -239,7 +238,7 @@ def _trainer(machine: Machine, case: MemoryCase) -> tuple[PairTrainer, list[dict
     )
     if cache is not None:
         with torch.no_grad():
-            trainer.fill_reference_cache()
+            fill_reference_cache(trainer)
         trainer.model.train()
     starts = range(0, count, batch)
     return trainer, [collate(trainer, rows[start : start + batch]) for start in starts]
@@ -343,7 +342,7 @@ def _little_memory(
     if not machine.is_cuda:
 
         def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if len(kwargs["pairs"]) > small:
+            if len(kwargs["input_ids"]) > 2 * small:
                 raise torch.OutOfMemoryError("pretended to be out of memory, on a CPU")
 
         hook = trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)

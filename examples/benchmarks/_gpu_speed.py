@@ -30,6 +30,7 @@ from _measure import counted_flops, interleaved, medians
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
+from vlmdpo.engine.batch import batch_tokens
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer, is_near_tie
 from vlmdpo.engine.reference_cache import ReferenceCache
@@ -84,12 +85,12 @@ def arms(
         duo.ours.reference_cache = cache
         return optimizer_step(duo.ours, ours)
 
-    filled = ReferenceCache(machine.folder, "filled", len(rows))
+    filled = ReferenceCache(machine.folder, "filled")
     logps = torch.full((len(rows),), -300.0)  # which values does not change the time
     filled.put(range(len(rows)), logps, logps)
     return {
         "stock": lambda: optimizer_step(duo.stock, stock),
-        "first": lambda: with_cache(ReferenceCache(machine.folder, "empty", len(rows))),
+        "first": lambda: with_cache(ReferenceCache(machine.folder, "empty")),
         "cached": lambda: with_cache(filled),
     }
 
@@ -125,9 +126,7 @@ def step(machine: Machine, case: StepCase) -> dict[str, Any]:
 def _tokens(duo: Duo, rows: list[dict[str, Any]]) -> dict[str, int]:
     """Tokens of the language model's rows, without padding: stock's two a pair, and ours."""
     stock = int(collate_stock(duo.stock.processing_class, rows)["attention_mask"].sum())
-    batch = collate(duo.ours, rows)
-    ours = sum(map(sum, batch["pairs"])) if "pairs" in batch else stock
-    return {"stock": stock, "ours": ours}
+    return {"stock": stock, "ours": batch_tokens(collate(duo.ours, rows))[1]}
 
 
 def _peaks(

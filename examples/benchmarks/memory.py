@@ -34,6 +34,7 @@ from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.make_trainer import make_trainer
+from vlmdpo.training.prefill import fill_reference_cache
 from vlmdpo.training.simulate import Workload, simulate, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer
 
@@ -141,7 +142,7 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
     dtype = getattr(torch, case.dtype)
     model = AutoModelForImageTextToText.from_config(shape.config, dtype=dtype)
     rows = synthetic_rows(shape.processor, workload(case), 3 * case.batch * case.accumulation)
-    references = ReferenceCache(folder, "k", len(rows)) if case.cached else None
+    references = ReferenceCache(folder, "k") if case.cached else None
     trainer = make_trainer(
         engine=case.engine,
         model=model,
@@ -155,7 +156,7 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
         reference_cache=references,
     )
     if references is not None and not case.lora:
-        trainer.fill_reference_cache()
+        fill_reference_cache(trainer)
     return trainer
 
 

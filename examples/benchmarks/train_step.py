@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,7 @@ from vlmdpo.data.pairs import Message, message
 from vlmdpo.data.store import pair_features
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.measure import measure_peak_bytes
+from vlmdpo.models.inputs import take_host_only
 from vlmdpo.tiny import random_models
 from vlmdpo.training import activation_checkpointing
 from vlmdpo.training.arguments import dpo_config, lora_config
@@ -234,7 +234,7 @@ def trainer_of(
         engine=engine, lora_scope="language", per_device_train_batch_size=shape.pairs, device="cpu"
     )
     args = dpo_config(settings, folder, torch.device("cpu"))
-    cache = ReferenceCache(folder, f"{engine}-{shape.pairs}", len(rows)) if cached else None
+    cache = ReferenceCache(folder, f"{engine}-{shape.pairs}") if cached else None
     trainer = make_trainer(
         engine=engine,
         model=model,
@@ -264,7 +264,7 @@ def stepper(trainer: PairTrainer, *, clear_cache: bool = False) -> Any:
 
     def run() -> float:
         if clear_cache:
-            trainer.reference_cache._values_R2.fill_(math.nan)
+            trainer.reference_cache = ReferenceCache(Path(trainer.args.output_dir), "empty")
         for parameter in trainer.model.parameters():
             parameter.grad = None
         loss = trainer.compute_loss(trainer.model, dict(batch))
@@ -280,7 +280,8 @@ def measured_share(trainer: PairTrainer) -> float:
     vision = whole = 0
     for row in trainer.train_dataset:
         batch = trainer.data_collator([dict(row)])
-        batch.pop("row"), batch.pop("completion_mask")
+        take_host_only(batch)
+        batch.pop("completion_mask")
         kwargs = {
             k: batch[k]
             for k in ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")

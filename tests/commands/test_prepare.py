@@ -125,22 +125,22 @@ def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
     assert "format LLaMA-Factory sharegpt ranking (images, conversations, chosen, rejected)" in err
     processor = load_processor("tiny")
     prepared = store.load(tmp_path / "out")
-    batch = PairCollator(processor)([dict(row) for row in prepared])
+    batches = [PairCollator(processor)([dict(row)]) for row in prepared]
     stock = StockCollator(processor=processor)([dict(row) for row in prepared])
     lengths = [
         [row[name] for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")]
         for row in prepared
     ]
-    assert lengths == batch["pairs"]
+    assert lengths == [list(batch["forest"].lengths) for batch in batches]
     assert stock["attention_mask"].sum(1).tolist() == [
         p + a for i in (1, 2) for p, a in ((row[0], row[i]) for row in lengths)
     ]
-    text = processor.tokenizer.decode(batch["pair_ids"][0])
+    text = processor.tokenizer.decode(batches[0]["tree_ids"][0])
     assert (
         "One?<end_of_utterance>\nAssistant: Yes<end_of_utterance>\nUser: "
         "Two?<fake_token_around_image>" in text
     )
-    assert batch["pixel_values"].shape[:2] == (2, 2)
+    assert batches[0]["pixel_values"].shape[:2] == (1, 2)
 
 
 def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):

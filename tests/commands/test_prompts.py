@@ -77,7 +77,7 @@ def test_prompts_keep_the_date_of_their_data(folder, monkeypatch, capsys):
     assert prepared()["reused"]
     for name in ("one", "two"):
         assert trained(name) == pytest.approx(0.6931, abs=1e-3)
-    assert "2 of 2 rows found" in capsys.readouterr().err  # by the second run
+    assert "those of 4 answers found" in capsys.readouterr().err  # by the second run
     assert json.loads(Path("one", rendering.RENDERING).read_text())["date"] == "2026-03-05"
     asked = []
     monkeypatch.setattr(
@@ -104,7 +104,7 @@ def test_another_system_message_computes_reference_log_probs_anew(folder, monkey
     prepared()
     assert trained("plain") == pytest.approx(0.6931, abs=1e-3)
     assert trained("brief", system="Be brief.") == pytest.approx(0.6931, abs=1e-3)
-    assert "rows found" not in capsys.readouterr().err
+    assert "answers found" not in capsys.readouterr().err
     read = rendering.read_settings(Path("brief"))
     assert read is not None
     assert read.system == "Be brief."

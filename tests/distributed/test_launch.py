@@ -22,7 +22,9 @@ from tests.conftest import unfolded
 from tests.support.images import noise
 from tests.support.ranks import FSDP2, PATIENCE_S, run_groups
 from vlmdpo.config import InferConfig, TrainConfig
+from vlmdpo.data import store
 from vlmdpo.distributed import launch
+from vlmdpo.engine.content_keys import content_keys
 from vlmdpo.errors import ConfigError, MissingDependencyError, Preempted, ProcessError
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,7 @@ def data(vlmdpo):
 
 def test_every_arrangement_of_processes_learns_the_same(data):
     shutil.copytree("data", "own")  # so that the sharded run computes its own reference log-probs
+    shutil.copytree("data", "full")
     grouped = ["--group-by-length", "--num-train-epochs", "2"]
     run_groups(
         [
@@ -128,11 +131,13 @@ def test_every_arrangement_of_processes_learns_the_same(data):
             spec("grouped-one", 1, 8, 1, *grouped),
             spec("grouped-two", 2, 4, 1, *grouped),
             spec("full-one", 1, 8, 1, "--no-lora"),
+            spec("full-two", 2, 4, 1, "--no-lora", data="full"),
             spec("full-sharded", 2, 4, 1, "--no-lora", env=FSDP2),
         ]
     )
-    for here, there in zip(curve("full-sharded"), curve("full-one"), strict=True):
-        assert here == pytest.approx(there, rel=1e-3, abs=1e-5)
+    for name in ("full-two", "full-sharded"):
+        for here, there in zip(curve(name), curve("full-one"), strict=True):
+            assert here == pytest.approx(there, rel=1e-3, abs=1e-5)
     assert len(curve("one")) == 6
     for name in ("two", "four", "accumulated", "sharded"):
         for here, there in zip(curve(name), curve("one"), strict=True):
@@ -159,17 +164,20 @@ def test_every_arrangement_of_processes_learns_the_same(data):
     saved, whole = (load_file(f"{name}/adapter_model.safetensors") for name in ("sharded", "two"))
     assert saved.keys() == whole.keys()
     assert all(saved[name].shape == whole[name].shape for name in whole)
-    [cache] = Path("data/reference-logprobs").glob("*.arrow")
-    assert pa.ipc.open_file(cache).read_all()["row"].to_pylist() == list(range(48))
+    for folder in ("data", "full"):
+        _reference_logps(folder)
+
+
+def _answers(data):
+    """The keys of all answers, whichever process computed their log-probs."""
+    return set(content_keys(list(store.load(Path(data))))["answer_keys"])
 
 
 def _reference_logps(data):
     [path] = Path(data, "reference-logprobs").glob("*.arrow")
     table = pa.ipc.open_file(path).read_all()
-    assert table["row"].to_pylist() == list(range(48))
-    return torch.tensor(
-        [table["ref_chosen_logps"].to_pylist(), table["ref_rejected_logps"].to_pylist()]
-    )
+    assert set(table["answer"].to_pylist()) == _answers(data)
+    return torch.tensor(table["ref_logps"].to_pylist())
 
 
 def test_sharded_bf16_keeps_whole_log_probs_and_shares_a_half_filled_cache(data):
@@ -255,7 +263,9 @@ def test_the_first_machine_may_leave_before_the_others():
         from datetime import timedelta
         from types import SimpleNamespace
         from torch.distributed import TCPStore
-        from vlmdpo.distributed import launch
+        from vlmdpo.data import store
+from vlmdpo.distributed import launch
+from vlmdpo.engine.content_keys import content_keys
         launch._silence_loggers("torch.distributed", "accelerate")
         from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
         first = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))

@@ -11,12 +11,14 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.support.engines import pairs, trainer
 from vlmdpo.engine.collate import PairCollator
-from vlmdpo.engine.pair_layout import PairLayout
+from vlmdpo.engine.content_keys import content_keys
 from vlmdpo.engine.processing import BatchingProcessor, merge_prompts
 from vlmdpo.engine.stock_collator import StockCollator
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.errors import ModelError
+from vlmdpo.models.inputs import take_host_only
 from vlmdpo.tiny import random_models
-from vlmdpo.training import doctor
+from vlmdpo.training import doctor, engine_checks
 
 
 class Adding:
@@ -43,7 +45,7 @@ def collate(add, *, share=True, rows=2):
 def test_inputs_by_token_are_extended_with_what_text_has(share):
     batch, _ = collate(lambda ids: {"kinds": torch.where(ids == 1, 2, 5)}, share=share)
     kinds = batch["kinds"]
-    assert kinds.shape == (batch["pair_ids"] if share else batch["input_ids"]).shape
+    assert kinds.shape == (batch["tree_ids"] if share else batch["input_ids"]).shape
     if share:
         assert kinds.unique().tolist() == [5]
     else:
@@ -65,8 +67,8 @@ def test_a_shape_that_is_like_the_ids_by_chance_is_not_by_token():
 
 def test_several_values_for_each_token_are_extended_too():
     batch, _ = collate(lambda ids: {"seen": (ids[..., None, None] > 1).repeat(1, 1, 1, 4)})
-    assert batch["seen"].shape == (*batch["pair_ids"].shape, 1, 4)
-    layout = PairLayout(batch["pairs"], torch.device("cpu"))
+    assert batch["seen"].shape == (*batch["tree_ids"].shape, 1, 4)
+    layout = TreeLayout(batch["forest"], torch.device("cpu"))
     rows_BS = layout.slots_to_rows(batch["seen"])
     assert rows_BS.shape == (*layout.row_mask.shape, 1, 4)
     assert torch.equal(rows_BS[:, -1, 0, 0], layout.row_mask[:, -1])
@@ -88,8 +90,8 @@ def test_token_types_reach_a_model_that_makes_masks_of_them(tmp_path):
     batch = made.data_collator([dict(row) for row in made.train_dataset])
     doctor.token_logps(made, batch)
     types_BS = given[0]["mm_token_type_ids"]
-    prompt, chosen, rejected = batch["pairs"][0]
-    assert types_BS.shape == (1, prompt + max(chosen, rejected))
+    prompt, *answers = batch["forest"].lengths
+    assert types_BS.shape == (1, prompt + max(answers))
     assert types_BS[:, :prompt].any()
     assert not types_BS[:, prompt:].any()
 
@@ -144,7 +146,7 @@ def test_a_collator_can_be_sent_to_another_process():
     collator = PairCollator(random_models.make("llava")[1])
     example = dict(pairs(1)[0])
     there = pickle.loads(pickle.dumps(collator))  # noqa: S301
-    assert torch.equal(there([example])["pair_ids"], collator([example])["pair_ids"])
+    assert torch.equal(there([example])["tree_ids"], collator([example])["tree_ids"])
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl"])
@@ -155,7 +157,7 @@ def test_stock_batches_are_trl_s_own_where_it_renders_alike(family):
     untouched = [{name: row[name] for name in row if name != "row"} for row in rows]
     expected = dict(DataCollatorForVisionPreference(processor)(untouched))
     found = StockCollator(processor)([dict(row) for row in rows])
-    assert found.pop("row") == [0, 1]
+    assert take_host_only(found) == ([0, 1], *content_keys(list(rows)).values())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -174,7 +176,7 @@ def test_stock_rows_have_the_texts_that_we_render(monkeypatch):
 def test_the_self_check_s_rows_are_of_our_ids_where_trl_tokenizes_otherwise():
     processor = random_models.make("llava")[1]
     example = dict(pairs(1)[0])
-    plain = doctor.stock_batch(processor, example)
+    plain = engine_checks.stock_batch(processor, example)
     # Without images it puts a token of its own before each text, as no tokenizer would.
     tokens = {"input_ids": 7, "attention_mask": 1}
 
@@ -187,6 +189,6 @@ def test_the_self_check_s_rows_are_of_our_ids_where_trl_tokenizes_otherwise():
                     inputs[name] = torch.cat([first, inputs[name]], dim=1)
             return inputs
 
-    own = doctor.stock_batch(Prefixing(processor, None), example)
+    own = engine_checks.stock_batch(Prefixing(processor, None), example)
     for name in ("input_ids", "attention_mask", "completion_mask", "pixel_values"):
         assert torch.equal(own[name], plain[name]), name

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.support.engines import assert_same, pairs, step, trainer
+from vlmdpo.data import store
+from vlmdpo.engine.content_keys import image_key
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.errors import ModelError
 from vlmdpo.tiny import random_models
@@ -35,7 +37,7 @@ def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
     made.feature_cache = cache
     made.use_engine(engine)
     first = step(made)
-    assert cache.num_rows() == sum(images[i % len(images)] > 0 for i in range(3))
+    assert cache.num_known == sum(images[i % len(images)] > 0 for i in range(3))
     made.use_engine(engine)
     made.shared_forwards[0]._get_image_features = None  # the tower cannot be asked any more
     again = step(made, rows=[2, 0, 1])
@@ -60,7 +62,7 @@ def test_a_damaged_file_is_reported_and_rebuilt(tmp_path, capfd):
     made.feature_cache = cache
     made.use_engine("shared")
     loss = step(made)[0]
-    file = next(cache.path.rglob("1.safetensors"))
+    file = next(cache.path.rglob("*.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[:40])
     assert step(made)[0] == loss
@@ -127,18 +129,27 @@ def test_the_command_states_the_size_and_reuses_the_features(tmp_path, vlmdpo):
         "--json",
     ]
     losses = []
-    for run, said in (
-        ("a", "0 of 16 rows found; the others will take about"),
-        ("b", "16 of 16 rows found"),
-    ):
+    keys = {image_key(row["images"]) for row in store.load(tmp_path / "few")}
+    wanted = "found; up to 16 are wanted, which take about"
+    for run, said in (("a", f"image features: 0 {wanted}"), ("b", f"{len(keys)} {wanted}")):
         code, out, err = vlmdpo("train", *settings, "--output-dir", run)
         assert code == 0, err
         assert said in " ".join(err.split())
         losses.append(json.loads(out)["loss"])
+        files = (tmp_path / "few" / "image-features").rglob("*.safetensors")
+        assert {file.stem for file in files} == keys, "rows with the same picture share a file"
     assert losses[0] == losses[1]
     code, _, err = vlmdpo("train", "--dataset", "few", "--feature-cache", "--output-dir", "c")
     assert code == 2
     assert "--lora-scope language" in err
+
+
+def test_folders_of_earlier_versions_are_named(tmp_path, capfd):
+    (tmp_path / "image-features" / "0123456789abcdef" / "00003").mkdir(parents=True)
+    assert FeatureCache(tmp_path, "k").num_known == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "of an earlier version are not used, because they are by row; delete them from" in said
+    assert said.endswith("0123456789abcdef")
 
 
 def test_a_full_disk_is_reported_before_training(tmp_path, vlmdpo, monkeypatch):

@@ -69,4 +69,4 @@ def test_training_gives_pixels_the_model_s_type(tmp_path):
     made = trainer("llava", "shared", pairs(1), tmp_path, bf16=True)
     batch = made._prepare_inputs(made.data_collator([dict(row) for row in made.train_dataset]))
     assert batch["pixel_values"].dtype == torch.bfloat16
-    assert batch["pair_ids"].dtype == torch.int64
+    assert batch["tree_ids"].dtype == torch.int64

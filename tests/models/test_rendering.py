@@ -66,8 +66,8 @@ def test_the_prompt_asked_is_the_prompt_trained(kind):
     assert render_question(processor, "why") == prompt
     batch = PairCollator(processor)([dict(ROW)])
     asked = processor(text=[prompt], images=[[IMAGE]], add_special_tokens=False)["input_ids"][0]
-    length = batch["pairs"][0][0]
-    assert batch["pair_ids"][0, :length].tolist() == list(asked)
+    length = batch["forest"].lengths[0]
+    assert batch["tree_ids"][0, :length].tolist() == list(asked)
     answer_ids = batch["input_ids"][0, 1:][batch["completion_mask"][0, 1:] == 1]
     assert processor.tokenizer.decode(answer_ids) == chosen
     assert found.end_token_id in answer_ids.tolist()
@@ -323,7 +323,7 @@ def test_every_family_with_every_kind_of_template(family):
             add_special_tokens=False,
             return_tensors="pt",
         )["input_ids"][0]
-        assert batch["pair_ids"][0, : batch["pairs"][0][0]].tolist() == asked.tolist(), kind
+        assert batch["tree_ids"][0, : batch["forest"].lengths[0]].tolist() == asked.tolist(), kind
         for ids, in_loss, text in zip(
             batch["input_ids"], batch["completion_mask"], ("good one", "bad"), strict=True
         ):

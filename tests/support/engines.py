@@ -10,11 +10,18 @@ from trl import DPOConfig
 
 from vlmdpo.data.pairs import message
 from vlmdpo.data.store import pair_features
+from vlmdpo.engine.collate import PairCollator
 from vlmdpo.models.experts import router_layers
 from vlmdpo.models.families import fallback_chat_template, linear_layers
 from vlmdpo.models.inputs import in_dtype
 from vlmdpo.tiny import random_models
 from vlmdpo.training.trainer import PairTrainer
+
+# Two questions about one picture, one of them with three answers in two pairs; another picture;
+# rows without one, of which two have the same prompt.
+RELATED = [(0, 0, 0, 1), (1, 0, 0, 1), (0, 1, 2, 3), (None, 2, 4, 5), (0, 0, 2, 1), (None, 2, 4, 6)]
+WITH_PICTURES = [row for row in RELATED if row[0] is not None]
+RANKING = [(0, 0, better, worse) for better in range(4) for worse in range(better + 1, 4)]
 
 
 def pairs(count, *, images=(1,), seed=0, answer=14):
@@ -43,6 +50,40 @@ def pairs(count, *, images=(1,), seed=0, answer=14):
     return Dataset.from_list(rows, features=pair_features()).add_column("row", range(count))
 
 
+def related_pairs(*rows, pictures=1, answer=14, seed=0):
+    """Rows that share: each is (picture, question, chosen, rejected), all of them numbers.
+
+    Equal numbers mean the same picture, question or answer; a picture of None means none.
+    """
+    rng = np.random.default_rng(seed)
+    letters = list("abcdefgh ")
+    texts = {}
+
+    def text(kind, number):
+        if (kind, number) not in texts:
+            size = int(rng.integers(3, answer))
+            texts[kind, number] = kind + str(number) + "".join(rng.choice(letters, size=size))
+        return texts[kind, number].strip()
+
+    images = {
+        number: [
+            Image.fromarray(rng.integers(0, 255, (*rng.integers(20, 50, 2), 3), dtype=np.uint8))
+            for _ in range(pictures)
+        ]
+        for number in sorted({row[0] for row in rows} - {None})
+    }
+    made = [
+        {
+            "images": images.get(picture, []),
+            "prompt": [message("user", text("q", question), len(images.get(picture, [])))],
+            "chosen": [message("assistant", text("c", chosen))],
+            "rejected": [message("assistant", text("c", rejected))],
+        }
+        for picture, question, chosen, rejected in rows
+    ]
+    return Dataset.from_list(made, features=pair_features()).add_column("row", range(len(made)))
+
+
 def trainer(
     family,
     engine,
@@ -53,7 +94,7 @@ def trainer(
     bf16=False,
     reference_cache=None,
     build=None,
-    mdpo_rows=0,
+    mdpo=False,
     gpu=None,
     **settings,
 ):
@@ -94,7 +135,7 @@ def trainer(
         train_dataset=rows,
         peft_config=config,
         reference_cache=reference_cache,
-        mdpo_rows=mdpo_rows,
+        mdpo=mdpo,
     )
     torch.manual_seed(1)
     for name, parameter in made.model.named_parameters():
@@ -138,3 +179,12 @@ def assert_same(expected, found, tolerance=1e-5):
         other = found[2].get(name, torch.zeros_like(gradient))
         apart, size = (other - gradient).norm(), gradient.norm()
         assert apart <= tolerance * max(size, 0.05 * largest), (name, apart / size, size / largest)
+
+
+def stock_step(family, rows, folder, **more):
+    """One step of stock TRL; for PaliGemma, on which TRL's collator fails, on corrected rows."""
+    made = trainer(family, "stock", rows, folder, **more)
+    if not family.startswith("paligemma"):
+        return step(made)
+    collator = PairCollator(made.processing_class)
+    return step(made, batch=collator.stock_rows([dict(row) for row in made.train_dataset]))

@@ -79,10 +79,10 @@ def test_mpo_and_mdpo_train_and_log_their_metrics(data, vlmdpo):
     } <= set(line)
     assert line["loss"] == pytest.approx(3 * 0.6931, abs=0.02)
     found = [path.name for path in Path("data/reference-logprobs").iterdir()]
-    assert len(found) == 2, "mDPO's reference log-probs are others"
+    assert len(found) == 1, "mDPO's answers about corrupted images lie beside the others"
     code, _, err = vlmdpo(*SHORT, "--loss", "mdpo", "--overwrite")
     assert code == 0
-    assert "of 48 rows found" in err
+    assert "answers found in" in err
 
 
 @pytest.mark.parametrize(("options", "has"), [([], False), (["--use-dora", "--use-rslora"], True)])

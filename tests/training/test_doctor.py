@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.engines import pairs, trainer
 from vlmdpo.engine.lengths import row_lengths
-from vlmdpo.engine.pair_layout import PairLayout
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.training import doctor
 
 pytestmark = pytest.mark.slow
@@ -71,8 +71,8 @@ def test_answers_without_an_end(sound):
 def test_image_tokens_that_do_not_match(sound):
     batch = sound.data_collator([dict(sound.train_dataset[0])])
     image = sound.model.get_base_model().config.image_token_id
-    batch["pair_ids"] = batch["pair_ids"].clone()
-    batch["pair_ids"][0, (batch["pair_ids"][0] == image).nonzero()[0]] = 7
+    batch["tree_ids"] = batch["tree_ids"].clone()
+    batch["tree_ids"][0, (batch["tree_ids"][0] == image).nonzero()[0]] = 7
     check = doctor._check_image_tokens(sound, batch)
     assert check.passed is False
     assert "--max-length" in check.cause
@@ -136,11 +136,7 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
 
 
 def test_a_wrong_shared_forward_is_detected_and_not_used(few, tmp_path, vlmdpo, monkeypatch):
-    monkeypatch.setattr(
-        PairLayout,
-        "visible_to_rejected",
-        lambda self, span, device: torch.tensor(True, device=device),
-    )
+    monkeypatch.setattr(TreeLayout, "sees", lambda self, run: tuple(range(run.nodes[-1] + 1)))
     more = ["--max-steps", "1", "--output-dir", tmp_path / "out", "--json"]
     code, out, err = vlmdpo("train", "--dataset", few, *more)
     assert code == 0, err

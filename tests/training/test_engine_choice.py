@@ -10,7 +10,7 @@ from tests.support.engines import assert_same, pairs, step, trainer
 from vlmdpo.engine.forward import SharedForward
 from vlmdpo.errors import ConfigError, DataError, MemoryBudgetError, ModelError
 from vlmdpo.tiny import random_models
-from vlmdpo.training import doctor
+from vlmdpo.training import engine_checks
 from vlmdpo.training.engine_choice import choose_engine, verify_engine
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -107,9 +107,10 @@ def test_what_is_no_reason_to_fall_back(problem, raised, tmp_path, monkeypatch):
 
 
 def test_mdpo_names_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "check_shared_forward", failing(RuntimeError("no such layer")))
+    refused = failing(RuntimeError("no such layer"))
+    monkeypatch.setattr(engine_checks, "check_shared_forward", refused)
     with pytest.raises(ConfigError, match=r"--loss mdpo needs the shared engine.*no such layer"):
-        verified("llava", tmp_path, mdpo_rows=1)
+        verified("llava", tmp_path, mdpo=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_the_first_batch_that_is_not_finite_is_found_and_each_is_checked_once():
 
 @pytest.mark.parametrize("cached", [False, True], ids=["loss", "reference"])
 def test_a_run_stops_before_the_optimizer_takes_the_step(cached, tmp_path, monkeypatch):
-    cache = ReferenceCache(tmp_path, "k", 6) if cached else None
+    cache = ReferenceCache(tmp_path, "k") if cached else None
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
     made = trainer("llava", "shared", pairs(6), tmp_path, reference_cache=cache, **settings)
     collate, batches, checks = made.data_collator, [], []

@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from tests.support.engines import pairs, step, trainer
 from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.content_keys import image_key
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.training.mdpo import corrupt_image
 
@@ -43,7 +44,7 @@ def _by_the_paper(made, rows):
     terms = []
     for example in rows:
         image = example["images"][0]
-        other = corrupt_image(image, f"{made.args.seed}/{example['row']}/0")
+        other = corrupt_image(image, f"{made.args.seed}/{image_key([image])}/0")
         asked = ((image, "chosen"), (image, "rejected"), (other, "chosen"))
         policy = [_logps(made, example, *one) for one in asked]
         with torch.no_grad(), made.model.disable_adapter():
@@ -71,7 +72,7 @@ def test_loss_and_gradients_equal_the_papers(family, tmp_path):
         "shared",
         rows,
         tmp_path,
-        mdpo_rows=COUNT,
+        mdpo=True,
         loss_type=["sigmoid"],
         loss_weights=[3.0],
         beta=BETA,
@@ -94,9 +95,7 @@ def test_loss_and_gradients_equal_the_papers(family, tmp_path):
 def test_metrics_are_of_the_rows_own_answers(tmp_path):
     rows = pairs(COUNT, seed=4)
     plain = step(trainer("idefics2", "shared", rows, tmp_path, beta=BETA))[1]
-    made = trainer(
-        "idefics2", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0], beta=BETA
-    )
+    made = trainer("idefics2", "shared", rows, tmp_path, mdpo=True, loss_weights=[3.0], beta=BETA)
     conditional = step(made)[1]
     for name in (
         "rewards/chosen",
@@ -111,33 +110,56 @@ def test_metrics_are_of_the_rows_own_answers(tmp_path):
 
 def test_a_batch_runs_each_image_and_answer_once(tmp_path):
     rows = pairs(COUNT, seed=5)
-    made = trainer("idefics2", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0])
+    made = trainer("idefics2", "shared", rows, tmp_path, mdpo=True, loss_weights=[3.0])
     batch = made.data_collator([rows[i] for i in range(COUNT)])
     assert batch["pixel_values"].shape[0] == 2 * COUNT
     assert len(batch["input_ids"]) == 6 * COUNT
-    chosen = sum(pair[1] for pair in batch["pairs"])
-    rejected = sum(pair[2] for pair in batch["pairs"])
-    prompts = sum(pair[0] + 1 for pair in batch["pairs"])
-    assert batch["pair_ids"].shape[1] == prompts + chosen + rejected
-    assert all(pair[2] == 0 for pair in batch["pairs"][COUNT:])
-    assert batch["row"] == [0, 1, 2, 3, 4, 5]
+    forest = batch["forest"]
+    assert len(forest.roots) == 2 * COUNT
+    assert len(forest.answers) == 3 * COUNT, "a copy has no rejected answer"
+    assert batch["row"] == [0, 1, 2]
+    images, answers = batch["image_keys"], batch["answer_keys"]
+    assert len(set(images)) == 2 * COUNT, "a copy has a key of its own pixels"
+    chosen, others = answers[:COUNT], answers[3 * COUNT :]
+    assert answers[: 3 * COUNT] == chosen * 3
+    assert len({*chosen, *others[: 2 * COUNT]}) == 3 * COUNT
+    assert others[2 * COUNT :] == [""] * COUNT, "the anchor has no rejected answer"
+    assert made.data_collator.content_keys([rows[i] for i in range(COUNT)]) == {
+        "image_keys": images,
+        "answer_keys": answers,
+    }
 
 
 def test_cached_references_give_the_same_loss(tmp_path):
     rows = pairs(COUNT, seed=6)
-    settings = {"mdpo_rows": COUNT, "loss_weights": [3.0]}
+    settings = {"mdpo": True, "loss_weights": [3.0]}
     without = step(trainer("llava", "shared", rows, tmp_path, **settings))[0]
-    cache = ReferenceCache(tmp_path, "k", 2 * COUNT)
+    cache = ReferenceCache(tmp_path, "k")
     made = trainer("llava", "shared", rows, tmp_path, reference_cache=cache, **settings)
     assert step(made)[0] == pytest.approx(without, rel=1e-5)
-    assert cache.holds(range(2 * COUNT))
+    assert cache.num_known == 3 * COUNT, "two answers of each row and one of its copy"
     made.compute_ref_log_probs = lambda *_: pytest.fail("computed again")
     assert step(made)[0] == pytest.approx(without, rel=1e-5)
+    assert step(made, rows=[2, 0])[0] == pytest.approx(
+        step(trainer("llava", "shared", rows, tmp_path, **settings), rows=[2, 0])[0], rel=1e-5
+    )
+
+
+def test_a_copy_depends_on_the_picture_alone(tmp_path):
+    rows = pairs(COUNT, seed=8)
+    made = trainer("llava", "shared", rows, tmp_path, mdpo=True, loss_weights=[3.0])
+    one = {**rows[0], "row": 7, "prompt": rows[1]["prompt"]}
+    here, there = (made.data_collator([row])["image_keys"] for row in (rows[0], one))
+    assert here == there
+    other_seed = trainer(
+        "llava", "shared", rows, tmp_path, mdpo=True, loss_weights=[3.0], seed=made.args.seed + 1
+    )
+    assert other_seed.data_collator([rows[0]])["image_keys"][1] != here[1]
 
 
 def test_at_the_start_every_term_is_ln_2(tmp_path):
     rows = pairs(COUNT, seed=7)
-    made = trainer("smolvlm", "shared", rows, tmp_path, mdpo_rows=COUNT, loss_weights=[3.0])
+    made = trainer("smolvlm", "shared", rows, tmp_path, mdpo=True, loss_weights=[3.0])
     for name, parameter in made.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)

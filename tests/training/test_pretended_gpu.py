@@ -16,12 +16,12 @@ from tests.support.pretended_gpu import (
     why_not,
 )
 from vlmdpo.engine.devices import to_device
-from vlmdpo.engine.pair_layout import PairLayout
 from vlmdpo.engine.reference_cache import ReferenceCache
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.models.families import fallback_chat_template
 from vlmdpo.tiny.random_models import RECURRENT
-from vlmdpo.training import doctor
 from vlmdpo.training.auto_batch import PARTS, Parts
+from vlmdpo.training.engine_checks import check_images_once, check_shared_forward
 
 # How often the host waits for the device in one batch of two pairs, policy and reference, with the
 # shared engine: for us see below, 17 times for TRL's metrics, else in transformers' models.
@@ -95,11 +95,10 @@ def engines_of(family, made):
 @pytest.mark.parametrize("family", WAITS)
 def test_every_engine_gives_the_same_loss_and_waits_little(family, gpu, tmp_path):
     made = on_gpu(gpu, family, tmp_path)
-    example = made.train_dataset[0]
+    examples = list(made.train_dataset)
     best, *others = engines_of(family, made)
-    found = {"shared": doctor.check_shared_forward, "rows": doctor.check_images_once}[best](
-        made, example
-    )
+    check = {"shared": check_shared_forward, "rows": check_images_once}[best]
+    found = check(made, examples)
     assert found.passed, found
     made.use_engine(best)
     expected = loss_of(made)
@@ -114,8 +113,8 @@ def test_every_engine_gives_the_same_loss_and_waits_little(family, gpu, tmp_path
 def test_cached_reference_log_probs_cost_no_wait(gpu, tmp_path):
     made = on_gpu(gpu, "idefics2", tmp_path)
     expected = loss_of(made)
-    made.reference_cache = ReferenceCache(tmp_path, "k", 2)
-    for known in (0, 2):
+    made.reference_cache = ReferenceCache(tmp_path, "k")
+    for known in (0, 4):
         assert made.reference_cache.num_known == known
         assert loss_of(made) == pytest.approx(expected, rel=1e-5)
         assert ours(gpu) == [IS_FINITE]
@@ -134,8 +133,8 @@ def test_without_autocast_the_loss_is_the_cpus(family, device_guard, tmp_path):
 
 @pytest.mark.parametrize("family", ["idefics2", "gemma3"])
 def test_mdpo(family, gpu, tmp_path):
-    cache = ReferenceCache(tmp_path, "k", 4)
-    made = on_gpu(gpu, family, tmp_path, mdpo_rows=2, reference_cache=cache)
+    cache = ReferenceCache(tmp_path, "k")
+    made = on_gpu(gpu, family, tmp_path, mdpo=True, reference_cache=cache)
     expected = loss_of(made)
     mdpos_metrics = "training/trainer.py _log_mdpo_metrics: copy to the host"
     assert ours(gpu) == [*expected_waits(family), mdpos_metrics]
@@ -143,12 +142,12 @@ def test_mdpo(family, gpu, tmp_path):
 
 
 def test_parts_of_a_batch_are_pinned_and_stay_on_the_host(gpu):
-    part = {"input_ids": torch.arange(3), "pairs": [[2, 1, 1]]}
+    part = {"input_ids": torch.arange(3), "order": [2, 1, 1]}
     pinned = pin_memory({PARTS: Parts([5], [part])})
     (moved,) = send_to_device(pinned, CUDA)[PARTS].batches
     assert moved["input_ids"].is_pretended_pinned
     assert not isinstance(moved["input_ids"], GpuTensor), "all parts may be what does not fit"
-    assert moved["pairs"] == [[2, 1, 1]]
+    assert moved["order"] == [2, 1, 1]
 
 
 # Tests of the pretended device itself.
@@ -163,26 +162,26 @@ def test_operations_that_mix_devices_are_found_in_our_code(gpu, tmp_path, monkey
         torch.ones(3)[on_device.long()]
     with pytest.raises(TypeError, match="can't convert cuda:0"):
         on_device.numpy()
-    visible = PairLayout.visible_to_rejected
-    monkeypatch.setattr(PairLayout, "visible_to_rejected", lambda *a: visible(*a).cpu())
-    with pytest.raises(MixedDevices, match=r"at engine/pair_layout\.py:\d+ _block"):
+    gather = TreeLayout.rows_to_slots
+    monkeypatch.setattr(TreeLayout, "rows_to_slots", lambda *a: gather(*a).cpu())
+    with pytest.raises(MixedDevices, match="CPU tensors"):
         loss_of(on_gpu(gpu, "idefics2", tmp_path))
 
 
 def test_a_planted_wait_is_counted_at_our_line(gpu, tmp_path, monkeypatch):
-    visible = PairLayout.visible_to_rejected
+    gather = TreeLayout.rows_to_slots
 
-    def looked_at(self, span, device):
-        found = visible(self, span, device)
+    def looked_at(self, rows):
+        found = gather(self, rows)
         assert found.any().item()
         return found
 
-    monkeypatch.setattr(PairLayout, "visible_to_rejected", looked_at)
+    monkeypatch.setattr(TreeLayout, "rows_to_slots", looked_at)
     loss_of(on_gpu(gpu, "idefics2", tmp_path))
     (planted,) = (wait for wait in gpu.waits if wait.line.endswith(" looked_at"))
-    assert planted.caller.startswith("engine/pair_layout.py:")
+    assert planted.caller.startswith("engine/forward.py:")
     assert planted.reason == "a number is read"
-    assert gpu.waits[planted] == 4, "two pairs, policy and reference"
+    assert gpu.waits[planted] == 1, "positions are made once for policy and reference"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from vlmdpo.errors import DataError
 MANIFEST = "manifest.json"
 FORMAT = 4  # of the rows below, and what is made of a source; older results are not reused
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
+# Folders beside the rows that trainings write.
+REFERENCE_CACHE, FEATURE_CACHE = CACHES = ("reference-logprobs", "image-features")
 BATCH_ROWS = 16  # written at once: bounds memory
 
 
@@ -251,10 +253,15 @@ def load(folder: Path, split: str = "train") -> Any:
 
 
 def replace(folder: Path, finished: Path) -> None:
-    """Move `finished` to `folder`. What was there before is removed afterwards."""
+    """Move `finished` to `folder`. What was there before is removed afterwards, all but its caches:
+    what they hold is found by content, which the new rows may share.
+    """
     old = finished.with_name("old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     finished.rename(folder)
+    for cache in CACHES:
+        if (old / cache).is_dir():
+            (old / cache).rename(folder / cache)
     shutil.rmtree(old, ignore_errors=True)

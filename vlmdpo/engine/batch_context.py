@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlmdpo.engine.pair_layout import PairLayout
+from vlmdpo.engine.tree_layout import TreeLayout
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -28,12 +28,12 @@ class BatchContext:
 
     Attributes:
         backbone: the model this context is for; any other model ignores it.
-        rows: (row number, image tokens) of each row, in order; empty where image features are not
-            kept on disk.
+        rows: (key of its images, image tokens) of each row, in order; empty where image features
+            are not kept on disk.
         vision_is_frozen: whether nothing that makes image features trains, so that policy and
             reference share them.
         frozen_towers: modules that do not train inside a vision part that does; each runs once.
-        layout_class: in place of `PairLayout`, for checks that need a layout broken on purpose.
+        layout_class: in place of `TreeLayout`, for checks that need a layout broken on purpose.
         layout: the packed row's, made in the first forward pass.
         position_ids: of its slots (..., 1, T), or of rows (..., 2B, S), likewise.
         image_features: what the frozen vision part returned for the batch's images.
@@ -42,11 +42,11 @@ class BatchContext:
     """
 
     backbone: nn.Module
-    rows: Sequence[tuple[int, int]] = ()
+    rows: Sequence[tuple[str, int]] = ()
     vision_is_frozen: bool = False
     frozen_towers: Sequence[nn.Module] = ()
-    layout_class: type[PairLayout] | None = None
-    layout: PairLayout | None = None
+    layout_class: type[TreeLayout] | None = None
+    layout: TreeLayout | None = None
     position_ids: Tensor | None = None
     image_features: ModelOutput | None = None
     image_copies: int = 1

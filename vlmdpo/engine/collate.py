@@ -1,17 +1,19 @@
-"""Pairs → batch: each image and prompt is processed once, and laid beside what TRL's loss expects.
+"""Pairs → batch: what rows share is processed once, and laid beside what TRL's loss expects.
 
-This module knows nothing of models: it makes ids, masks and pixels, as TRL's own collator would,
-without the copies.
+Rows of one image become one tree (see `tree`): the image and the words that all prompts begin with
+are there once, each prompt's own words once, and equal answers of a prompt once. This module knows
+nothing of models: it makes ids, masks and pixels, as TRL's own collator would, without the copies.
 
-Shapes: B pairs, T slots of the packed row (see `pair_layout`), S length of the longest stock row, C
-tokens of the longest answer, L tokens of one text.
+Shapes: B pairs, R rows of TRL's loss (2B), D distinct answers, T slots of the packed row, S length
+of the longest stock row, C tokens of the longest answer, L tokens of one text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NotRequired, TypedDict
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from vlmdpo.data.pairs import text_of
 from vlmdpo.data.reasons import BadRow
+from vlmdpo.engine.content_keys import ContentKeys, content_keys
+from vlmdpo.engine.plant import Planted, Prompt, common_beginning_of, plant
 from vlmdpo.engine.processing import BatchingProcessor
 from vlmdpo.errors import DataError, ModelError
-from vlmdpo.models.families import answer_token_type
+from vlmdpo.models.families import answer_token_type, image_placeholders
 from vlmdpo.models.inputs import image_inputs, inputs_by_token
 from vlmdpo.models.protocols import Processor
 from vlmdpo.models.rendering import CannotRender, render_answer, render_prompt
@@ -30,45 +34,23 @@ Example = dict[str, Any]  # a row of a prepared dataset
 SIDES = ("chosen", "rejected")
 
 
-class PairBatch(TypedDict):
-    """What `PairCollator` makes of B pairs, besides the processor's pixels and token types.
-
-    For TRL: `input_ids` and `completion_mask`, chosen rows first; stock's `attention_mask`, by
-    which TRL counts tokens. Packed (share=True):
-
-        input_ids, completion_mask (2B, 1 + C): column 0 is the last prompt token
-        attention_mask (2B, S): as stock's
-        pairs: B times [prompt, chosen, rejected], in tokens
-        pair_ids (1, T): token ids of the packed row
-
-    In rows (share=False): `input_ids`, `completion_mask` and `attention_mask` are (2B, S), and
-    `image_copies` says that each image, given once, stands in two rows.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    pairs: NotRequired[list[list[int]]]
-    pair_ids: NotRequired[Tensor]
-    image_copies: NotRequired[int]
-    row: NotRequired[list[int]]  # B row numbers, which no device needs
-    order: NotRequired[Tensor]  # which answer each row of the loss is, where not one each; see mDPO
-
-
 @dataclass
 class PairCollator:
-    """Examples {images, prompt, chosen, rejected[, row]} → one batch of B pairs; see `PairBatch`.
+    """Examples {images, prompt, chosen, rejected[, row]} → a `batch.PairBatch` of B pairs.
 
     Args:
         processor: the model's processor.
         max_length: answers are cut so that prompt and answer stay within; image tokens never are.
         share: False gives both answers rows of their own, for models that cannot read two answers
             in one row; each image is still given once.
+        share_beginnings: whether prompts that differ may share what they begin with; False for
+            models that read a prompt in both directions, where only equal prompts are one.
     """
 
     processor: Processor
     max_length: int | None = None
     share: bool = True
+    share_beginnings: bool = True
     # Whether inputs shaped like ids are by token; decided once for each name.
     _is_by_token: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
 
@@ -76,43 +58,132 @@ class PairCollator:
         self._process: Any = BatchingProcessor(self.processor)
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """A `PairBatch`, with the processor's pixels and token types.
+        """A `batch.PairBatch`, with the processor's pixels and token types.
 
         Raises DataError for a prompt that leaves no room for an answer, and for an empty answer.
         """
+        batch = self._trees(examples) if self.share else self._rows(examples)
+        if "row" in examples[0]:
+            batch["row"] = [example["row"] for example in examples]
+        return batch
+
+    def _trees(self, examples: list[Example]) -> dict[str, Any]:
+        """A batch to run as one packed row."""
         texts = [self.render(example) for example in examples]
+        images = [images_of(example) for example in examples]
+        keys = self.content_keys(examples)
+        # Examples of equal image and prompt have one `Prompt`.
+        contents = [
+            (key, text["prompt"]) for key, text in zip(keys["image_keys"], texts, strict=True)
+        ]
+        groups: dict[object, list[int]] = {}  # the examples of each prompt, by image
+        for number, content in enumerate(contents):
+            if contents.index(content) == number:
+                groups.setdefault(content[0] or number, []).append(number)
+        shared, pixels = self._prompts([*groups.values()], texts, images)
+        prompts = [prompt for tree in shared for prompt in tree]
+        numbers = {contents[prompt.example]: i for i, prompt in enumerate(prompts)}
+        of_examples = [numbers[content] for content in contents]
+        limits = [
+            self._answer_limit(len(prompts[number].ids), example)
+            for number, example in zip(of_examples, examples, strict=True)
+        ]
+        planted = plant(shared, of_examples, self._answers(texts, limits))
+        batch = self._packed_batch(planted, planted.order)
+        for name in prompts[0].types:
+            batch[name] = planted.lay_out(
+                [prompt.types[name] for prompt in prompts],
+                partial(self._types_of, name),
+            )
+        of_trees = [keys["image_keys"][tree[0].example] for tree in shared]
+        return {**batch, **pixels, **keys, "image_keys": of_trees}
+
+    def _prompts(
+        self,
+        groups: list[list[int]],
+        texts: list[dict[str, str]],
+        images: list[list[Image.Image]],
+    ) -> tuple[list[list[Prompt]], dict[str, Any]]:
+        """The processed prompts of each tree, and the pixels of the trees' images in their order.
+
+        Args:
+            groups: an example of each distinct prompt, by image.
+        """
+        firsts, others = [group[0] for group in groups], [n for group in groups for n in group[1:]]
+        found, pixels = self._process_examples(firsts, texts, images)
+        if not others:
+            return [[prompt] for prompt in found], pixels
+        by_example = {prompt.example: prompt for prompt in found}
+        # The images of a tree are processed anew for each prompt: what a processor puts around an
+        # image may depend on the words beside it, so that ids cannot be spliced.
+        found, _ = self._process_examples(others, texts, images)
+        by_example |= {prompt.example: prompt for prompt in found}
+        placeholders = image_placeholders(self.processor) if self.share_beginnings else frozenset()
+        trees = []
+        for group in groups:
+            prompts = [by_example[number] for number in group]
+            trees += [prompts] if _share_images(prompts, placeholders) else [[p] for p in prompts]
+        if len(trees) == len(groups):
+            return trees, pixels
+        examples = [tree[0].example for tree in trees]
+        return trees, self._process_examples(examples, texts, images)[1]
+
+    def _process_examples(
+        self,
+        numbers: Sequence[int],
+        texts: list[dict[str, str]],
+        images: list[list[Image.Image]],
+    ) -> tuple[list[Prompt], dict[str, Any]]:
+        """The prompts of these examples, and what the processor made of their images."""
         inputs = self.process_prompts(
-            [text["prompt"] for text in texts], [images_of(example) for example in examples]
+            [texts[number]["prompt"] for number in numbers], [images[number] for number in numbers]
         )
         inputs.pop("labels", None)  # PaliGemma's processor makes some; TRL has its own
         mask = inputs.pop("attention_mask").bool()
         ids = inputs.pop("input_ids")
-        prompts = _unpad(ids, mask)
-        names = self._names_by_token(inputs, ids, texts[0]["prompt"], images_of(examples[0]))
-        types_by_name = {name: _unpad(inputs.pop(name), mask) for name in names}
+        names = self._names_by_token(inputs, ids, texts[numbers[0]]["prompt"], images[numbers[0]])
+        types = {name: _unpad(inputs.pop(name), mask) for name in names}
+        prompts = [
+            Prompt(
+                example=number,
+                ids=ids_L,
+                types={name: types[name][place] for name in names},
+                images=len(images[number]),
+            )
+            for place, (number, ids_L) in enumerate(zip(numbers, _unpad(ids, mask), strict=True))
+        ]
+        return prompts, inputs
+
+    def _rows(self, examples: list[Example]) -> dict[str, Any]:
+        """A batch of one row per answer."""
+        texts = [self.render(example) for example in examples]
+        images = [images_of(example) for example in examples]
+        prompts, pixels = self._process_examples(range(len(examples)), texts, images)
         limits = [
-            self._answer_limit(len(prompt), example)
+            self._answer_limit(len(prompt.ids), example)
             for prompt, example in zip(prompts, examples, strict=True)
         ]
         chosen, rejected = self._answers(texts, limits)
-        make_batch, place_types = (
-            (self._packed_batch, _pack) if self.share else (self._rows_batch, _pad_rows)
-        )
-        batch = make_batch(prompts, chosen, rejected)
-        if "row" in examples[0]:
-            batch["row"] = [example["row"] for example in examples]
-        placed_types = {}
-        for name, prompt_types in types_by_name.items():
-            of_answers = [self._answer_type(name, types) for types in prompt_types]
-            answer_types = [
-                [
-                    of_one.expand(len(answer), *of_one.shape)
-                    for answer, of_one in zip(side, of_answers, strict=True)
-                ]
-                for side in (chosen, rejected)
-            ]
-            placed_types[name] = place_types(prompt_types, *answer_types)
-        return {**batch, **placed_types, **inputs}
+        answers = [*chosen, *rejected]
+        twice = [*prompts, *prompts]
+        ids = [prompt.ids for prompt in twice]
+        batch: dict[str, Any] = {
+            "input_ids": self._pad(_join(ids, answers)),
+            "attention_mask": _stock_attention_mask([len(i) for i in ids], answers),
+            "completion_mask": _completion_mask(ids, answers),
+            "image_copies": 2,
+        }
+        for name in prompts[0].types:
+            types = [prompt.types[name] for prompt in twice]
+            of_answers = [self._types_of(name, *pair) for pair in zip(answers, types, strict=True)]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(
+                _join(types, of_answers), batch_first=True
+            )
+        return {**batch, **pixels, **self.content_keys(examples)}
+
+    def content_keys(self, examples: list[Example]) -> ContentKeys:
+        """The keys that the batch of these examples has."""
+        return content_keys(examples)
 
     def render(self, example: Example) -> dict[str, str]:
         """Prompt and answers of one example as text.
@@ -163,10 +234,11 @@ class PairCollator:
             }
         return [name for name in found if self._is_by_token[name]]
 
-    def _answer_type(self, name: str, types: Tensor) -> Tensor:
-        """What an input by token says of each token of an answer: as of the text before it.
+    def _types_of(self, name: str, answer: Tensor, types: Tensor) -> Tensor:
+        """What an input by token says of an answer's tokens: the same as of the text before it.
 
         Args:
+            answer: (L,) its token ids.
             types: (L, ...) what it says of the prompt, whose last token is text.
 
         Raises ModelError where it numbers the tokens.
@@ -176,7 +248,8 @@ class PairCollator:
                 f"the processor's '{name}' numbers the prompt's tokens, which cannot be extended "
                 "over answers"
             )
-        return answer_token_type(self.processor, name, types[-1])
+        of_one = answer_token_type(self.processor, name, types[-1])
+        return of_one.expand(len(answer), *of_one.shape)
 
     def _answer_limit(self, prompt_tokens: int, example: Example) -> int | None:
         """Tokens that an answer may have behind this prompt. Raises DataError where none."""
@@ -192,7 +265,7 @@ class PairCollator:
 
     def _answers(
         self, texts: list[dict[str, str]], limits: list[int | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Any], list[Any]]:
         """Token ids (L,) of all chosen and of all rejected answers, cut to their limits."""
         chosen, rejected = (
             [self._answer_ids(text[side], limit) for text, limit in zip(texts, limits, strict=True)]
@@ -209,38 +282,28 @@ class PairCollator:
             raise DataError("an answer has no tokens; run vlmdpo prepare, which drops such rows")
         return ids[:limit].long()
 
-    def _packed_batch(
-        self,
-        prompts: list[Tensor],
-        chosen: list[Tensor],
-        rejected: list[Tensor],
-    ) -> PairBatch:
-        """A batch to run as one packed row. All arguments are lists of B tensors (L,)."""
-        answers = [*chosen, *rejected]
-        last = [prompt[-1:] for prompt in prompts]
-        return {
-            "input_ids": self._pad(_join([*last, *last], answers)),
-            "attention_mask": _stock_attention_mask(prompts, answers),
-            "completion_mask": _completion_mask([*last, *last], answers),
-            "pairs": [list(map(len, pair)) for pair in zip(prompts, chosen, rejected, strict=True)],
-            "pair_ids": _pack(prompts, chosen, rejected),
-        }
+    def _packed_batch(self, planted: Planted, order: list[int]) -> dict[str, Any]:
+        """A batch to run as one packed row, without what comes of images.
 
-    def _rows_batch(
-        self,
-        prompts: list[Tensor],
-        chosen: list[Tensor],
-        rejected: list[Tensor],
-    ) -> PairBatch:
-        """A batch of one row per answer. All arguments are lists of B tensors (L,)."""
-        answers = [*chosen, *rejected]
-        twice = [*prompts, *prompts]
-        return {
-            "input_ids": self._pad(_join(twice, answers)),
-            "attention_mask": _stock_attention_mask(prompts, answers),
-            "completion_mask": _completion_mask(twice, answers),
-            "image_copies": 2,
+        Args:
+            order: R numbers, which distinct answer each row of the loss is.
+        """
+        answers = [planted.answers[number] for number in order]
+        last = [planted.last_token(number) for number in order]
+        lengths = [planted.prompt_tokens(number) for number in order]
+        attention_mask = _stock_attention_mask(lengths, answers)
+        forest = replace(planted.forest, stock_tokens=int(attention_mask.sum()))
+        batch: dict[str, Any] = {
+            "input_ids": self._pad(_join(last, answers)),
+            "attention_mask": attention_mask,
+            "completion_mask": _completion_mask(last, answers),
+            "forest": forest,
+            "tree_ids": planted.ids,
         }
+        if order != list(range(len(forest.answers))):
+            batch["order"] = torch.tensor(order)
+            batch["order_back"] = torch.tensor([order.index(n) for n in range(len(forest.answers))])
+        return batch
 
     def _pad(self, rows: list[Tensor]) -> Tensor:
         """(L,) each → (rows, longest L), padded on the right."""
@@ -251,24 +314,10 @@ class PairCollator:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
-def batch_tokens(batch: dict[str, Any]) -> tuple[int, int] | None:
-    """(tokens of stock rows, slots that run in their place) of a packed batch; None for a batch in
-    rows. The device is not waited for.
-    """
-    if "pairs" not in batch:
-        return None
-    stock = sum(
-        prompt + answer for prompt, *answers in batch["pairs"] for answer in answers if answer
-    )
-    return stock, sum(sum(lengths) + 1 for lengths in batch["pairs"])
-
-
-def pair_token_ids(batch: dict[str, Any]) -> list[Tensor]:
-    """The token ids of each pair of a batch of `PairCollator`, its images' tokens once."""
-    if "pairs" in batch:
-        # A pair's slots are its tokens and the prompt's last token once more.
-        return list(batch["pair_ids"][0].split([sum(lengths) + 1 for lengths in batch["pairs"]]))
-    return list(batch["input_ids"][: len(batch["input_ids"]) // 2])
+def host_inputs(examples: list[Example]) -> dict[str, Any]:
+    """What a batch holds for the host: its rows' numbers, if they have any, and content keys."""
+    numbered = {"row": [example["row"] for example in examples]} if "row" in examples[0] else {}
+    return {**numbered, **content_keys(examples)}
 
 
 def cannot_render(row: int | None, problem: BadRow) -> DataError:
@@ -305,28 +354,29 @@ def _completion_mask(prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Te
     return torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
 
 
-def _stock_attention_mask(prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
-    """(2B, S): 1 where a stock row has a token. `answers`: 2B, chosen first."""
-    lengths = torch.tensor(
-        [len(p) + len(a) for p, a in zip([*prompts, *prompts], answers, strict=True)]
-    )
+def _stock_attention_mask(prompts: Sequence[int], answers: Sequence[Tensor]) -> Tensor:
+    """(R, S): 1 where a stock row has a token.
+
+    Args:
+        prompts: tokens of the prompt of each row.
+        answers: R token ids (L,).
+    """
+    lengths = torch.tensor([p + len(a) for p, a in zip(prompts, answers, strict=True)])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-def _pack(
-    prompts: Sequence[Tensor], chosen: Sequence[Tensor], rejected: Sequence[Tensor]
-) -> Tensor:
-    """(1, T): each pair as prompt but its last token, then last token and answer, twice."""
-    parts = [
-        torch.cat([prompt[:-1], prompt[-1:], first, prompt[-1:], second])
-        for prompt, first, second in zip(prompts, chosen, rejected, strict=True)
-    ]
-    return torch.cat(parts)[None]
+def _share_images(prompts: list[Prompt], placeholders: frozenset[int]) -> bool:
+    """Whether the images of these prompts lie in what all of them begin with.
 
-
-def _pad_rows(
-    prompts: Sequence[Tensor], chosen: Sequence[Tensor], rejected: Sequence[Tensor]
-) -> Tensor:
-    """(2B, S): prompt and answer, chosen rows first, zeros behind."""
-    rows = _join([*prompts, *prompts], [*chosen, *rejected])
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    Args:
+        placeholders: ids of the tokens that stand for images; without any, only a single prompt has
+            its images to itself.
+    """
+    if len(prompts) == 1:
+        return True
+    beginning = common_beginning_of(prompts)
+    return (
+        bool(placeholders)
+        and beginning > 0
+        and all(placeholders.isdisjoint(prompt.ids[beginning:].tolist()) for prompt in prompts)
+    )

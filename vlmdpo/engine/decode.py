@@ -6,7 +6,7 @@ behind it in one packed row, each seeing the prefix and itself; so do the answer
 Families that cannot fork there (prefix language models, recurrent layers) still have the image
 encoded once. Answers are those of greedy `generate`.
 
-Shapes: S tokens of a prompt, K active branches, V vocabulary; see `branches` for a packed row's.
+Shapes: K active answers, V vocabulary; see `leaves` for the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from transformers import (
 from transformers.feature_extraction_utils import BatchFeature
 
 from vlmdpo.engine import packed_attention
-from vlmdpo.engine.branches import Branch, BranchLayout, Prompt, Step, common_prefix
+from vlmdpo.engine.leaves import Leaf, Prompt, Step
+from vlmdpo.engine.tree import GrowingTree, common_beginning
 from vlmdpo.models import families
 from vlmdpo.models.inputs import image_inputs, image_token_id, inputs_by_token, pixels_in
 from vlmdpo.models.protocols import Backbone, ImageProcessor, Processor, VisionLanguageModel
@@ -145,7 +146,7 @@ class OpenedImage:
             if cache is None:
                 answers += self._generate(batch, max_new_tokens, stop_when)
             else:
-                answers += self._decode_branches(cache, prefix, batch, max_new_tokens, stop_when)
+                answers += self._decode_leaves(cache, prefix, batch, max_new_tokens, stop_when)
                 cache.crop(prefix - cache.get_seq_length())
         return answers
 
@@ -173,7 +174,7 @@ class OpenedImage:
 
     def _shared_prefix(self, prompts: Sequence[Prompt]) -> int:
         """Tokens that all prompts begin with; 0 where the image is not wholly among them."""
-        length = common_prefix(prompts)
+        length = common_beginning([prompt.ids for prompt in prompts])
         image_token = image_token_id(self.decoder.base.config)
         return length if image_token not in prompts[0].ids[length:] else 0
 
@@ -193,7 +194,7 @@ class OpenedImage:
         )
         return cache
 
-    def _decode_branches(
+    def _decode_leaves(
         self,
         cache: DynamicCache,
         prefix: int,
@@ -202,45 +203,45 @@ class OpenedImage:
         stop_when: StopWhen | None,
     ) -> list[str]:
         device = self.decoder.model.device
-        layout = BranchLayout(prefix, device)
+        tree = GrowingTree(prefix, [0] * len(prompts), device)
         active = [
-            Branch(number, list(prompt.ids), prompt.positions[..., -1:])
-            for number, prompt in enumerate(prompts)
+            Leaf(node, list(prompt.ids), prompt.positions[..., -1:])
+            for node, prompt in enumerate(prompts, start=1)
         ]
         answers = [""] * len(prompts)
         step = Step.of_prompts(prompts, prefix, device)
         for count in range(1, max_new_tokens + 1):
-            layout.extend(step)
-            with packed_attention.packed(layout):
+            tree.extend(step.nodes, step.index)
+            with packed_attention.packed(tree):
                 logits_KV = self.decoder.base(
                     input_ids=step.ids,
-                    attention_mask=step.ids.new_ones(1, prefix + len(layout.index)),
+                    attention_mask=step.ids.new_ones(1, len(tree)),
                     position_ids=step.positions,
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=step.ends,
                 ).logits[0]
-            for branch, token in zip(active, self._next_tokens(active, logits_KV), strict=True):
-                branch.append(token)
-                answers[branch.number] = self.decoder.text(branch.answer_ids)
+            for leaf, token in zip(active, self._next_tokens(active, logits_KV), strict=True):
+                leaf.append(token)
+                answers[leaf.node - 1] = self.decoder.text(leaf.answer_ids)
             active = [
-                branch
-                for branch in active
-                if branch.answer_ids[-1] not in self.decoder.end_tokens
-                and not (stop_when and stop_when(answers[branch.number]))
+                leaf
+                for leaf in active
+                if leaf.answer_ids[-1] not in self.decoder.end_tokens
+                and not (stop_when and stop_when(answers[leaf.node - 1]))
             ]
             if not active or count == max_new_tokens:
                 break
             step = Step.of_last_tokens(active, device)
         return answers
 
-    def _next_tokens(self, active: Sequence[Branch], logits_KV: Tensor) -> list[int]:
-        """The greedy next token of each active branch, as `generate` would choose it."""
+    def _next_tokens(self, active: Sequence[Leaf], logits_KV: Tensor) -> list[int]:
+        """The greedy next token of each active answer, as `generate` would choose it."""
         penalty = self.decoder.repetition_penalty
         if penalty is not None:
             rows = [
-                penalty(torch.tensor([branch.ids], device=row.device), row[None])
-                for branch, row in zip(active, logits_KV, strict=True)
+                penalty(torch.tensor([leaf.ids], device=row.device), row[None])
+                for leaf, row in zip(active, logits_KV, strict=True)
             ]
             logits_KV = torch.cat(rows)
         tokens: list[int] = logits_KV.argmax(dim=-1).tolist()

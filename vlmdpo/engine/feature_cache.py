@@ -2,8 +2,8 @@
 ever.
 
 It pays where the tower's work is large beside its tokens (Idefics2) and images are seen again: more
-epochs, more runs. One safetensors file per row, below the prepared data. This module knows nothing
-of models.
+rows, more epochs, more runs. One safetensors file for the images of a row, below the prepared data,
+which all rows with the same images share (see `content_keys`). This module knows nothing of models.
 
 Shapes: N images, I tokens of an image, H hidden size.
 """
@@ -23,17 +23,16 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from vlmdpo import ui
+from vlmdpo.data.store import FEATURE_CACHE
 from vlmdpo.errors import ModelError
 
-FOLDER = "image-features"
-_ROWS_PER_FOLDER = 1000
 _POOLED, _DEEPSTACK = "pooler_output", "deepstack_features"  # transformers' names
 # What towers return besides, and no model reads.
 _NOT_READ = {"last_hidden_state", "hidden_states", "attentions"}
 
 
 class FeatureCache:
-    """The image features of rows, by row number.
+    """The image features of rows, by the keys of their images.
 
     A file that cannot be read is reported, not used, and written anew.
 
@@ -43,17 +42,19 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.path = folder / FOLDER / key
+        self.path = folder / FEATURE_CACHE / key
+        self._name_old_folders()
 
-    def num_rows(self) -> int:
-        """How many rows have their features on disk."""
+    @property
+    def num_known(self) -> int:
+        """How many files of features there are: one for the images of a row."""
         return sum(1 for _ in self.path.rglob("*.safetensors"))
 
-    def get(self, rows: Sequence[int], device: torch.device) -> ModelOutput | None:
+    def get(self, image_keys: Sequence[str], device: torch.device) -> ModelOutput | None:
         """What `get_image_features` returned for these rows, in order; None if any is missing."""
         parts = []
-        for row in rows:
-            file = self._file(row)
+        for key in image_keys:
+            file = self._file(key)
             try:
                 parts.append(load_file(file, device=str(device)))
             except FileNotFoundError:
@@ -64,16 +65,17 @@ class FeatureCache:
                 return None
         return _join_features(parts)
 
-    def put(self, rows: Sequence[int], tokens: Sequence[int], features: ModelOutput) -> None:
+    def put(self, image_keys: Sequence[str], tokens: Sequence[int], features: ModelOutput) -> None:
         """Keep the features of a batch. A full disk costs the reuse, not the run.
 
         Args:
-            rows: row numbers.
+            image_keys: of each row's images.
             tokens: image tokens of each row.
             features: what `get_image_features` returned for all of them.
         """
-        for row, part in zip(rows, split_features(features, tokens), strict=True):
-            file = self._file(row)
+        parts = zip(image_keys, split_features(features, tokens), strict=True)
+        for key, part in dict(parts).items():  # rows with the same images have the same features
+            file = self._file(key)
             partial = file.with_suffix(f".{os.getpid()}.partial")
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +84,21 @@ class FeatureCache:
             except (SafetensorError, OSError) as problem:
                 with contextlib.suppress(OSError):
                     partial.unlink()
-                ui.warn(
-                    f"image features of row {row} are not kept: cannot write '{file}': {problem}"
-                )
+                ui.warn(f"image features are not kept: cannot write '{file}': {problem}")
                 return
 
-    def _file(self, row: int) -> Path:
-        return self.path / f"{row // _ROWS_PER_FOLDER:05d}" / f"{row}.safetensors"
+    def _file(self, key: str) -> Path:
+        return self.path / key[:2] / f"{key}.safetensors"
+
+    def _name_old_folders(self) -> None:
+        """Say which folders of earlier versions, by row number, are not used."""
+        folders = self.path.parent.glob("*/[0-9][0-9][0-9][0-9][0-9]")
+        old = sorted({folder.parent.name for folder in folders})
+        if old:
+            ui.say(
+                "image features of an earlier version are not used, because they are by row; "
+                f"delete them from '{self.path.parent}': {', '.join(old)}"
+            )
 
 
 def split_features(features: ModelOutput, tokens: Sequence[int]) -> list[dict[str, Tensor]]:

@@ -1,11 +1,11 @@
-"""The shared forward: one packed pass of the unmodified model gives TRL what two stock rows give.
+"""The shared forward: one packed pass of the unmodified model gives TRL what stock rows give.
 
-The model's backbone is wrapped on the instance. Batches of `PairCollator` run packed; any other
-input runs as before. Where nothing that makes image features trains, they are computed once for
-policy and reference.
+The model and its backbone are wrapped on the instance. Batches of `PairCollator` run packed; any
+other input runs as before. Where nothing that makes image features trains, they are computed once
+for policy and reference.
 
-Shapes: B pairs, T slots of the packed row, S length of the longest stock row, C tokens of the
-longest answer, H hidden size, R rows of the loss.
+Shapes: B pairs, R rows of TRL's loss, D distinct answers, P distinct prompts, T slots of the packed
+row, S length of the longest stock row, C tokens of the longest answer, H hidden size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vlmdpo.engine import packed_attention
 from vlmdpo.engine.batch_context import BatchContext, ForwardPass
 from vlmdpo.engine.feature_cache import FeatureCache
-from vlmdpo.engine.pair_layout import PairLayout
+from vlmdpo.engine.tree import Forest
+from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.errors import ModelError
 from vlmdpo.models import families
 from vlmdpo.models.attention import overlays_mask
@@ -78,7 +79,9 @@ class SharedForward:
     ) -> None:
         self.model, self.share, self.features = model, share, features
         self.gradient_in_every_batch = gradient_in_every_batch
-        self.backbone = families.unwrap_peft(model).base_model
+        self._headed = families.unwrap_peft(model)
+        self.backbone = self._headed.base_model
+        self._headed_forward: Callable[..., ModelOutput] = self._headed.forward
         self._backbone_forward: Callable[..., ModelOutput] = self.backbone.forward
         self._get_image_features: Callable[..., ModelOutput] = self.backbone.get_image_features
         self._tower_forwards = {
@@ -94,6 +97,10 @@ class SharedForward:
     def _wrap(self) -> None:
         # The classes are transformers' and stay unmodified: only this instance's methods change.
         self.backbone.forward = families.keep_signature(self._backbone_forward, self._forward)
+        # TRL's head is in the whole model's, also on the instance.
+        self._headed.forward = families.keep_signature(
+            self._headed_forward, self._forward_with_head
+        )
         # Called by the backbone's own forward; so is each tower.
         self.backbone.get_image_features = families.keep_signature(
             self._get_image_features, self._image_features
@@ -106,6 +113,7 @@ class SharedForward:
 
     def remove(self) -> None:
         """Unwrap the model. Its attention stays switched: it passes unpacked rows through."""
+        self._headed.forward = self._headed_forward
         self.backbone.forward = self._backbone_forward
         self.backbone.get_image_features = self._get_image_features
         for tower, run in self._tower_forwards.items():
@@ -119,28 +127,28 @@ class SharedForward:
 
     def new_batch(
         self,
-        rows: Sequence[int] = (),
+        image_keys: Sequence[str] = (),
         ids: Sequence[Tensor] = (),
-        layout_class: type[PairLayout] | None = None,
+        layout_class: type[TreeLayout] | None = None,
     ) -> BatchContext:
         """The context of a new batch, to be given to the model as its input `batch_context`.
 
         Args:
-            rows: the B rows' numbers, by which image features are found on disk.
+            image_keys: of the B rows, by which image features are found on disk.
             ids: the token ids of each of these rows, to count its image tokens.
             layout_class: see `BatchContext`.
         """
         frozen = self.vision_is_frozen
-        numbered: list[tuple[int, int]] = []
-        if self.features is not None and rows:
+        rows: list[tuple[str, int]] = []
+        if self.features is not None and image_keys:
             image_token = image_token_id(self.backbone.config)
             if image_token is None:
                 raise ModelError("--feature-cache: the model's configuration names no image token")
             counts = torch.stack([torch.eq(row_ids, image_token).sum() for row_ids in ids])
-            numbered = list(zip(rows, counts.tolist(), strict=True))
+            rows = list(zip(image_keys, counts.tolist(), strict=True))
         return BatchContext(
             backbone=self.backbone,
-            rows=numbered,
+            rows=rows,
             vision_is_frozen=frozen,
             frozen_towers=[] if frozen else families.frozen_towers(self.backbone),
             layout_class=layout_class,
@@ -160,10 +168,33 @@ class SharedForward:
                 ):
                     del module._forward_hooks[key]
 
+    def _forward_with_head(
+        self,
+        *args: Any,
+        order: Tensor | None = None,
+        order_back: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """In place of the model's forward: score each distinct answer once, for all its rows.
+
+        Args:
+            order: (R,) which distinct answer each row of the loss is; None for one row each.
+            order_back: (D,) a row of the loss for each distinct answer.
+        """
+        if order is None or order_back is None:
+            return self._headed_forward(*args, **kwargs)
+        labels_R = kwargs.pop("labels")
+        output = self._headed_forward(*args, labels=labels_R[order_back], **kwargs)
+        in_loss = labels_R[:, 1:] != -100  # mDPO's anchor repeats a row without its answer
+        for name, values in output.items():
+            if isinstance(values, Tensor) and values.shape[:1] == order_back.shape:
+                output[name] = values[order].masked_fill(~in_loss, 0)
+        return output
+
     def _forward(
         self,
         *args: Any,
-        pairs: list[list[int]] | None = None,
+        forest: Forest | None = None,
         image_copies: int = 1,
         batch_context: BatchContext | None = None,
         **kwargs: Any,
@@ -174,15 +205,15 @@ class SharedForward:
             batch_context = None
         this_pass = ForwardPass(
             batch_context,
-            image_copies=1 if pairs is not None else image_copies,
+            image_copies=1 if forest is not None else image_copies,
             add_zero_gradient_term=self.gradient_in_every_batch
             and torch.is_grad_enabled()
             and not has_images(kwargs),
         )
         token = _forward_pass.set(this_pass)
         try:
-            if pairs is not None:
-                return self._packed_forward(pairs, batch_context, **kwargs)
+            if forest is not None:
+                return self._packed_forward(forest, batch_context, **kwargs)
             if image_copies > 1:
                 kwargs["position_ids"] = self._row_positions(image_copies, batch_context, kwargs)
             return self._backbone_forward(*args, **kwargs)
@@ -195,56 +226,62 @@ class SharedForward:
         """Position ids of stock rows (..., 2B, S) whose images are given once."""
         batch = batch or BatchContext(self.backbone)
         if batch.position_ids is None:
+            grids = inputs.get("image_grid_thw")
             batch.position_ids = families.stock_position_ids(
-                self.backbone, inputs["input_ids"], inputs["attention_mask"], inputs, copies
+                self.backbone,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                inputs,
+                None if grids is None else [*range(len(grids))] * copies,
             )
         return batch.position_ids
 
     def _packed_forward(
         self,
-        pairs: list[list[int]],
+        forest: Forest,
         batch_context: BatchContext | None,
         *,
-        pair_ids: Tensor,
+        tree_ids: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        order: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """One pass over (1, T) slots; hidden states (2B, 1 + C, H) as two stock rows end with.
+        """One pass over (1, T) slots: the hidden states (D, 1 + C, H) that stock rows end with.
 
         Args:
-            pairs: tokens of prompt, chosen and rejected answer of each pair.
-            pair_ids: (1, T) token ids.
-            input_ids, attention_mask: (2B, 1 + C), (2B, S) for TRL's loss; not read here.
-            order: (R,) which of the 2B answers each row of the loss is; None for one row each.
+            forest: what lies in which slots.
+            tree_ids: (1, T) token ids.
+            input_ids, attention_mask: (R, 1 + C), (R, S) for TRL's loss; not read here.
         """
         batch = batch_context or BatchContext(self.backbone)
         if batch.layout is None:
-            batch.layout = (batch.layout_class or PairLayout)(pairs, pair_ids.device)
+            batch.layout = (batch.layout_class or TreeLayout)(forest, tree_ids.device)
         layout = batch.layout
-        types_1T = inputs_by_token(kwargs, pair_ids)
-        types_BS = {name: layout.slots_to_rows(types) for name, types in types_1T.items()}
+        types_1T = inputs_by_token(kwargs, tree_ids)
+        types_PS = {name: layout.slots_to_rows(types) for name, types in types_1T.items()}
         if batch.position_ids is None:
-            rows_BS = layout.slots_to_rows(pair_ids)
-            positions_BS = families.stock_position_ids(
-                self.backbone, rows_BS, layout.row_mask, {**kwargs, **types_BS}
+            rows_PS = layout.slots_to_rows(tree_ids)
+            positions_PS = families.stock_position_ids(
+                self.backbone,
+                rows_PS,
+                layout.row_mask,
+                {**kwargs, **types_PS},
+                layout.image_rows(),
             )
-            batch.position_ids = layout.rows_to_slots(positions_BS)
+            batch.position_ids = layout.rows_to_slots(positions_PS)
         if self._masks_by_type:
             # The model builds its mask function of them, which is evaluated at indices of stock
             # rows.
-            kwargs |= types_BS
+            kwargs |= types_PS
         with packed_attention.packed(layout):
             output = self._backbone_forward(
-                input_ids=pair_ids,
-                attention_mask=torch.ones_like(pair_ids),
+                input_ids=tree_ids,
+                attention_mask=torch.ones_like(tree_ids),
                 position_ids=batch.position_ids,
                 **kwargs,
             )
-        slots = layout.branch_slots if order is None else layout.branch_slots[order]
         hidden_TH = output.last_hidden_state[0]
-        output.last_hidden_state = hidden_TH[slots]  # (2B or R, 1 + C, H)
+        output.last_hidden_state = hidden_TH[layout.answer_slots]  # (D, 1 + C, H)
         return output
 
     def _image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
@@ -262,14 +299,14 @@ class SharedForward:
 
     @torch.no_grad()
     def _frozen_image_features(self, batch: BatchContext, *args: Any, **kwargs: Any) -> ModelOutput:
-        with_images = [(row, tokens) for row, tokens in batch.rows if tokens]
+        with_images = [(key, tokens) for key, tokens in batch.rows if tokens]
         if self.features is None or not with_images:
             return self._get_image_features(*args, **kwargs)
-        rows, tokens = zip(*with_images, strict=True)
-        features = self.features.get(rows, next(self.backbone.parameters()).device)
+        keys, tokens = zip(*with_images, strict=True)
+        features = self.features.get(keys, next(self.backbone.parameters()).device)
         if features is None:
             features = self._get_image_features(*args, **kwargs)
-            self.features.put(rows, tokens, features)
+            self.features.put(keys, tokens, features)
         return features
 
     def _tower_forward(

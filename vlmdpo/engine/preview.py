@@ -7,6 +7,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from vlmdpo.engine.batch import answer_ids
 from vlmdpo.engine.collate import SIDES, PairCollator
 
 if TYPE_CHECKING:
@@ -22,15 +23,9 @@ def preview(collator: PairCollator, row: dict[str, Any]) -> dict[str, Any]:
         each token in the loss]}.
     """
     batch = collator([row])
-    prompt, chosen, rejected = batch["pairs"][0]
-    ids = batch["pair_ids"][0].tolist()
-    chosen_start = prompt  # each branch begins with the prompt's last token, which is skipped
-    rejected_start = chosen_start + chosen + 1
-    parts = {
-        "prompt": ids[:prompt],
-        "chosen": ids[chosen_start : chosen_start + chosen],
-        "rejected": ids[rejected_start : rejected_start + rejected],
-    }
+    chosen, rejected = answer_ids(batch)
+    prompt = batch["tree_ids"][0, : batch["forest"].lengths[0]].tolist()
+    parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     tokenizer = collator.processor.tokenizer
     return {
         "images": [f"{image.width}x{image.height}" for image in row["images"]],

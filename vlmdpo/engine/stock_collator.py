@@ -9,7 +9,8 @@ from typing import Any
 
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from vlmdpo.engine.collate import Example, PairCollator, images_of
+from vlmdpo.engine.collate import Example, PairCollator, host_inputs, images_of
+from vlmdpo.engine.content_keys import ContentKeys, content_keys
 from vlmdpo.engine.processing import BatchingProcessor
 from vlmdpo.models.inputs import inputs_by_token
 from vlmdpo.models.protocols import Processor
@@ -21,7 +22,7 @@ EXTENDED_BY_TRL = ("token_type_ids", "mm_token_type_ids")
 class StockCollator(DataCollatorForVisionPreference):
     """TRL's own collator, given texts that are rendered as everywhere here.
 
-    It also passes `row` on, and takes examples whose `images` is None.
+    It also adds row numbers and content keys, and takes examples whose `images` is None.
     """
 
     def __init__(self, processor: Processor, max_length: int | None = None) -> None:
@@ -31,13 +32,14 @@ class StockCollator(DataCollatorForVisionPreference):
     def torch_call(self, examples: list[Example]) -> dict[str, Any]:
         # TRL's collator renders as it likes, drops columns it does not know, and fails on images
         # that are None.
-        rows = [example["row"] for example in examples] if "row" in examples[0] else None
         batch: dict[str, Any] = super().torch_call(
             [{**self._pairs.render(example), "images": images_of(example)} for example in examples]
         )
-        if rows is not None:
-            batch["row"] = rows
-        return batch
+        return {**batch, **host_inputs(examples)}
+
+    def content_keys(self, examples: list[Example]) -> ContentKeys:
+        """The keys that the batch of these examples has."""
+        return content_keys(examples)
 
     def not_extended(self, example: Example) -> list[str]:
         """Names of a prompt's inputs by token that TRL leaves as long as the prompt."""

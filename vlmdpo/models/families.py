@@ -93,7 +93,11 @@ def text_configs(backbone: Backbone) -> list[PreTrainedConfig]:
 
 
 def stock_position_ids(
-    backbone: Backbone, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any], copies: int = 1
+    backbone: Backbone,
+    ids: Tensor,
+    mask: Tensor,
+    inputs: Mapping[str, Any],
+    image_rows: Sequence[int] | None = None,
 ) -> Tensor:
     """The position ids that the model would give stock rows.
 
@@ -101,7 +105,8 @@ def stock_position_ids(
         backbone: the model without its head.
         ids, mask: (B, S) token ids, and 1 where there is a token, padded on the right.
         inputs: the rest of the batch: image grids and token types, where the family has them.
-        copies: how many times more rows `ids` has than `inputs` has images for.
+        image_rows: the images of all rows in their order, by their numbers in `inputs`; None where
+            `inputs` has each as often as it stands in a row.
 
     Returns:
         (B, S), or (3, B, S) for families that count time, height and width apart (M-RoPE).
@@ -109,10 +114,11 @@ def stock_position_ids(
     if hasattr(backbone, "compute_3d_position_ids") and inputs.get("image_grid_thw") is not None:
         # It takes rows apart number by number, and would wait for a GPU at each.
         ids_BS, mask_BS, types_BS = torch.stack([ids, mask, inputs["mm_token_type_ids"]]).cpu()
+        grids = inputs["image_grid_thw"].cpu()
         positions_3BS = backbone.compute_3d_position_ids(
             input_ids=ids_BS,
             inputs_embeds=None,
-            image_grid_thw=inputs["image_grid_thw"].cpu().repeat(copies, 1),
+            image_grid_thw=grids if image_rows is None else grids[list(image_rows)],
             video_grid_thw=None,
             past_key_values=None,
             attention_mask=mask_BS,
@@ -221,6 +227,14 @@ def reserved_tokens(processor: Processor) -> tuple[str, ...]:
     """Texts that a processor takes for an image or video, which no text may contain."""
     names = ("image_token", "boi_token", "fake_image_token", "video_token")
     return tuple({str(token) for name in names if (token := getattr(processor, name, None))})
+
+
+def image_placeholders(processor: Processor) -> frozenset[int]:
+    """Ids of the tokens that stand for images in a processed prompt; empty where none is named."""
+    vocabulary = processor.tokenizer.get_vocab()
+    ids = {vocabulary.get(token) for token in reserved_tokens(processor)}
+    ids.add(getattr(processor, "image_token_id", None))
+    return frozenset(number for number in ids if isinstance(number, int))
 
 
 def linear_layers(model: VisionLanguageModel, scope: str) -> list[str]:

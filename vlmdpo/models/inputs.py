@@ -15,9 +15,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # What TRL and vlmdpo put beside a processor's outputs; none of them holds pixels.
-_OF_TEXT = frozenset({"input_ids", "attention_mask", "completion_mask", "labels", "pair_ids"})
-_OF_BATCH = frozenset({"row", "pairs", "image_copies", "order", "batch_context"})
+_OF_TEXT = frozenset({"input_ids", "attention_mask", "completion_mask", "labels", "tree_ids"})
+# What no device needs and no model takes: row numbers, and keys of images and answers.
+_HOST_ONLY = ("row", "image_keys", "answer_keys")
+_OF_BATCH = frozenset(
+    {*_HOST_ONLY, "forest", "image_copies", "order", "order_back", "batch_context"}
+)
 _IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index", "image_patch_id")
+
+
+def take_host_only(inputs: dict[str, Any]) -> tuple[list[int], list[str], list[str]]:
+    """Take row numbers, image keys and answer keys out of a batch; each may be empty."""
+    rows, image_keys, answer_keys = (inputs.pop(name, []) for name in _HOST_ONLY)
+    return rows, image_keys, answer_keys
 
 
 def inputs_by_token(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:
@@ -34,7 +44,7 @@ def inputs_by_token(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]
 
 def image_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a batch that come from its images: all but ids, masks and token types."""
-    ids = batch.get("pair_ids", batch["input_ids"])
+    ids = batch.get("tree_ids", batch["input_ids"])
     by_token = inputs_by_token(batch, ids)
     return {
         name: value

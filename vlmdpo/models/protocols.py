@@ -55,6 +55,7 @@ class VisionLanguageModel(Module, Protocol):
     generation_config: GenerationConfig
     device: torch.device
     dtype: torch.dtype
+    forward: Callable[..., ModelOutput]
 
     @property
     def base_model(self) -> Any: ...  # a Backbone, or PEFT's tuner around the model

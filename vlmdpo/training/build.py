@@ -48,7 +48,7 @@ def build_setup(
     dataset = store.load(data)
     dataset = dataset.add_column("row", range(len(dataset)))
     check_sharding(launched_strategy(), config, dataset)
-    eval_dataset, total_rows = _load_eval_dataset(config, data, len(dataset))
+    eval_dataset = _load_eval_dataset(config, data, len(dataset))
     manifest = store.read_manifest(data) or {}
     processor = configured_processor(config, date=manifest.get("prompt_date"))
     check_prepared_for(data, manifest, processor, config)
@@ -62,9 +62,7 @@ def build_setup(
     engine, fallback_reason = engine_choice.choose_engine(
         config.engine, model, router_loss=args.router_aux_loss_coef
     )
-    reference_cache = caches.open_reference_cache(
-        config, args, data, model, processor, engine, total_rows
-    )
+    reference_cache = caches.open_reference_cache(config, args, data, model, processor, engine)
     adapter = lora_config(config, model)
     say_what_lora_leaves(adapter, model)
     # An adapter's reference is the same weights with the adapter off; a cache's, what the policy
@@ -81,7 +79,7 @@ def build_setup(
         lora_config=adapter,
         monitor=monitor,
         reference_cache=reference_cache,
-        mdpo_rows=total_rows if config.losses().is_mdpo else 0,
+        mdpo=config.losses().is_mdpo,
     )
     setup = TrainingSetup(trainer, processor, dataset, monitor, fallback_reason, over_length, data)
     if config.keep_best:
@@ -158,10 +156,8 @@ def check_eval_steps(options: RunOptions, *, has_test_split: bool) -> None:
         )
 
 
-def _load_eval_dataset(
-    options: RunOptions, data: Path, train_rows: int
-) -> tuple[Dataset | None, int]:
-    """The test split if it is evaluated on, and the number of rows in both splits.
+def _load_eval_dataset(options: RunOptions, data: Path, train_rows: int) -> Dataset | None:
+    """The test split if it is evaluated on.
 
     Its rows are numbered after the `train_rows` that train. Raises ConfigError for `--eval-steps`
     without a test split.
@@ -169,12 +165,11 @@ def _load_eval_dataset(
     has_test_split = store.has_test_split(data)
     check_eval_steps(options, has_test_split=has_test_split)
     if not has_test_split:
-        return None, train_rows
+        return None
     test = store.load(data, "test")
-    total = train_rows + len(test)
     if options.eval_steps == 0:
-        return None, total
-    return test.add_column("row", range(train_rows, total)), total
+        return None
+    return test.add_column("row", range(train_rows, train_rows + len(test)))
 
 
 def freeze_parts(options: LoraOptions, model: VisionLanguageModel) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vlmdpo import ui
-from vlmdpo.config import LossMix
-from vlmdpo.data import store
+from vlmdpo.data.groups import IMAGE_DIGEST
 from vlmdpo.errors import DataError
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import DPOConfig
 
     from vlmdpo.engine.reference_cache import ReferenceCache
@@ -31,7 +31,6 @@ class ReferenceOptions(Protocol):
     def reference_cache(self) -> bool: ...
     @property
     def lora(self) -> bool: ...
-    def losses(self) -> LossMix: ...
 
 
 def open_reference_cache(
@@ -41,11 +40,11 @@ def open_reference_cache(
     model: VisionLanguageModel,
     processor: Processor,
     engine: str,
-    rows: int,
 ) -> ReferenceCache | None:
     """The cache for this run, with what earlier runs computed with the same reference.
 
-    None if it is switched off or cannot be used. Its key holds all that log-probs depend on.
+    None if it is switched off or cannot be used. Its key holds all that log-probs depend on beside
+    the answer, its prompt and its images, by which each one is found.
     """
     from vlmdpo.distributed.processes import launched_strategy
     from vlmdpo.engine import reference_cache
@@ -62,24 +61,19 @@ def open_reference_cache(
             "no reference cache: full fine-tuning under FSDP or DeepSpeed keeps a reference model"
         )
         return None
-    manifest = store.read_manifest(data) or {}
-    is_mdpo = options.losses().is_mdpo
     facts = {
         "format": _FORMAT,
         "weights": _weights_digest(model, args),
         "processor": digest.processor_digest(processor),
-        "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [
             *(str(model.dtype), args.bf16, args.fp16),
             *(engine, args.max_length, args.ld_alpha, describe_attention(model)),
         ],
-        "corrupted": args.seed if is_mdpo else None,
         "transformers": version("transformers"),
     }
-    rows *= 2 if is_mdpo else 1  # corrupted copies are rows of their own
-    cache = reference_cache.ReferenceCache(data, reference_cache.cache_key(facts), rows)
+    cache = reference_cache.ReferenceCache(data, reference_cache.cache_key(facts))
     if cache.num_known:
-        ui.say(f"reference log-probs: {cache.num_known:,} of {rows:,} rows found in {cache.path}")
+        ui.say(f"reference log-probs: those of {cache.num_known:,} answers found in {cache.path}")
     return cache
 
 
@@ -109,12 +103,10 @@ def attach_feature_cache(setup: TrainingSetup) -> None:
 
     trainer, data = setup.trainer, setup.data
     shared = trainer.shared_forwards[0]
-    manifest = store.read_manifest(data) or {}
     tower = vision_parameters(shared.backbone)
     facts = {
         "tower": digest.tensors_digest(("", tensor) for tensor in tower),
         "processor": digest.processor_digest(setup.processor),
-        "data": [manifest.get("key"), manifest.get("rows_out")],
         "computed": [
             *(str(trainer.model.dtype), trainer.args.bf16, trainer.args.fp16),
             describe_attention(trainer.accelerator.unwrap_model(trainer.model)),
@@ -126,17 +118,25 @@ def attach_feature_cache(setup: TrainingSetup) -> None:
     batch = trainer.data_collator([dict(example) for example in examples])
     doctor.token_logps(trainer, {**batch, BATCH_CONTEXT: context})
     bytes_per_row = context.image_feature_bytes / len(examples)
-    known, free = cache.num_rows(), shutil.disk_usage(data).free
-    rows = sum(map(len, trainer.datasets))
-    needed = bytes_per_row * (rows - known)
+    known, free = cache.num_known, shutil.disk_usage(data).free
+    wanted = sum(map(_num_distinct_images, trainer.datasets))
+    # Which of them are known only their pixels say.
+    needed = bytes_per_row * max(0, wanted - known)
     ui.say(
-        f"image features: {known:,} of {rows:,} rows found; the others will take about "
-        f"{ui.human_bytes(needed)} in {cache.path}"
+        f"image features: {known:,} found; up to {wanted:,} are wanted, which take about "
+        f"{ui.human_bytes(bytes_per_row * wanted)} in {cache.path}"
     )
-    if needed > free:
+    if needed > free:  # even if all that are known are wanted
         raise DataError(
             f"--feature-cache: about {ui.human_bytes(needed)} needed, {ui.human_bytes(free)} free "
             f"at '{data}'"
         )
     trainer.feature_cache = cache
     trainer.use_engine(trainer.engine)
+
+
+def _num_distinct_images(rows: Dataset) -> int:
+    """How many rows have images that no row before them has; all, if `prepare` did not note it."""
+    if IMAGE_DIGEST not in rows.column_names:
+        return len(rows)
+    return len(set(rows[IMAGE_DIGEST]) - {""})  # "" for a row without images

@@ -1,8 +1,4 @@
-"""Checks on the real model and data before a run is paid for: is the engine exact, is all sound?
-
-The engine is compared with stock rows, and so are engines broken on purpose: it must agree with
-stock ten times better than they do, or as well as stock agrees with itself after one more rounding.
-Then neither bfloat16's rounding fails the check, nor can an error hide in a tolerance.
+"""Checks on the real model and data before a run is paid for; `engine_checks` has the engine's.
 
 Shapes: B pairs of a batch; 2B answers, chosen first; A tokens of one answer.
 """
@@ -20,22 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmdpo.engine.batch_context import BATCH_CONTEXT
-from vlmdpo.engine.collate import PairCollator
-from vlmdpo.engine.pair_layout import PairLayout, Span
-from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
-from vlmdpo.models.inputs import has_images, image_token_id, other_pixels
-from vlmdpo.training.rounding import one_more_rounding
+from vlmdpo.models.inputs import has_images, image_token_id, other_pixels, take_host_only
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlmdpo.models.protocols import Processor, VisionLanguageModel
-
-_MARGIN = 10.0  # how many times smaller than a broken engine's the error must be
+    from vlmdpo.models.protocols import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -54,31 +43,13 @@ class Check:
     cause: str = ""
 
 
-class _LeakingLayout(PairLayout):
-    """Broken on purpose: the rejected answer sees the chosen one."""
-
-    def visible_to_rejected(self, span: Span, device: torch.device) -> Tensor:
-        return torch.ones(span.length, dtype=torch.bool, device=device)
-
-
-class _ShiftedLayout(PairLayout):
-    """Broken on purpose: the rejected answer's positions continue the chosen one's."""
-
-    def rows_to_slots(self, rows: Tensor) -> Tensor:
-        positions = super().rows_to_slots(rows).clone()
-        for span in self.spans:
-            start = span.start + span.prefix + span.chosen
-            positions[..., start : start + span.rejected] += span.chosen
-        return positions
-
-
 @torch.no_grad()
 def token_logps(
     trainer: PairTrainer, batch: dict[str, Any], *, reference: bool = False
 ) -> list[Tensor]:
     """Log-probs (A,) of each of the 2B answers' tokens, under the policy or without adapter."""
     inputs = dict(trainer._prepare_inputs(batch))
-    inputs.pop("row", None)
+    take_host_only(inputs)
     labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
     with (
         _evaluation_mode(trainer.model),
@@ -111,112 +82,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _mean_difference(answers: list[Tensor], others: list[Tensor]) -> list[float]:
-    """The mean difference of each answer's log-probs, in nats per token."""
-    return [(a - b).abs().mean().item() for a, b in zip(answers, others, strict=True)]
-
-
-def _rounding_noise(trainer: PairTrainer, batch: dict[str, Any], stock: list[Tensor]) -> float:
-    """How far stock's own log-probs move by one more rounding, in nats per token."""
-    with one_more_rounding(trainer.accelerator.unwrap_model(trainer.model)):
-        return max(_mean_difference(token_logps(trainer, batch), stock))
-
-
-def _is_exact(error: float, broken_error: float, noise: float) -> bool:
-    """Whether an engine agrees with stock: far better than a broken one, or up to rounding."""
-    return error < broken_error and (error * _MARGIN <= broken_error or error <= noise)
-
-
 def _max_difference(answers: list[Tensor], others: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(answers, others, strict=True))
-
-
-def check_shared_forward(trainer: PairTrainer, example: dict[str, Any]) -> Check:
-    """Does the shared forward give this pair the log-probs of two stock rows?
-
-    Measured against the errors of engines broken on purpose; see the module's docstring.
-    """
-    processor = trainer.processing_class
-    collate = PairCollator(processor)
-    shared = trainer.shared_forwards[0]
-    stock = token_logps(trainer, stock_batch(processor, example))
-    noise = _rounding_noise(trainer, stock_batch(processor, example), stock)
-
-    def error(batch: dict[str, Any]) -> float:
-        differences = _mean_difference(token_logps(trainer, batch), stock)
-        return sum(differences) / len(differences)
-
-    own_error = error(collate([dict(example)]))
-    broken_errors = {}
-    for name, layout in (
-        ("leaking mask", _LeakingLayout),
-        ("shifted positions", _ShiftedLayout),
-    ):
-        batch = collate([dict(example)])
-        batch[BATCH_CONTEXT] = shared.new_batch(layout_class=layout)
-        broken_errors[name] = error(batch)
-    if example.get("images"):
-        broken_errors["other image"] = error(other_pixels(collate([dict(example)])))
-    # The rejected answer must not depend on the chosen one.
-    with_reversed = token_logps(trainer, _reverse_chosen(collate([dict(example)])))
-    rejected_moved = (
-        (with_reversed[1] - token_logps(trainer, collate([dict(example)]))[1]).abs().mean().item()
-    )
-    worst = max(own_error, rejected_moved)
-    passed = _is_exact(worst, min(broken_errors.values()), noise)
-    compared = {"one rounding": noise, **broken_errors}
-    others = ", ".join(f"{name} {value:.1e}" for name, value in compared.items())
-    seen = f"agrees with stock rows to {own_error:.1e} per token ({others})"
-    cause = f"it differs from stock rows by {worst:.1e} per token"
-    return Check("shared forward", passed, seen, cause)
-
-
-def check_images_once(trainer: PairTrainer, example: dict[str, Any]) -> Check:
-    """Do rows with each image encoded once give the log-probs of stock rows?
-
-    Measured against the effect of another image.
-    """
-    collate = PairCollator(trainer.processing_class, share=False)
-    stock = token_logps(trainer, stock_batch(trainer.processing_class, example))
-    noise = _rounding_noise(trainer, stock_batch(trainer.processing_class, example), stock)
-
-    def error(batch: dict[str, Any]) -> float:
-        return max(_mean_difference(token_logps(trainer, batch), stock))
-
-    own_error = error(collate([dict(example)]))
-    other_error = math.inf
-    if example.get("images"):
-        other_error = error(other_pixels(collate([dict(example)])))
-    return Check(
-        "rows with images once",
-        _is_exact(own_error, other_error, noise),
-        f"agree with stock rows to {own_error:.1e} per token (one rounding {noise:.1e}, other "
-        f"image {other_error:.1e})",
-        f"they differ from stock rows by {own_error:.1e} per token",
-    )
-
-
-def stock_batch(processor: Processor, example: dict[str, Any]) -> dict[str, Any]:
-    """One pair as stock TRL lays it out: two rows, everything twice."""
-    ours = PairCollator(processor).stock_rows([dict(example)])
-    if families.inserts_image_tokens(processor):  # TRL's collator cannot make such rows
-        return ours
-    stock = StockCollator(processor)([dict(example)])
-    # Where a processor tokenizes an answer otherwise than its tokenizer does, engines would be
-    # compared on different texts.
-    same = stock["input_ids"].shape == ours["input_ids"].shape and torch.equal(
-        stock["input_ids"] * stock["attention_mask"], ours["input_ids"] * ours["attention_mask"]
-    )
-    return stock if same else ours
-
-
-def _reverse_chosen(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch of one pair with the tokens of its chosen answer reversed."""
-    prompt, chosen, _ = batch["pairs"][0]
-    packed_ids, pair_token_ids = batch["pair_ids"].clone(), batch["input_ids"].clone()
-    packed_ids[0, prompt : prompt + chosen] = packed_ids[0, prompt : prompt + chosen].flip(0)
-    pair_token_ids[0, 1 : 1 + chosen] = pair_token_ids[0, 1 : 1 + chosen].flip(0)
-    return {**batch, "pair_ids": packed_ids, "input_ids": pair_token_ids}
 
 
 def check_setup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
@@ -294,7 +161,7 @@ def _check_no_empty_answer(batch: dict[str, Any]) -> Check:
 def _check_image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     name = "image tokens match image features"
     cause = "--max-length cut image tokens, or processor and model are of different versions"
-    ids = batch.get("pair_ids", batch["input_ids"])
+    ids = batch.get("tree_ids", batch["input_ids"])
     image_token = image_token_id(families.unwrap_peft(trainer.model).config)
     try:
         token_logps(trainer, batch)

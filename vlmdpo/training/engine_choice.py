@@ -92,36 +92,38 @@ def join_reasons(reasons: list[str]) -> str | None:
 
 
 def verify_engine(setup: TrainingSetup) -> None:
-    """Compare the engine with stock rows on one pair; use the next simpler one until they agree.
+    """Compare the engine with stock rows on a few pairs; use the next simpler one until they agree.
 
     Raises:
         ModelError: TRL's own rows cannot be trained on either.
         MemoryBudgetError: memory ran out.
         ConfigError: `--loss mdpo`, which only the shared engine can train.
     """
-    trainer, example = setup.trainer, setup.examples()[0]
+    trainer, examples = setup.trainer, setup.related_examples()
     while trainer.engine != "stock":
-        reason = _why_not_exact(trainer, example)
+        reason = _why_not_exact(trainer, examples)
         if reason is None:
             break
         _fall_back(setup, reason)
     if trainer.engine == "stock":
-        _check_stock(trainer, example)
+        _check_stock(trainer, examples[0])
     if setup.fallback_reason and trainer.engine != "shared":
         images = "encoding each image once" if trainer.engine == "rows" else "as TRL does"
         ui.warn(f"no shared prefix ({setup.fallback_reason}); two rows per pair, {images}")
 
 
-def _why_not_exact(trainer: PairTrainer, example: dict[str, Any]) -> str | None:
+def _why_not_exact(trainer: PairTrainer, examples: list[dict[str, Any]]) -> str | None:
     """Why the trainer's engine cannot be used, or None if it agrees with stock rows."""
-    from vlmdpo.training import doctor
+    from vlmdpo.training import engine_checks
 
     is_shared = trainer.engine == "shared"
-    check_engine = doctor.check_shared_forward if is_shared else doctor.check_images_once
+    check_engine = (
+        engine_checks.check_shared_forward if is_shared else engine_checks.check_images_once
+    )
     try:
-        check = check_engine(trainer, example)
+        check = check_engine(trainer, examples)
     except Exception as problem:  # noqa: BLE001 - said in words, and the next engine is tried
-        return reason_to_fall_back(problem, "while the engine was checked on one pair")
+        return reason_to_fall_back(problem, "while the engine was checked on a few pairs")
     if check.passed:
         ui.say(f"self-check: {check.name} {check.seen}")
         return None
@@ -131,7 +133,7 @@ def _why_not_exact(trainer: PairTrainer, example: dict[str, Any]) -> str | None:
 def _fall_back(setup: TrainingSetup, reason: str) -> None:
     """Switch to the next simpler engine that can be built."""
     trainer = setup.trainer
-    if trainer.mdpo_rows:
+    if trainer.is_mdpo:
         raise ConfigError(f"--loss mdpo needs the shared engine, which cannot be used: {reason}")
     ui.warn(f"self-check: {reason}; falling back to a simpler engine")
     reasons = [setup.fallback_reason, reason] if setup.fallback_reason else [reason]
@@ -163,9 +165,9 @@ def _check_stock(trainer: PairTrainer, example: dict[str, Any]) -> None:
 
 def engine_check(setup: TrainingSetup) -> Check:
     """`--doctor`'s finding on the shared engine."""
-    from vlmdpo.training import doctor
+    from vlmdpo.training import doctor, engine_checks
 
     if setup.trainer.engine == "shared":
-        return doctor.check_shared_forward(setup.trainer, setup.examples()[0])
+        return engine_checks.check_shared_forward(setup.trainer, setup.related_examples())
     reason = setup.fallback_reason or "--engine stock"
     return doctor.Check("shared forward", None, f"not used: {reason}")

@@ -50,7 +50,7 @@ def _describe(setup: TrainingSetup, groups: RowGroups) -> Sharing:
     tokens = None
     if lengths is not None:
         counts = [_within(length, trainer.args.max_length) for length in lengths]
-        rows = SharedRows(groups, answers, counts, with_copies=bool(trainer.mdpo_rows))
+        rows = SharedRows(groups, answers, counts, with_copies=trainer.is_mdpo)
         tokens = rows.tokens(
             _first_epoch(trainer),
             trainer.args.train_batch_size if trainer.engine == "shared" else None,

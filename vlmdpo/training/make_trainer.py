@@ -50,7 +50,7 @@ def make_trainer(
     lora_config: LoraConfig | None,
     monitor: TrainingMonitor | None = None,
     reference_cache: ReferenceCache | None = None,
-    mdpo_rows: int = 0,
+    mdpo: bool = False,
 ) -> PairTrainer:
     """A `PairTrainer` that reports to `monitor` instead of showing TRL's progress bars.
 
@@ -71,7 +71,7 @@ def make_trainer(
         trainer = PairTrainer(
             engine=engine,
             reference_cache=reference_cache,
-            mdpo_rows=mdpo_rows,
+            mdpo=mdpo,
             model=model,
             ref_model=reference_model,
             args=args,

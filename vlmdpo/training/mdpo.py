@@ -19,14 +19,15 @@ Shapes: B rows of a batch; 2B rows and their corrupted copies ("answers"); 3B pa
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmdpo.engine.collate import PairBatch, PairCollator
+from vlmdpo.engine.collate import PairCollator, images_of
+from vlmdpo.engine.content_keys import NO_ANSWER, ContentKeys, image_key
+from vlmdpo.engine.plant import Planted
 
 _SHOWN_AREA = (0.01, 0.2)  # the share of an image that its corrupted copy shows, as in the paper
 
@@ -49,81 +50,73 @@ def corrupt_image(image: Image.Image, seed: str) -> Image.Image:
 class MdpoCollator(PairCollator):
     """B examples → the packed pairs of B rows and their corrupted copies, as 3B pairs for TRL.
 
-    `order` (6B,) says which packed answer each of TRL's rows is. In `row` (2B,) the copies' numbers
-    have `rows` added.
+    `image_keys` are of rows and copies, `answer_keys` (6B,) of TRL's rows.
 
     Args:
-        rows: the number of rows in the dataset.
-        seed: determines what the copies show.
+        seed: determines, with an image's pixels, what its copy shows: the same in every row, order
+            and slice of the data.
     """
 
-    rows: int = 0
     seed: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(self._with_copies(examples))
+        if "row" in batch:
+            batch["row"] = batch["row"][: len(examples)]
+        return {**batch, "answer_keys": _keys_of_terms(batch["answer_keys"])}
+
+    def content_keys(self, examples: list[dict[str, Any]]) -> ContentKeys:
+        """The keys that the batch of these examples has."""
+        keys = super().content_keys(self._with_copies(examples))
+        return {**keys, "answer_keys": _keys_of_terms(keys["answer_keys"])}
+
+    def _with_copies(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """B examples, then their B corrupted copies."""
         copies = []
         for example in examples:
-            seeds = (
-                f"{self.seed}/{example['row']}/{number}" for number in range(len(example["images"]))
-            )
+            key = image_key(images_of(example))
             images = [
-                corrupt_image(image, seed)
-                for image, seed in zip(example["images"], seeds, strict=True)
+                corrupt_image(image, f"{self.seed}/{key}/{number}")
+                for number, image in enumerate(images_of(example))
             ]
-            copies.append({**example, "images": images, "row": self.rows + example["row"]})
-        return super().__call__([*examples, *copies])
+            copies.append({**example, "images": images})
+        return [*examples, *copies]
 
     def _answers(
         self, texts: list[dict[str, str]], limits: list[int | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Any], list[Any]]:
         """Both answers of each row, and the copies' chosen ones: a copy has no rejected answer."""
         chosen, rejected = super()._answers(texts, limits)
         count = len(rejected) // 2
-        return chosen, [*rejected[:count], *(answer[:0] for answer in rejected[count:])]
+        return chosen, [*rejected[:count], *[None] * count]
 
-    def _packed_batch(
-        self, prompts: list[Tensor], chosen: list[Tensor], rejected: list[Tensor]
-    ) -> PairBatch:
-        count = len(prompts) // 2
-        batch = super()._packed_batch(prompts, chosen, rejected)
-        order = term_order(count)
-        batch["input_ids"] = batch["input_ids"][order]
-        batch["attention_mask"] = batch["attention_mask"][order]
-        batch["completion_mask"] = batch["completion_mask"][order]
+    def _packed_batch(self, planted: Planted, order: list[int]) -> dict[str, Any]:
+        count = len(order) // 4
+        batch = super()._packed_batch(planted, [order[number] for number in term_order(count)])
         batch["completion_mask"][5 * count :] = 0  # the anchor has no rejected answer
         for repeated in (slice(count, 3 * count), slice(5 * count, None)):
             batch["attention_mask"][repeated] = 0  # TRL only counts tokens by it
-        return {**batch, "order": order}
+        tokens = int(batch["attention_mask"].sum())
+        batch["forest"] = replace(batch["forest"], stock_tokens=tokens)
+        return batch
 
 
-def term_order(count: int) -> Tensor:
-    """(6B,) the packed answer that each of TRL's rows is, for B = `count`.
+def term_order(count: int) -> list[int]:
+    """(6B,) the answer that each of TRL's rows is, for B = `count`.
 
-    Packed answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
+    Answers are the chosen ones (2B) of rows and copies, then the rejected ones (2B).
     """
-    row_B = torch.arange(count)
-    chosen_3B = [row_B, row_B, row_B]
-    rejected_3B = [row_B + 2 * count, row_B + count, row_B]
-    return torch.cat([*chosen_3B, *rejected_3B])
+    rows = list(range(count))
+    chosen_3B = rows * 3
+    rejected_3B = [*(row + 2 * count for row in rows), *(row + count for row in rows), *rows]
+    return chosen_3B + rejected_3B
 
 
-def terms_to_answers(chosen_3B: Tensor, rejected_3B: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of TRL's pairs → (2B,), (2B,) of rows and copies.
-
-    Copies have no rejected answer, so theirs are 0.
-    """
-    count = len(chosen_3B) // 3
-    rejected_B, copies_B = rejected_3B[:count], rejected_3B[count : 2 * count]
-    chosen_2B = torch.cat([chosen_3B[:count], copies_B])
-    return chosen_2B, torch.cat([rejected_B, torch.zeros_like(rejected_B)])
-
-
-def answers_to_terms(chosen_2B: Tensor, rejected_2B: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse: log-probs of rows and copies → (3B,), (3B,) of TRL's pairs."""
-    count = len(chosen_2B) // 2
-    chosen_B, copies_B = chosen_2B.split(count)
-    rejected_3B = torch.cat([rejected_2B[:count], copies_B, torch.zeros_like(chosen_B)])
-    return torch.cat([chosen_B] * 3), rejected_3B
+def _keys_of_terms(answer_keys: list[str]) -> list[str]:
+    """4B keys of the packed answers → 6B of TRL's rows. The anchor has no rejected answer."""
+    order = term_order(len(answer_keys) // 4)
+    anchors = len(order) // 6
+    return [answer_keys[place] for place in order[:-anchors]] + [NO_ANSWER] * anchors
 
 
 def mdpo_metrics(

@@ -36,8 +36,7 @@ def explain_non_finite_loss(
     advice = "lower --learning-rate"
     if last:
         advice += f" and continue from {last.name} with --resume"
-    copies = setup.trainer.mdpo_rows  # mDPO's corrupted copies are numbered after the rows
-    rows = sorted({row % copies if copies else row for row in problem.rows})
+    rows = sorted(set(problem.rows))
     bad = _non_finite_rows(setup, rows)
     if problem.evaluated:
         manifest = store.read_manifest(setup.data) or {}

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from vlmdpo import ui
@@ -14,6 +13,7 @@ from vlmdpo.config import LoraOptions
 from vlmdpo.errors import ModelError
 from vlmdpo.models import load
 from vlmdpo.training import doctor, engine_choice
+from vlmdpo.training.prefill import fill_reference_cache
 from vlmdpo.training.prompt_check import check_prompts
 from vlmdpo.training.setup import TrainingSetup
 
@@ -55,17 +55,8 @@ def check_before_training(setup: TrainingSetup, options: LoraOptions) -> None:
     if not setup.is_sharded:
         _check_start(setup)
     trainer = setup.trainer
-    cache = trainer.reference_cache
-    numbers = [row for part in trainer.datasets for row in part["row"]]
-    rows = [row + copy for row in numbers for copy in {0, trainer.mdpo_rows}]
-    if cache is None or options.lora:
-        return
-    # Processes without a common disk may find different caches, and all must take part or none.
-    is_complete = cache.holds(rows)
-    if trainer.args.world_size > 1:
-        is_complete = all(gather_object([is_complete]))
-    if not is_complete:
-        trainer.fill_reference_cache()
+    if trainer.reference_cache is not None and not options.lora:
+        fill_reference_cache(trainer)
 
 
 def _check_start(setup: TrainingSetup) -> None:

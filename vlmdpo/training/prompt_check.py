@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlmdpo.data.pairs import text_of
+from vlmdpo.engine.batch import answer_ids
 from vlmdpo.engine.collate import SIDES, images_of
 from vlmdpo.engine.generate import model_inputs
 from vlmdpo.training.doctor import Check
@@ -43,9 +44,8 @@ def check_prompts(trainer: PairTrainer, example: dict[str, Any]) -> Check:
 
 def _token_ids(batch: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
     """(the prompt's ids, both answers') of a batch of one pair, of any engine's collator."""
-    ids_2S, in_loss_2S = batch["input_ids"], batch["completion_mask"] == 1
-    answers = [row[mask].tolist() for row, mask in zip(ids_2S, in_loss_2S, strict=True)]
-    if "pairs" in batch:
-        return batch["pair_ids"][0, : batch["pairs"][0][0]].tolist(), answers
-    is_prompt_S = (batch["attention_mask"][0] == 1) & ~in_loss_2S[0]
-    return ids_2S[0][is_prompt_S].tolist(), answers
+    answers = answer_ids(batch)
+    if "forest" in batch:
+        return batch["tree_ids"][0, : batch["forest"].lengths[0]].tolist(), answers
+    is_prompt_S = (batch["attention_mask"][0] == 1) & (batch["completion_mask"][0] == 0)
+    return batch["input_ids"][0][is_prompt_S].tolist(), answers

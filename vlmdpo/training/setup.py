@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 4
 _EXAMPLE_POOL = 64
+_RELATED_POOL = 512
 
 
 @dataclass
@@ -53,6 +54,16 @@ class TrainingSetup:
 
         return launched_strategy() in SHARDED_STRATEGIES
 
+    def related_examples(self) -> list[dict[str, Any]]:
+        """Rows to check the engine with, as many as a batch has at most: where rows share images or
+        prompts, some that do.
+        """
+        count = min(_EXAMPLES, self.trainer.args.per_device_train_batch_size)
+        rows = _related_rows(self.trainer.train_dataset, count)
+        if len(rows) < 2:  # no two rows are related
+            return self.examples(1)
+        return [self.trainer.train_dataset[row] for row in rows]
+
     def examples(self, count: int = _EXAMPLES) -> list[dict[str, Any]]:
         """Rows to check with: among the first, those with long answers, where mistakes show."""
         texts = self.trainer.train_dataset.select_columns(["chosen", "rejected"])[:_EXAMPLE_POOL]
@@ -62,3 +73,31 @@ class TrainingSetup:
         ]
         longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count]
         return [self.trainer.train_dataset[row] for row in longest]
+
+
+def _related_rows(dataset: Dataset, count: int) -> list[int]:
+    """Up to `count` of the first rows about one image: of one prompt, and of others."""
+    from vlmdpo.data.groups import NO_IMAGES, row_groups
+
+    pool = range(min(len(dataset), _RELATED_POOL))
+    groups = row_groups(dataset.select(pool))
+    by_image: dict[object, list[int]] = {}
+    for row in pool:
+        # Rows without an image are related by their prompt.
+        image = groups.images[row]
+        key = image if image != NO_IMAGES else ("prompt", groups.prompts[row])
+        by_image.setdefault(key, []).append(row)
+
+    def chosen(rows: list[int]) -> list[int]:
+        prompts = [groups.prompts[row] for row in rows]
+        largest = max(prompts, key=prompts.count)
+        of_one = [row for row in rows if groups.prompts[row] == largest]
+        others = [row for row in rows if groups.prompts[row] != largest]
+        first = of_one[: max(1, count - len(others[: count // 2]))]
+        return first + others[: count - len(first)]
+
+    def kinds(rows: list[int]) -> tuple[int, int]:
+        prompts = len({groups.prompts[row] for row in rows})
+        return (prompts > 1) + (prompts < len(rows)), len(rows)
+
+    return max(map(chosen, by_image.values()), key=kinds, default=[])

@@ -328,7 +328,7 @@ def _make_fake_trainer(
     if config.reference_cache:
         # Full fine-tuning fills its cache before the first step, LoRA in the first epoch, which is
         # the one that peaks.
-        cache = _FakeReferenceCache(folder, "simulated", len(rows), filled=not config.lora)
+        cache = _FakeReferenceCache(folder, "simulated", filled=not config.lora)
     trainer = make_trainer(
         engine=engine,
         model=policy,
@@ -346,18 +346,17 @@ def _make_fake_trainer(
 class _FakeReferenceCache(ReferenceCache):
     """A cache that holds everything or, while it is being filled, nothing; it keeps nothing."""
 
-    def __init__(self, folder: Path, key: str, rows: int, *, filled: bool) -> None:
-        super().__init__(folder, key, rows)
+    def __init__(self, folder: Path, key: str, *, filled: bool) -> None:
+        super().__init__(folder, key)
         self._filled = filled
 
-    def get(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Arbitrary log-probs (B,) for each answer."""
-        if not self._filled:
-            return None
-        return torch.full((len(rows),), -1.0), torch.full((len(rows),), -2.0)
+    def get(self, keys: Sequence[str]) -> torch.Tensor | None:
+        """Arbitrary log-probs (R,)."""
+        return torch.full((len(keys),), -1.0) if self._filled else None
 
-    def put(self, rows: Sequence[int], chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+    def put(self, keys: Sequence[str], logps_R: torch.Tensor) -> torch.Tensor:
         """Fake log-probs are not kept."""
+        return logps_R
 
 
 def longest_rows(processor: Processor, folder: Path, count: int = 64) -> Dataset:

@@ -35,7 +35,7 @@ class TokenCount:
 
     def add(self, batches: Iterable[dict[str, Any]]) -> None:
         """Count these batches, without waiting for the device."""
-        from vlmdpo.engine.collate import batch_tokens
+        from vlmdpo.engine.batch import batch_tokens
 
         for batch in batches:
             tokens = batch_tokens(batch)

@@ -29,9 +29,9 @@ TORCH = (
         breaks="vlmdpo estimate-memory",
     ),
     *overridden(
-        "engine/pair_layout",
+        "engine/tree_attention",
         "torch.Tensor.__torch_dispatch__",
-        why="a mask of pairs has no numbers, and an operation on it is an error",
+        why="a mask of a tree has no numbers, and an operation on it is an error",
         breaks="such an operation would compute with garbage",
     ),
     *patched(
@@ -81,10 +81,10 @@ TORCH = (
         breaks="memory measurements and --feature-cache",
     ),
     *attributes(
-        "memory/measure engine/pair_layout",
+        "memory/measure engine/tree_attention",
         "torch.UntypedStorage._cdata",
         "torch.Tensor._make_wrapper_subclass",
-        why="storages are told apart by address; a mask of pairs is a tensor without storage",
+        why="storages are told apart by address; a mask of a tree is a tensor without storage",
         breaks="memory measurements; the shared engine",
     ),
     *attributes(

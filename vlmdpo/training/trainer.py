@@ -3,8 +3,8 @@
 Nothing of the loss is written here: the batch is shaped so that TRL's code reads it as its own.
 Every method of TRL and transformers that is overridden is listed in `trl_contract`, with why.
 
-Shapes: B rows of a batch; P pairs that TRL sees in it, B or with mDPO 3B. TRL's log-probs of
-answers are (P,), chosen and rejected apart.
+Shapes: B rows of a batch; P pairs that TRL sees in it, B or with mDPO 3B; R = 2P rows of its
+loss, one for each answer, chosen ones first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from peft import PeftModel
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
-from vlmdpo import ui
 from vlmdpo.distributed.processes import launched_strategy
+from vlmdpo.engine.batch import image_token_ids
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
-from vlmdpo.engine.collate import PairCollator, pair_token_ids
+from vlmdpo.engine.collate import PairCollator
+from vlmdpo.engine.content_keys import pair_keys
 from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.forward import SharedForward
@@ -34,7 +35,8 @@ from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.adapters import adapters_off
-from vlmdpo.models.inputs import in_dtype
+from vlmdpo.models.families import has_bidirectional_prompt, unwrap_peft
+from vlmdpo.models.inputs import in_dtype, take_host_only
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
 from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
@@ -65,9 +67,8 @@ class PairTrainer(DPOTrainer):
         engine: "shared" runs image and prompt once for both answers; "rows" gives each answer its
             own row but encodes each image once, for models that cannot share; "stock" is TRL
             unchanged.
-        reference_cache: reference log-probs by row, which needs the column `row` in the dataset.
-            None: computed for every batch, as in TRL.
-        mdpo_rows: the number of rows in the prepared dataset, if batches are mDPO's; else 0.
+        reference_cache: reference log-probs by answer. None: computed for every batch, as in TRL.
+        mdpo: whether batches are mDPO's; see `training.mdpo`.
         others: arguments of `DPOTrainer`.
 
     Attributes:
@@ -88,7 +89,7 @@ class PairTrainer(DPOTrainer):
         processing_class: Processor,
         args: DPOConfig,
         reference_cache: ReferenceCache | None = None,
-        mdpo_rows: int = 0,
+        mdpo: bool = False,
         **others: Any,
     ) -> None:
         # TRL needs a collator from the start; `use_engine` replaces it by the engine's.
@@ -97,7 +98,7 @@ class PairTrainer(DPOTrainer):
             processing_class=processing_class, args=args, data_collator=collator, **others
         )
         self.reference_cache = reference_cache
-        self.mdpo_rows = mdpo_rows
+        self.is_mdpo = mdpo
         self.feature_cache: FeatureCache | None = None
         self.row_lengths: list[int] | None = None
         self.row_groups: RowGroups | None = None
@@ -130,18 +131,21 @@ class PairTrainer(DPOTrainer):
             shared.remove()
         self.engine, self.shared_forwards = engine, []
         processor, limit = self.processing_class, self.args.max_length
-        if self.mdpo_rows and engine != "shared":
+        if self.is_mdpo and engine != "shared":
             raise ConfigError("--loss mdpo needs the shared engine, ruled out by model or --engine")
         self.pair_collator: PairCollator | StockCollator = (
             StockCollator(processor, max_length=limit)
             if engine == "stock"
-            else PairCollator(processor, max_length=limit, share=engine == "shared")
+            else PairCollator(
+                processor,
+                max_length=limit,
+                share=engine == "shared",
+                share_beginnings=not has_bidirectional_prompt(unwrap_peft(self.model).base_model),
+            )
         )
         self.data_collator: Any = self.pair_collator
-        if self.mdpo_rows:
-            self.data_collator = MdpoCollator(
-                processor, max_length=limit, rows=self.mdpo_rows, seed=self.args.seed
-            )
+        if self.is_mdpo:
+            self.data_collator = MdpoCollator(processor, max_length=limit, seed=self.args.seed)
         if engine == "stock":
             return
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
@@ -157,7 +161,7 @@ class PairTrainer(DPOTrainer):
             for model, cache in zip(models, caches, strict=True)
         ]
 
-    # TRL would remove the column `row`, by which both caches are looked up.
+    # TRL would remove the column `row`, by which rows are named and collated again.
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = vars(self)["_signature_columns"]
@@ -236,13 +240,14 @@ class PairTrainer(DPOTrainer):
     # TRL's loss, given what is computed once per batch and what the cache holds.
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        rows = inputs.pop("row", [])
+        rows, image_keys, answer_keys = take_host_only(inputs)
         if self.shared_forwards:
             # TRL passes every input that it does not know on to the model.
-            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(rows, pair_token_ids(inputs))
-        if self.reference_cache is not None or self.mdpo_rows:
-            logps = self._reference_logps(model, inputs, rows)
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = logps
+            ids = image_token_ids(inputs)
+            inputs[BATCH_CONTEXT] = self.shared_forwards[0].new_batch(image_keys, ids)
+        if self.reference_cache is not None or self.is_mdpo:
+            logps_R = self.reference_logps(model, inputs, rows, answer_keys)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = logps_R.chunk(2)
             self.precompute_ref_logps = True  # TRL then takes them from the batch
         self._set_checkpointing()
         result = self._loss_with_mdpo_metrics(model, inputs, return_outputs)
@@ -250,15 +255,15 @@ class PairTrainer(DPOTrainer):
         self._expect_finite(rows, loss)
         # Before the backward pass of a step's last batch, in which DeepSpeed's optimizer steps.
         if self.accelerator.sync_gradients or not self.model.training:
-            self._check_finite()
+            self.check_finite()
         return result
 
     def _expect_finite(self, rows: list[int], *values: Tensor) -> None:
-        """Have the loss or the reference log-probs of a batch checked by `_check_finite`."""
+        """Have the loss or the reference log-probs of a batch checked by `check_finite`."""
         if self.has_real_values:
             self.finite_check.add(rows, *values)
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
         """Raise NonFiniteLoss for the first batch since the last check that was not finite."""
         rows = self.finite_check.first_non_finite()
         if rows is None:
@@ -302,7 +307,7 @@ class PairTrainer(DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
     ) -> Any:
         """TRL's loss; for mDPO also the metrics of its terms, from the same forward pass."""
-        if not self.mdpo_rows:
+        if not self.is_mdpo:
             return super()._compute_loss(model, inputs, return_outputs)
         policy_logps: list[Tensor] = []
         hook = model.register_forward_hook(
@@ -330,62 +335,46 @@ class PairTrainer(DPOTrainer):
             else:
                 logged[name].append(mean)
 
-    def _reference_logps(
-        self, model: nn.Module, inputs: dict[str, Any], rows: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """The reference's log-probs (P,) of chosen and rejected answers, cached if possible."""
+    def reference_logps(
+        self, model: nn.Module, inputs: dict[str, Any], rows: list[int], answer_keys: list[str]
+    ) -> Tensor:
+        """The reference's log-probs (R,) of chosen and then rejected answers, cached if possible.
+
+        Args:
+            rows: the batch's row numbers.
+            answer_keys: R keys of the answers.
+        """
         cache = self.reference_cache
-        known = cache.get(rows) if cache is not None else None
-        if known is not None:
-            logps_2B = to_device(torch.stack(known), inputs["input_ids"].device)
-            logps = logps_2B[0], logps_2B[1]
-        if any_process_needs(known is None, self.accelerator.device):
-            computed = self._compute_reference_logps(model, inputs, rows)
-            if known is None:
-                logps = computed
-                if cache is not None:
-                    cache.put(rows, *logps)
-        return mdpo.answers_to_terms(*logps) if self.mdpo_rows else logps
+        keys = self.reference_keys(answer_keys)
+        known_R = cache.get(keys) if cache is not None else None
+        if known_R is not None:
+            logps_R = to_device(known_R, inputs["input_ids"].device)
+        if any_process_needs(known_R is None, self.accelerator.device):
+            computed_R = self._compute_reference_logps(model, inputs, rows)
+            if known_R is None:
+                logps_R = cache.put(keys, computed_R) if cache is not None else computed_R
+        return logps_R
+
+    def reference_keys(self, answer_keys: list[str]) -> list[str]:
+        """The keys by which the reference's log-probs of a batch's answers are kept."""
+        # With `ld_alpha` TRL weighs an answer's tokens by whether the other answer is as long.
+        return answer_keys if self.args.ld_alpha is None else pair_keys(answer_keys)
 
     def _compute_reference_logps(
         self, model: nn.Module, inputs: dict[str, Any], rows: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """One forward pass of the reference: log-probs (P,) of chosen and rejected answers."""
+    ) -> Tensor:
+        """One forward pass of the reference: log-probs (R,) of chosen and rejected answers."""
         has_own = self.ref_model is not None or isinstance(self.model, PeftModel)
         assert has_own or not self.state.global_step, "the policy is no longer the reference"
         with mock.patch("trl.trainer.dpo_trainer.use_adapter", adapters_off):
-            logps = self.compute_ref_log_probs(self.ref_model or model, inputs)
-        logps = mdpo.terms_to_answers(*logps) if self.mdpo_rows else logps
-        self._expect_finite(rows, *logps)
-        return logps
+            logps_R = torch.cat(self.compute_ref_log_probs(self.ref_model or model, inputs))
+        self._expect_finite(rows, logps_R)
+        return logps_R
 
     @property
     def datasets(self) -> list[Dataset]:
         """The rows that train and, if there are any, those that are evaluated on."""
         return [part for part in (self.train_dataset, self.eval_dataset) if part is not None]
-
-    def fill_reference_cache(self) -> None:
-        """Compute reference log-probs of the whole dataset now, for full fine-tuning.
-
-        Batches are larger than in training, because nothing is kept for a backward pass.
-        """
-        assert self.reference_cache is not None
-        loader = self.accelerator.prepare(
-            DataLoader(
-                ConcatDataset(self.datasets),
-                batch_size=4 * self.args.per_device_train_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-            )
-        )
-        model = self.ref_model or self.model
-        with ui.progress("reference", len(loader)) as bar:
-            for batch in loader:
-                inputs = dict(self._prepare_inputs(batch))
-                self._reference_logps(model, inputs, inputs.pop("row"))
-                self._check_finite()
-                bar.advance()
-        self.save_reference_cache()
 
     def save_now(self) -> None:
         """Write a checkpoint of the last whole step, and the reference log-probs."""
@@ -396,5 +385,5 @@ class PairTrainer(DPOTrainer):
         """Gather and write what the processes computed. Every process must call this."""
         if self.reference_cache is not None:
             is_distributed = self.accelerator.num_processes > 1
-            others = gather_object(self.reference_cache.unsaved()) if is_distributed else []
-            self.reference_cache.save(others, write=self.accelerator.is_main_process)
+            of_all = gather_object(self.reference_cache.unsaved()) if is_distributed else []
+            self.reference_cache.save(of_all, write=self.accelerator.is_main_process)

@@ -63,7 +63,7 @@ def try_settings(config: TrainConfig, device: torch.device) -> None:
             eval_dataset=rows,
             args=args,
             lora_config=LoraConfig(r=1, target_modules=["q_proj"]) if config.lora else None,
-            mdpo_rows=len(rows) if config.losses().is_mdpo else 0,
+            mdpo=config.losses().is_mdpo,
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=2)
         batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))

@@ -1,0 +1,189 @@
+"""Attention over a tree, one run of nodes after the other: its queries against the keys of its
+ancestors and itself.
+
+Each run reads a row of its own, of which only the end asks. So where the model's mask is causal,
+the run's is causal too, aligned at the lower right, and needs no mask in memory: on a GPU it is
+flash attention. Where it is not (a sliding window within reach, images read in both directions),
+the mask is the model's own, evaluated at the indices of that row.
+
+Shapes: T slots of the packed row, q and kv slots that ask and are asked, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from vlmdpo.engine.causality import is_plainly_causal
+from vlmdpo.engine.packed_attention import additive_mask
+from vlmdpo.engine.tree import Forest
+
+AttentionFunction = Callable[..., tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Nodes that lie one behind the other and continue each other: one attention call.
+
+    Attributes:
+        nodes: each is the first child of the one before.
+        prompt: a prompt in whose row they stand.
+    """
+
+    nodes: tuple[int, ...]
+    prompt: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one run of nodes asks.
+
+    Attributes:
+        queries: its slots.
+        sees: the nodes whose keys it is given.
+        keys: their slots.
+        allowed: (q, kv) bool; None where causal, aligned at the lower right.
+    """
+
+    queries: int
+    sees: tuple[int, ...]
+    keys: int
+    allowed: Tensor | None
+
+
+class TreeMask(Tensor):
+    """In place of the (1, 1, T, T) mask: only those blocks of it that attention looks at.
+
+    A tensor in name only, without storage, because models pass a ready 4-D mask through to their
+    attention untouched, and refuse anything that is not a tensor.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        forest: Forest,
+        runs: Sequence[Run],
+        sees: Sequence[tuple[int, ...]],
+        slot_index: Tensor,
+        mask_function: Callable[..., Tensor],
+    ) -> TreeMask:
+        return cls._without_blocks(forest.slots, slot_index.device)
+
+    @classmethod
+    def _without_blocks(cls, slots: int, device: torch.device) -> TreeMask:
+        mask: TreeMask = Tensor._make_wrapper_subclass(
+            cls, (1, 1, slots, slots), dtype=torch.bool, device=device
+        )
+        return mask
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.alias.default:  # a slice that is all of it: Gemma 4 takes one
+            mask, same = args[0], cls._without_blocks(args[0].shape[-1], args[0].device)
+            same.lengths, same.blocks = mask.lengths, mask.blocks
+            return same
+        raise TypeError(f"{func} needs the values of a mask, and a TreeMask has none")
+
+    def __init__(
+        self,
+        forest: Forest,
+        runs: Sequence[Run],
+        sees: Sequence[tuple[int, ...]],
+        slot_index: Tensor,
+        mask_function: Callable[..., Tensor],
+    ) -> None:
+        """The model's mask function for these runs.
+
+        Args:
+            sees: the nodes that each run's slots may see.
+            slot_index: (T,) the index of each slot in a row of its own.
+        """
+        self.lengths = forest.lengths
+        self.blocks = [
+            _block(forest, run, nodes, slot_index, mask_function)
+            for run, nodes in zip(runs, sees, strict=True)
+        ]
+
+    def attend(
+        self,
+        attention: AttentionFunction,
+        additive: bool,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention, one run of nodes after the other.
+
+        Args:
+            attention: transformers' attention function, for one block.
+            additive: whether it adds masks to scores, as eager attention does.
+            query, key, value: (1, heads, T, D).
+
+        Returns:
+            (1, T, heads, D), and no weights.
+        """
+        kwargs.pop("is_causal", None)  # the blocks' masks say it
+        # One split each, not many slices: its gradient is one concatenation.
+        queries = query.split([block.queries for block in self.blocks], dim=2)
+        keys, values = key.split(self.lengths, dim=2), value.split(self.lengths, dim=2)
+        outputs = []
+        for q, block in zip(queries, self.blocks, strict=True):
+            k, v = (
+                torch.cat([parts[node] for node in block.sees], dim=2)
+                if len(block.sees) > 1
+                else parts[block.sees[0]]
+                for parts in (keys, values)
+            )
+            mask = _attention_mask(block, q.device, k.dtype if additive else None)
+            outputs.append(attention(module, q, k, v, mask, **kwargs)[0])
+        return torch.cat(outputs, dim=1), None
+
+
+def _block(
+    forest: Forest,
+    run: Run,
+    sees: tuple[int, ...],
+    slot_index: Tensor,
+    mask_function: Callable[..., Tensor],
+) -> _Block:
+    queries = sum(forest.lengths[node] for node in run.nodes)
+    keys = sum(forest.lengths[node] for node in sees)
+    if sees == forest.path(run.nodes[-1]) and is_plainly_causal(mask_function, keys):
+        return _Block(queries, sees, keys, None)
+    parts = slot_index.split(forest.lengths)
+    query_index = torch.cat([parts[node] for node in run.nodes])
+    key_index = torch.cat([parts[node] for node in sees])
+    # Filled on the device, and of the indices' dimensions: a number would be copied there, or
+    # read from there when a mask function indexes with it.
+    row = torch.full((1, 1), run.prompt, device=slot_index.device)
+    allowed = mask_function(row, torch.zeros_like(row), query_index[:, None], key_index[None, :])
+    return _Block(queries, sees, keys, allowed.expand(queries, keys))
+
+
+def _attention_mask(
+    block: _Block, device: torch.device, dtype: torch.dtype | None
+) -> Tensor | None:
+    """The mask of a block for an attention function; None where it is causal anyway.
+
+    Args:
+        dtype: of an additive mask (1, 1, q, kv), as eager attention wants it; else bool.
+    """
+    allowed = block.allowed
+    if allowed is None and dtype is None:
+        if block.queries in (1, block.keys):
+            return None  # one token sees all before it; a square mask is the function's own
+        if device.type == "cuda":
+            return causal_lower_right(block.queries, block.keys)  # flash attention
+    if allowed is None:
+        ones = torch.ones(block.queries, block.keys, dtype=torch.bool, device=device)
+        allowed = ones.tril(block.keys - block.queries)
+    return (allowed if dtype is None else additive_mask(allowed, dtype))[None, None]
