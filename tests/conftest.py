@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.plots import blank_plot
 
+gc.set_threshold(50_000)  # as `cli.main` does, before anything imports the libraries
+
 
 def unfolded(err):
     """Warnings and errors without the line breaks that keep them within 80 columns."""

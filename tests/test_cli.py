@@ -246,3 +246,14 @@ def test_a_reader_that_is_gone_gives_141_from_every_kind_of_output(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     for arguments in ([], ["env"], ["env", "--json"], ["estimate-memory", "--fast"]):
         assert cli.run(arguments) == 141, arguments
+
+
+def test_a_command_searches_rarely_for_garbage_while_it_imports(monkeypatch, capfd):
+    """Python's default would cost every command that loads a model two seconds."""
+    set_to = []
+    monkeypatch.setattr("gc.set_threshold", set_to.append)
+    monkeypatch.setattr(sys, "argv", ["vlmdpo", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert set_to == [50_000]
+    assert __version__ in capfd.readouterr().out

@@ -2,14 +2,12 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import vlmdpo
+from tests.support import scripts
 
 ROOT = Path(vlmdpo.__file__).parent.parent
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -100,23 +98,11 @@ TRIED += ["memory-qwen2-vl-2b-full-shared-batch2", "memory-qwen2-vl-2b-LoRA-shar
 TRIED += ["evaluation", "auto-batch", "profile"]
 
 
-def check(items, folder):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", "--json", "--only", ",".join(items)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.slow
 def test_the_gpu_check_runs_as_a_toy_on_the_cpu(module, tmp_path):
-    report = json.loads(check(TRIED, tmp_path).stdout)
+    tried = ",".join(TRIED)
+    out = scripts.run(BENCHMARKS / "gpu.py", "--toy", "--json", "--only", tried, timeout_s=900)
+    report = json.loads(out)
     items = report["items"]
     without = {name: entry["error"] for name, entry in items.items() if entry["status"] != "done"}
     assert without == {

@@ -26,7 +26,8 @@ AT_THE_ROOT = {"__init__", "__main__", "cli", "errors", "hub"}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 # Everything else stays importable without torch, so that `vlmdpo --help` answers at once.
 MAY_BE_HEAVY = {
-    *("models/adapters", "models/attention", "models/chat_template", "models/download"),
+    *("models/adapters", "models/attention", "models/chat_template", "models/devices"),
+    "models/download",
     *("models/experts", "models/inputs", "models/processor_parts", "models/supported"),
     *("models/weights", "models/families", "models/load", "models/load_errors", "models/digest"),
     *(
@@ -64,7 +65,13 @@ MAY_BE_HEAVY = {
         "training/set_fields",
         "training/keep_best",
     ),
-    *("training/samples", "training/sharding", "training/simulate", "training/trainer"),
+    *(
+        "training/samples",
+        "training/sharding",
+        "training/simulate",
+        "training/synthetic_rows",
+        "training/trainer",
+    ),
 }
 
 
@@ -126,6 +133,17 @@ def test_no_circular_imports():
 
 def test_the_root_holds_only_what_every_folder_shares():
     assert {path.stem for path in ROOT.glob("*.py")} == AT_THE_ROOT
+
+
+def test_the_process_that_starts_the_others_loads_no_models():
+    """Importing transformers takes it longer than everything else that it does."""
+    graph, reached, new = _graph(), set(), ["distributed/launch"]
+    while new:
+        name = new.pop()
+        reached.add(name)
+        new += graph.get(name, set()) - reached
+    assert "models/devices" in reached
+    assert "models/load" not in reached
 
 
 def test_heavy_packages_are_imported_at_module_level_only_in_listed_modules():

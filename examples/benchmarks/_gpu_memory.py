@@ -32,7 +32,7 @@ from _gpu_run import NotHere
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.models.load import load_model
 from vlmdpo.training.prefill import fill_reference_cache
-from vlmdpo.training.simulate import Workload, synthetic_rows
+from vlmdpo.training.synthetic_rows import Workload, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer
 
 _PROMPT, _ANSWER, _ACCUMULATION = 50, 250, 2

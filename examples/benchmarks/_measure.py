@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +117,54 @@ def interleaved(
             seconds[name] = clock() - started
         rounds.append(seconds)
     return rounds[1:]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Interleaved rounds by both clocks, and how busy the machine was with others.
+
+    Attributes:
+        wall, cpu: seconds of each call in each round; `cpu` sums over this process's threads.
+        others: the share of the machine's cores that other processes took meanwhile; None where
+            the system does not say.
+    """
+
+    wall: list[dict[str, float]]
+    cpu: list[dict[str, float]]
+    others: float | None
+
+
+def timed(runs: dict[str, Callable[[], Any]], repeats: int, budget_s: float = math.inf) -> Timed:
+    """Time calls as `interleaved` does, by wall clock and by CPU time."""
+    wall: list[dict[str, float]] = []
+    cpu: list[dict[str, float]] = []
+    before, began = _busy_seconds(), (time.perf_counter(), time.process_time())
+    for _ in range(repeats + 1):
+        if len(wall) > 1 and time.perf_counter() - began[0] > budget_s:
+            break
+        wall.append({})
+        cpu.append({})
+        for name, run in runs.items():
+            started = time.perf_counter(), time.process_time()
+            run()
+            wall[-1][name] = time.perf_counter() - started[0]
+            cpu[-1][name] = time.process_time() - started[1]
+    others = None
+    if before is not None and (after := _busy_seconds()) is not None:
+        own = time.process_time() - began[1]
+        cores = (os.cpu_count() or 1) * (time.perf_counter() - began[0])
+        others = max(0.0, after - before - own) / cores
+    return Timed(wall[1:], cpu[1:], others)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores have been busy since the system started; None outside Linux."""
+    try:
+        first = Path("/proc/stat").read_text().splitlines()[0].split()
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, *_ = map(int, first[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/memory.py [--json] [--markdown FILE] [--cases llava ...]
 
-Each case trains a small real model for three optimizer steps on the CPU, through the trainer's own
+Each case trains a small real model for two optimizer steps on the CPU, through the trainer's own
 `train()`, while the profiler records every allocation and release of PyTorch's allocator; the
 highest total above what was allocated before is the measured peak. The estimator gets the
 architecture, the settings and the rows' lengths, nothing of the run. A case passes if the two
@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
 
 from vlmdpo.config import TrainConfig
+from vlmdpo.data.groups import row_groups
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.memory.architecture import Architecture
 from vlmdpo.models.families import fallback_chat_template
@@ -35,7 +36,8 @@ from vlmdpo.tiny import random_models
 from vlmdpo.training.arguments import dpo_config, lora_config
 from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.prefill import fill_reference_cache
-from vlmdpo.training.simulate import Workload, simulate, synthetic_rows
+from vlmdpo.training.simulate import simulate
+from vlmdpo.training.synthetic_rows import Workload, synthetic_rows
 from vlmdpo.training.trainer import PairTrainer
 
 TEXT = {
@@ -48,6 +50,7 @@ TEXT = {
     "vocab_size": 2048,
 }
 MAX_DIFFERENCE = 0.005
+STEPS = 2  # the first makes the optimizer's states, the second peaks beside them
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Case:
     cached: bool = True
     dtype: str = "float32"
     bf16: bool = False
+    pairs_per_prompt: int = 1
 
     @property
     def name(self) -> str:
@@ -77,6 +81,7 @@ class Case:
             ["checkpointing"] * self.checkpointing
             + ["bf16 autocast"] * self.bf16
             + ["no cache"] * (not self.cached)
+            + [f"{self.pairs_per_prompt} pairs a prompt"] * (self.pairs_per_prompt > 1)
         )
         return ", ".join(how)
 
@@ -100,6 +105,8 @@ CASES = (
     Case("paligemma", batch=1),
     Case("smolvlm", lora=False),
     Case("llava_next", answers=(20, 90)),
+    Case("llava", batch=8, pairs_per_prompt=4),
+    Case("qwen2_5_vl", batch=6, pairs_per_prompt=2, checkpointing=True),
 )
 
 
@@ -124,7 +131,7 @@ def settings(case: Case) -> TrainConfig:
         per_device_train_batch_size=case.batch,
         gradient_accumulation_steps=case.accumulation,
         reference_cache=case.cached,
-        max_steps=3,
+        max_steps=STEPS,
         save_steps=1000,
         bf16=case.bf16,
         device="cpu",
@@ -132,7 +139,7 @@ def settings(case: Case) -> TrainConfig:
 
 
 def workload(case: Case) -> Workload:
-    return Workload((64, 48), 1, 60, *case.answers)
+    return Workload((64, 48), 1, 60, *case.answers, case.pairs_per_prompt)
 
 
 def real_trainer(case: Case, folder: Path) -> PairTrainer:
@@ -141,7 +148,7 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     model = AutoModelForImageTextToText.from_config(shape.config, dtype=dtype)
-    rows = synthetic_rows(shape.processor, workload(case), 3 * case.batch * case.accumulation)
+    rows = synthetic_rows(shape.processor, workload(case), STEPS * case.batch * case.accumulation)
     references = ReferenceCache(folder, "k") if case.cached else None
     trainer = make_trainer(
         engine=case.engine,
@@ -155,6 +162,8 @@ def real_trainer(case: Case, folder: Path) -> PairTrainer:
         lora_config=lora_config(config, model),
         reference_cache=references,
     )
+    if case.pairs_per_prompt > 1:
+        trainer.row_groups = row_groups(rows)
     if references is not None and not case.lora:
         fill_reference_cache(trainer)
     return trainer
@@ -230,7 +239,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     wanted = [
         c
         for c in CASES

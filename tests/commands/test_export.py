@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmdpo.commands import prepare, train
 from vlmdpo.config import PrepareConfig, TrainConfig
+from vlmdpo.tiny import evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,19 @@ def test_a_wrong_merge_is_noticed_and_leaves_nothing(adapter, vlmdpo, monkeypatc
     assert not list(Path().glob(".run-merged*"))
 
 
-def test_the_card_has_data_settings_versions_and_amber(adapter, vlmdpo):
+@pytest.fixture
+def few_questions(tmp_path, monkeypatch):
+    """The embedded questions about four of its images, as if there were no more."""
+    folder = tmp_path / "embedded"
+    shutil.copytree(evaluation.FOLDER, folder)
+    images = {f"SCENE_{number}.png" for number in range(1, 5)}
+    for path in (folder / "query").iterdir():
+        kept = [query for query in json.loads(path.read_text()) if query["image"] in images]
+        path.write_text(json.dumps(kept))
+    monkeypatch.setattr(evaluation, "FOLDER", folder)
+
+
+def test_the_card_has_data_settings_versions_and_amber(adapter, few_questions, vlmdpo):
     card = (adapter / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "peft"
@@ -103,7 +116,7 @@ def test_the_card_has_data_settings_versions_and_amber(adapter, vlmdpo):
     assert "| learning_rate | 0.003 |" in card
     assert "transformers 5." in card
     assert (
-        vlmdpo("eval-amber", "--adapter", adapter, "--limit", "20", "--output-dir", "part")[0] == 0
+        vlmdpo("eval-amber", "--adapter", adapter, "--limit", "4", "--output-dir", "part")[0] == 0
     )
     assert "Not evaluated yet" in (adapter / "README.md").read_text(), (
         "a part of the questions is no score"

@@ -45,7 +45,7 @@ def test_killed_at_any_point_a_resumed_run_ends_with_the_same_adapter(data):
     ends = rounds(
         *("train", "KILL", KILLS, *_FEW),
         "--max-steps",
-        "6",
+        "4",
         "--save-steps",
         "2",
         "--eval-steps",
@@ -66,7 +66,7 @@ def test_sigterm_saves_within_a_step_and_the_resumed_run_ends_with_the_same_adap
         "--lora-dropout",
         "0.3",
         "--max-steps",
-        "4",
+        "3",
         "--save-steps",
         "100",
     ]

@@ -91,9 +91,9 @@ def test_attention_is_that_of_rows_of_their_own(mask_function):
 
 
 def test_a_causal_block_needs_no_mask_on_a_gpu():
-    layout = TreeLayout(FOREST, CPU)
-    blocks = layout.mask(causal, CPU).blocks
-    masks = [tree_attention._attention_mask(block, torch.device("cuda"), None) for block in blocks]
+    layout = TreeLayout(FOREST, torch.device("meta"))  # any device but the CPU
+    blocks = layout.mask(causal, torch.device("meta")).blocks
+    masks = [tree_attention._attention_mask(block, layout.slot_index, None) for block in blocks]
     assert masks[0] is masks[3] is None
     for mask, block in zip(masks[1:3], blocks[1:3], strict=True):
         assert isinstance(mask, torch.nn.attention.bias.CausalBias)

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.support import scripts
+from tests.support.images import noise
 from vlmdpo.config import TrainConfig
+from vlmdpo.engine.content_keys import image_key
 from vlmdpo.errors import ConfigError
 from vlmdpo.memory import architecture as arch
 from vlmdpo.memory import fast
@@ -22,12 +23,11 @@ from vlmdpo.memory.measure import AllocationLedger
 from vlmdpo.memory.terms import Shards, allocated_components
 from vlmdpo.models import registry
 from vlmdpo.training.simulate import (
-    Workload,
     cuda_rules,
     estimate_peak,
     simulate,
-    synthetic_rows,
 )
+from vlmdpo.training.synthetic_rows import Workload, synthetic_rows
 
 pytestmark = pytest.mark.slow
 
@@ -72,10 +72,8 @@ def test_a_simulated_step_peaks_like_a_measured_one():
         "gemma3",
         "smolvlm, shared, full",
     ]
-    command = [sys.executable, str(BENCHMARK), "--json", "--cases", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    cases = json.loads(done.stdout)["cases"]
+    out = scripts.run(BENCHMARK, "--json", "--cases", *settings, timeout_s=600)
+    cases = json.loads(out)["cases"]
     assert all(any(setting in case["name"] for case in cases) for setting in settings)
     for case in cases:
         assert abs(case["agreement"]) < 0.005, case
@@ -276,11 +274,71 @@ def test_a_prepared_dataset_gives_its_own_longest_rows(tmp_path, vlmdpo):
     assert "were counted for 'tiny', not 'smolvlm-256m'" in err
     manifest = tmp_path / "few" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"model": "tiny"', '"model": "smolvlm-256m"'))
+    _, _, err = vlmdpo("estimate-memory", *asked)
+    assert "--fast counts each row alone; leave it out" in " ".join(err.split())
     fast = estimate(vlmdpo, *asked)["settings"]
     assert fast["prompt_tokens"] == longest["prompt_tokens"]["max"] - 18
     assert fast["answer_tokens"] == max(
         longest[f"{side}_tokens"]["max"] for side in ("chosen", "rejected")
     )
+
+
+def test_a_prepared_dataset_is_taken_with_what_its_rows_share(tmp_path, vlmdpo, monkeypatch):
+    from vlmdpo.commands import prepare
+    from vlmdpo.config import PrepareConfig
+    from vlmdpo.training import simulate
+
+    source, data = tmp_path / "rows.jsonl", tmp_path / "few"
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(noise((64, 64), seed=i, kind="PNG"))
+    rows = [
+        {"question": "Is it?", "chosen": f"Yes {i}.", "rejected": "No.", "image": f"{i // 2}.png"}
+        for i in range(16)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.run(PrepareConfig(dataset=str(source), output_dir=data))
+    batches = []
+    run = simulate.estimate_peak
+
+    def watched(architecture, config, rows, **more):
+        batches.append({image_key(row["images"]) for row in rows})
+        return run(architecture, config, rows, **more)
+
+    monkeypatch.setattr(simulate, "estimate_peak", watched)
+    asked = ["--dataset", data, "--lora", "--per-device-train-batch-size", "4"]
+    report = estimate(vlmdpo, *asked)
+    assert report["pairs_per_prompt"] == 2
+    apart = estimate(vlmdpo, *asked, "--pairs-per-prompt", "1")
+    assert apart["pairs_per_prompt"] == 1
+    assert [len(images) for images in batches] == [2, 4]
+
+
+@pytest.mark.parametrize("images", ["1", "0"])
+def test_pairs_per_prompt_is_reported_and_lowers_the_formulas_peak(images, vlmdpo):
+    asked = ["--model", "llava-1.5-7b", "--lora", "--fast", "--images", images]
+    asked += ["--per-device-train-batch-size", "8"]
+    peaks = []
+    for pairs in ("1", "2", "3", "8", "64"):
+        report = estimate(vlmdpo, *asked, "--pairs-per-prompt", pairs)
+        assert report["pairs_per_prompt"] == int(pairs)
+        peaks.append(report["peak_bytes"])
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3] == peaks[4]
+    assert estimate(vlmdpo, *asked)["peak_bytes"] == peaks[0]
+    code, out, _ = vlmdpo("estimate-memory", *asked, "--pairs-per-prompt", "2")
+    assert code == 0
+    assert "batch 8, 2 pairs a prompt" in " ".join(out.split())
+
+
+def test_a_simulated_step_computes_a_shared_prompt_once(vlmdpo):
+    asked = ["--lora", "--per-device-train-batch-size", "8", "--prompt-tokens", "100"]
+    asked += ["--answer-tokens", "10"]
+    one, two, eight = (
+        estimate(vlmdpo, *asked, "--pairs-per-prompt", pairs)["phases"]["backward"]
+        for pairs in ("1", "2", "8")
+    )
+    assert one > two > eight
+    stock = estimate(vlmdpo, *asked, "--pairs-per-prompt", "8", "--engine", "stock")
+    assert stock["phases"]["backward"] > one
 
 
 def test_sharding_and_four_bits_are_marked(vlmdpo):
@@ -331,7 +389,13 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--fast", "--image-splitting"], 2, "--fast has no formula for --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
-        (["--dataset", "absent"], 3, "absent"),
+        (["--dataset", "absent"], 3, "'absent' is no folder; run vlmdpo prepare first"),
+        (["--pairs-per-prompt", "0"], 2, "--pairs-per-prompt: 0 is out of range; give 1 or more"),
+        (
+            ["--pairs-per-prompt", "2", "--dataset", "x"],
+            2,
+            "--pairs-per-prompt: the rows of --dataset say what they share",
+        ),
     ],
 )
 def test_mistakes(arguments, code, says, vlmdpo):

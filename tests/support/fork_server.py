@@ -82,16 +82,17 @@ def _call(request):
 
 
 def main():
+    gc.set_threshold(50_000)  # as `cli.main` does
     import matplotlib.figure
     import torch
 
     from tests.support.plots import blank_plot
-    from vlmdpo import cli
+    from vlmdpo.commands import prepare, train
     from vlmdpo.engine import generate, lengths, preview, reference_cache
-    from vlmdpo.training import arguments, doctor, trainer
+    from vlmdpo.training import arguments, build, preflight, results, trainer
 
-    assert all((cli, generate, lengths, preview, reference_cache))
-    assert all((arguments, doctor, trainer))
+    assert all((prepare, train, generate, lengths, preview, reference_cache))
+    assert all((arguments, build, preflight, results, trainer))
     matplotlib.figure.Figure.savefig = blank_plot
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     # In a child, and in a child's own child, the first operation replaces the lost pool. Two

@@ -22,7 +22,7 @@ from vlmdpo import cli
 from vlmdpo.data import sources
 from vlmdpo.engine import lengths
 
-KILLS = int(os.environ.get("VLMDPO_TEST_KILLS", "3"))  # random points a test tries; more find more
+KILLS = int(os.environ.get("VLMDPO_TEST_KILLS", "2"))  # random points a test tries; more find more
 UNIT_ROWS = 8  # of prepare, so that a small set has several units
 
 

@@ -173,12 +173,15 @@ def examine(family: Family) -> dict[str, str]:
 @contextlib.contextmanager
 def _without_what_no_family_changes():
     """Inside, plots are blank, and objects that imports left are not collected again."""
-    gc.freeze()
+    is_frozen = gc.get_freeze_count() > 0  # by tests.conftest
+    if not is_frozen:
+        gc.freeze()
     try:
         with mock.patch("matplotlib.figure.Figure.savefig", blank_plot):
             yield
     finally:
-        gc.unfreeze()
+        if not is_frozen:
+            gc.unfreeze()
 
 
 def _before_training(base: dict[str, str]) -> dict[str, str]:

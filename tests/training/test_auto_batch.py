@@ -192,11 +192,11 @@ def test_the_batch_size_is_planned_on_the_data_of_the_run(tmp_path, monkeypatch)
     from vlmdpo.errors import ModelError
     from vlmdpo.training import memory_forecast
 
-    prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
+    prepare.run(PrepareConfig(limit=8, output_dir=tmp_path / "few"))
     before = dict(PartialState._shared_state)
-    config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    config = TrainConfig(per_device_train_batch_size=1, gradient_accumulation_steps=2)
     found = memory_forecast.plan_batch(config, tmp_path / "few", 2 * 2**30, "bfloat16")
-    assert found["plan"]["per_device_train_batch_size"] == 8
+    assert found["plan"]["per_device_train_batch_size"] == 2
     assert found["image"] == [72, 72]
     assert dict(PartialState._shared_state) == before, (
         "the simulation leaves this process as it was"

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from vlmdpo.config import TrainConfig
 from vlmdpo.errors import ConfigError, ModelError
-from vlmdpo.models.load import pick_device
+from vlmdpo.models.devices import pick_device
 from vlmdpo.training import arguments
 from vlmdpo.training.arguments import default_num_workers, dpo_config
 

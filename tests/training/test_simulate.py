@@ -8,7 +8,8 @@ from vlmdpo.engine.forward import SharedForward
 from vlmdpo.errors import ModelError
 from vlmdpo.memory.architecture import Architecture
 from vlmdpo.tiny import random_models
-from vlmdpo.training.simulate import SimulatedPeak, Workload, estimate_peak, synthetic_rows
+from vlmdpo.training.simulate import SimulatedPeak, estimate_peak
+from vlmdpo.training.synthetic_rows import Workload, synthetic_rows
 
 
 def estimate(family, **more):

@@ -7,11 +7,12 @@ and whether it fits. `--fast` replaces the simulation by a closed formula and ne
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmdpo.commands.estimate_memory_screen import show
-from vlmdpo.config import EstimateMemoryConfig, TrainConfig
+from vlmdpo.config import EstimateMemoryConfig
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.memory import fast
@@ -26,18 +27,12 @@ from vlmdpo.memory.terms import (
     rounded_article_table,
 )
 from vlmdpo.models import registry
+from vlmdpo.training.step_simulator import TRAIN_OPTIONS, StepSimulator, image_size
 
 if TYPE_CHECKING:
     from vlmdpo.training.simulate import SimulatedPeak
 
 __all__ = ["run", "show"]
-
-# Options with the same name and meaning in `vlmdpo train`.
-TRAIN_OPTIONS = (
-    *("model", "revision", "trust_remote_code", "image_splitting", "lora", "lora_r", "lora_scope"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("engine", "reference_cache", "optim"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +52,8 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
     capacity = capacity_bytes(config.gpu) if config.gpu else None
     if config.fast and config.dataset:
         config = _with_longest_row_of(config, Path(config.dataset))
+    elif config.dataset and not Path(config.dataset).is_dir():  # said before libraries are loaded
+        raise DataError(f"--dataset: '{config.dataset}' is no folder; run vlmdpo prepare first")
     counts = _count_parameters(config)
     static = _static_components(config, counts)
     report = _article_report(config, counts)
@@ -105,6 +102,7 @@ def _article_report(config: EstimateMemoryConfig, counts: _ParameterCounts) -> d
             "total_gb": round(sum(gb for _, gb, _ in article), 1),
         },
         "settings": {name: getattr(config, name) for name in settings},
+        "pairs_per_prompt": config.pairs_per_prompt or 1,
     }
 
 
@@ -184,30 +182,27 @@ def _unvalidated(config: EstimateMemoryConfig) -> list[str]:
     return parts + (["sharding over GPUs"] if config.num_gpus > 1 else [])
 
 
-def _image_size(config: EstimateMemoryConfig, limit: int | None) -> tuple[int, int]:
-    """(width, height) in pixels: as given, or what `prepare` leaves of a 4:3 photograph."""
-    if config.image_size is None:
-        side = limit or 1024
-        return side, round(side * 3 / 4)
-    width, _, height = config.image_size.partition("x")
-    return int(width), int(height or width)
-
-
 def _by_formula(
     config: EstimateMemoryConfig, counts: _ParameterCounts, static: list[Component]
 ) -> dict[str, Any]:
     """The peak by `memory.fast`; None for a model without a formula."""
     if counts.name not in fast.known_architectures():
         return {"peak_bytes": None, "verdict": None, "phases": None}
-    image = _image_size(config, fast.default_image_side(counts.name))
+    image = image_size(config, fast.default_image_side(counts.name))
     tokens, patches = fast.image_tokens(counts.name, image)
-    rows = config.per_device_train_batch_size * (1 if config.engine == "shared" else 2)
-    answers = config.answer_tokens * (2 if config.engine == "shared" else 1)
+    pairs = config.per_device_train_batch_size
+    answers = 2 * pairs * config.answer_tokens
+    # How often image and prompt are computed.
+    prompts = (
+        math.ceil(pairs / (config.pairs_per_prompt or 1))
+        if config.engine == "shared"
+        else 2 * pairs
+    )
     activation_bytes = fast.activation_bytes(
         fast.ModelShape.of_model(counts.name),
-        rows * (config.images * tokens + config.prompt_tokens + answers),
-        rows * answers,
-        rows * config.images * patches,
+        prompts * (config.images * tokens + config.prompt_tokens) + answers,
+        answers,
+        prompts * config.images * patches,
         2,  # bfloat16 autocast
         checkpointing=config.gradient_checkpointing,
         lora=config.lora,
@@ -226,7 +221,7 @@ def _by_simulation(
     config: EstimateMemoryConfig, counts: _ParameterCounts, capacity: int | None
 ) -> dict[str, Any]:
     """The peak of a simulated step, and with a GPU's capacity the largest batch that fits."""
-    simulator = _StepSimulator(config)
+    simulator = StepSimulator(config)
     batch = config.per_device_train_batch_size
     step = simulator.at_batch(batch)
     shift = _static_difference(config, counts)
@@ -236,6 +231,7 @@ def _by_simulation(
         "image": list(simulator.image),
         "engine": step.engine,
         "fallback_reason": step.fallback_reason,
+        "pairs_per_prompt": simulator.pairs_per_prompt,
     }
     result["phases"] = {name: round(size + shift) for name, size in step.phases.items()}
     if capacity is not None:
@@ -245,7 +241,7 @@ def _by_simulation(
 
 def _plan(
     config: EstimateMemoryConfig,
-    simulator: _StepSimulator,
+    simulator: StepSimulator,
     step: SimulatedPeak,
     shift: int,
     capacity: int,
@@ -273,62 +269,6 @@ def _plan(
     return plan if best else {**plan, "first": _first_saving_that_fits(config, capacity)}
 
 
-class _StepSimulator:
-    """Simulates training steps of these settings at any batch size."""
-
-    def __init__(self, config: EstimateMemoryConfig) -> None:
-        import torch
-
-        from vlmdpo.memory import architecture as arch
-        from vlmdpo.models.image_limits import default_image_side
-        from vlmdpo.training import simulate
-
-        self.config, self.dtype = config, getattr(torch, config.dtype)
-        self._choice: tuple[str, str | None] | None = None  # the engine, and why it is that one
-        origin: dict[str, Any] = {
-            "revision": config.revision,
-            "trust_remote_code": config.trust_remote_code,
-        }
-        if config.dataset is None:
-            self.architecture = arch.load_architecture(config.model, **origin)
-            self.image = _image_size(config, default_image_side(self.architecture.processor))
-            answer = config.answer_tokens
-            work = simulate.Workload(
-                self.image, config.images, config.prompt_tokens, answer, answer
-            )
-            self._rows = lambda count: simulate.synthetic_rows(
-                self.architecture.processor, work, count
-            )
-        else:
-            self.architecture = arch.load_architecture_from_files(config.model, **origin)
-            rows = simulate.longest_rows(self.architecture.processor, Path(config.dataset))
-            self.image = rows[0]["images"][0].size if rows[0]["images"] else (0, 0)
-            self._rows = lambda count: rows.select([i % len(rows) for i in range(count)])
-        if hasattr(self.architecture.processor.image_processor, "do_image_splitting"):
-            self.architecture.processor.image_processor.do_image_splitting = config.image_splitting
-
-    def at_batch(self, batch: int) -> SimulatedPeak:
-        """The simulated step with this many pairs per device."""
-        from vlmdpo.training import simulate
-
-        settings = {name: getattr(self.config, name) for name in TRAIN_OPTIONS}
-        settings |= {"per_device_train_batch_size": batch, "bf16": True}
-        # An 8-bit optimizer could not be made without its package: AdamW stands in for it, and
-        # `_static_difference` makes its states smaller.
-        if settings["optim"] == "auto" or "8bit" in settings["optim"]:
-            settings["optim"] = "adamw_torch_fused"
-        with simulate.cuda_rules():
-            peak = simulate.estimate_peak(
-                self.architecture,
-                TrainConfig(**settings),
-                self._rows(batch),
-                dtype=self.dtype,
-                choice=self._choice,
-            )
-        self._choice = peak.engine, peak.fallback_reason
-        return peak
-
-
 def _first_saving_that_fits(config: EstimateMemoryConfig, capacity: int) -> dict[str, Any] | None:
     """The first setting with which a simulated batch of 1 fits; None if there is none."""
     changes: list[dict[str, Any]] = []
@@ -345,7 +285,7 @@ def _first_saving_that_fits(config: EstimateMemoryConfig, capacity: int) -> dict
         merged |= change
         tried = dataclasses.replace(config, **merged)
         shift = _static_difference(tried, _count_parameters(tried))
-        needed = _StepSimulator(tried).at_batch(1).peak + shift + CONTEXT_BYTES
+        needed = StepSimulator(tried).at_batch(1).peak + shift + CONTEXT_BYTES
         if verdict(needed, capacity).word == "fits":
             return {"change": dict(merged), "needed_bytes": round(needed)}
     return None

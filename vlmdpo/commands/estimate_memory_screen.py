@@ -95,6 +95,8 @@ def _show_allocated(report: dict[str, Any]) -> None:
             f"--fast has no formula for the activations of {report['model']}; leave it out to "
             "simulate a step"
         )
+    elif "error_per_cent" in report and report["settings"]["dataset"]:
+        ui.say("--fast counts each row alone; leave it out to count what rows of --dataset share")
     unvalidated = ", ".join(report["unvalidated"])
     note = f"* not validated: {unvalidated}. Loading first takes {host} of the host's memory."
     heads = ["Component", "Calculation", "GB", "GiB", "Why"]
@@ -104,8 +106,9 @@ def _show_allocated(report: dict[str, Any]) -> None:
 def _step_settings(report: dict[str, Any]) -> str:
     s = report["settings"]
     image = "x".join(str(edge) for edge in report["image"])
-    batch = s["per_device_train_batch_size"]
-    return f"batch {batch}, {s['images']} image {image}, {_engine(report)} engine"
+    batch, per_prompt = s["per_device_train_batch_size"], report["pairs_per_prompt"]
+    shared = f", {per_prompt:g} pairs a prompt" if per_prompt > 1 else ""
+    return f"batch {batch}{shared}, {s['images']} image {image}, {_engine(report)} engine"
 
 
 def _engine(report: dict[str, Any]) -> str:

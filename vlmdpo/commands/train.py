@@ -54,7 +54,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig) -> dict[str, Any]:
-    from vlmdpo.models.load import pick_device
+    from vlmdpo.models.devices import pick_device
     from vlmdpo.report.metrics import METRICS_FILE
     from vlmdpo.training.arguments import dpo_config
     from vlmdpo.training.monitor import TrainingMonitor
@@ -256,7 +256,7 @@ def _plan_batch(config: TrainConfig, args: Any, data: Path) -> None:
 
 def _doctor(config: TrainConfig) -> dict[str, Any]:
     """Everything up to the first step, in a temporary folder; returns the findings."""
-    from vlmdpo.models.load import pick_device
+    from vlmdpo.models.devices import pick_device
     from vlmdpo.report.metrics import METRICS_FILE
     from vlmdpo.training import preflight
     from vlmdpo.training.arguments import dpo_config

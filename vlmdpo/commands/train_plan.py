@@ -91,7 +91,7 @@ def _try_settings(config: TrainConfig) -> None:
     """Raise ConfigError for what TRL refuses, and MissingDependencyError for an optimizer without
     its package; where `--gpu` plans for another machine, that is a warning.
     """
-    from vlmdpo.models.load import pick_device
+    from vlmdpo.models.devices import pick_device
     from vlmdpo.training.trial import try_settings
 
     try:
@@ -232,6 +232,7 @@ def _estimate_options(config: TrainConfig, gpus: int, gpu: str | None) -> dict[s
         **shared,
         "dtype": dtype,
         "dataset": config.dataset if is_counted else None,
+        "pairs_per_prompt": 1 if is_counted and config.group_by_image is False else None,
         "num_gpus": gpus,
         "strategy": strategy,
         "gpu": gpu,
@@ -249,7 +250,8 @@ def _memory_by_formula(config: TrainConfig, gpus: int, gpu: str | None) -> dict[
         )
     except ConfigError:  # a setting that only the simulation knows
         return None
-    return {name: report.get(name) for name in ("peak_bytes", "verdict", "gpu", "error_per_cent")}
+    names = ("peak_bytes", "verdict", "gpu", "error_per_cent", "pairs_per_prompt")
+    return {name: report.get(name) for name in names}
 
 
 def _estimate_command(config: TrainConfig, gpus: int, gpu: str | None) -> str:

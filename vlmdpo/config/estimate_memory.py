@@ -42,6 +42,13 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
     )
     prompt_tokens: int = option(50, "Tokens of a question, without its images", group="Data")
     answer_tokens: int = option(250, "Tokens of each answer", group="Data")
+    pairs_per_prompt: int | None = option(
+        None,
+        "Rows of one image and prompt in a batch, whose answers all differ, the most there can be. "
+        "With --dataset only 1: its rows as if no two of a batch had an image in common",
+        default_text="1, or what the rows of --dataset share",
+        group="Data",
+    )
     dtype: str = option(
         "float32",
         "Data type of the weights: float32 (4 bytes per parameter), bfloat16 or float16 (2 bytes)",
@@ -123,5 +130,12 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
         if self.quantization == "nf4" and not self.lora:
             raise ConfigError("--quantization nf4 needs --lora: 4-bit weights cannot be trained")
         check_quantization(self.quantization, self.strategy)
+        if self.pairs_per_prompt is not None:
+            require_at_least(self, 1, "pairs_per_prompt")
+        if self.dataset and (self.pairs_per_prompt or 1) > 1:
+            raise ConfigError(
+                "--pairs-per-prompt: the rows of --dataset say what they share; leave out one of "
+                "them"
+            )
         if self.fast and self.image_splitting:
             raise ConfigError("--fast has no formula for --image-splitting; leave out one of them")

@@ -155,7 +155,7 @@ def _check_resources(config: LaunchableConfig) -> None:
     """Raise if this machine lacks the GPUs or the package that the run needs."""
     import torch
 
-    from vlmdpo.models.load import pick_device
+    from vlmdpo.models.devices import pick_device
 
     workers = _local_workers(config)
     if pick_device(config.device).type == "cuda" and workers > torch.cuda.device_count():

@@ -104,7 +104,7 @@ def join_process_group(device: str) -> ProcessGroup:
         return ProcessGroup(device=device)
     from accelerate import PartialState
 
-    from vlmdpo.models.load import pick_device
+    from vlmdpo.models.devices import pick_device
 
     state = PartialState(cpu=pick_device(device).type == "cpu", timeout=WAIT_FOR_PEERS)
     own_device = str(state.device) if device in ("auto", "cuda") else device

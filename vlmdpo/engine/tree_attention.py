@@ -47,7 +47,7 @@ class _Block:
         queries: its slots.
         sees: the nodes whose keys it is given.
         keys: their slots.
-        allowed: (q, kv) bool; None where causal, aligned at the lower right.
+        allowed: (q, kv) bool; None where causal, aligned at the lower right, without a mask.
     """
 
     queries: int
@@ -143,7 +143,7 @@ class TreeMask(Tensor):
                 else parts[block.sees[0]]
                 for parts in (keys, values)
             )
-            mask = _attention_mask(block, q.device, k.dtype if additive else None)
+            mask = _attention_mask(block, q, k.dtype if additive else None)
             outputs.append(attention(module, q, k, v, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1), None
 
@@ -158,7 +158,11 @@ def _block(
     queries = sum(forest.lengths[node] for node in run.nodes)
     keys = sum(forest.lengths[node] for node in sees)
     if sees == forest.path(run.nodes[-1]) and is_plainly_causal(mask_function, keys):
-        return _Block(queries, sees, keys, None)
+        # A CPU's attention takes that as a mask only. Made here, it serves all layers.
+        is_square = queries in (1, keys)
+        on_cpu = slot_index.device.type == "cpu"
+        allowed = _lower_right(queries, keys, slot_index) if on_cpu and not is_square else None
+        return _Block(queries, sees, keys, allowed)
     parts = slot_index.split(forest.lengths)
     query_index = torch.cat([parts[node] for node in run.nodes])
     key_index = torch.cat([parts[node] for node in sees])
@@ -169,21 +173,25 @@ def _block(
     return _Block(queries, sees, keys, allowed.expand(queries, keys))
 
 
-def _attention_mask(
-    block: _Block, device: torch.device, dtype: torch.dtype | None
-) -> Tensor | None:
+def _lower_right(queries: int, keys: int, like: Tensor) -> Tensor:
+    """(q, kv) bool: causal, the last query seeing all keys; on the device of `like`."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=like.device)
+    return ones.tril(keys - queries)
+
+
+def _attention_mask(block: _Block, query: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """The mask of a block for an attention function; None where it is causal anyway.
 
     Args:
         dtype: of an additive mask (1, 1, q, kv), as eager attention wants it; else bool.
     """
     allowed = block.allowed
-    if allowed is None and dtype is None:
-        if block.queries in (1, block.keys):
-            return None  # one token sees all before it; a square mask is the function's own
-        if device.type == "cuda":
-            return causal_lower_right(block.queries, block.keys)  # flash attention
-    if allowed is None:
-        ones = torch.ones(block.queries, block.keys, dtype=torch.bool, device=device)
-        allowed = ones.tril(block.keys - block.queries)
-    return (allowed if dtype is None else additive_mask(allowed, dtype))[None, None]
+    if dtype is not None:
+        if allowed is None:
+            allowed = _lower_right(block.queries, block.keys, query)
+        return additive_mask(allowed, dtype)[None, None]
+    if allowed is not None:
+        return allowed[None, None]
+    if block.queries in (1, block.keys):
+        return None  # one token sees all before it; a square is the function's own
+    return causal_lower_right(block.queries, block.keys)  # a GPU's flash attention takes it

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from importlib import resources
@@ -32,6 +31,7 @@ from vlmdpo.models import registry
 from vlmdpo.models.adapter_files import check_adapter
 from vlmdpo.models.attention import check_attention_installed, use_attention
 from vlmdpo.models.chat_template import PromptSettings, add_missing_template
+from vlmdpo.models.devices import pick_device
 from vlmdpo.models.download import shown_download
 from vlmdpo.models.load_errors import translate_load_errors
 from vlmdpo.models.processor_parts import load_processor_parts
@@ -110,45 +110,6 @@ def load_processor(
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     set_rendering(processor, prompts or PromptSettings(), model)
     return processor
-
-
-def pick_device(device: str) -> torch.device:
-    """The device that `--device` names. Raises ModelError where there is none such.
-
-    "auto" and "cuda" are a GPU of this process's own where a launcher started several. No GPU is
-    initialized: that takes some hundred megabytes on it, and a process of many must not take them
-    on the first.
-    """
-    if device == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        picked = torch.device("cuda" if device == "auto" else device)
-        if picked.type != "cuda":
-            torch.empty(0, device=picked)
-            return picked
-    except (RuntimeError, AssertionError) as problem:
-        raise _no_such_device(device, str(problem).splitlines()[0]) from problem
-    if not torch.cuda.is_available():
-        has_cuda = torch.backends.cuda.is_built()
-        raise _no_such_device(
-            device, "no GPU is visible" if has_cuda else "PyTorch was installed without CUDA"
-        )
-    gpus = torch.cuda.device_count()
-    if picked.index is not None and picked.index >= gpus:
-        raise _no_such_device(device, f"visible GPUs are numbered from 0 to {gpus - 1}")
-    if "LOCAL_RANK" not in os.environ:
-        return picked
-    # As accelerate does it: launchers may also show each process one GPU only.
-    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
-    if picked.index not in (None, own.index):
-        raise _no_such_device(
-            device, "each process of this run has a GPU of its own; use --device cuda"
-        )
-    return own
-
-
-def _no_such_device(device: str, reason: str) -> ModelError:
-    return ModelError(f"--device: '{device}' is not available here: {reason}")
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,15 +25,19 @@ def environment(filters: Mapping[str, Any] | None = None, *, escape: bool = True
     """Templates of this package. Nothing undefined passes; with `escape` every text is
     HTML-escaped.
     """
-    loader = PackageLoader("vlmdpo.report")
+    return _environment(tuple(sorted((filters or {}).items())), escape)
+
+
+@functools.cache  # with its compiled templates: a run writes several pages from them
+def _environment(filters: tuple[tuple[str, Any], ...], escape: bool) -> Environment:
     made = Environment(
-        loader=loader,
+        loader=PackageLoader("vlmdpo.report"),
         autoescape=escape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= dict(filters or {})
+    made.filters |= dict(filters)
     return made
 
 

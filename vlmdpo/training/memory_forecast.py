@@ -56,6 +56,7 @@ class MemoryForecast:
             "dtype": dtype,
             "dataset": str(data.absolute()),
             "num_gpus": config.num_processes,
+            "pairs_per_prompt": 1 if config.group_by_image is False else None,
         }
         settings["gpu"] = f"{capacity_bytes // 2**20}MiB" if capacity_bytes else None
         recipe = Path(self._folder.name) / "estimate.yaml"

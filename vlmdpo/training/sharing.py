@@ -69,14 +69,14 @@ class SharedRows:
         if batch_size is None:
             return Tokens(stock, stock)
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        return Tokens(stock, sum(map(self._run, batches)))
+        return Tokens(stock, sum(map(self.run_tokens, batches)))
 
     def _stock(self, row: int) -> int:
         counts = self.counts[row]
         tokens = 2 * counts.prompt + counts.chosen + counts.rejected
         return tokens + counts.prompt + counts.chosen if self.with_copies else tokens
 
-    def _run(self, rows: Sequence[int]) -> int:
+    def run_tokens(self, rows: Sequence[int]) -> int:
         """Tokens that one forward pass runs: images, prompts and answers each once."""
         answers = {self.answers[row][0]: self.counts[row].chosen for row in rows}
         answers |= {self.answers[row][1]: self.counts[row].rejected for row in rows}

@@ -19,15 +19,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from datasets import Dataset
-from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from vlmdpo.config import TrainConfig
-from vlmdpo.data import store
-from vlmdpo.data.pairs import message
-from vlmdpo.engine.lengths import row_lengths
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.errors import ModelError
 from vlmdpo.memory.architecture import (
@@ -52,33 +47,17 @@ from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-    from vlmdpo.models.protocols import Processor, VisionLanguageModel
+    from vlmdpo.models.protocols import VisionLanguageModel
 
 # (language, vision) layers of the three runs. Qwen3-VL has three vision layers of another kind, so
 # with only three there would be none of the kind that is multiplied.
 _SHALLOW = ((3, 4), (4, 4), (3, 5))
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The size of the longest rows.
-
-    Attributes:
-        image: (width, height) of each image, in pixels.
-        images: images per row.
-        prompt, chosen, rejected: tokens of text.
-    """
-
-    image: tuple[int, int]
-    images: int
-    prompt: int
-    chosen: int
-    rejected: int
 
 
 @dataclass(frozen=True)
@@ -357,30 +336,3 @@ class _FakeReferenceCache(ReferenceCache):
     def put(self, keys: Sequence[str], logps_R: torch.Tensor) -> torch.Tensor:
         """Fake log-probs are not kept."""
         return logps_R
-
-
-def longest_rows(processor: Processor, folder: Path, count: int = 64) -> Dataset:
-    """The longest rows of a prepared dataset, longest first. Raises DataError if there is none."""
-    dataset = store.load(folder)
-    lengths = sorted(
-        row_lengths(processor, dataset, store.read_manifest(folder)),
-        key=lambda length: -length.longest,
-    )
-    return dataset.select([length.row for length in lengths[:count]])
-
-
-def synthetic_rows(processor: Processor, workload: Workload, count: int) -> Dataset:
-    """Rows with gray images and text of the workload's length; the template adds its own."""
-    tokenizer = processor.tokenizer
-
-    def text(tokens: int) -> str:
-        per_word = len(tokenizer(" a" * 64, add_special_tokens=False)["input_ids"]) / 64
-        return ("a " * max(1, round(tokens / per_word))).strip()
-
-    row = {
-        "images": [Image.new("RGB", workload.image, "gray") for _ in range(workload.images)],
-        "prompt": [message("user", text(workload.prompt), workload.images)],
-        "chosen": [message("assistant", text(workload.chosen))],
-        "rejected": [message("assistant", text(workload.rejected))],
-    }
-    return Dataset.from_list([row] * count, features=store.pair_features())
