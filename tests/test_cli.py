@@ -257,3 +257,16 @@ def test_a_command_searches_rarely_for_garbage_while_it_imports(monkeypatch, cap
         cli.main()
     assert set_to == [50_000]
     assert __version__ in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("policy", "turns"), [(None, "2000"), ("ACTIVE", None)])
+def test_threads_that_wait_leave_their_core_to_others(policy, turns, monkeypatch, capfd):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "1")  # so that it is put back
+        monkeypatch.delenv(name)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(sys, "argv", ["vlmdpo", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == turns

@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 from _measure import counted_flops, interleaved, medians, versions

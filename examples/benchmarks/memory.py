@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _threads  # noqa: F401 - before torch
 import torch
 from _measure import versions
 from rich.console import Console

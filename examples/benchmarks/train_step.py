@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _threads  # noqa: F401 - before torch
 import torch
 from _measure import by_part, counted_flops, medians, timed, versions
 from _train_shapes import QUICK, SHAPES, Shape, rows_of, trainer_of

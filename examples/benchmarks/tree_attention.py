@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _threads  # noqa: F401 - before torch
 import torch
 from _measure import medians, timed, versions
 from rich.console import Console

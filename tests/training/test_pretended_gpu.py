@@ -111,19 +111,27 @@ def test_every_engine_gives_the_same_loss_and_waits_little(family, gpu, tmp_path
 
 
 def test_flash_attention_runs_trees_where_the_mask_is_causal(gpu, tmp_path, monkeypatch):
-    expected = loss_of(made := on_gpu(gpu, "llava", tmp_path))
-    assert not gpu.flash_calls
-    # PyTorch built for CPUs answers that flash attention cannot be used, whatever is asked.
+    made = on_gpu(gpu, "llava", tmp_path)
+    expected, calls = loss_of(made), []
+
+    def flash_attention(query, key, value, dropout_p, *, is_causal, return_debug_mask, scale):
+        """What the kernel computes: causal, its last query at the last key."""
+        queries, keys = query.shape[2], key.shape[2]
+        calls.append((queries, keys, is_causal))
+        hidden = torch.ones(queries, keys, device=CUDA).triu(keys - queries + 1).bool()
+        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+        return (scores.float().softmax(-1).to(query.dtype) @ value,)
+
+    # PyTorch built for CPUs has no such kernel, and says that it cannot be used.
     monkeypatch.setattr(torch.nn.attention.bias, "can_use_flash_attention", lambda *_: True)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash_attention)
     assert loss_of(made) == pytest.approx(expected, rel=2e-3)
-    layers = made.model.config.get_text_config().num_hidden_layers
     forest = made.data_collator(list(made.train_dataset))["forest"]
-    # The first run of each tree is a plain square; each second answer, for policy and reference:
-    assert len(gpu.flash_calls) == 2 * 2 * layers
-    asked = {(query[2], key[2]) for query, key, _ in gpu.flash_calls}
-    second = [node for tree in (0, 3) for node in (tree + 2,)]
-    assert asked == {(forest.lengths[node], forest.tokens(node)) for node in second}
-    assert all(options["is_causal"] for _, _, options in gpu.flash_calls)
+    # The first run of nodes of each tree is a plain square; the second answers are these.
+    asked = {(forest.lengths[node], forest.tokens(node), True) for node in (2, 5)}
+    assert set(calls) == asked
+    layers = made.model.get_base_model().config.get_text_config().num_hidden_layers
+    assert len(calls) == 2 * 2 * layers, "two trees, policy and reference"
 
 
 def test_cached_reference_log_probs_cost_no_wait(gpu, tmp_path):
