@@ -98,9 +98,10 @@ class SharedForward:
         # The classes are transformers' and stay unmodified: only this instance's methods change.
         self.backbone.forward = families.keep_signature(self._backbone_forward, self._forward)
         # TRL's head is in the whole model's, also on the instance.
-        self._headed.forward = families.keep_signature(
+        self._wrapped_forward = families.keep_signature(
             self._headed_forward, self._forward_with_head
         )
+        self._headed.forward = self._wrapped_forward
         # Called by the backbone's own forward; so is each tower.
         self.backbone.get_image_features = families.keep_signature(
             self._get_image_features, self._image_features
@@ -113,7 +114,10 @@ class SharedForward:
 
     def remove(self) -> None:
         """Unwrap the model. Its attention stays switched: it passes unpacked rows through."""
-        self._headed.forward = self._headed_forward
+        # accelerate may have wrapped it since, for autocast; then ours stays inside, and passes
+        # through what has no `order`.
+        if self._headed.forward is self._wrapped_forward:
+            self._headed.forward = self._headed_forward
         self.backbone.forward = self._backbone_forward
         self.backbone.get_image_features = self._get_image_features
         for tower, run in self._tower_forwards.items():
