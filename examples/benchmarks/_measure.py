@@ -20,22 +20,37 @@ from torch.utils.flop_counter import FlopCounterMode
 _OPS = torch.ops.aten
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Both products of attention, in full, whether causal or not; heads of keys may be shared."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (width + value[3])
+def _scores(query: Any, key: Any, causal: bool) -> int:
+    """How many scores attention computes: kernels skip what a causal square never sees. A mask they
+    apply to all of them.
+    """
+    batch, heads, queries, _ = query
+    keys = (key[2] + 1) / 2 if causal and queries == key[2] else key[2]
+    return int(batch * heads * queries * keys)
+
+
+def _attention_flops(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: Any = False, *_: Any, **__: Any
+) -> int:
+    """Both products of attention; heads of keys may be shared."""
+    return 2 * _scores(query, key, causal is True) * (query[3] + value[3])
 
 
 def _attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+    grad: Any, query: Any, key: Any, value: Any, *others: Any, **__: Any
 ) -> int:
     """Scores again, and four products for the gradients of scores, queries, keys and values."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3])
+    causal = len(others) > 3 and others[3] is True  # after output, log-sum-exp and dropout
+    return 2 * _scores(query, key, causal) * (3 * query[3] + 2 * value[3])
 
 
 def _addmm_flops(bias: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
+
+
+def _in_full(formula: Callable[..., int], tensors: int) -> Callable[..., int]:
+    """Whether causal or not: a GPU's kernels take their other arguments in another order."""
+    return lambda *args, **_: formula(*args[:tensors])
 
 
 # torch's own formulas lack the CPU's attention, heads that share keys, and products that write to
@@ -44,9 +59,14 @@ _KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
 _FORMULAS = {
     _OPS._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _OPS._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    **{getattr(_OPS, f"_scaled_dot_product_{name}"): _attention_flops for name in _KERNELS},
     **{
-        getattr(_OPS, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops
+        getattr(_OPS, f"_scaled_dot_product_{name}"): _in_full(_attention_flops, 3)
+        for name in _KERNELS
+    },
+    **{
+        getattr(_OPS, f"_scaled_dot_product_{name}_backward"): _in_full(
+            _attention_backward_flops, 4
+        )
         for name in _KERNELS
     },
     _OPS.addmm: _addmm_flops,

@@ -24,19 +24,21 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _threads  # noqa: F401 - before torch
 import numpy as np
 import torch
+from _cases import measure_each
 from _measure import counted_flops, interleaved, medians, versions
+from _train_shapes import IDEFICS2, LLAVA, Shape
+from _train_shapes import _share as real_share
+from _train_shapes import _tower as tower
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from train_step import IDEFICS2, LLAVA, Shape
-from train_step import _share as real_share
-from train_step import _tower as tower
 
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer
@@ -227,20 +229,26 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", help="only shapes whose name contains one of these, in any case"
     )
-    parser.add_argument("--pictures", type=int, default=3, help="images per round")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds")
+    parser.add_argument("--quick", action="store_true", help="one shape, two rounds of one image")
+    parser.add_argument("--pictures", type=int, help="images per round; 3, or 1 with --quick")
+    parser.add_argument("--repeats", type=int, help="measured rounds; 5, or 2 with --quick")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = [
         c
-        for c in CASES
+        for c in (CASES[:1] if options.quick else CASES)
         if not options.cases or any(word.lower() in c[0].name.lower() for word in options.cases)
     ]
-    cases = [measure(*case, options.pictures, options.repeats) for case in wanted]
-    if options.markdown:
-        options.markdown.write_text(markdown(cases, options.repeats), encoding="utf-8")
+    pictures = options.pictures or (1 if options.quick else 3)
+    repeats = options.repeats or (2 if options.quick else 5)
+    cases = measure_each(
+        [partial(measure, *case, pictures, repeats) for case in wanted],
+        show=lambda case: f"{case['name']}: {case['ratio']:.2f}×",
+        markdown=options.markdown,
+        report=lambda done: markdown(done, repeats),
+    )
     if options.json:
         print(json.dumps({"cases": cases}, indent=2))
         return

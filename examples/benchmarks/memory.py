@@ -17,11 +17,13 @@ import gc
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _threads  # noqa: F401 - before torch
 import torch
+from _cases import measure_each
 from _measure import versions
 from rich.console import Console
 from rich.table import Table
@@ -237,18 +239,22 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", help="only settings whose name contains one of these, in any case"
     )
+    parser.add_argument("--quick", action="store_true", help="the first four settings")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     wanted = [
         c
-        for c in CASES
+        for c in (CASES[:4] if options.quick else CASES)
         if not options.cases or any(word.lower() in c.name.lower() for word in options.cases)
     ]
-    cases = [measure(case) for case in wanted]
-    if options.markdown:
-        options.markdown.write_text(markdown(cases), encoding="utf-8")
+    cases = measure_each(
+        [partial(measure, case) for case in wanted],
+        show=lambda case: f"{case['name']}: {100 * case['agreement']:+.3f}%",
+        markdown=options.markdown,
+        report=markdown,
+    )
     if options.json:
         print(json.dumps({"cases": cases}, indent=2))
         return

@@ -32,12 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from _cases import measure_each
 from _measure import versions
 from PIL import Image
 from rich.console import Console
@@ -235,40 +236,42 @@ def agreement(theirs: Path, mine: Path, rows: int) -> tuple[float, bool]:
     return statistics.mean(differences or [255.0]), same
 
 
-def speed_cases(place: Path, rows: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A case for each size limit: rates of both, bytes written, whether the results agree."""
+def make_source(place: Path, rows: int) -> tuple[Path, int]:
+    """A Parquet file of photos of many sizes, and the bytes that its images hold."""
     source = place / "photos.parquet"
-    held = write_rows(
-        source, photos([round(640 * (4000 / 640) ** (i / 27)) for i in range(28)]), rows
-    )
-    for name, side in BOUNDS:
-        ways: dict[str, list[dict[str, Any]]] = {"article": [], "ours": []}
-        for _ in range(rounds):
-            for way, runs in ways.items():
-                runs.append(measured(way, source, place / way, side))
-        seconds = {
-            way: statistics.median(run["seconds"] for run in runs) for way, runs in ways.items()
-        }
-        ratios = [
-            theirs["seconds"] / mine["seconds"]
-            for theirs, mine in zip(ways["article"], ways["ours"], strict=True)
-        ]
-        difference, same = agreement(place / "article" / "made", place / "ours" / "made", rows)
-        written = {way: runs[0]["bytes"] / held for way, runs in ways.items()}
-        small = side < 4000 or written["ours"] <= MAX_BYTES
-        yield {
-            "name": name,
-            "ratio": statistics.median(ratios),
-            "agreement": difference,
-            "passed": same and difference < 3 and small and statistics.median(ratios) >= MIN_RATIO,
-            "same_rows_texts_and_sizes": same,
-            "rows_per_s": {way: rows / value for way, value in seconds.items()},
-            "whole_s": {
-                way: statistics.median(run["whole_s"] for run in runs) for way, runs in ways.items()
-            },
-            "written": written,
-            "rows": rows,
-        }
+    sides = [round(640 * (4000 / 640) ** (i / 27)) for i in range(28)]
+    return source, write_rows(source, photos(sides), rows)
+
+
+def speed_case(
+    place: Path, source: Path, held: int, rows: int, rounds: int, name: str, side: int
+) -> dict[str, Any]:
+    """A case of one size limit: rates of both, bytes written, whether the results agree."""
+    ways: dict[str, list[dict[str, Any]]] = {"article": [], "ours": []}
+    for _ in range(rounds):
+        for way, runs in ways.items():
+            runs.append(measured(way, source, place / way, side))
+    seconds = {way: statistics.median(run["seconds"] for run in runs) for way, runs in ways.items()}
+    ratios = [
+        theirs["seconds"] / mine["seconds"]
+        for theirs, mine in zip(ways["article"], ways["ours"], strict=True)
+    ]
+    difference, same = agreement(place / "article" / "made", place / "ours" / "made", rows)
+    written = {way: runs[0]["bytes"] / held for way, runs in ways.items()}
+    small = side < 4000 or written["ours"] <= MAX_BYTES
+    return {
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "agreement": difference,
+        "passed": same and difference < 3 and small and statistics.median(ratios) >= MIN_RATIO,
+        "same_rows_texts_and_sizes": same,
+        "rows_per_s": {way: rows / value for way, value in seconds.items()},
+        "whole_s": {
+            way: statistics.median(run["whole_s"] for run in runs) for way, runs in ways.items()
+        },
+        "written": written,
+        "rows": rows,
+    }
 
 
 def memory_case(place: Path) -> dict[str, Any]:
@@ -289,8 +292,9 @@ def memory_case(place: Path) -> dict[str, Any]:
     }
 
 
-def markdown(cases: list[dict[str, Any]], memory: dict[str, Any]) -> str:
+def markdown(all_cases: list[dict[str, Any]]) -> str:
     """The dated report."""
+    cases = [case for case in all_cases if "rows_per_s" in case]
     rows = "".join(
         f"| {case['name']} | {case['rows_per_s']['article']:.0f} | "
         f"{case['rows_per_s']['ours']:.0f} | **{case['ratio']:.1f}×** "
@@ -299,7 +303,11 @@ def markdown(cases: list[dict[str, Any]], memory: dict[str, Any]) -> str:
         f"{case['agreement']:.2f} |\n"
         for case in cases
     )
-    peaks = memory["peaks"]
+    memory = "".join(
+        f"Peak memory of all our processes: {case['peaks'][1_000] / 1e6:.0f} MB at 1,000 rows, "
+        f"{case['peaks'][20_000] / 1e6:.0f} MB at 20,000 ({case['ratio']:.2f}×).\n"
+        for case in all_cases[len(cases) :]
+    )
     return (
         "# Preparing data: the article's `map` beside `vlmdpo prepare`\n\n"
         f"{datetime.date.today()}, {os.cpu_count()} CPU cores, "
@@ -308,9 +316,7 @@ def markdown(cases: list[dict[str, Any]], memory: dict[str, Any]) -> str:
         "Repeat with `python examples/benchmarks/prepare.py`, whose head says what is measured.\n\n"
         "| | article, rows/s | ours, rows/s | ratio | whole process, article | ours "
         "| bytes written / source, article | ours | mean difference in levels |\n"
-        f"|---|---:|---:|---:|---:|---:|---:|---:|---:|\n{rows}\n"
-        f"Peak memory of all our processes: {peaks[1_000] / 1e6:.0f} MB at 1,000 rows, "
-        f"{peaks[20_000] / 1e6:.0f} MB at 20,000 ({memory['ratio']:.2f}×).\n"
+        f"|---|---:|---:|---:|---:|---:|---:|---:|---:|\n{rows}\n{memory}"
     )
 
 
@@ -321,8 +327,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--rows", type=int, default=1_500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="300 rows, one round")
+    parser.add_argument("--rows", type=int, help="1,500, or 300 with --quick")
+    parser.add_argument("--rounds", type=int, help="3, or 1 with --quick")
     parser.add_argument(
         "--run", nargs=4, help=argparse.SUPPRESS
     )  # one run, in the process that is measured
@@ -333,14 +340,24 @@ def main() -> None:
             json.dumps({"article": article, "ours": ours}[way](Path(source), Path(out), int(side)))
         )
         return
+    rows = given.rows or (300 if given.quick else 1_500)
+    rounds = given.rounds or (1 if given.quick else 3)
     with tempfile.TemporaryDirectory() as name:
-        cases = list(speed_cases(Path(name), given.rows, given.rounds))
-        memory = memory_case(Path(name))
-    if given.markdown:
-        given.markdown.write_text(markdown(cases, memory), encoding="utf-8")
+        place = Path(name)
+        source, held = make_source(place, rows)
+        measured_cases = [
+            partial(speed_case, place, source, held, rows, rounds, *bound) for bound in BOUNDS
+        ]
+        all_cases = measure_each(
+            measured_cases if given.quick else [*measured_cases, partial(memory_case, place)],
+            show=lambda case: f"{case['name']}: {case['ratio']:.2f}×",
+            markdown=given.markdown,
+            report=markdown,
+        )
     if given.json:
-        print(json.dumps({"cases": [*cases, memory]}, indent=2))
+        print(json.dumps({"cases": all_cases}, indent=2))
         return
+    cases = [case for case in all_cases if "rows_per_s" in case]
     table = Table(title="vlmdpo prepare beside dataset.map")
     for column in ("Case", "Ratio", "Article rows/s", "Ours rows/s", "Written/source", "Passed"):
         table.add_column(column)
@@ -357,7 +374,8 @@ def main() -> None:
             wrote,
             str(case["passed"]),
         )
-    table.add_row(memory["name"], f"{memory['ratio']:.2f}", "", "", "", str(memory["passed"]))
+    for case in all_cases[len(cases) :]:
+        table.add_row(case["name"], f"{case['ratio']:.2f}", "", "", "", str(case["passed"]))
     Console().print(table)
 
 

@@ -14,11 +14,13 @@ import datetime
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _threads  # noqa: F401 - before torch
 import torch
+from _cases import measure_each
 from _measure import medians, timed, versions
 from rich.console import Console
 from rich.table import Table
@@ -157,9 +159,12 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    cases = [measure(name, forest, options.repeats) for name, forest in CASES.items()]
-    if options.markdown:
-        options.markdown.write_text(markdown(cases, options.repeats), encoding="utf-8")
+    cases = measure_each(
+        [partial(measure, name, forest, options.repeats) for name, forest in CASES.items()],
+        show=lambda case: f"{case['name']}: {case['ratio']:.2f}×",
+        markdown=options.markdown,
+        report=lambda done: markdown(done, options.repeats),
+    )
     if options.json:
         print(json.dumps({"cases": cases}, indent=2))
     else:
