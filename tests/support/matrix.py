@@ -49,7 +49,7 @@ COLUMNS = (
     "estimate-memory",
     "LoRA",
     "full",
-    "one row per pair",
+    "one tree per image",
     "infer",
     "eval-amber, shared",
     "compare, in one batch",
@@ -214,7 +214,7 @@ def _training(base: dict[str, str], set_: tuple[str, ...]) -> dict[str, str]:
     return {
         "LoRA": _yes(tuned["steps"] == 2 and _learnt("lora")),
         "full": _yes(whole["steps"] == 2 and _learnt("full")),
-        "one row per pair": _yes(tuned["engine"] == "shared", tuned["fallback_reason"]),
+        "one tree per image": _yes(tuned["engine"] == "shared", tuned["fallback_reason"]),
     }
 
 
