@@ -43,7 +43,7 @@ MAY_BE_HEAVY = {
     ),
     *("engine/lengths", "engine/packed_attention", "engine/plant", "engine/reference_cache"),
     *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
-    *("engine/leaves", "engine/streaming"),
+    *("engine/leaves", "engine/streaming", "engine/trl_rows"),
     *("engine/tree", "engine/tree_attention", "engine/tree_layout"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
@@ -53,6 +53,7 @@ MAY_BE_HEAVY = {
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
     *(
         "training/finite_check",
+        "training/drop_in",
         "training/engine_checks",
         "training/image_grouping",
         "training/rounding",
@@ -70,6 +71,7 @@ MAY_BE_HEAVY = {
         "training/sharding",
         "training/simulate",
         "training/synthetic_rows",
+        "training/run_trainer",
         "training/trainer",
     ),
 }
