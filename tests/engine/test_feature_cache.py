@@ -47,6 +47,19 @@ def test_features_from_disk_give_the_same_step(family, engine, tmp_path):
         assert_same(wanted, found)
 
 
+@pytest.mark.parametrize("engine", ["shared", "rows"])
+def test_rows_with_the_same_image_keep_its_features_once(engine, tmp_path):
+    rows = pairs(3)
+    one_image = rows.map(lambda row: {"images": rows[0]["images"]}, features=rows.features)
+    made = trainer("llava", engine, one_image, tmp_path, lora=LANGUAGE)
+    expected = step(made)[0]
+    made.feature_cache = FeatureCache(tmp_path, "k")
+    for _ in range(2):  # kept, and read
+        made.use_engine(engine)
+        assert step(made)[0] == pytest.approx(expected, rel=1e-6)
+        assert made.feature_cache.num_known == 1
+
+
 def test_features_that_would_lose_a_part_are_refused(tmp_path):
     made = trainer("ovis2", "rows", pairs(1), tmp_path, lora=LANGUAGE)
     made.feature_cache = FeatureCache(tmp_path, "k")
@@ -130,7 +143,7 @@ def test_the_command_states_the_size_and_reuses_the_features(tmp_path, vlmdpo):
     ]
     losses = []
     keys = {image_key(row["images"]) for row in store.load(tmp_path / "few")}
-    wanted = "found; up to 16 are wanted, which take about"
+    wanted = f"found; up to {len(keys)} are wanted, which take about"
     for run, said in (("a", f"image features: 0 {wanted}"), ("b", f"{len(keys)} {wanted}")):
         code, out, err = vlmdpo("train", *settings, "--output-dir", run)
         assert code == 0, err

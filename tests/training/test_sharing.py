@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.engines import pairs, trainer
+from tests.support.engines import related_pairs, trainer
 from vlmdpo import ui
 from vlmdpo.config import SpeedOptions
 from vlmdpo.data.groups import NO_IMAGES, RowGroups, row_groups
 from vlmdpo.data.pairs import TokenCounts
 from vlmdpo.engine import lengths
+from vlmdpo.engine.batch import batch_tokens
 from vlmdpo.training import grouping
+from vlmdpo.training.monitor import TrainingMonitor
+from vlmdpo.training.setup import TrainingSetup
 from vlmdpo.training.sharing import SharedRows, Sharing
 from vlmdpo.training.token_count import TokenCount, Tokens
 
@@ -34,6 +37,7 @@ def test_what_rows_of_one_forward_pass_share_runs_once():
     assert together.stock == (2 * 100 + 30) + (2 * 100 + 40) + (2 * 90 + 11)
     image, prompts = 64, (100 - 64) + (90 - 64)
     assert together.run == image + prompts + (10 + 20 + 30) + (5 + 6)
+    assert replace(ROWS, share_images=False).tokens([0, 1, 2], 3).run == together.run + image
     apart = ROWS.tokens([0, 1, 2], 1)
     assert apart.stock == together.stock
     assert apart.run == (100 + 30) + (100 + 40) + (90 + 11)
@@ -49,18 +53,28 @@ def test_an_engine_that_shares_nothing_runs_stock_rows():
 
 
 def test_corrupted_copies_of_mdpo_carry_the_chosen_answers():
-    tokens = replace(ROWS, with_copies=True).tokens([3], 2)
-    assert tokens == Tokens(2 * 20 + 15 + 20 + 7, (20 + 15) + (20 + 7))
+    rows = replace(ROWS, with_copies=True)
+    assert rows.tokens([2], 2) == Tokens(191 + 90 + 5, (90 + 5 + 6) + (90 + 5))
+    shared = rows.tokens([0, 1], 2)
+    assert shared.run == (100 + 10 + 20 + 30) + (100 + 10 + 30)
+    # Without an image there is nothing to corrupt: the copy is the row itself.
+    assert rows.tokens([3], 2) == Tokens(55 + 20 + 7, 20 + 15)
 
 
-@pytest.mark.parametrize("engine", ["shared", "rows", "stock"])
-def test_the_tokens_foretold_are_those_counted(engine, tmp_path):
-    rows = pairs(4, images=(1, 0, 1, 2), seed=5)
-    made = trainer("qwen2_5_vl", engine, rows, tmp_path)
+# (image, question, chosen, rejected): rows of one prompt, with answers in common, and one alone.
+OF_ONE_PROMPT = [(0, 0, 0, 1), (0, 0, 2, 1), (1, 1, 3, 4), (None, 2, 0, 5)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "mdpo"), [("shared", False), ("rows", False), ("stock", False), ("shared", True)]
+)
+def test_the_tokens_foretold_are_those_counted(engine, mdpo, tmp_path):
+    rows = related_pairs(*OF_ONE_PROMPT)
+    made = trainer("qwen2_5_vl", engine, rows, tmp_path, mdpo=mdpo)
     groups = row_groups(rows)
     counts = lengths.row_lengths(made.processing_class, rows)
     answers = grouping.answer_numbers(rows, groups)
-    foretold = SharedRows(groups, answers, counts).tokens(
+    foretold = SharedRows(groups, answers, counts, with_copies=mdpo).tokens(
         range(4), 2 if engine == "shared" else None
     )
     made.current_gradient_accumulation_steps = 1  # as `train` sets it
@@ -69,6 +83,31 @@ def test_the_tokens_foretold_are_those_counted(engine, tmp_path):
         made.training_step(made.model, batch)
     assert made.tokens.here() == made.tokens.total() == foretold
     assert made.tokens.here().stock == made._total_train_tokens
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])
+def test_an_image_is_foretold_as_shared_where_it_is(family, tmp_path):
+    """PaliGemma's prompts see themselves in both directions, so each needs the image anew."""
+    rows = related_pairs((0, 0, 0, 1), (0, 1, 2, 3), (0, 2, 4, 5))
+    made = trainer(family, "shared", rows, tmp_path)
+    monitor = TrainingMonitor(tmp_path / "metrics.jsonl")
+    setup = TrainingSetup(made, made.processing_class, rows, monitor, None, [], tmp_path)
+    grouping.group_by_image(setup, SpeedOptions())
+    assert setup.sharing.is_grouped
+    assert setup.sharing.epoch is None, "without a manifest tokens are not known"
+    counts = lengths.row_lengths(made.processing_class, rows)
+    shares = made.pair_collator.share_beginnings
+    assert shares == (family == "llava")
+    foretold = SharedRows(
+        row_groups(rows),
+        grouping.answer_numbers(rows, row_groups(rows)),
+        counts,
+        share_images=shares,
+    ).tokens(range(3), 3)
+    counted = batch_tokens(made.data_collator(list(rows)))
+    assert foretold.stock == counted[0]
+    # Words before the image are shared too.
+    assert 0 <= foretold.run - counted[1] <= (20 if shares else 0)
 
 
 def test_tokens_of_rows_are_not_read_from_the_device_while_training():

@@ -71,7 +71,11 @@ class PairCollator:
         """A batch to run as one packed row."""
         texts = [self.render(example) for example in examples]
         images = [images_of(example) for example in examples]
-        keys = self.content_keys(examples)
+<<<<<<< HEAD
+        keys = content_keys(examples)
+=======
+        keys = content_keys(examples)  # not the method, which in mDPO adds the corrupted copies
+>>>>>>> w1
         # Examples of equal image and prompt have one `Prompt`.
         contents = [
             (key, text["prompt"]) for key, text in zip(keys["image_keys"], texts, strict=True)
@@ -179,7 +183,7 @@ class PairCollator:
             batch[name] = torch.nn.utils.rnn.pad_sequence(
                 _join(types, of_answers), batch_first=True
             )
-        return {**batch, **pixels, **self.content_keys(examples)}
+        return {**batch, **pixels, **content_keys(examples)}
 
     def content_keys(self, examples: list[Example]) -> ContentKeys:
         """The keys that the batch of these examples has."""

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmdpo.engine.causality import is_plainly_causal
 from vlmdpo.engine.packed_attention import additive_mask
@@ -47,7 +48,7 @@ class _Block:
         queries: its slots.
         sees: the nodes whose keys it is given.
         keys: their slots.
-        allowed: (q, kv) bool; None where causal, aligned at the lower right, without a mask.
+        allowed: (q, kv) bool or a `CausalBias`; None where causal without a mask.
     """
 
     queries: int
@@ -158,10 +159,8 @@ def _block(
     queries = sum(forest.lengths[node] for node in run.nodes)
     keys = sum(forest.lengths[node] for node in sees)
     if sees == forest.path(run.nodes[-1]) and is_plainly_causal(mask_function, keys):
-        # A CPU's attention takes that as a mask only. Made here, it serves all layers.
-        is_square = queries in (1, keys)
-        on_cpu = slot_index.device.type == "cpu"
-        allowed = _lower_right(queries, keys, slot_index) if on_cpu and not is_square else None
+        # One token sees all before it, and a square mask is attention's own.
+        allowed = None if queries in (1, keys) else _causal(queries, keys, slot_index.device)
         return _Block(queries, sees, keys, allowed)
     parts = slot_index.split(forest.lengths)
     query_index = torch.cat([parts[node] for node in run.nodes])
@@ -173,9 +172,20 @@ def _block(
     return _Block(queries, sees, keys, allowed.expand(queries, keys))
 
 
-def _lower_right(queries: int, keys: int, like: Tensor) -> Tensor:
-    """(q, kv) bool: causal, the last query seeing all keys; on the device of `like`."""
-    ones = torch.ones(queries, keys, dtype=torch.bool, device=like.device)
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """A causal mask whose last query sees all keys: on a GPU only its name, for flash attention.
+
+    Made for each forward pass, it serves all layers.
+    """
+    if device.type == "cpu":
+        return _lower_right(queries, keys, device)
+    # A dispatch mode, as those that count operations, would make another tensor in its place.
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones.tril(keys - queries)
 
 
@@ -187,11 +197,7 @@ def _attention_mask(block: _Block, query: Tensor, dtype: torch.dtype | None) -> 
     """
     allowed = block.allowed
     if dtype is not None:
-        if allowed is None:
-            allowed = _lower_right(block.queries, block.keys, query)
+        if allowed is None or isinstance(allowed, CausalBias):
+            allowed = _lower_right(block.queries, block.keys, query.device)
         return additive_mask(allowed, dtype)[None, None]
-    if allowed is not None:
-        return allowed[None, None]
-    if block.queries in (1, block.keys):
-        return None  # one token sees all before it; a square is the function's own
-    return causal_lower_right(block.queries, block.keys)  # a GPU's flash attention takes it
+    return allowed if allowed is None or isinstance(allowed, CausalBias) else allowed[None, None]

@@ -113,11 +113,11 @@ def attach_feature_cache(setup: TrainingSetup) -> None:
         ],
     }
     cache = feature_cache.FeatureCache(data, reference_cache.cache_key(facts))
-    examples = setup.examples()
     context = shared.new_batch()
-    batch = trainer.data_collator([dict(example) for example in examples])
+    batch = trainer.data_collator([dict(example) for example in setup.examples()])
     doctor.token_logps(trainer, {**batch, BATCH_CONTEXT: context})
-    bytes_per_row = context.image_feature_bytes / len(examples)
+    # Rows with the same images have their features once.
+    bytes_per_row = context.image_feature_bytes / max(1, sum(map(bool, batch["image_keys"])))
     known, free = cache.num_known, shutil.disk_usage(data).free
     wanted = sum(map(_num_distinct_images, trainer.datasets))
     # Which of them are known only their pixels say.

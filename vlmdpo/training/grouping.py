@@ -50,7 +50,13 @@ def _describe(setup: TrainingSetup, groups: RowGroups) -> Sharing:
     tokens = None
     if lengths is not None:
         counts = [_within(length, trainer.args.max_length) for length in lengths]
-        rows = SharedRows(groups, answers, counts, with_copies=trainer.is_mdpo)
+        rows = SharedRows(
+            groups,
+            answers,
+            counts,
+            share_images=getattr(trainer.pair_collator, "share_beginnings", False),
+            with_copies=trainer.is_mdpo,
+        )
         tokens = rows.tokens(
             _first_epoch(trainer),
             trainer.args.train_batch_size if trainer.engine == "shared" else None,

@@ -48,8 +48,6 @@ def save_results(
     trainer, monitor = setup.trainer, setup.monitor
     assert setup.sharing is not None
     setup.tokens = trainer.tokens.total()
-    if monitor.write_page is not None:
-        monitor.write_page()  # with the tokens of all processes
     best = setup.keep_best.summary() if setup.keep_best is not None else None
     findings = _diagnose(setup, folder, config)
     forecast = monitor.forecast
@@ -120,6 +118,8 @@ def _write_results(
         curves.draw(
             setup.monitor.lines, setup.monitor.evaluations, _title(config), partial / CURVES
         )
+        if setup.monitor.write_page is not None:
+            setup.monitor.write_page()  # now with the tokens of all processes
         for path in sorted(partial.iterdir()):
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)

@@ -45,10 +45,14 @@ class Sharing:
 class SharedRows:
     """Rows with what they share, to count tokens by.
 
+    Words that different prompts begin with, besides images, count for each of them, though they too
+    may be shared.
+
     Attributes:
         groups: of images and prompts.
         answers: numbers of chosen and rejected answer, equal for equal answers of a prompt.
         counts: tokens.
+        share_images: whether different prompts can share their images.
         with_copies: whether each row's chosen answer is also computed with a corrupted copy of its
             images, as mDPO does; copies of the same images are the same.
     """
@@ -56,6 +60,7 @@ class SharedRows:
     groups: RowGroups
     answers: Sequence[tuple[int, int]]
     counts: Sequence[TokenCounts]
+    share_images: bool = True
     with_copies: bool = False
 
     def tokens(self, order: Sequence[int], batch_size: int | None) -> Tokens:
@@ -73,14 +78,21 @@ class SharedRows:
 
     def run_tokens(self, rows: Sequence[int]) -> int:
         """Tokens that one forward pass runs: images, prompts and answers each once."""
-        images = {self.groups.images[row]: self.counts[row].images for row in rows}
-        images.pop(NO_IMAGES, None)
+        answers = {self.answers[row][0]: self.counts[row].chosen for row in rows}
+        answers |= {self.answers[row][1]: self.counts[row].rejected for row in rows}
+        tokens = self._prompts(rows) + sum(answers.values())
+        if not self.with_copies:
+            return tokens
+        copies = [row for row in rows if self.groups.images[row] != NO_IMAGES]
+        chosen = {self.answers[row][0]: self.counts[row].chosen for row in copies}
+        return tokens + self._prompts(copies) + sum(chosen.values())
+
+    def _prompts(self, rows: Sequence[int]) -> int:
+        """Tokens of the prompts and images of one forward pass."""
+        of_image = self.groups.images if self.share_images else self.groups.prompts
+        images = {of_image[row]: self.counts[row].images for row in rows if self.counts[row].images}
         prompts = {
             self.groups.prompts[row]: self.counts[row].prompt - self.counts[row].images
             for row in rows
         }
-        chosen = {self.answers[row][0]: self.counts[row].chosen for row in rows}
-        rejected = {self.answers[row][1]: self.counts[row].rejected for row in rows}
-        once = sum(images.values()) + sum(prompts.values())
-        answers = sum((chosen | rejected).values())
-        return once + answers + (once + sum(chosen.values()) if self.with_copies else 0)
+        return sum(images.values()) + sum(prompts.values())

@@ -80,6 +80,12 @@ TORCH = (
         why="finds the tensors in whatever an operation or a vision tower returns",
         breaks="memory measurements and --feature-cache",
     ),
+    *called(
+        "engine/tree_attention",
+        "torch.utils._python_dispatch._disable_current_modes()",
+        why="a causal mask that is only a name is made outside of modes that count operations",
+        breaks="flash attention over trees under such a mode",
+    ),
     *attributes(
         "memory/measure engine/tree_attention",
         "torch.UntypedStorage._cdata",
