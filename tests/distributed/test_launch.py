@@ -240,9 +240,7 @@ def test_the_first_machine_may_leave_before_the_others():
         from datetime import timedelta
         from types import SimpleNamespace
         from torch.distributed import TCPStore
-        from vlmdpo.data import store
-from vlmdpo.distributed import launch
-from vlmdpo.engine.content_keys import content_keys
+        from vlmdpo.distributed import launch
         launch._silence_loggers("torch.distributed", "accelerate")
         from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
         first = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))

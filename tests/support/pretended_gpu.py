@@ -152,6 +152,7 @@ class PretendedGpu(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits = Counter()
+        self.flash_calls = []  # (shape of the queries, of the keys, options) of flash attention
         self._patches = contextlib.ExitStack()
 
     @classmethod
@@ -210,6 +211,9 @@ class PretendedGpu(TorchDispatchMode):
         device = torch.device(device) if device is not None else None
         if name == "_fused_sdp_choice" and any(is_on_gpu):
             return 0  # attention by plain operations, which a CPU has too
+        if name == "_scaled_dot_product_flash_attention" and any(is_on_gpu):
+            self.flash_calls.append((tuple(args[0].shape), tuple(args[1].shape), kwargs))
+            return (_lower_right_attention(*args[:3], kwargs["scale"]),)
         if not any(is_on_gpu) and (device is None or device.type != "cuda"):
             return func(*args, **kwargs)
         if any(is_on_gpu):
@@ -276,6 +280,14 @@ class PretendedGpu(TorchDispatchMode):
 
     def _count(self, reason):
         self.waits[Wait(*_stack(), reason)] += 1
+
+
+def _lower_right_attention(query, key, value, scale):
+    """What flash attention computes, causal with its last query at the last key."""
+    q, k = query.shape[2], key.shape[2]
+    hidden = torch.ones(q, k, device=query.device, dtype=torch.bool).triu(k - q + 1)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+    return scores.float().softmax(-1).to(query.dtype) @ value
 
 
 def _with_numbers_read(make):

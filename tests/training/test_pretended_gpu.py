@@ -110,6 +110,22 @@ def test_every_engine_gives_the_same_loss_and_waits_little(family, gpu, tmp_path
         assert ours(gpu) == expected_waits(family, engine)
 
 
+def test_flash_attention_runs_trees_where_the_mask_is_causal(gpu, tmp_path, monkeypatch):
+    expected = loss_of(made := on_gpu(gpu, "llava", tmp_path))
+    assert not gpu.flash_calls
+    # PyTorch built for CPUs answers that flash attention cannot be used, whatever is asked.
+    monkeypatch.setattr(torch.nn.attention.bias, "can_use_flash_attention", lambda *_: True)
+    assert loss_of(made) == pytest.approx(expected, rel=2e-3)
+    layers = made.model.config.get_text_config().num_hidden_layers
+    forest = made.data_collator(list(made.train_dataset))["forest"]
+    # The first run of each tree is a plain square; each second answer, for policy and reference:
+    assert len(gpu.flash_calls) == 2 * 2 * layers
+    asked = {(query[2], key[2]) for query, key, _ in gpu.flash_calls}
+    second = [node for tree in (0, 3) for node in (tree + 2,)]
+    assert asked == {(forest.lengths[node], forest.tokens(node)) for node in second}
+    assert all(options["is_causal"] for _, _, options in gpu.flash_calls)
+
+
 def test_cached_reference_log_probs_cost_no_wait(gpu, tmp_path):
     made = on_gpu(gpu, "idefics2", tmp_path)
     expected = loss_of(made)

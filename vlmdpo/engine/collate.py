@@ -71,11 +71,7 @@ class PairCollator:
         """A batch to run as one packed row."""
         texts = [self.render(example) for example in examples]
         images = [images_of(example) for example in examples]
-<<<<<<< HEAD
-        keys = content_keys(examples)
-=======
         keys = content_keys(examples)  # not the method, which in mDPO adds the corrupted copies
->>>>>>> w1
         # Examples of equal image and prompt have one `Prompt`.
         contents = [
             (key, text["prompt"]) for key, text in zip(keys["image_keys"], texts, strict=True)

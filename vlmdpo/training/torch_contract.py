@@ -126,7 +126,7 @@ TORCH = (
         breaks="every process would take itself for the only one",
     ),
     *environment(
-        "models/load",
+        "models/devices",
         "torch.distributed.elastic.agent.server.local_elastic_agent:LOCAL_RANK",
         why="each process takes a GPU of its own, before accelerate has assigned one",
         breaks="every process would load its model onto the first GPU",
