@@ -18,6 +18,7 @@ ORDER = (
         "training",
         "web",
         "commands",
+        "api",
         "cli",
         "__main__",
     ),
