@@ -55,7 +55,7 @@ def main(trainer: str = "vlmdpo", output_dir: str = "outputs/trl-script", **sett
     else:
         from vlmdpo import PairTrainer as DPOTrainer  # the line that differs
 
-    model = AutoModelForImageTextToText.from_pretrained(MODEL)
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")
     processor = AutoProcessor.from_pretrained(MODEL)
     args = DPOConfig(
         output_dir=output_dir,
@@ -63,10 +63,9 @@ def main(trainer: str = "vlmdpo", output_dir: str = "outputs/trl-script", **sett
         learning_rate=1e-4,
         logging_steps=1,
         eval_strategy="steps",
-        eval_steps=4,
         bf16=False,
         report_to="none",
-        **{"max_steps": 20, **settings},
+        **{"max_steps": 20, "eval_steps": 10, **settings},
     )
     made = DPOTrainer(
         model=model,

@@ -5,6 +5,7 @@ What the engine cannot do is no error here: TRL runs it as before, and one line 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -122,9 +123,10 @@ def _tokenized_otherwise(trainer: DropInTrainer, examples: list[dict[str, Any]])
     """Where TRL's collator makes other tokens of these rows than the engine's; None if nowhere."""
     if families.inserts_image_tokens(trainer.processing_class):  # TRL's cannot take such a model
         return None
+    whole = dataclasses.replace(trainer.pair_collator, max_length=None)
     stock = StockCollator(trainer.processing_class)
     for example in examples:
-        ours, theirs = trainer.pair_collator.stock_rows([dict(example)]), stock([dict(example)])
+        ours, theirs = whole.stock_rows([dict(example)]), stock([dict(example)])
         kept = [batch["input_ids"][batch["attention_mask"] == 1] for batch in (ours, theirs)]
         if not torch.equal(*kept):
             return "the processor tokenizes answers otherwise than its tokenizer does"
