@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 import vlmdpo
+from tests.support import templates
 from vlmdpo.engine.forward import SharedForward
+from vlmdpo.engine.trl_rows import is_rendered_as_asked, rendered
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import fallback_chat_template
+from vlmdpo.models.load import load_processor
 from vlmdpo.tiny import random_models
 from vlmdpo.training.trainer import PairTrainer
 
@@ -244,8 +247,6 @@ def test_messages_of_parts_and_texts_are_rendered_as_trl_does(tmp_path):
 
 
 def _as_text(processor, row):
-    from vlmdpo.engine.trl_rows import rendered
-
     return rendered(processor, dict(row))
 
 
@@ -519,20 +520,24 @@ def test_messages_can_be_silenced(tmp_path, capfd):
     assert "self-check" not in capfd.readouterr().err
 
 
-def test_the_embedded_model_is_rendered_as_the_commands_render_it():
-    from vlmdpo.data.pairs import message
-    from vlmdpo.engine.collate import render_example
-    from vlmdpo.models.load import load_processor
+@pytest.mark.parametrize("kind", ["parts", "no end", "as the model has it"])
+def test_what_the_commands_would_ask_otherwise_is_said(tmp_path, capfd, kind):
+    trainer = made(PairTrainer, tmp_path, rows(2))
+    processor = trainer.processing_class
+    if kind != "as the model has it":
+        processor.chat_template = templates.of_family(kind, processor.chat_template)
+    before = dict(vars(processor))
+    trainer._before_use()
+    said = "vlmdpo's commands ask with others" in " ".join(capfd.readouterr().err.split())
+    assert said == (kind == "no end" or not is_rendered_as_asked(processor, rows(1)[0]))
+    assert trainer.engine == "shared"
+    assert vars(processor).keys() == before.keys()
 
-    texts = ("Is it?", "Yes", "No")
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    row = {
-        name: turn(role, text) for (name, role), text in zip(roles.items(), texts, strict=True)
-    } | {"images": [Pillow.new("RGB", (36, 36))]}
-    prepared = {
-        name: [message(role, text, int(name == "prompt"))]
-        for (name, role), text in zip(roles.items(), texts, strict=True)
-    }
+
+def test_the_embedded_model_is_rendered_as_it_is_asked(tmp_path):
     processor = load_processor("tiny")
-    found = _as_text(processor, row)
-    assert {name: found[name] for name in roles} == render_example(processor, prepared)
+    row = rows(1)[0]
+    assert is_rendered_as_asked(processor, row)
+    assert is_rendered_as_asked(processor, rendered(processor, row))
+    processor.chat_template = processor.chat_template.replace("<end_of_utterance>", "")
+    assert not is_rendered_as_asked(processor, row)

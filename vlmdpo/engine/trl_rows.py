@@ -5,6 +5,7 @@ TRL's own functions make the texts, so that the tokens of a drop-in run are thos
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from trl.data_utils import (
 )
 
 from vlmdpo import ui
-from vlmdpo.engine.collate import SIDES, Example, PairCollator
+from vlmdpo.data.reasons import BadRow
+from vlmdpo.engine.collate import SIDES, Example, PairCollator, render_example
 from vlmdpo.errors import VlmDpoError
 from vlmdpo.models.protocols import Processor
 
@@ -44,6 +46,25 @@ def rendered(processor: Processor, example: Example) -> Example:
             texts["chat_template_kwargs"] = example["chat_template_kwargs"]
         texts = apply_chat_template(texts, processor)
     return {"images": images, **{name: texts[name] for name in _TEXTS}}
+
+
+def is_rendered_as_asked(processor: Processor, example: Example) -> bool:
+    """Whether the commands, which ask a trained model, render this row as TRL does.
+
+    Args:
+        example: as of `rendered`; texts that are rendered already are taken as they are.
+    """
+    texts = rendered(processor, example)
+    if "prompt" not in example or not is_conversational(example):
+        return True
+    prompt = prepare_multimodal_messages(example["prompt"], images=texts["images"])
+    answers = {side: prepare_multimodal_messages(example[side]) for side in SIDES}
+    try:
+        # A copy: what is found of a chat template is kept on the processor.
+        asked = render_example(copy.copy(processor), {"prompt": prompt, **answers})
+    except (VlmDpoError, BadRow):
+        return False
+    return all(asked[name] == texts[name] for name in _TEXTS)
 
 
 class TrlRowsCollator:

@@ -16,7 +16,7 @@ from vlmdpo import ui
 from vlmdpo.data.groups import RowGroups, row_groups
 from vlmdpo.engine.reference_cache import ReferenceLogps
 from vlmdpo.engine.stock_collator import StockCollator
-from vlmdpo.engine.trl_rows import rendered
+from vlmdpo.engine.trl_rows import is_rendered_as_asked, rendered
 from vlmdpo.errors import ConfigError, nearest
 from vlmdpo.models import families
 from vlmdpo.training import engine_choice
@@ -96,7 +96,13 @@ def verify(trainer: DropInTrainer) -> None:
     Raises MemoryBudgetError where memory runs out on them, and what TRL raises for rows that it
     cannot render.
     """
-    examples = [rendered(trainer.processing_class, row) for row in _examples(trainer)]
+    rows = _examples(trainer)
+    examples = [rendered(trainer.processing_class, row) for row in rows]
+    if not is_rendered_as_asked(trainer.processing_class, rows[0]):
+        ui.say(
+            "prompts are rendered as TRL does, and vlmdpo's commands ask with others: see Chat "
+            "templates in docs/library.md"
+        )
     reason = _tokenized_otherwise(trainer, examples)
     if reason is None:
         reasons = engine_choice.settle_engine(trainer, examples)
