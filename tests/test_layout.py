@@ -18,6 +18,7 @@ ORDER = (
         "training",
         "web",
         "commands",
+        "api",
         "cli",
         "__main__",
     ),
@@ -43,7 +44,7 @@ MAY_BE_HEAVY = {
     ),
     *("engine/lengths", "engine/packed_attention", "engine/plant", "engine/reference_cache"),
     *("engine/processing", "engine/side_by_side", "engine/stock_collator"),
-    *("engine/leaves", "engine/streaming"),
+    *("engine/leaves", "engine/streaming", "engine/trl_rows"),
     *("engine/tree", "engine/tree_attention", "engine/tree_layout"),
     *("tiny/architecture", "tiny/build", "tiny/lessons"),
     *("tiny/random_models", "tiny/random_tokenizer"),
@@ -53,6 +54,7 @@ MAY_BE_HEAVY = {
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
     *(
         "training/finite_check",
+        "training/drop_in",
         "training/engine_checks",
         "training/image_grouping",
         "training/rounding",
@@ -70,6 +72,7 @@ MAY_BE_HEAVY = {
         "training/sharding",
         "training/simulate",
         "training/synthetic_rows",
+        "training/run_trainer",
         "training/trainer",
     ),
 }
@@ -135,14 +138,26 @@ def test_the_root_holds_only_what_every_folder_shares():
     assert {path.stem for path in ROOT.glob("*.py")} == AT_THE_ROOT
 
 
-def test_the_process_that_starts_the_others_loads_no_models():
-    """Importing transformers takes it longer than everything else that it does."""
-    graph, reached, new = _graph(), set(), ["distributed/launch"]
+def _reached_from(start):
+    graph, reached, new = _graph(), set(), [start]
     while new:
         name = new.pop()
         reached.add(name)
         new += graph.get(name, set()) - reached
+    return reached
+
+
+def test_the_process_that_starts_the_others_loads_no_models():
+    """Importing transformers takes it longer than everything else that it does."""
+    reached = _reached_from("distributed/launch")
     assert "models/devices" in reached
+    assert "models/load" not in reached
+
+
+def test_a_trl_script_keeps_the_messages_of_other_libraries():
+    """Loading models for the commands silences transformers and huggingface_hub."""
+    reached = _reached_from("training/trainer")
+    assert "engine/trl_rows" in reached
     assert "models/load" not in reached
 
 

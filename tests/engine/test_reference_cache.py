@@ -250,12 +250,12 @@ def train(vlmdpo, data, out, *more):
 
 @pytest.mark.parametrize("kind", ["--lora", "--no-lora"])
 def test_runs_share_the_cache_and_learn_the_same(kind, few, tmp_path, vlmdpo, monkeypatch):
-    from vlmdpo.training.trainer import PairTrainer
+    from vlmdpo.training.run_trainer import RunTrainer
 
     calls = []
-    compute = PairTrainer.compute_ref_log_probs
+    compute = RunTrainer.compute_ref_log_probs
     monkeypatch.setattr(
-        PairTrainer, "compute_ref_log_probs", lambda *a: calls.append(a) or compute(*a)
+        RunTrainer, "compute_ref_log_probs", lambda *a: calls.append(a) or compute(*a)
     )
     more = [kind, "--num-train-epochs", "2", "--lora-dropout", "0"]
     cached, _, first = train(vlmdpo, few, tmp_path / "a", *more)

@@ -15,7 +15,7 @@ from vlmdpo.models.experts import router_layers
 from vlmdpo.models.families import fallback_chat_template, linear_layers
 from vlmdpo.models.inputs import in_dtype
 from vlmdpo.tiny import random_models
-from vlmdpo.training.trainer import PairTrainer
+from vlmdpo.training.run_trainer import RunTrainer
 
 # Two questions about one picture, one of them with three answers in two pairs; another picture;
 # rows without one, of which two have the same prompt.
@@ -98,7 +98,7 @@ def trainer(
     gpu=None,
     **settings,
 ):
-    """A PairTrainer on a tiny model whose adapter is not zero: policy and reference differ.
+    """A RunTrainer on a tiny model whose adapter is not zero: policy and reference differ.
 
     With a `PretendedGpu` it is on that device; bf16 then computes under autocast too.
     """
@@ -127,7 +127,7 @@ def trainer(
     if lora == "all-linear" and router_layers(model):
         lora = linear_layers(model, "all")
     config = LoraConfig(r=4, target_modules=lora) if lora else None
-    made = PairTrainer(
+    made = RunTrainer(
         engine=engine,
         model=model,
         processing_class=processor,

@@ -18,7 +18,7 @@ import torch
 
 from tests.support import fork_server
 from vlmdpo import cli
-from vlmdpo.training import trainer
+from vlmdpo.training import run_trainer
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -50,7 +50,7 @@ CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.0
 
 def full_above(limit, problem=CUDA_IS_FULL):
     """A `_compute_loss` of the trainer that runs out of memory for more pairs than fit."""
-    compute = trainer.PairTrainer._compute_loss
+    compute = run_trainer.RunTrainer._compute_loss
 
     def limited(self, model, inputs, *rest):
         if len(inputs["input_ids"]) // 2 > limit:
@@ -62,7 +62,7 @@ def full_above(limit, problem=CUDA_IS_FULL):
 
 def killed_at(step):
     """A `training_step` of the trainer that kills its process as this step begins."""
-    train = trainer.PairTrainer.training_step
+    train = run_trainer.RunTrainer.training_step
 
     def killed(self, *arguments):
         if self.state.global_step + 1 == step:
@@ -95,9 +95,9 @@ def start(rank, spec, port):
             )
         os.environ.update(spec.get("env", {}))
         if "full_above" in spec and rank == 1:
-            trainer.PairTrainer._compute_loss = full_above(spec["full_above"])
+            run_trainer.RunTrainer._compute_loss = full_above(spec["full_above"])
         if "killed_at_step" in spec and rank == 1:
-            trainer.PairTrainer.training_step = killed_at(spec["killed_at_step"])
+            run_trainer.RunTrainer.training_step = killed_at(spec["killed_at_step"])
         log = os.open(f"{spec['name']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -9,7 +9,7 @@ from tests.support.engines import pairs, trainer
 from tests.support.ranks import CUDA_IS_FULL, FSDP2, full_above, run_groups
 from vlmdpo.errors import MemoryBudgetError
 from vlmdpo.training import monitor
-from vlmdpo.training.trainer import PairTrainer
+from vlmdpo.training.run_trainer import RunTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +42,8 @@ def run(
                 log.append(len(inputs["input_ids"]) // 2)
             return (limited if len(calls) > after else compute)(self, model, inputs, *rest)
 
-        compute = PairTrainer._compute_loss
-        monkeypatch.setattr(PairTrainer, "_compute_loss", later)
+        compute = RunTrainer._compute_loss
+        monkeypatch.setattr(RunTrainer, "_compute_loss", later)
     made.train()
     monkeypatch.undo()
     weights = {
@@ -115,7 +115,7 @@ def test_the_command_continues_and_reports_its_batch(tmp_path, vlmdpo, monkeypat
     from vlmdpo.config import PrepareConfig
 
     prepare.run(PrepareConfig(limit=24, output_dir=tmp_path / "few"))
-    monkeypatch.setattr(PairTrainer, "_compute_loss", full_above(3))
+    monkeypatch.setattr(RunTrainer, "_compute_loss", full_above(3))
     more = [
         "--auto-batch-size",
         "--per-device-train-batch-size",
@@ -129,7 +129,7 @@ def test_the_command_continues_and_reports_its_batch(tmp_path, vlmdpo, monkeypat
     report = json.loads(out)
     assert (report["steps"], report["per_device_train_batch_size"]) == (2, 3)
     assert "no GPU to plan for: starting with batch 12" in " ".join(err.split())
-    monkeypatch.setattr(PairTrainer, "_compute_loss", full_above(0))
+    monkeypatch.setattr(RunTrainer, "_compute_loss", full_above(0))
     code, _, err = vlmdpo("train", "--dataset", tmp_path / "few", *more, "--overwrite")
     assert code == 5
     assert "a single pair does not fit" in " ".join(err.split())

@@ -21,7 +21,7 @@ def verified(family, folder, engine="shared", **more):
     rows = pairs(1)
     setup = SimpleNamespace(
         trainer=trainer(family, engine, rows, folder, **more),
-        examples=lambda: [dict(row) for row in rows],
+        related_examples=lambda: [dict(row) for row in rows],
         fallback_reason=None,
     )
     verify_engine(setup)

@@ -160,7 +160,7 @@ def test_mdpo(family, gpu, tmp_path):
     cache = ReferenceCache(tmp_path, "k")
     made = on_gpu(gpu, family, tmp_path, mdpo=True, reference_cache=cache)
     expected = loss_of(made)
-    mdpos_metrics = "training/trainer.py _log_mdpo_metrics: copy to the host"
+    mdpos_metrics = "training/run_trainer.py _log_mdpo_metrics: copy to the host"
     assert ours(gpu) == [*expected_waits(family), mdpos_metrics]
     assert loss_of(made) == pytest.approx(expected, rel=1e-5)
 

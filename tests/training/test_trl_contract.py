@@ -242,7 +242,7 @@ class Mine(DPOTrainer):
     def name_of_our_own(self): ...
 
 class Further(PairTrainer):
-    def evaluate(self): ...
+    def predict(self): ...
 
 def call(trainer):
     class Inner(TrainerCallback):
@@ -250,7 +250,7 @@ def call(trainer):
     trainer.model.forward_of_theirs = None
     del trainer.model.generate_of_theirs
     mock.patch("trl.trainer.utils._some_function")
-    mock.patch.object(trainer, "evaluate")
+    mock.patch.object(trainer, "predict")
     return trainer._unknown, getattr(trainer, "_other"), os.environ["ACCELERATE_NEW"]
 """
 
@@ -261,13 +261,13 @@ def test_an_unlisted_interface_is_found():
     assert found == [
         {
             "Mine.log overrides DPOTrainer's",
-            "Further.evaluate overrides DPOTrainer's",
+            "Further.predict overrides DPOTrainer's",
             "Inner.on_predict overrides TrainerCallback's",
         },
         {"trl.trainer._utils.something", "trainer._unknown", "getattr(trainer, '_other')"},
         {
             "mock.patch('trl.trainer.utils._some_function')",
-            "mock.patch.object(trainer, 'evaluate')",
+            "mock.patch.object(trainer, 'predict')",
             "trainer.model.forward_of_theirs",
             "trainer.model.generate_of_theirs",
         },

@@ -7,7 +7,7 @@ from torch.utils.data import get_worker_info
 
 from tests.support.engines import pairs, trainer
 from tests.support.ranks import full_above
-from vlmdpo.training.trainer import PairTrainer
+from vlmdpo.training.run_trainer import RunTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
         made.data_collator = watched
         if limit is not None:
             made.enable_auto_batch()
-            monkeypatch.setattr(PairTrainer, "_compute_loss", full_above(limit))
+            monkeypatch.setattr(RunTrainer, "_compute_loss", full_above(limit))
         made.train(resume_from_checkpoint=resume and str(tmp_path / resume))
         monkeypatch.undo()
         weights = [p.detach().clone() for p in made.model.parameters() if p.requires_grad]

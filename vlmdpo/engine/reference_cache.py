@@ -14,8 +14,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -37,27 +38,21 @@ def cache_key(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class ReferenceCache:
+class ReferenceLogps:
     """Reference log-probs of answers by their keys, filled as they are computed.
 
-    The first value of an answer stays: wherever it is asked for again, in other pairs and batches
-    or after a resume, it is the same to the bit. A file that is damaged, or does not belong here,
-    is reported, not used, and written anew.
+    The first value of an answer stays: wherever it is asked for again, in other pairs and batches,
+    it is the same to the bit.
 
     Args:
-        folder: the prepared dataset's folder; files lie in a folder below it.
-        key: see `cache_key`. What is on disk under another key is never read.
+        known: log-probs found before.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.path = folder / REFERENCE_CACHE / f"{_PREFIX}{key}.arrow"
-        self.key = key
+    def __init__(self, known: Mapping[str, float] = MappingProxyType({})) -> None:
         self._unsaved: list[str] = []
         self._pending: list[tuple[list[str], Tensor]] = []  # (keys, values_R) as they were put
         self._pending_keys: set[str] = set()
-        self._file_state: tuple[int, ...] | None = None  # when it was last read or written
-        self._values = {NO_ANSWER: 0.0, **self._read()}
-        self._name_old_files()
+        self._values = {NO_ANSWER: 0.0, **known}
 
     @property
     def num_known(self) -> int:
@@ -125,6 +120,24 @@ class ReferenceCache:
         """What was put since the last save, as (key, log-prob)."""
         self._collect()
         return [(key, self._values[key]) for key in self._unsaved]
+
+
+class ReferenceCache(ReferenceLogps):
+    """Reference log-probs that stay on disk, also after a resume.
+
+    A file that is damaged, or does not belong here, is reported, not used, and written anew.
+
+    Args:
+        folder: the prepared dataset's folder; files lie in a folder below it.
+        key: see `cache_key`. What is on disk under another key is never read.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path = folder / REFERENCE_CACHE / f"{_PREFIX}{key}.arrow"
+        self.key = key
+        self._file_state: tuple[int, ...] | None = None  # when it was last read or written
+        super().__init__(self._read())
+        self._name_old_files()
 
     def save(self, of_all: Sequence[tuple[str, float]] = (), *, write: bool = True) -> None:
         """Write everything known, under a temporary name first.

@@ -19,8 +19,8 @@ from accelerate.utils import gather_object
 from vlmdpo import ui
 from vlmdpo.errors import ConfigError, is_out_of_memory
 from vlmdpo.memory.measure import measure_peak_bytes
+from vlmdpo.training.run_trainer import RunTrainer
 from vlmdpo.training.sharding import checkpointable_layers
-from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ def enable(model: PreTrainedModel) -> None:
     turn_on()
 
 
-def apply(trainer: PairTrainer, checkpointing: str, examples: list[dict[str, Any]]) -> None:
+def apply(trainer: RunTrainer, checkpointing: str, examples: list[dict[str, Any]]) -> None:
     """Set `trainer.checkpointed_layers` from `--checkpointing`: "all", a number, or "auto".
 
     Args:
@@ -60,7 +60,7 @@ def apply(trainer: PairTrainer, checkpointing: str, examples: list[dict[str, Any
     trainer.checkpointed_layers = int(checkpointing)
 
 
-def _fewest_layers(trainer: PairTrainer, total: int, examples: list[dict[str, Any]]) -> int:
+def _fewest_layers(trainer: RunTrainer, total: int, examples: list[dict[str, Any]]) -> int:
     """The fewest recomputing layers with which a step peaks no higher than stock TRL's."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
@@ -92,7 +92,7 @@ def _fewest_layers(trainer: PairTrainer, total: int, examples: list[dict[str, An
     return int(fewest)
 
 
-def step_peak(trainer: PairTrainer, layers: int, examples: list[dict[str, Any]]) -> float:
+def step_peak(trainer: RunTrainer, layers: int, examples: list[dict[str, Any]]) -> float:
     """Peak bytes of one training step with this many recomputing layers; inf if memory runs out.
 
     What was allocated before does not count. Weights, random numbers and metrics stay the same.
@@ -121,7 +121,7 @@ def step_peak(trainer: PairTrainer, layers: int, examples: list[dict[str, Any]])
 
 
 @contextlib.contextmanager
-def _without_side_effects(trainer: PairTrainer) -> Iterator[None]:
+def _without_side_effects(trainer: RunTrainer) -> Iterator[None]:
     device = trainer.args.device
     metrics, tokens = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

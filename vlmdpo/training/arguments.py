@@ -77,7 +77,7 @@ def dpo_config(config: TrainConfig, output_dir: Path, device: torch.device) -> D
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,
         "logging_first_step": True,
-        # transformers would look at the loss of every batch for it; `PairTrainer` raises an error.
+        # transformers would look at the loss of every batch for it; `RunTrainer` raises an error.
         "logging_nan_inf_filter": False,
     }
     extra = extra_fields(config.set, values, is_shared=config.engine != "stock")

@@ -97,7 +97,7 @@ class AutoBatch:
     """Runs the trainer's steps in as many parts as memory requires.
 
     Args:
-        trainer: the `PairTrainer`, whose collator makes a batch of rows.
+        trainer: the `RunTrainer`, whose collator makes a batch of rows.
         training_step: the trainer's own step of one collated batch, which computes gradients and
             returns the loss.
     """

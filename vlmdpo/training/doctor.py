@@ -19,12 +19,12 @@ from torch import Tensor
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
 from vlmdpo.models.inputs import has_images, image_token_id, other_pixels, take_host_only
-from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vlmdpo.models.protocols import VisionLanguageModel
+    from vlmdpo.training.protocols import EngineTrainer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Check:
 
 @torch.no_grad()
 def token_logps(
-    trainer: PairTrainer, batch: dict[str, Any], *, reference: bool = False
+    trainer: EngineTrainer, batch: dict[str, Any], *, reference: bool = False
 ) -> list[Tensor]:
     """Log-probs (A,) of each of the 2B answers' tokens, under the policy or without adapter."""
     inputs = dict(trainer._prepare_inputs(batch))
@@ -63,7 +63,7 @@ def token_logps(
     return [row[label[1:] != -100].float().cpu() for row, label in zip(logps, labels, strict=True)]
 
 
-def _reference_mode(trainer: PairTrainer) -> AbstractContextManager[None]:
+def _reference_mode(trainer: EngineTrainer) -> AbstractContextManager[None]:
     """Inside, the model runs without its adapter, if it has one."""
     context: AbstractContextManager[None] = contextlib.nullcontext()
     if hasattr(trainer.model, "peft_config"):
@@ -86,7 +86,7 @@ def _max_difference(answers: list[Tensor], others: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(answers, others, strict=True))
 
 
-def check_setup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Check]:
+def check_setup(trainer: EngineTrainer, examples: list[dict[str, Any]]) -> list[Check]:
     """What must hold before a run, by each check's name; that of the loss comes first.
 
     Args:
@@ -104,7 +104,7 @@ def check_setup(trainer: PairTrainer, examples: list[dict[str, Any]]) -> list[Ch
     ]
 
 
-def _check_first_loss(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+def _check_first_loss(trainer: EngineTrainer, batch: dict[str, Any]) -> Check:
     policy, reference = token_logps(trainer, batch), token_logps(trainer, batch, reference=True)
     largest = max((p.sum() - r.sum()).abs().item() for p, r in zip(policy, reference, strict=True))
     loss = math.log1p(math.exp(min(trainer.beta * 2 * largest, 50.0)))
@@ -114,7 +114,7 @@ def _check_first_loss(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     return Check("loss at step 0 is ln 2", loss - math.log(2) < 0.05, f"{loss:.4f}", cause)
 
 
-def _check_image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+def _check_image_matters(trainer: EngineTrainer, batch: dict[str, Any]) -> Check:
     before, after = token_logps(trainer, batch), token_logps(trainer, other_pixels(batch))
     moved = _max_difference(after, before)
     return Check(
@@ -126,7 +126,7 @@ def _check_image_matters(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
     )
 
 
-def _check_answers_end(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+def _check_answers_end(trainer: EngineTrainer, batch: dict[str, Any]) -> Check:
     tokenizer = trainer.processing_class.tokenizer
     configured = families.unwrap_peft(trainer.model).generation_config.eos_token_id
     end_tokens = {
@@ -158,7 +158,7 @@ def _check_no_empty_answer(batch: dict[str, Any]) -> Check:
     )
 
 
-def _check_image_tokens(trainer: PairTrainer, batch: dict[str, Any]) -> Check:
+def _check_image_tokens(trainer: EngineTrainer, batch: dict[str, Any]) -> Check:
     name = "image tokens match image features"
     cause = "--max-length cut image tokens, or processor and model are of different versions"
     ids = batch.get("tree_ids", batch["input_ids"])
@@ -186,7 +186,7 @@ def _check_trainable(model: VisionLanguageModel) -> Check:
     )
 
 
-def check_saved_adapter(trainer: PairTrainer, example: dict[str, Any], folder: Path) -> Check:
+def check_saved_adapter(trainer: EngineTrainer, example: dict[str, Any], folder: Path) -> Check:
     """Does the adapter saved in `folder` give the live one's log-probs?
 
     It is loaded beside the live adapter, then removed.
@@ -211,7 +211,7 @@ def check_saved_adapter(trainer: PairTrainer, example: dict[str, Any], folder: P
 
 
 def check_saved_files(
-    trainer: PairTrainer, weights: dict[str, Tensor], folder: Path, *, adapter: bool
+    trainer: EngineTrainer, weights: dict[str, Tensor], folder: Path, *, adapter: bool
 ) -> Check:
     """Are the tensors in the saved files bitwise equal to the gathered weights?"""
     from peft import get_peft_model_state_dict

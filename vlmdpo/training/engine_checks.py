@@ -26,10 +26,10 @@ from vlmdpo.models import families
 from vlmdpo.models.inputs import other_pixels
 from vlmdpo.training.doctor import Check, token_logps
 from vlmdpo.training.rounding import one_more_rounding
-from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
     from vlmdpo.models.protocols import Processor
+    from vlmdpo.training.protocols import EngineTrainer
 
 Example = dict[str, Any]
 _MARGIN = 10.0  # how many times smaller than a broken engine's the error must be
@@ -84,7 +84,7 @@ def _broken_layouts(layout: TreeLayout) -> dict[str, type[TreeLayout]]:
     return found
 
 
-def check_shared_forward(trainer: PairTrainer, examples: list[Example]) -> Check:
+def check_shared_forward(trainer: EngineTrainer, examples: list[Example]) -> Check:
     """Does the shared forward give these pairs the log-probs of stock rows?
 
     Measured against the errors of engines broken on purpose; see the module's docstring.
@@ -122,7 +122,7 @@ def check_shared_forward(trainer: PairTrainer, examples: list[Example]) -> Check
     return Check("shared forward", passed, seen, cause)
 
 
-def check_images_once(trainer: PairTrainer, examples: list[Example]) -> Check:
+def check_images_once(trainer: EngineTrainer, examples: list[Example]) -> Check:
     """Do rows with each image encoded once give the log-probs of stock rows?
 
     Measured against the effect of another image.
@@ -160,7 +160,7 @@ def stock_batch(processor: Processor, example: Example) -> dict[str, Any]:
     return stock if same else ours
 
 
-def _stock_and_noise(trainer: PairTrainer, examples: list[Example]) -> tuple[list[Tensor], float]:
+def _stock_and_noise(trainer: EngineTrainer, examples: list[Example]) -> tuple[list[Tensor], float]:
     """Stock's log-probs (A,) of the 2B answers, and how far they move by one more rounding, in nats
     per token. One pair at a time: memory need not hold more stock rows than one pair has.
     """
@@ -178,7 +178,7 @@ def _stock_and_noise(trainer: PairTrainer, examples: list[Example]) -> tuple[lis
 
 
 def _moved_by_another_answer(
-    trainer: PairTrainer, batch: dict[str, Any], before: list[Tensor]
+    trainer: EngineTrainer, batch: dict[str, Any], before: list[Tensor]
 ) -> float:
     """How far the first distinct answer's tokens, reversed, move the others, in nats per token."""
     forest = batch["forest"]

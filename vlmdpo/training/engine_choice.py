@@ -21,8 +21,7 @@ from vlmdpo.errors import (
 if TYPE_CHECKING:
     from vlmdpo.models.protocols import VisionLanguageModel
     from vlmdpo.training.doctor import Check
-    from vlmdpo.training.setup import TrainingSetup
-    from vlmdpo.training.trainer import PairTrainer
+    from vlmdpo.training.protocols import EngineSetup, EngineTrainer
 
 SIMPLER = {"shared": "rows", "rows": "stock"}
 
@@ -91,7 +90,7 @@ def join_reasons(reasons: list[str]) -> str | None:
     return "; ".join(dict.fromkeys(reasons)) or None
 
 
-def verify_engine(setup: TrainingSetup) -> None:
+def verify_engine(setup: EngineSetup) -> None:
     """Compare the engine with stock rows on a few pairs; use the next simpler one until they agree.
 
     Raises:
@@ -100,11 +99,8 @@ def verify_engine(setup: TrainingSetup) -> None:
         ConfigError: `--loss mdpo`, which only the shared engine can train.
     """
     trainer, examples = setup.trainer, setup.related_examples()
-    while trainer.engine != "stock":
-        reason = _why_not_exact(trainer, examples)
-        if reason is None:
-            break
-        _fall_back(setup, reason)
+    reasons = [setup.fallback_reason] if setup.fallback_reason else []
+    setup.fallback_reason = join_reasons([*reasons, *settle_engine(trainer, examples)])
     if trainer.engine == "stock":
         _check_stock(trainer, examples[0])
     if setup.fallback_reason and trainer.engine != "shared":
@@ -112,7 +108,24 @@ def verify_engine(setup: TrainingSetup) -> None:
         ui.warn(f"no shared prefix ({setup.fallback_reason}); two rows per pair, {images}")
 
 
-def _why_not_exact(trainer: PairTrainer, examples: list[dict[str, Any]]) -> str | None:
+def settle_engine(trainer: EngineTrainer, examples: list[dict[str, Any]]) -> list[str]:
+    """Switch to the next simpler engine until one agrees with stock rows; why not to others.
+
+    Args:
+        examples: rows that the trainer's `pair_collator` takes.
+
+    Raises MemoryBudgetError, and ConfigError as `verify_engine`.
+    """
+    reasons: list[str] = []
+    while trainer.engine != "stock":
+        reason = _why_not_exact(trainer, examples)
+        if reason is None:
+            break
+        reasons += _fall_back(trainer, reason)
+    return reasons
+
+
+def _why_not_exact(trainer: EngineTrainer, examples: list[dict[str, Any]]) -> str | None:
     """Why the trainer's engine cannot be used, or None if it agrees with stock rows."""
     from vlmdpo.training import engine_checks
 
@@ -130,23 +143,22 @@ def _why_not_exact(trainer: PairTrainer, examples: list[dict[str, Any]]) -> str 
     return f"{check.name}: {check.cause}"
 
 
-def _fall_back(setup: TrainingSetup, reason: str) -> None:
-    """Switch to the next simpler engine that can be built."""
-    trainer = setup.trainer
+def _fall_back(trainer: EngineTrainer, reason: str) -> list[str]:
+    """Switch to the next simpler engine that can be built; this reason, and why not to others."""
     if trainer.is_mdpo:
         raise ConfigError(f"--loss mdpo needs the shared engine, which cannot be used: {reason}")
     ui.warn(f"self-check: {reason}; falling back to a simpler engine")
-    reasons = [setup.fallback_reason, reason] if setup.fallback_reason else [reason]
+    reasons = [reason]
     engine = SIMPLER[trainer.engine]
     try:
         trainer.use_engine(engine)
     except Exception as problem:  # noqa: BLE001 - said in words, and the next engine is tried
         reasons.append(reason_to_fall_back(problem, "while the engine was built"))
         trainer.use_engine("stock")
-    setup.fallback_reason = join_reasons(reasons)
+    return reasons
 
 
-def _check_stock(trainer: PairTrainer, example: dict[str, Any]) -> None:
+def _check_stock(trainer: EngineTrainer, example: dict[str, Any]) -> None:
     """Raise ModelError if TRL's own collator or the model's forward refuses a pair."""
     from vlmdpo.engine.stock_collator import StockCollator
     from vlmdpo.training import doctor
@@ -163,7 +175,7 @@ def _check_stock(trainer: PairTrainer, example: dict[str, Any]) -> None:
         raise ModelError(f"TRL cannot train this family: {reason}") from problem
 
 
-def engine_check(setup: TrainingSetup) -> Check:
+def engine_check(setup: EngineSetup) -> Check:
     """`--doctor`'s finding on the shared engine."""
     from vlmdpo.training import doctor, engine_checks
 

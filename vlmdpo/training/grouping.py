@@ -12,8 +12,8 @@ from vlmdpo.data.pairs import TokenCounts
 from vlmdpo.training.sharing import SharedRows, Sharing
 
 if TYPE_CHECKING:
+    from vlmdpo.training.run_trainer import RunTrainer
     from vlmdpo.training.setup import TrainingSetup
-    from vlmdpo.training.trainer import PairTrainer
 
 _FLAG = "--group-by-image"
 
@@ -79,7 +79,7 @@ def _within(counts: TokenCounts, limit: int | None) -> TokenCounts:
     )
 
 
-def _first_epoch(trainer: PairTrainer) -> list[int]:
+def _first_epoch(trainer: RunTrainer) -> list[int]:
     """The rows in the order of the first epoch, or in one that is as random."""
     import torch
 

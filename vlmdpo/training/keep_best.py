@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from vlmdpo.training.monitor import TrainingMonitor
-    from vlmdpo.training.trainer import PairTrainer
+    from vlmdpo.training.run_trainer import RunTrainer
 
 
 class KeepBest(TrainerCallback):
@@ -91,7 +91,7 @@ class KeepBest(TrainerCallback):
             "stopped_early": self.stopped_early,
         }
 
-    def restore(self, trainer: PairTrainer) -> None:
+    def restore(self, trainer: RunTrainer) -> None:
         """Give the model the weights of the best evaluation. Every process must call this."""
         best = self.best()
         if best is None or best["step"] == trainer.state.global_step:

@@ -1,4 +1,4 @@
-"""A `PairTrainer` with our callbacks in place of TRL's."""
+"""A `RunTrainer` with our callbacks in place of TRL's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import unwrap_peft
-from vlmdpo.training.trainer import PairTrainer
+from vlmdpo.training.run_trainer import RunTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class _ReferenceCacheSaver(TrainerCallback):
     """Writes reference log-probs at every checkpoint and after every epoch."""
 
-    trainer: PairTrainer  # set once there is one
+    trainer: RunTrainer  # set once there is one
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,8 +51,8 @@ def make_trainer(
     monitor: TrainingMonitor | None = None,
     reference_cache: ReferenceCache | None = None,
     mdpo: bool = False,
-) -> PairTrainer:
-    """A `PairTrainer` that reports to `monitor` instead of showing TRL's progress bars.
+) -> RunTrainer:
+    """A `RunTrainer` that reports to `monitor` instead of showing TRL's progress bars.
 
     Args:
         eval_dataset: rows to evaluate on, with a column `row`.
@@ -64,11 +64,11 @@ def make_trainer(
     saver = _ReferenceCacheSaver()
     if reference_cache is not None and lora_config is None:
         # Without an adapter TRL insists on a reference model, which the cache makes unnecessary. A
-        # second handle on the same weights, which takes no memory, stands in until `PairTrainer`
+        # second handle on the same weights, which takes no memory, stands in until `RunTrainer`
         # drops it.
         reference_model = copy.copy(model)
     try:
-        trainer = PairTrainer(
+        trainer = RunTrainer(
             engine=engine,
             reference_cache=reference_cache,
             mdpo=mdpo,
@@ -99,7 +99,7 @@ def make_trainer(
     return trainer
 
 
-def _keep_adapters_in_float32(trainer: PairTrainer) -> None:
+def _keep_adapters_in_float32(trainer: RunTrainer) -> None:
     """Undo TRL's rounding of QLoRA's adapters to bfloat16, which swallows small steps.
 
     Autocast rounds them for each product, so the arithmetic is as fast.

@@ -29,7 +29,7 @@ ACCELERATE = (
         breaks="--num-processes",
     ),
     *attributes(
-        "training/trainer training/sharding",
+        "training/run_trainer training/sharding",
         "accelerate.state.AcceleratorState.fsdp_plugin",
         "accelerate.state.PartialState.distributed_type",
         "accelerate.FullyShardedDataParallelPlugin.transformer_cls_names_to_wrap",

@@ -10,12 +10,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from vlmdpo import ui
 from vlmdpo.models.inputs import take_host_only
-from vlmdpo.training.trainer import PairTrainer
+from vlmdpo.training.run_trainer import RunTrainer
 
 _BATCHES = 4  # of training in one of these: nothing is kept for a backward pass
 
 
-def fill_reference_cache(trainer: PairTrainer) -> None:
+def fill_reference_cache(trainer: RunTrainer) -> None:
     """Compute the reference log-probs of all answers that the cache does not hold.
 
     Every process must call this.
@@ -35,7 +35,7 @@ def fill_reference_cache(trainer: PairTrainer) -> None:
     trainer.save_reference_cache()
 
 
-def _rows_to_run(trainer: PairTrainer) -> list[int]:
+def _rows_to_run(trainer: RunTrainer) -> list[int]:
     """Places, over all datasets, of rows that together have every answer that is missing."""
     assert trainer.reference_cache is not None
     keys_by_row = dict(_keys_by_row(trainer))
@@ -51,7 +51,7 @@ def _rows_to_run(trainer: PairTrainer) -> list[int]:
     return rows
 
 
-def _keys_by_row(trainer: PairTrainer) -> Iterable[tuple[int, list[str]]]:
+def _keys_by_row(trainer: RunTrainer) -> Iterable[tuple[int, list[str]]]:
     """(place, keys of its answers) of each row. Processes share the work of reading the images."""
     count, args = sum(map(len, trainer.datasets)), trainer.args
     places = list(range(args.process_index, count, args.world_size))
@@ -68,7 +68,7 @@ def _keys_by_row(trainer: PairTrainer) -> Iterable[tuple[int, list[str]]]:
     return gather_object(found) if args.world_size > 1 else found
 
 
-def _loader(trainer: PairTrainer, rows: list[int], collate: Callable[..., Any]) -> DataLoader[Any]:
+def _loader(trainer: RunTrainer, rows: list[int], collate: Callable[..., Any]) -> DataLoader[Any]:
     return DataLoader(
         Subset(ConcatDataset(trainer.datasets), rows),
         batch_size=_BATCHES * trainer.args.per_device_train_batch_size,

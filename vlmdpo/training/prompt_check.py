@@ -11,10 +11,10 @@ from vlmdpo.engine.generate import model_inputs
 from vlmdpo.training.doctor import Check
 
 if TYPE_CHECKING:
-    from vlmdpo.training.trainer import PairTrainer
+    from vlmdpo.training.run_trainer import RunTrainer
 
 
-def check_prompts(trainer: PairTrainer, example: dict[str, Any]) -> Check:
+def check_prompts(trainer: RunTrainer, example: dict[str, Any]) -> Check:
     """Compare a row's batch with what `infer` would ask, and its loss with its answers.
 
     Does not apply to rows that `infer` cannot ask: of several turns, or without exactly one image.

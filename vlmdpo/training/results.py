@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vlmdpo.report.diagnosis import Finding
-    from vlmdpo.training.trainer import PairTrainer
+    from vlmdpo.training.run_trainer import RunTrainer
 
 CURVES = "learning_curves.png"
 PAGE = "run.html"
@@ -219,7 +219,7 @@ def _facts(setup: TrainingSetup) -> list[str]:
     return [*facts, f"It has computed {tokens.words}{where}."] if tokens.stock else facts
 
 
-def _batch_size(trainer: PairTrainer) -> int:
+def _batch_size(trainer: RunTrainer) -> int:
     """Pairs in a forward pass at the end: fewer than asked for if memory ran out on the way."""
     source = trainer.auto_batch or trainer.args
     return int(source.per_device_train_batch_size)

@@ -23,7 +23,7 @@ from vlmdpo.report.metrics import read_lines, write_lines
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from vlmdpo.training.trainer import PairTrainer
+    from vlmdpo.training.run_trainer import RunTrainer
 
 SAMPLES_FILE = "samples.jsonl"
 _ROWS = 4
@@ -49,7 +49,7 @@ class SampleAnswers(TrainerCallback):
         self,
         file: Path,
         every: int | None,
-        trainer: PairTrainer,
+        trainer: RunTrainer,
         *,
         all_processes: bool = False,
     ) -> None:

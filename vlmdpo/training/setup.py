@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from vlmdpo.models.protocols import Processor
     from vlmdpo.training.keep_best import KeepBest
     from vlmdpo.training.monitor import TrainingMonitor
+    from vlmdpo.training.run_trainer import RunTrainer
     from vlmdpo.training.sharing import Sharing
     from vlmdpo.training.token_count import Tokens
-    from vlmdpo.training.trainer import PairTrainer
 
 _EXAMPLES = 4
 _EXAMPLE_POOL = 64
-_RELATED_POOL = 512
 
 
 @dataclass
@@ -35,7 +34,7 @@ class TrainingSetup:
         tokens: those of all processes, once training has ended.
     """
 
-    trainer: PairTrainer
+    trainer: RunTrainer
     processor: Processor
     dataset: Dataset
     monitor: TrainingMonitor
@@ -59,7 +58,9 @@ class TrainingSetup:
         prompts, some that do.
         """
         count = min(_EXAMPLES, self.trainer.args.per_device_train_batch_size)
-        rows = _related_rows(self.trainer.train_dataset, count)
+        from vlmdpo.training.related_rows import related_rows
+
+        rows = related_rows(self.trainer.train_dataset, count)
         if len(rows) < 2:  # no two rows are related
             return self.examples(1)
         return [self.trainer.train_dataset[row] for row in rows]
@@ -73,31 +74,3 @@ class TrainingSetup:
         ]
         longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count]
         return [self.trainer.train_dataset[row] for row in longest]
-
-
-def _related_rows(dataset: Dataset, count: int) -> list[int]:
-    """Up to `count` of the first rows about one image: of one prompt, and of others."""
-    from vlmdpo.data.groups import NO_IMAGES, row_groups
-
-    pool = range(min(len(dataset), _RELATED_POOL))
-    groups = row_groups(dataset.select(pool))
-    by_image: dict[object, list[int]] = {}
-    for row in pool:
-        # Rows without an image are related by their prompt.
-        image = groups.images[row]
-        key = image if image != NO_IMAGES else ("prompt", groups.prompts[row])
-        by_image.setdefault(key, []).append(row)
-
-    def chosen(rows: list[int]) -> list[int]:
-        prompts = [groups.prompts[row] for row in rows]
-        largest = max(prompts, key=prompts.count)
-        of_one = [row for row in rows if groups.prompts[row] == largest]
-        others = [row for row in rows if groups.prompts[row] != largest]
-        first = of_one[: max(1, count - len(others[: count // 2]))]
-        return first + others[: count - len(first)]
-
-    def kinds(rows: list[int]) -> tuple[int, int]:
-        prompts = len({groups.prompts[row] for row in rows})
-        return (prompts > 1) + (prompts < len(rows)), len(rows)
-
-    return max(map(chosen, by_image.values()), key=kinds, default=[])

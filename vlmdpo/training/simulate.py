@@ -44,7 +44,7 @@ from vlmdpo.training.engine_choice import (
     reason_to_fall_back,
 )
 from vlmdpo.training.make_trainer import make_trainer
-from vlmdpo.training.trainer import PairTrainer
+from vlmdpo.training.run_trainer import RunTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,7 +177,7 @@ def simulate(
 
 
 def _phase_peaks(
-    trainer: PairTrainer, config: TrainConfig, ledger: AllocationLedger, batches: list[Any]
+    trainer: RunTrainer, config: TrainConfig, ledger: AllocationLedger, batches: list[Any]
 ) -> dict[str, float]:
     phases: dict[str, float] = {}
 
@@ -294,7 +294,7 @@ def _make_fake_trainer(
     folder: Path,
     dtype: torch.dtype,
     engine: str,
-) -> PairTrainer:
+) -> RunTrainer:
     config = dataclasses.replace(config, device="cpu")
 
     def build_model() -> PreTrainedModel:

@@ -6,7 +6,8 @@ reads error messages. Each such thing stands below, with why it is needed and wh
 without it. `contract.check(CONTRACT)` compares them with the installed versions.
 tests/training/test_trl_contract.py calls it, and fails too when code relies on something that is
 not listed, or the list names a module that no longer uses it. PyTorch's own are in
-`torch_contract`, accelerate's and PEFT's in `peft_contract`, and all are part of CONTRACT.
+`torch_contract`, accelerate's and PEFT's in `peft_contract`, what only `PairTrainer` needs in
+`drop_in_contract`, and all are part of CONTRACT.
 
 How a target is written:
 
@@ -27,6 +28,7 @@ from vlmdpo.training.contract import (
     overridden,
     patched,
 )
+from vlmdpo.training.drop_in_contract import DROP_IN
 from vlmdpo.training.peft_contract import ACCELERATE, PEFT
 from vlmdpo.training.torch_contract import TORCH
 
@@ -60,7 +62,13 @@ _TRL = (
         breaks="the loss would use TRL's own reference, and mDPO's terms would not be logged",
     ),
     *overridden(
-        "training/trainer",
+        "training/run_trainer",
+        "trl.DPOTrainer._compute_loss(self, model, inputs, return_outputs)",
+        why="loss and reference log-probs are checked before a step uses them",
+        breaks="a run would go on with weights that are not finite",
+    ),
+    *overridden(
+        "training/run_trainer",
         "trl.DPOTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)",
         "trl.DPOTrainer.training_step(self, args, kwargs)",
         "transformers.Trainer.get_train_dataloader(self)",
@@ -68,20 +76,20 @@ _TRL = (
         breaks="--auto-batch-size would give wrong gradients or stop at the first full GPU",
     ),
     *overridden(
-        "training/trainer",
+        "training/run_trainer",
         "trl.DPOTrainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)",
         why="each row of the test split counts alike, where TRL averages over batches",
         breaks="evaluation metrics would weigh the rows of a small last batch more",
     ),
     *overridden(
-        "training/trainer",
+        "training/run_trainer",
         "trl.DPOTrainer._save_checkpoint(self, model, trial)",
         "transformers.Trainer._get_output_dir(self, trial)",
         why="a checkpoint is written to a hidden folder and renamed once it is whole",
         breaks="a run killed while it saves would leave a checkpoint that --resume cannot read",
     ),
     *overridden(
-        "training/trainer",
+        "training/run_trainer",
         "trl.DPOTrainer._set_signature_columns_if_needed(self)",
         why="the column `row` stays in the dataset, by which caches are looked up",
         breaks="reference log-probs and image features could not be matched with their rows",
@@ -138,7 +146,7 @@ _TRL = (
         breaks="metrics would count such steps twice",
     ),
     *attributes(
-        "training/trainer",
+        "training/trainer training/run_trainer",
         "trl.DPOTrainer.precompute_ref_logps",
         "trl.DPOTrainer.ref_model",
         "trl.DPOTrainer.beta",
@@ -149,7 +157,7 @@ _TRL = (
 
 _TRANSFORMERS_TRAINER = (
     *overridden(
-        "training/trainer",
+        "training/run_trainer",
         "transformers.Trainer.create_accelerator_and_postprocess(self)",
         why="FSDP is switched on where accelerate quietly runs DDP, on CPUs",
         breaks="--strategy fsdp2 on CPUs, which the tests of sharding use",
@@ -180,7 +188,7 @@ _TRANSFORMERS_TRAINER = (
         breaks="the exit code for it, 6",
     ),
     *overridden(
-        "training/trainer",
+        "training/run_trainer",
         "transformers.Trainer._run_epoch(self, model, epoch, train_dataloader, steps_in_epoch, "
         "num_update_steps_per_epoch, trial, ignore_keys_for_eval, start_time, "
         "resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
@@ -213,7 +221,7 @@ _TRANSFORMERS_TRAINER = (
         breaks="--group-by-length",
     ),
     *attributes(
-        "training/trainer",
+        "training/run_trainer",
         "transformers.Trainer._signature_columns",
         "transformers.Trainer.is_fsdp_enabled",
         why="the column `row` is added to those kept; FSDP is switched on on CPUs",
@@ -362,6 +370,6 @@ _TRANSFORMERS_MODELS = (
 )
 
 CONTRACT: tuple[Dependency, ...] = (
-    *(*_TRL, *_TRANSFORMERS_TRAINER, *_TRANSFORMERS_MODELS, *ACCELERATE, *PEFT),
-    *TORCH,
+    *(*_TRL, *_TRANSFORMERS_TRAINER, *_TRANSFORMERS_MODELS),
+    *(*DROP_IN, *ACCELERATE, *PEFT, *TORCH),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import rich.markup
@@ -17,6 +19,7 @@ _json_only = False  # set by --json: stdout holds one JSON object and nothing el
 _muted = False  # set in all processes but the first
 _quiet = False  # set by --quiet: no messages and no progress
 _answers_yes = False  # set by --yes
+_asks = True  # not within a call from Python
 _COLUMNS = 80  # the width of warnings and errors
 # What a terminal would obey (C0 but tab and line feed, DEL, C1), and what no encoding has.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -82,6 +85,18 @@ def set_verbosity(*, quiet: bool, yes: bool) -> None:
     _quiet, _answers_yes = quiet, yes
 
 
+@contextlib.contextmanager
+def unattended(*, quiet: bool, yes: bool) -> Iterator[None]:
+    """Inside, `confirm` does not ask; `quiet` and `yes` as of `set_verbosity`."""
+    global _quiet, _answers_yes, _asks
+    before = _quiet, _answers_yes, _asks
+    _quiet, _answers_yes, _asks = quiet or _quiet, yes, False
+    try:
+        yield
+    finally:
+        _quiet, _answers_yes, _asks = before
+
+
 def is_silent() -> bool:
     """Whether messages are not shown: with --quiet, and in all processes but the first."""
     return err().quiet
@@ -93,10 +108,12 @@ def is_terminal() -> bool:
 
 
 def confirm(question: str, *, otherwise: bool = False) -> bool:
-    """Ask on a terminal. With --yes the answer is yes; without a terminal it is `otherwise`."""
+    """Ask on a terminal. With --yes the answer is yes; without a terminal, and within a call from
+    Python, it is `otherwise`.
+    """
     if _answers_yes:
         return True
-    if _muted or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if _muted or not _asks or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return otherwise
     sys.stderr.write(f"{visible(question)} [y/N] ")
     sys.stderr.flush()

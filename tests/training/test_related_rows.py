@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.engines import RANKING, pairs, related_pairs
-from vlmdpo.training.setup import _related_rows
+from vlmdpo.training.related_rows import related_rows
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from vlmdpo.training.setup import _related_rows
     ],
 )
 def test_rows_that_share_an_image_and_a_prompt_are_found(rows, count, expected):
-    assert _related_rows(related_pairs(*rows), count) == expected
+    assert related_rows(related_pairs(*rows), count) == expected
 
 
 def test_unrelated_rows_stay_alone():
-    assert len(_related_rows(pairs(3), 4)) == 1
+    assert len(related_rows(pairs(3), 4)) == 1
