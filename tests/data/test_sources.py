@@ -167,6 +167,20 @@ def test_files_of_a_folder_are_chosen_by_split(tmp_path):
         hub.open_source(str(tmp_path / "d"), "validation")
 
 
+def test_what_has_no_splits_is_the_split_train(tmp_path):
+    _parquet(tmp_path / "rows.parquet")
+    path = str(tmp_path / "rows.parquet")
+    assert hub.open_source(path, "train[:50%]").count == COUNT
+    with pytest.raises(DataError, match=r"rows.parquet' has no split 'test'; all its rows are"):
+        hub.open_source(path, "test[:50%]")
+    _parquet(tmp_path / "test.parquet")
+    assert hub.open_source(str(tmp_path / "test.parquet"), "test").count == COUNT
+    Dataset.from_dict({"a": ["1"]}).save_to_disk(tmp_path / "saved")
+    assert hub.open_source(str(tmp_path / "saved"), "train").count == 1
+    with pytest.raises(DataError, match=r"saved' has no split 'test'"):
+        hub.open_source(str(tmp_path / "saved"), "test")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
