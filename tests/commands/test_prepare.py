@@ -93,6 +93,7 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path, vlmdpo):
         "prepare", "--dataset", tmp_path / "d" / "rows.jsonl", "--output-dir", "out"
     )
     assert re.search(r"identical_answers +1 +row 2: chosen and rejected are both 'a'", out)
+    assert "Rows are counted from 0, lines of a file from 1." in out
     assert "73% of the rows were dropped, most for placeholder_miscount" in err
 
 
@@ -146,8 +147,8 @@ def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
 
 def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):
     for rows, says in (
-        ([{}, {"rejected": "a"}], "row 1: identical_answers"),
-        ([{}, {}], "row 1: duplicate: as row 0"),
+        ([{}, {"rejected": "a"}], "row 1 (counted from 0): identical_answers"),
+        ([{}, {}], "row 1 (counted from 0): duplicate: as row 0"),
     ):
         code, _, err = vlmdpo(
             "prepare",

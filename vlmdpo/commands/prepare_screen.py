@@ -49,7 +49,13 @@ def show_summary(report: dict[str, Any]) -> None:
             [reason, f"{count:,}", report["dropped_examples"][reason][0]]
             for reason, count in report["dropped"].items()
         ]
-        ui.table("Dropped rows", ["Reason", "Rows", "First one"], rows, text=(0, 2))
+        ui.table(
+            "Dropped rows",
+            ["Reason", "Rows", "First one"],
+            rows,
+            note="Rows are counted from 0, lines of a file from 1.",
+            text=(0, 2),
+        )
     if report["changed"]:
         changed = ", ".join(f"{name} {count:,}" for name, count in report["changed"].items())
         ui.result(f"  corrected or noted, by number of rows: {changed}")
