@@ -10,6 +10,7 @@ from datasets import Image, List, load_from_disk
 
 from tests.support.images import encoded, noise
 from vlmdpo.data import store
+from vlmdpo.errors import DataError
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,7 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path, vlmdpo):
         "prepare", "--dataset", tmp_path / "d" / "rows.jsonl", "--output-dir", "out"
     )
     assert re.search(r"identical_answers +1 +row 2: chosen and rejected are both 'a'", out)
+    assert "Rows are counted from 0, lines of a file from 1." in out
     assert "73% of the rows were dropped, most for placeholder_miscount" in err
 
 
@@ -145,8 +147,8 @@ def test_what_train_reads_is_what_was_prepared(tmp_path, vlmdpo):
 
 def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):
     for rows, says in (
-        ([{}, {"rejected": "a"}], "row 1: identical_answers"),
-        ([{}, {}], "row 1: duplicate: as row 0"),
+        ([{}, {"rejected": "a"}], "row 1 (counted from 0): identical_answers"),
+        ([{}, {}], "row 1 (counted from 0): duplicate: as row 0"),
     ):
         code, _, err = vlmdpo(
             "prepare",
@@ -160,6 +162,24 @@ def test_on_bad_fail_names_the_row(tmp_path, vlmdpo):
         assert code == 3
         assert says in err
         assert not (tmp_path / "out").exists()
+
+
+def test_what_was_prepared_is_said_before_an_error_about_its_rows(tmp_path, vlmdpo, monkeypatch):
+    base = ["prepare", "--dataset", _rows(tmp_path / "d", [{}]), "--output-dir", "out"]
+    code, out, err = vlmdpo(*base, "--show", "99")
+    assert code == 3
+    assert "Prepared: 1 of 1 pair" in out
+    assert "Tokens per row" in out
+    assert "--show: there is no row 99; 'out' has 1 row to train on, counted from 0" in err
+
+    def refused(*arguments, **options):
+        raise DataError("no token")
+
+    monkeypatch.setattr("vlmdpo.hub.dataset", refused)
+    code, out, err = vlmdpo(*base, "--push-to-hub", "someone/pairs", "--yes")
+    assert code == 3
+    assert "Found prepared: 1 of 1 pair" in out
+    assert "no token" in err
 
 
 def test_options_that_change_the_result_change_the_folder(tmp_path, vlmdpo):
@@ -426,6 +446,9 @@ def test_nothing_is_uploaded_unless_asked_and_then_with_a_card(tmp_path, vlmdpo,
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
         (["--model", "idefics2-8c"], 4, "Did you mean 'idefics2-8b'?"),
         (["--show", "999999"], 3, "--show: there is no row 999999"),
+        (["--split", "test"], 3, "the embedded pairs have no split 'test'"),
+        (["--subset", "a"], 3, "--subset is for datasets on the Hub, and 'scenes' is local"),
+        (["--streaming"], 3, "--streaming is for datasets on the Hub"),
         (["--output-dir", "taken"], 3, "holds something else"),
         (["--output-dir", "file"], 3, "'file' is a file"),
         (["--output-dir", "file/below"], 3, "cannot write 'file/below'"),

@@ -60,7 +60,7 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path, vlmdpo, monkeypa
         "prepare", "--dataset", data, "--num-proc", 2, "--output-dir", "failed", "--on-bad", "fail"
     )
     assert code == 3
-    assert "row 3: empty_chosen" in err.splitlines()[-1]
+    assert "row 3 (counted from 0): empty_chosen" in err.splitlines()[-1]
     monkeypatch.setattr(
         multiprocessing, "get_all_start_methods", lambda: ["spawn"]
     )  # as on Windows

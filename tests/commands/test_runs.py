@@ -109,6 +109,9 @@ def test_damaged_runs_are_left_out_by_name_and_others_stay(three, vlmdpo):
     }
     for name in ("bad-recipe", "bad-log", "bad-report"):
         assert f"left out 'outputs/{name}'" in err
+    assert "metrics.jsonl' line 1 is damaged (Expecting property name" in err
+    assert err.count("restore the file to list this run") == 2
+    assert "remove it" not in err
     assert not Path("outputs/runs.html").exists()
 
 

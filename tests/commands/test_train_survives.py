@@ -195,12 +195,13 @@ def test_a_row_that_makes_the_loss_non_finite_is_named(data, vlmdpo, monkeypatch
     )
     assert code == 4, err
     said = err.splitlines()[-1]
-    assert f"is not finite, because of row {bad} (look at it: vlmdpo prepare --show {bad})" in said
+    assert f"is not finite, because of row {bad}, counted from 0 (look at it: " in said
+    assert f"vlmdpo prepare --show {bad})" in said
     code, _, err = vlmdpo(
         "train", *_FEW, "--output-dir", "out", "--overwrite"
     )  # the reference's own log-probs
     assert code == 4
-    assert f"because of row {bad} " in err.splitlines()[-1]
+    assert f"because of row {bad}, " in err.splitlines()[-1]
 
 
 def _answers(row):

@@ -167,6 +167,20 @@ def test_files_of_a_folder_are_chosen_by_split(tmp_path):
         hub.open_source(str(tmp_path / "d"), "validation")
 
 
+def test_what_has_no_splits_is_the_split_train(tmp_path):
+    _parquet(tmp_path / "rows.parquet")
+    path = str(tmp_path / "rows.parquet")
+    assert hub.open_source(path, "train[:50%]").count == COUNT
+    with pytest.raises(DataError, match=r"rows.parquet' has no split 'test'; all its rows are"):
+        hub.open_source(path, "test[:50%]")
+    _parquet(tmp_path / "test.parquet")
+    assert hub.open_source(str(tmp_path / "test.parquet"), "test").count == COUNT
+    Dataset.from_dict({"a": ["1"]}).save_to_disk(tmp_path / "saved")
+    assert hub.open_source(str(tmp_path / "saved"), "train").count == 1
+    with pytest.raises(DataError, match=r"saved' has no split 'test'"):
+        hub.open_source(str(tmp_path / "saved"), "test")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
@@ -188,7 +202,7 @@ def test_broken_files_are_located(name, text, says, tmp_path):
     [
         ("x.jsonl", '{"a": "1"}\n{broken\n{"a": "2"}\n', "bad_json", "line 2 is not valid JSON"),
         ("x.jsonl", '{"a": "1"}\n[1]\n{"a": "2"}\n', "bad_json", "line 2 holds list"),
-        ("x.json", '[{"a": "1"}, 2, {"a": "2"}]', "bad_json", "entry 1 holds int"),
+        ("x.json", '[{"a": "1"}, 2, {"a": "2"}]', "bad_json", "entry 1 (counted from 0) holds int"),
         ("x.csv", "a\n1\n1,1\n2\n", "ragged_line", "line 3 has 2 cells, the header 1 columns"),
         ("x.tsv", "a\n1\n1\t1\n2\n", "ragged_line", "line 3 has 2 cells, the header 1 columns"),
     ],
@@ -202,6 +216,22 @@ def test_a_line_that_cannot_be_read_is_one_row(name, text, reason, says, tmp_pat
     assert isinstance(bad, UnreadableRow)
     assert bad["reason"] == reason
     assert says in bad["detail"]
+
+
+@pytest.mark.parametrize(
+    "line", ["a.png\tWhat is it?\tRed.\tBlue.", "1\t2\tyes\tno", "/9j/4AA\tyes\tyes\tno"]
+)
+def test_a_table_without_a_header_is_recognized(line, tmp_path, vlmdpo):
+    says = "if its first line is a row, write the column names above it"
+    (tmp_path / "x.tsv").write_text(f"{line}\n{line}\n")
+    for more in ([], ["--map", "question=ask"]):
+        code, _, err = vlmdpo("prepare", "--dataset", "x.tsv", *more)
+        assert code == 3
+        assert says in err
+    (tmp_path / "x.tsv").write_text("photo\task\tgood\tbad\n" + line)
+    code, _, err = vlmdpo("prepare", "--dataset", "x.tsv")
+    assert code == 3
+    assert says not in err
 
 
 def test_a_folder_of_two_kinds_is_refused_and_its_json_is_not_data(tmp_path):

@@ -146,9 +146,13 @@ def test_a_template_that_takes_no_system_message():
     row = {**ROW, "prompt": [message("system", "Be brief."), *ROW["prompt"]], "row": 7}
     with pytest.raises(rendering.CannotRender, match="takes no system messages: System role not"):
         render_prompt(processor, row["prompt"])
-    with pytest.raises(DataError, match="row 7: the chat template takes no system"):
+    with pytest.raises(
+        DataError, match=r"row 7 \(counted from 0\): the chat template takes no system"
+    ):
         PairCollator(processor)([row])
-    with pytest.raises(DataError, match="row 0: the chat template takes no system"):
+    with pytest.raises(
+        DataError, match=r"row 0 \(counted from 0\): the chat template takes no system"
+    ):
         row_lengths(processor, Dataset.from_list([row]))
     with pytest.raises(ConfigError, match=r"--system: .* takes none: System role not supported"):
         with_template(templates.NO_SYSTEM, system="Be brief.")

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import __version__, ui
-from vlmdpo.commands.prepare_screen import REPORT, show
+from vlmdpo.commands.prepare_screen import REPORT, show, show_summary
 from vlmdpo.commands.prepare_sources import key_facts, open_mixture
 from vlmdpo.config import PrepareConfig
 from vlmdpo.data import assemble, groups, store, work
 from vlmdpo.data.images import open_bytes
 from vlmdpo.data.mixture import Mixture, summary
 from vlmdpo.data.sources import as_stored
-from vlmdpo.errors import DataError
+from vlmdpo.errors import DataError, VlmDpoError
 from vlmdpo.models.registry import short_name
 
 __all__ = ["run", "show"]
@@ -75,16 +75,16 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         assert manifest is not None
         if config.report and not (folder / REPORT).is_file():  # prepared with --no-report
             _write_report(folder, manifest, _count_image_sides(folder, manifest))
-    if config.push_to_hub:
-        from vlmdpo import hub
+    report = {**manifest, "path": str(folder), "reused": reused}
+    try:
+        if config.push_to_hub:
+            from vlmdpo import hub
 
-        hub.dataset(folder, manifest, config.push_to_hub, private=config.private)
-    return {
-        **manifest,
-        "path": str(folder),
-        "reused": reused,
-        "example": _example(counter, folder, config.show),
-    }
+            hub.dataset(folder, manifest, config.push_to_hub, private=config.private)
+        return {**report, "example": _example(counter, folder, config.show)}
+    except VlmDpoError:  # the data is prepared all the same: say so, and where it is
+        show_summary(report)
+        raise
 
 
 def _processes(asked: int | None, rows: int | None) -> int:
@@ -269,7 +269,8 @@ def _example(counter: Any, folder: Path, number: int) -> dict[str, Any]:
     dataset = store.load(folder)
     if number >= len(dataset):
         raise DataError(
-            f"--show: there is no row {number}; the {len(dataset)} prepared rows are counted from 0"
+            f"--show: there is no row {number}; '{folder}' has {ui.count(len(dataset), 'row')} to "
+            "train on, counted from 0"
         )
     return {
         "row": number,

@@ -14,11 +14,17 @@ _WARN_DROPPED_SHARE = 0.05
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the result, what was dropped or changed and why, token counts, and an example row."""
+    """Print the summary and an example row."""
+    show_summary(report)
+    _show_example(report)
+
+
+def show_summary(report: dict[str, Any]) -> None:
+    """Print the result, what was dropped or changed and why, and token counts."""
     done = "Found prepared" if report["reused"] else "Prepared"
     ui.result(
-        f"{done}: {report['rows_out']:,} of {report['rows_in']:,} pairs of {report['dataset']} in "
-        f"{report['path']}"
+        f"{done}: {report['rows_out']:,} of {ui.count(report['rows_in'], 'pair')} of "
+        f"{report['dataset']} in {report['path']}"
     )
     ui.result(f"  {distinct_line(report['rows_out'], report['distinct'])}")
     _show_sources(report)
@@ -43,7 +49,13 @@ def show(report: dict[str, Any]) -> None:
             [reason, f"{count:,}", report["dropped_examples"][reason][0]]
             for reason, count in report["dropped"].items()
         ]
-        ui.table("Dropped rows", ["Reason", "Rows", "First one"], rows, text=(0, 2))
+        ui.table(
+            "Dropped rows",
+            ["Reason", "Rows", "First one"],
+            rows,
+            note="Rows are counted from 0, lines of a file from 1.",
+            text=(0, 2),
+        )
     if report["changed"]:
         changed = ", ".join(f"{name} {count:,}" for name, count in report["changed"].items())
         ui.result(f"  corrected or noted, by number of rows: {changed}")
@@ -55,7 +67,6 @@ def show(report: dict[str, Any]) -> None:
             f"{100 * dropped / report['rows_in']:.0f}% of the rows were dropped, most for "
             f"{worst}; find out why before training"
         )
-    _show_example(report)
 
 
 def distinct_line(pairs: int, distinct: Mapping[str, float]) -> str:

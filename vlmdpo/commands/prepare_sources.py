@@ -28,6 +28,7 @@ def open_mixture(config: PrepareConfig) -> Mixture:
         if folder is not None and not folder.is_dir():
             raise DataError(f"{flag_name(option)}: the folder '{folder}' does not exist")
     names = config.datasets()
+    _check_hub_options(names, config)
     parts = []
     for dataset, weight in zip(names, config.weights(), strict=True):
         source = _open_source(dataset, config)
@@ -45,6 +46,18 @@ def open_mixture(config: PrepareConfig) -> Mixture:
     return Mixture(tuple(parts))
 
 
+def _check_hub_options(names: list[str], config: PrepareConfig) -> None:
+    """Raise DataError for an option of Hub datasets where none is read: it would do nothing."""
+    if not all(name == "scenes" or Path(name).expanduser().exists() for name in names):
+        return
+    for option in ("subset", "dataset_revision", "streaming"):
+        if getattr(config, option):
+            raise DataError(
+                f"{flag_name(option)} is for datasets on the Hub, and '{config.dataset}' is "
+                "local; leave it out"
+            )
+
+
 def _short(name: str) -> str:
     return Path(name).name or name
 
@@ -54,6 +67,9 @@ def _open_source(dataset: str, config: PrepareConfig) -> Source:
     if dataset == "scenes":
         from vlmdpo.tiny import pairs
 
+        split = config.split.partition("[")[0]
+        if split != "train":
+            raise DataError(f"--split: the embedded pairs have no split '{split}', only train")
         return pairs.source()
     source = open_source(
         dataset,

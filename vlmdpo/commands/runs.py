@@ -16,6 +16,7 @@ from vlmdpo.report.metrics import METRICS_FILE, as_evaluation, read_lines
 
 PAGE = "runs.html"
 _RECIPE, _REPORT, _AMBER = "recipe.yaml", "train_report.json", "amber.json"
+_ADVICE = "restore the file to list this run"  # not to remove it, which would lose its curves
 _MAX_DEPTH = 4  # folders below the one that is searched
 _MAX_RUNS = 500
 _COLUMNS = 4  # settings that fit beside the figures on a screen
@@ -85,7 +86,7 @@ def _read(path: Path, above: Path) -> dict[str, Any]:
     """A run's settings, figures and curves. Raises ConfigError, DataError for damaged files."""
     recipe = recipes.read_recipe(path / _RECIPE)
     settings = {**recipes.plain(TrainConfig(), without=_OF_THE_PLACE), **recipe}
-    lines = read_lines(path / METRICS_FILE)
+    lines = read_lines(path / METRICS_FILE, _ADVICE)
     trained = [line for line in lines if "loss" in line]
     evaluated = [as_evaluation(line) for line in lines if "eval_loss" in line]
     report, amber = _json(path / _REPORT), _json(path / _AMBER)
@@ -115,9 +116,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise DataError(f"'{path}' is damaged: {problem}") from problem
+        raise DataError(f"'{path}' is damaged ({problem}); {_ADVICE}") from problem
     if not isinstance(held, dict):
-        raise DataError(f"'{path}' is damaged: it holds no object")
+        raise DataError(f"'{path}' is damaged (it holds no object); {_ADVICE}")
     return held
 
 

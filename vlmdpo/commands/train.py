@@ -273,7 +273,13 @@ def _doctor(config: TrainConfig) -> dict[str, Any]:
 def _prepared(config: TrainConfig) -> Path:
     """The prepared folder: `--dataset` itself, or what `prepare` makes of it."""
     folder = Path(config.dataset)
-    if store.read_manifest(folder) is not None:
+    manifest = store.read_manifest(folder)
+    if manifest is not None:
+        if config.split not in ("train", manifest.get("split")):
+            ui.warn(
+                f"--split {config.split} has no effect: '{folder}' is prepared already, from "
+                f"split {manifest.get('split')}"
+            )
         return folder
     report = prepare.run(PrepareConfig(**{n: getattr(config, n) for n in _PREPARE_OPTIONS}))
     done = "found prepared" if report["reused"] else "prepared"

@@ -92,7 +92,7 @@ def plan(
                 result.sides.update(sides)
                 continue
             if on_bad == "fail" and not voted:
-                raise DataError(f"{name}: {reason}: {why}")
+                raise DataError(f"{name} (counted from 0): {reason}: {why}")
             result.row_counts.drop(reason, name, why)
     if not kept.rows:
         raise DataError(

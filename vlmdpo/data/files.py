@@ -28,7 +28,7 @@ def open_local(path: Path, split: str, image_root: Path | None) -> Source:
 
     Args:
         split: selects the part of a saved `DatasetDict`, or the files of a folder that are named
-            after it (train-00000.parquet).
+            after it (train-00000.parquet). What has no parts is the split train, as in `datasets`.
         image_root: the folder that image paths start from; None for the data's own folder.
     """
     name = split.partition("[")[0]
@@ -36,7 +36,7 @@ def open_local(path: Path, split: str, image_root: Path | None) -> Source:
         return _saved(path, name, image_root)
     if not path.is_dir() and not path.is_file():  # a FIFO would be waited for
         raise DataError(f"--dataset: '{path}' is neither a file nor a folder")
-    files = _files_of_split(_data_files(path), name, path) if path.is_dir() else [path]
+    files = _files_of_split(_data_files(path) if path.is_dir() else [path], name, path)
     root = image_root or (path if path.is_dir() else path.parent)
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or not kinds <= set(_READERS):
@@ -83,8 +83,17 @@ def _files_of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
 
     selected = [file for file in files if is_named(file)]
     if not selected and split != "train":
+        if folder in files:
+            raise _has_no_splits(folder, split)
         raise DataError(f"--split: no file in '{folder}' is named after '{split}'")
     return selected or files
+
+
+def _has_no_splits(path: Path, split: str) -> DataError:
+    return DataError(
+        f"--split: '{path}' has no split '{split}'; all its rows are the split train, which can "
+        "be sliced as in train[:10%]"
+    )
 
 
 def _parquet(files: list[Path], name: str, root: Path) -> Source:
@@ -181,6 +190,8 @@ def _saved(path: Path, split: str, image_root: Path | None) -> Source:
                 f"--split: '{path}' has no split '{split}'; it has {', '.join(dataset)}"
             )
         dataset, path = dataset[split], path / split
+    elif split not in ("train", path.name, str(dataset.split)):
+        raise _has_no_splits(path, split)
     return from_dataset(dataset, str(path), fingerprint(sorted(path.glob("*"))), image_root or path)
 
 

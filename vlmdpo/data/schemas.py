@@ -17,6 +17,7 @@ from vlmdpo.data.image_cells import image_cells, is_empty
 from vlmdpo.data.json_rows import parse
 from vlmdpo.data.pairs import UncheckedPair
 from vlmdpo.data.reasons import SHOWN, BadRow, missing, shown
+from vlmdpo.data.text_files import no_header_hint
 from vlmdpo.errors import DataError
 
 Record = Mapping[str, Any]
@@ -278,6 +279,7 @@ def detect(columns: Iterable[str], record: Record, where: str) -> Schema:
     raise DataError(
         f"{where}: no known preference format in columns {_listed(found)}; "
         "say which is which, as in --map image=photo,question=ask,chosen=good,rejected=bad"
+        f"{no_header_hint(found)}"
     )
 
 
@@ -343,6 +345,7 @@ def mapped(
         if wanted and column not in found and column.split(".")[0] not in found:
             raise DataError(
                 f"{where}: --map wants column '{column}' as {target}; found {_listed(found)}"
+                f"{no_header_hint(found)}"
             )
     image_column = names["images"] if "images" in mapping or "images" in found else names["image"]
     used = (image_column, names["question"], names["chosen"], names["rejected"])

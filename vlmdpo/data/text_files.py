@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,9 @@ from vlmdpo.errors import DataError
 Record = dict[str, Any]
 _MAX_LINE = 400_000_000  # characters of a line or cell, which may hold an image as base64
 _MAX_JSON = 8_000_000_000  # bytes of a JSON file, which is parsed as a whole
+_MAX_NAME = 60  # characters of a column's name
+# A number, the end of a sentence, an image's file name, or an image in base64.
+_CONTENT = re.compile(r"^[\d.]+$|[.?!]$|\.(jpe?g|png|webp|gif|bmp)$|^(/9j/|iVBOR|data:)", re.I)
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -123,10 +126,12 @@ def _entries(text: str, at: int, file: Path) -> Iterator[Record]:
     while not text.startswith("]", at):
         if number:
             if not text.startswith(",", at):
-                raise ValueError(f"a comma or bracket is missing behind entry {number - 1}")
+                raise ValueError(
+                    f"a comma or bracket is missing behind entry {number - 1} (counted from 0)"
+                )
             at = _skip(text, at + 1)
         value, at = parse_at(text, at)
-        yield _row(value, f"entry {number}")
+        yield _row(value, f"entry {number} (counted from 0)")
         number, at = number + 1, _skip(text, at)
     if _skip(text, at + 1) < len(text):
         raise ValueError("there is more behind the list")
@@ -137,7 +142,7 @@ def _objects(text: str, at: int, file: Path) -> list[Record]:
     rows: list[Record] = []
     while at < len(text):
         value, end = parse_at(text, at)
-        rows.append(_row(value, f"object {len(rows)}"))
+        rows.append(_row(value, f"object {len(rows)} (counted from 0)"))
         at = _skip(text, end)
     only = rows[0]
     if len(rows) == 1 and only and all(isinstance(value, (dict, list)) for value in only.values()):
@@ -246,5 +251,14 @@ def _header(cells: list[str], file: Path) -> list[str]:
     if twice:
         raise DataError(
             f"'{file}' has two columns named {shown(twice[0])}; rename or remove one of them"
+            f"{no_header_hint(cells)}"
         )
     return cells
+
+
+def no_header_hint(names: Iterable[str]) -> str:
+    """How to mend a table whose first line is a row, for a message that lists its `names` of
+    columns; empty where they look like names.
+    """
+    are_names = all(len(name) <= _MAX_NAME and not _CONTENT.search(name) for name in names)
+    return "" if are_names else "; or, if its first line is a row, write the column names above it"

@@ -149,7 +149,8 @@ def process_unit(job: Job, unit: Unit, counter: TokenCounter, on_row: Callable[[
                 except BadRow as problem:
                     if job.on_bad == "fail":
                         raise DataError(
-                            f"'{part.source.name}' row {number}: {problem.reason}: {problem}"
+                            f"'{part.source.name}' row {number} (counted from 0): "
+                            f"{problem.reason}: {problem}"
                         ) from problem
                     row_counts.drop(problem.reason, part.row(number), str(problem))
                 row_counts.rows_in += 1

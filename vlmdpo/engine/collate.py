@@ -256,7 +256,7 @@ class PairCollator:
         if self.max_length is None:
             return None
         if prompt_tokens >= self.max_length:
-            where = f"row {example['row']}" if "row" in example else "a row"
+            where = f"row {example['row']} (counted from 0)" if "row" in example else "a row"
             raise DataError(
                 f"--max-length {self.max_length}: {where} has a prompt of {prompt_tokens} tokens, "
                 "images included, which leaves no room for an answer; give a larger limit or none"
@@ -322,7 +322,7 @@ def host_inputs(examples: list[Example]) -> dict[str, Any]:
 
 def cannot_render(row: int | None, problem: BadRow) -> DataError:
     """The error for a row of prepared data that a model's chat template cannot render."""
-    where = "a row" if row is None else f"row {row}"
+    where = "a row" if row is None else f"row {row} (counted from 0)"
     return DataError(
         f"{where}: {problem}; run vlmdpo prepare with this --model, which drops such rows"
     )

@@ -10,6 +10,7 @@ from typing import Any
 from vlmdpo.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
+GO_ON_WITHOUT = "remove it to go on without what was logged before"  # to one who resumes a run
 
 
 def as_evaluation(line: dict[str, Any]) -> dict[str, Any]:
@@ -26,8 +27,11 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     partial.replace(path)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, advice: str) -> list[dict[str, Any]]:
     """The complete lines of such a file; none if there is no file.
+
+    Args:
+        advice: what to do about a damaged file, for the message.
 
     Raises DataError for a line that is not an object with a step.
     """
@@ -36,11 +40,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         # A last line without its end was cut off by a kill.
         complete, newline, _ = path.read_bytes().decode("utf-8").rpartition("\n")
-        lines = [json.loads(line) for line in complete.split("\n")] if newline else []
-        if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
-            raise ValueError("a line without a step")
-    except (ValueError, KeyError, RecursionError) as problem:
-        raise DataError(
-            f"'{path}' is damaged ({problem}); remove it to go on without what was logged before"
-        ) from problem
-    return lines
+    except UnicodeDecodeError as problem:
+        raise DataError(f"'{path}' is damaged ({problem}); {advice}") from problem
+    texts = complete.split("\n") if newline else []
+    return [
+        _parsed(text, f"'{path}' line {number}", advice)
+        for number, text in enumerate(texts, start=1)
+    ]
+
+
+def _parsed(text: str, where: str, advice: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        # Not its place, which counts from this line as if it were the first.
+        why = problem.msg if isinstance(problem, json.JSONDecodeError) else problem
+        raise DataError(f"{where} is damaged ({why}); {advice}") from problem
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise DataError(f"{where} is damaged (it has no step); {advice}")
+    return line

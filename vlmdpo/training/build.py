@@ -212,6 +212,6 @@ def _within_max_length(
         more = " ..." if len(records) > 5 else ""
         ui.warn(
             f"{len(records):,} of {len(dataset):,} rows are over --max-length {limit}: {done} "
-            f"(rows {rows}{more})"
+            f"(rows {rows}{more}, counted from 0)"
         )
     return dataset.select(kept), records

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from vlmdpo import ui
-from vlmdpo.report.metrics import as_evaluation, read_lines, write_lines
+from vlmdpo.report.metrics import GO_ON_WITHOUT, as_evaluation, read_lines, write_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +85,8 @@ class TrainingMonitor(TrainerCallback):
         if self.on_begin is not None:
             self.on_begin()
         # After a resume, lines past the checkpoint belong to steps that are repeated.
-        kept = [line for line in read_lines(self.metrics_file) if line["step"] <= state.global_step]
+        before = read_lines(self.metrics_file, GO_ON_WITHOUT)
+        kept = [line for line in before if line["step"] <= state.global_step]
         self.lines = [line for line in kept if "loss" in line]
         self.evaluations = [as_evaluation(line) for line in kept if "eval_loss" in line]
         if not state.is_world_process_zero:

@@ -43,18 +43,19 @@ def explain_non_finite_loss(
         first = bad[0] - manifest["splits"]["train"]  # numbered after the rows that train
         return ModelError(
             f"after step {problem.step} the loss on the test split is not finite, in {len(bad)} of "
-            f"the {len(rows)} rows of a batch, first in its row {first}; {advice}, or train "
-            "without evaluation: --eval-steps 0"
+            f"the {len(rows)} rows of a batch, first in its row {first} (counted from 0); "
+            f"{advice}, or train without evaluation: --eval-steps 0"
         )
     named = ", ".join(map(str, bad[:_NAMED_ROWS])) + (" ..." if len(bad) > _NAMED_ROWS else "")
     if len(bad) < len(rows):
         return ModelError(
-            f"the loss of step {problem.step} is not finite, because of row {named} (look at it: "
-            f"vlmdpo prepare --show {bad[0]}); remove it from the data, or {advice}"
+            f"the loss of step {problem.step} is not finite, because of row {named}, counted "
+            f"from 0 (look at it: vlmdpo prepare --show {bad[0]}); remove it from the data, or "
+            f"{advice}"
         )
     return ModelError(
-        f"the loss of step {problem.step} is not finite, for every row of its batch ({named}); "
-        f"{advice}"
+        f"the loss of step {problem.step} is not finite, for every row of its batch ({named}, "
+        f"counted from 0); {advice}"
     )
 
 

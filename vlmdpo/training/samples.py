@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from vlmdpo.data.pairs import text_of
 from vlmdpo.engine.collate import PairCollator, images_of
 from vlmdpo.models.rendering import stop_token_ids
-from vlmdpo.report.metrics import read_lines, write_lines
+from vlmdpo.report.metrics import GO_ON_WITHOUT, read_lines, write_lines
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -66,9 +66,8 @@ class SampleAnswers(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # After a resume, answers past the checkpoint belong to steps that are repeated.
-        self.records = [
-            record for record in read_lines(self.file) if record["step"] <= state.global_step
-        ]
+        before = read_lines(self.file, GO_ON_WITHOUT)
+        self.records = [record for record in before if record["step"] <= state.global_step]
         if args.process_index == 0:
             write_lines(self.file, self.records)
         if state.global_step == 0:

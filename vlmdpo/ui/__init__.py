@@ -5,6 +5,7 @@ Every text from outside goes through `console.visible`.
 
 from vlmdpo.ui.console import (
     confirm,
+    count,
     error,
     human_bytes,
     is_live,
@@ -34,6 +35,7 @@ __all__ = [
     "can_draw_images",
     "columns",
     "confirm",
+    "count",
     "dashboard",
     "error",
     "human_bytes",

@@ -205,6 +205,16 @@ def json_result(report: dict[str, Any]) -> None:
     raw(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number and what is counted: "1 row", "2,000 rows".
+
+    Args:
+        noun: in the singular.
+        plural: where it is not the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def human_bytes(count: float) -> str:
     """Bytes in decimal units (1 GB is 1e9 bytes), with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
