@@ -41,8 +41,9 @@ def image_key(images: Sequence[Image.Image]) -> str:
         return NO_IMAGE
     digest = _digest()
     for image in images:
-        # The pixels of the others say nothing without their palette.
-        plain = image if image.palette is None else image.convert("RGBA")
+        # Pixels of a palette say nothing without it, and a transparent colour stands beside them.
+        needs_more = image.palette is not None or "transparency" in image.info
+        plain = image.convert("RGBA") if needs_more else image
         digest.update(f"{image.mode} {plain.mode} {plain.size};".encode())
         digest.update(plain.tobytes())
     return digest.hexdigest()

@@ -196,6 +196,9 @@ class ReferenceCache(ReferenceLogps):
             }
             if metadata.get("key") != self.key:
                 raise ValueError("it belongs to another reference")
+            if not table.schema.equals(_SCHEMA) or any(c.null_count for c in table.columns):
+                raise ValueError("it has other columns")
+            table.validate(full=True)  # damaged offsets would lead outside of memory
             if metadata.get("digest") != _digest(table):
                 raise ValueError("its content does not match its digest")
             return dict(zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True))
@@ -221,6 +224,9 @@ class ReferenceCache(ReferenceLogps):
                 "reference log-probs of an earlier version are not used, because they are by row; "
                 f"delete them from '{self.path.parent}': {', '.join(old)}"
             )
+
+
+_SCHEMA = pa.schema(list(zip(_COLUMNS, (pa.string(), pa.float32()), strict=True)))
 
 
 def _digest(table: pa.Table) -> str:

@@ -115,7 +115,10 @@ class RunTrainer(PairTrainer):
         self.data_collator = self.pair_collator
         if self.is_mdpo:
             self.data_collator = MdpoCollator(
-                self.processing_class, max_length=self.args.max_length, seed=self.args.seed
+                self.processing_class,
+                max_length=self.args.max_length,
+                share_beginnings=self.pair_collator.share_beginnings,
+                seed=self.args.seed,
             )
 
     # TRL would remove the column `row`, by which rows are named and collated again.
