@@ -245,9 +245,9 @@ def _memory_by_formula(config: TrainConfig, gpus: int, gpu: str | None) -> dict[
     if known is None or known.alias not in fast.known_architectures():
         return None
     try:
-        report = estimate_memory.run(
-            EstimateMemoryConfig(**_estimate_options(config, gpus, gpu), fast=True)
-        )
+        # --set changes the engine of mixtures of experts, which have no formula, and no sizes.
+        options = {**_estimate_options(config, gpus, gpu), "set": (), "fast": True}
+        report = estimate_memory.run(EstimateMemoryConfig(**options))
     except ConfigError:  # a setting that only the simulation knows
         return None
     names = ("peak_bytes", "verdict", "gpu", "error_per_cent", "pairs_per_prompt")
@@ -261,6 +261,9 @@ def _estimate_command(config: TrainConfig, gpus: int, gpu: str | None) -> str:
         if value == getattr(default, name):
             continue
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple):
+            words += [word for one in value for word in (flag, one)]
+            continue
         words += (
             [flag if value else f"--no-{flag[2:]}"]
             if isinstance(value, bool)

@@ -44,6 +44,7 @@ from vlmdpo.training.engine_choice import (
     reason_to_fall_back,
 )
 from vlmdpo.training.make_trainer import make_trainer
+from vlmdpo.training.set_fields import extra_fields
 from vlmdpo.training.trainer import PairTrainer
 
 if TYPE_CHECKING:
@@ -104,7 +105,12 @@ def estimate_peak(
     Raises ModelError if no engine's step can be simulated.
     """
     if choice is None:
-        choice = choose_engine(config.engine, build_on_meta(architecture.config))
+        extra = extra_fields(config.set, (), is_shared=config.engine != "stock")
+        choice = choose_engine(
+            config.engine,
+            build_on_meta(architecture.config),
+            router_loss=extra.get("router_aux_loss_coef"),
+        )
     engine, reason = choice
     reasons = [reason] if reason else []
     while True:
