@@ -331,7 +331,7 @@ def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done
     ]
     assert {line["row"] for line in listed} == {1, 3, 5}
     assert all(line["prompt"] + max(line["chosen"], line["rejected"]) > 60 for line in listed)
-    assert "3 of 6 rows are over --max-length 60" in " ".join(err.split())
+    assert "3 of 6 rows over --max-length 60" in " ".join(err.split())
     code, _, err = vlmdpo(
         "train", "--dataset", "pairs.jsonl", "--max-length", "10", "--output-dir", "none"
     )

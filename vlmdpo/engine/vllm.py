@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmdpo import ui
 from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import (
     MemoryBudgetError,
@@ -173,7 +174,8 @@ def _check_model_and_adapter(
     ignored = sorted(_adapted_modules(adapter) & outside)
     if ignored:
         raise ModelError(
-            f"--engine vllm would ignore the adapter's {len(ignored):,} layers outside the "
+            f"--engine vllm would ignore the adapter's {ui.count(len(ignored), 'layer')} outside "
+            "the "
             f"language model, as '{ignored[0]}'; merge it first, and evaluate the merged model: "
             f"vlmdpo export --adapter {adapter} --merge"
         )
