@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vlmdpo import ui
+from vlmdpo.config import EvalAmberConfig, InferConfig
 from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import (
     MemoryBudgetError,
@@ -135,6 +136,18 @@ class VllmGenerator:
             prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
         )
         return [[one.text.strip() for one in output.outputs] for output in outputs]
+
+
+def generator_for(config: InferConfig | EvalAmberConfig, processor: Processor) -> VllmGenerator:
+    """The generator of a command's model and adapter. Raises as `VllmGenerator` does."""
+    return VllmGenerator(
+        config.model,
+        processor,
+        config.adapter,
+        dtype=config.dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _import_vllm() -> tuple[Any, Any]:
