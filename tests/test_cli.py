@@ -183,8 +183,8 @@ def test_mistakes_get_one_line_and_their_exit_code(arguments, code, says, vlmdpo
     ("text", "says"),
     [
         ("learning_rat: 1", "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
-        ("lora_r: 2.5", "--lora-r: expected int, got 2.5"),
-        ("lora: maybe", "--lora: expected bool"),
+        ("lora_r: 2.5", "--lora-r: give a whole number, not 2.5"),
+        ("lora: maybe", "--lora: give true or false, not 'maybe'"),
         ("- a\n- b", "option: value"),
         ("a: [", "not valid YAML"),
         ("seed: 1\nlora_r: 8\nseed: 2", "has the key 'seed' twice"),

@@ -25,13 +25,16 @@ def dataset(folder: Path, manifest: Mapping[str, Any], repo: str, *, private: bo
     from huggingface_hub import DatasetCard
 
     if not ui.confirm(
-        f"Upload {manifest['rows_out']:,} rows to {repo} ({_visibility(private)})?", otherwise=True
+        f"Upload {ui.count(manifest['rows_out'], 'row')} to {repo} ({_visibility(private)})?",
+        otherwise=True,
     ):
         ui.say("not uploaded")
         return
     with _translate_errors(repo, folder):
         for split in manifest["splits"]:
-            ui.say(f"uploading {manifest['splits'][split]:,} rows to {repo}, split {split}")
+            ui.say(
+                f"uploading {ui.count(manifest['splits'][split], 'row')} to {repo}, split {split}"
+            )
             store.load(folder, split).push_to_hub(repo, split=split, private=private)
         dataset_card = DatasetCard.load(repo)  # has the metadata that push_to_hub wrote
         dataset_card.text = card(manifest, repo)
@@ -138,8 +141,8 @@ def card(manifest: Mapping[str, Any], repo: str) -> str:
     return f"""
 # {repo.rpartition("/")[2]}
 
-{manifest["rows_out"]:,} preference pairs for Direct Preference Optimization (DPO) of
-vision-language models, prepared by `vlmdpo prepare` from {manifest["rows_in"]:,} rows of
+{ui.count(manifest["rows_out"], "preference pair")} for Direct Preference Optimization (DPO) of
+vision-language models, prepared by `vlmdpo prepare` from {ui.count(manifest["rows_in"], "row")} of
 `{origin}` (format {manifest["schema"]}), with images {side}.
 
     from datasets import load_dataset

@@ -154,7 +154,7 @@ def test_a_folder_without_its_images_is_refused_before_a_model_is_loaded(tmp_pat
     (tmp_path / "image").mkdir()
     code, _, err = vlmdpo("eval-amber", "--data", data, "--model", "nobody/nothing")
     assert code == 3
-    assert "has none of the 1 images (a.png ...)" in err
+    assert "lacks all of 1 image (a.png ...)" in err
     code, _, err = vlmdpo("eval-amber", "--data", tmp_path / "absent")
     assert (code, "cannot read" in err) == (3, True)
 

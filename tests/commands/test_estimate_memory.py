@@ -79,3 +79,25 @@ def test_registry_counts_of_the_embedded_model_are_those_of_its_weights(tiny_mod
 
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules="all-linear"))
     assert adapted.get_nb_trainable_parameters()[0] == 4 * entry.lora_per_rank
+
+
+def test_the_engine_follows_a_field_of_trl(vlmdpo, monkeypatch):
+    seen = []
+
+    def choose(engine, model, *, router_loss=None):
+        seen.append(router_loss)
+        return engine, None
+
+    monkeypatch.setattr("vlmdpo.training.simulate.choose_engine", choose)
+    base = ["estimate-memory", "--answer-tokens", "4", "--json"]
+    code, out, err = vlmdpo(*base, "--set", "router-aux-loss-coef=0", "--set", "fp16=true")
+    assert code == 0, err
+    assert seen == [0]
+    assert json.loads(out)["peak_bytes"]
+    assert "--set fp16=true: the estimate is of a step without it" in err
+    code, _, err = vlmdpo(*base, "--set", "max_grad_norm=-1")
+    assert code == 2
+    assert "--set: max_grad_norm=-1 is out of range; give 0 or more" in err
+    code, _, err = vlmdpo(*base, "--set", "ld_alpha=0.5", "--fast")
+    assert code == 2
+    assert "--fast has no formula for --set" in err

@@ -88,15 +88,15 @@ def test_the_screen_names_reasons_and_lines(folder, vlmdpo):
         '{"image": "a.png", "question": "why"}\n{"image": "no.png", "question": "why"}\n'
     )
     code, out, err = vlmdpo("infer", "--input", "q.jsonl", "--output", "o.jsonl", "-q")
-    assert (code, out) == (0, "1 answers written: o.jsonl\n")
-    assert "1 lines of the file could not be asked: missing_image: 1 (line 2)" in err
+    assert (code, out) == (0, "1 answer written: o.jsonl\n")
+    assert "1 line of the file could not be asked: missing_image: 1 (line 2)" in err
 
 
 def test_a_file_of_which_nothing_can_be_asked_ends_the_call(folder, vlmdpo):
     Path("q.jsonl").write_text('{"image": "text.png", "question": "why"}\n')
     code, _, err = vlmdpo("infer", "--input", "q.jsonl", "--output", "o.jsonl")
     assert code == 3
-    assert "none of the 1 questions of 'q.jsonl' can be asked: unreadable_image: 1 (line 1)" in err
+    assert "of 1 question of 'q.jsonl' none can be asked: unreadable_image: 1 (line 1)" in err
 
 
 def test_one_question_that_cannot_be_asked_is_one_line(folder, vlmdpo):

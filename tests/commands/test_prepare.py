@@ -169,6 +169,7 @@ def test_what_was_prepared_is_said_before_an_error_about_its_rows(tmp_path, vlmd
     code, out, err = vlmdpo(*base, "--show", "99")
     assert code == 3
     assert "Prepared: 1 of 1 pair" in out
+    assert "1 pair: 1 image, 1 prompt, 1.0 pairs a prompt" in out
     assert "Tokens per row" in out
     assert "--show: there is no row 99; 'out' has 1 row to train on, counted from 0" in err
 
@@ -476,8 +477,7 @@ def test_data_without_a_usable_row_is_an_error(tmp_path, vlmdpo):
     )
     assert code == 3
     assert (
-        "none of the 2 rows is usable: empty_chosen 1 (row 0: chosen is empty), missing_image 1"
-        in err
+        "of 2 rows none is usable: empty_chosen 1 (row 0: chosen is empty), missing_image 1" in err
     )
 
 

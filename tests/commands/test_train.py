@@ -331,7 +331,7 @@ def test_rows_over_the_limit_are_listed_and_dropped_or_trimmed(over_length, done
     ]
     assert {line["row"] for line in listed} == {1, 3, 5}
     assert all(line["prompt"] + max(line["chosen"], line["rejected"]) > 60 for line in listed)
-    assert "3 of 6 rows are over --max-length 60" in " ".join(err.split())
+    assert "3 of 6 rows over --max-length 60" in " ".join(err.split())
     code, _, err = vlmdpo(
         "train", "--dataset", "pairs.jsonl", "--max-length", "10", "--output-dir", "none"
     )
@@ -377,3 +377,15 @@ def test_engine_options_that_contradict_each_other(arguments, says, few_pairs, t
     assert code == 2, err
     assert says in " ".join(err.split())
     assert not (tmp_path / "new").exists()
+
+
+def test_a_split_of_prepared_data_is_said_to_have_no_effect(monkeypatch, capsys):
+    from vlmdpo.commands import train
+    from vlmdpo.config import TrainConfig
+
+    manifest = {"key": "k", "split": "train[:9]"}
+    monkeypatch.setattr("vlmdpo.data.store.read_manifest", lambda folder: manifest)
+    for split, is_said in (("train", False), ("train[:9]", False), ("test", True)):
+        train._prepared(TrainConfig(dataset="d", split=split))
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("--split test has no effect: 'd' is prepared already" in said) == is_said

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -80,6 +81,20 @@ def test_a_damaged_or_foreign_file_is_reported_and_not_used(damage, tmp_path, ca
     assert "is not used and will be made anew" in " ".join(capfd.readouterr().err.split())
     filled(tmp_path, again.key)
     assert ReferenceCache(tmp_path, again.key).num_known == 3
+
+
+def test_damaged_text_is_found_before_it_is_read(tmp_path, capfd):
+    """PyArrow reads strings wherever their offsets say: a flipped byte ended in a segfault."""
+    path = filled(tmp_path).path
+    content = path.read_bytes()
+    lengths = np.array([0, 32, 64, 96], dtype=np.int32).tobytes()  # where each of three keys ends
+    at = content.index(lengths)
+    for place, flip in ((at + 7, 0x80), (at + 6, 0xFF), (at + 15, 0x80)):
+        damaged = bytearray(content)
+        damaged[place] ^= flip
+        path.write_bytes(damaged)
+        assert ReferenceCache(tmp_path, "k").num_known == 0
+        assert "is not used and will be made anew" in " ".join(capfd.readouterr().err.split())
 
 
 def test_files_of_earlier_versions_are_named(tmp_path, capfd):

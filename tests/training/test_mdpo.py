@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import logsigmoid
 
-from tests.support.engines import pairs, step, trainer
+from tests.support.engines import pairs, related_pairs, step, trainer
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.content_keys import image_key
 from vlmdpo.engine.reference_cache import ReferenceCache
@@ -90,6 +90,17 @@ def test_loss_and_gradients_equal_the_papers(family, tmp_path):
     assert metrics["rewards/margins"] == pytest.approx(
         metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-5
     )
+
+
+def test_paligemma_shares_whole_prompts_only(tmp_path):
+    """It reads prompts in both directions, so that two which differ have nothing in common."""
+    rows = related_pairs((0, 0, 0, 1), (0, 1, 2, 3))
+    made = trainer("paligemma", "shared", rows, tmp_path, mdpo=True, loss_weights=[3.0], beta=BETA)
+    together = step(made)[1]
+    alone = [step(made, rows=[row])[1] for row in range(2)]
+    for name in ("logps/chosen", "rewards/margins", "rewards/conditional_margins"):
+        mean = sum(metrics[name] for metrics in alone) / 2
+        assert together[name] == pytest.approx(mean, rel=1e-5, abs=1e-5), name
 
 
 def test_metrics_are_of_the_rows_own_answers(tmp_path):

@@ -40,6 +40,10 @@ def _refused(*settings, error=ConfigError, **options):
         ("max_grad_norm=inf", "takes a number, not 'inf'"),
         ("max_grad_norm=1e999", "takes a number, not '1e999'"),
         ("max_grad_norm=true", "takes a number, not 'true'"),
+        ("max_grad_norm=-1", "max_grad_norm=-1 is out of range; give 0 or more"),
+        ("weight-decay=-0.1", "give 0 or more"),
+        ("adam_beta1=1", "give 0 up to, but not, 1"),
+        ("ld_alpha=2", "give 0 to 1"),
         # TRL's own words:
         ("sync_ref_model=true", "if you need a synced reference model"),
         ("accelerator_config=absent.json", "No such file or directory: 'absent.json'"),
@@ -65,6 +69,19 @@ def test_what_depends_on_model_or_device_is_not_tried_on_the_embedded_one():
     try_settings(of_experts, CPU)
     with pytest.raises(ConfigError, match="activation_offloading: offloads to the CPU"):
         try_if_unusual(of_experts, CPU)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("fp16=true", "--set fp16: has no effect on a CPU"),
+        ("tf32=true", "--set tf32: has no effect on a CPU"),
+        ("activation-offloading=true", "--set activation_offloading: offloads to the CPU"),
+    ],
+)
+def test_what_a_cpu_would_ignore_is_refused(setting, says):
+    with pytest.raises(ConfigError, match=says):
+        try_if_unusual(TrainConfig(set=(setting,)), CPU)
 
 
 def test_every_field_named_exists_but_those_of_other_versions():

@@ -97,3 +97,23 @@ def test_rows_without_images_train_together_by_prompt():
     worst = WorstBatches(dataset, lengths, 4, grouped=True)
     (found,) = worst.of_size(4, shared=True)
     assert len({worst.groups.prompts[row] for row in found}) == 2
+
+
+def test_an_image_counts_for_each_prompt_where_prompts_cannot_share_it():
+    """As in PaliGemma: three questions about one image hold it three times."""
+    groups = [(0, 0, 1), (0, 1, 1), (0, 2, 1), (1, 3, 15), (1, 3, 15), (1, 3, 15)]
+    lengths = [
+        RowLength(IMAGE + 5, answer, answer, IMAGE, row) for row, (*_, answer) in enumerate(groups)
+    ]
+    dataset = Dataset.from_list(
+        [
+            {
+                **{IMAGE_DIGEST: f"{image:016d}", PROMPT_DIGEST: f"{prompt:016d}"},
+                **{"chosen": f"{row}/yes", "rejected": f"{row}/no"},
+            }
+            for row, (image, prompt, _) in enumerate(groups)
+        ]
+    )
+    for share_images, rows in ((True, [3, 4, 5]), (False, [0, 1, 2])):
+        worst = WorstBatches(dataset, lengths, 3, grouped=True, share_images=share_images)
+        assert sorted(worst.of_size(3, shared=True)[0]) == rows

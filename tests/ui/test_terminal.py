@@ -77,9 +77,16 @@ def test_control_characters_are_written_out(how, screen):
     assert not CONTROL.search(_OWN.sub("", text)), repr(text)
 
 
+def test_a_count_is_in_the_singular_or_plural():
+    assert ui.count(1, "row") == "1 row"
+    assert ui.count(0, "row") == "0 rows"
+    assert ui.count(2_000, "process", "processes") == "2,000 processes"
+
+
 def test_every_function_that_prints_is_among_them():
     shows_no_text = {
         *("Bar", "Dashboard", "Figure", "can_draw_images", "human_bytes", "image", "is_live"),
+        "count",
         *("is_silent", "is_terminal", "mute", "set_json_only", "set_verbosity", "sparkline"),
         *("visible", "confirm", "json_result"),
     }

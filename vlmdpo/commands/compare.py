@@ -88,7 +88,7 @@ def _voting(config: CompareConfig, folder: Path) -> Voting:
     adapter = config.adapter or SHIPPED
     ui.step("look for examples")
     examples = _examples(config, adapter, folder)  # before the model: they may be unreadable
-    ui.say(f"{len(examples)} examples")
+    ui.say(ui.count(len(examples), "example"))
     ui.step(f"load {config.model} and its adapter")
     model = configured_model(config, adapter=adapter)
     processor = configured_processor(config, adapter=adapter)
@@ -118,7 +118,7 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
         picked += own
         if left_out:
             reasons = in_words(left_out.report())
-            ui.warn(f"{len(left_out)} lines of '{config.examples}' are left out: {reasons}")
+            ui.warn(f"left out {ui.count(len(left_out), 'line')} of '{config.examples}': {reasons}")
     return picked
 
 

@@ -31,12 +31,12 @@ def show(report: dict[str, Any]) -> None:
         _show_article(report)
     if report["bad_pictures"]:
         ui.result(
-            f"{len(report['bad_pictures'])} images could not be read; coverage "
+            f"{ui.count(len(report['bad_pictures']), 'image')} could not be read; coverage "
             f"{100 * report['coverage']:.1f}%"
         )
     if report["bad_questions"]:
         ui.result(
-            f"{len(report['bad_questions'])} questions could not be asked; coverage "
+            f"{ui.count(len(report['bad_questions']), 'question')} could not be asked; coverage "
             f"{100 * report['coverage']:.1f}%"
         )
     if "output_dir" in report:
@@ -68,9 +68,11 @@ def _show_facts(role: str, facts: dict[str, Any], asked: int) -> None:
     unread = ""
     if facts["unparsed"]:
         examples = ", ".join(repr(one["said"][:40]) for one in facts["unparsed_examples"][:2])
+        count = facts["unparsed"]
         unread = (
-            f"; {facts['unparsed']} answers are neither Yes nor No and count as wrong, such as "
-            f"{examples}"
+            f"; {count:,} answers are neither Yes nor No and count as wrong, such as {examples}"
+            if count > 1
+            else f"; 1 answer is neither Yes nor No and counts as wrong: {examples}"
         )
     ui.result(
         f"{role}: said No to {100 * facts['said_no']:.1f}% of the questions, "
@@ -145,7 +147,8 @@ def show_comparison(comparison: dict[str, Any]) -> None:
     ui.result(
         f"tuned − base: {comparison['delta_accuracy']:+.1f} points of accuracy, 95% interval "
         f"{low:+.1f} to {high:+.1f} ({meaning}); "
-        f"exact McNemar p = {comparison['mcnemar_p']:.2g} ({comparison['fixed']} answers fixed, "
+        f"exact McNemar p = {comparison['mcnemar_p']:.2g} "
+        f"({ui.count(comparison['fixed'], 'answer')} fixed, "
         f"{comparison['broken']} broken)"
     )
     by_dimension = ", ".join(
@@ -160,7 +163,8 @@ def show_flips(comparison: dict[str, Any], count: int) -> None:
     rows = [
         [f["question"], f["image"], f["truth"], f["base"], f["tuned"]] for f in evenly(flips, count)
     ]
-    title = f"{len(rows)} of {len(flips)} answers that changed, evenly spaced, for better or worse"
+    changed = ui.count(len(flips), "answer")
+    title = f"{len(rows)} of {changed} that changed, evenly spaced, for better or worse"
     ui.table(title, ["Question", "Image", "Truth", "Base", "Tuned"], rows)
 
 

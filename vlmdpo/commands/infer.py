@@ -85,8 +85,8 @@ def _all(report: dict[str, Any], name: str) -> str:
 def _show_file(report: dict[str, Any]) -> None:
     found = report["answered_before"]
     before = f", {found} found from before" if found else ""
-    ui.result(f"{report['answered_now']} answers written{before}: {report['output']}")
+    ui.result(f"{ui.count(report['answered_now'], 'answer')} written{before}: {report['output']}")
     left_out = report["left_out"]
     if left_out:
         count = sum(found["count"] for found in left_out.values())
-        ui.warn(f"{count:,} lines of the file could not be asked: {in_words(left_out)}")
+        ui.warn(f"{ui.count(count, 'line')} of the file could not be asked: {in_words(left_out)}")

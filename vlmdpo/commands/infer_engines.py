@@ -88,18 +88,11 @@ class _Plain:
 
 class _Vllm:
     def __init__(self, config: InferConfig) -> None:
-        from vlmdpo.engine.vllm import VllmGenerator
+        from vlmdpo.engine.vllm import generator_for
 
         self.config = config
         self.processor = configured_processor(config, adapter=config.adapter)
-        self.generator = VllmGenerator(
-            config.model,
-            self.processor,
-            config.adapter,
-            dtype=config.dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        self.generator = generator_for(config, self.processor)
         self.generator.start()
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:

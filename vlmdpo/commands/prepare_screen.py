@@ -69,11 +69,12 @@ def show_summary(report: dict[str, Any]) -> None:
         )
 
 
-def distinct_line(pairs: int, distinct: Mapping[str, float]) -> str:
+def distinct_line(pairs: int, distinct: Mapping[str, Any]) -> str:
     """How many different images and prompts there are, and pairs for each prompt."""
     per_prompt = distinct["pairs_per_prompt"]
     return (
-        f"{pairs:,} pairs: {distinct['images']:,} images, {distinct['prompts']:,} prompts, "
+        f"{ui.count(pairs, 'pair')}: {ui.count(distinct['images'], 'image')}, "
+        f"{ui.count(distinct['prompts'], 'prompt')}, "
         f"{per_prompt:.1f} pairs a prompt"
     )
 
@@ -130,13 +131,13 @@ def _show_example(report: dict[str, Any]) -> None:
     ui.tokens(
         "prompt",
         [example["prompt"]],
-        f"{example['tokens']['prompt']} tokens, none in the loss",
+        f"{ui.count(example['tokens']['prompt'], 'token')}, none in the loss",
         counted=False,
     )
     for side in ("chosen", "rejected"):
         ui.tokens(
             side,
             example["loss_tokens"][side],
-            f"{example['tokens'][side]} tokens, all in the loss",
+            f"{ui.count(example['tokens'][side], 'token')}, all in the loss",
             counted=True,
         )

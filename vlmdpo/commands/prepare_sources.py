@@ -98,7 +98,7 @@ def _schema(config: PrepareConfig, source: Source) -> Schema:
         return False
 
     schema = recognize(source.first_row(is_known))
-    count = f"{source.count:,} rows" if source.count is not None else "number of rows unknown"
+    count = ui.count(source.count, "row") if source.count is not None else "number of rows unknown"
     ui.say(
         f"{source.name}: {count}, format {schema.line}"
         + ("" if mapping else "; if that is wrong, name the columns with --map")

@@ -283,7 +283,7 @@ def _prepared(config: TrainConfig) -> Path:
         return folder
     report = prepare.run(PrepareConfig(**{n: getattr(config, n) for n in _PREPARE_OPTIONS}))
     done = "found prepared" if report["reused"] else "prepared"
-    ui.say(f"{done}: {report['rows_out']:,} pairs in {report['path']}")
+    ui.say(f"{done}: {ui.count(report['rows_out'], 'pair')} in {report['path']}")
     return Path(report["path"])
 
 
@@ -305,7 +305,8 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     precision = "bfloat16 autocast" if args.bf16 else dtype
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
     ui.say(
-        f"{pairs:,} pairs, {batch} per step; {what}: {trainable:,} of {total:,} parameters train; "
+        f"{ui.count(pairs, 'pair')}, {batch} per step; {what}: {trainable:,} of {total:,} "
+        "parameters train; "
         f"{args.device}, {precision}, {attention} attention, {engine}"
     )
 

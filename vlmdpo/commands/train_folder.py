@@ -181,7 +181,8 @@ def checkpoint_to_resume(folder: Path, processes: int) -> Path | None:
     wrote = len(list(last.glob("rng_state*.pth")))
     if wrote != processes:
         ui.warn(
-            f"{last.name} was written by {wrote} processes, and this run has {processes}: random "
+            f"{last.name} was written by {ui.count(wrote, 'process', 'processes')}, and this run "
+            f"has {processes}: random "
             "numbers and the order of rows will differ from those of an unbroken run"
         )
     return last

@@ -195,7 +195,7 @@ def _order(config: TrainConfig, distinct: dict[str, float] | None) -> str:
         return f"random{by_length}"
     if distinct is None:
         return f"random{by_length}; rows of one image together, if the data has such rows"
-    found = f"{distinct['images']:,} images, {distinct['prompts']:,} prompts"
+    found = f"{ui.count(distinct['images'], 'image')}, {ui.count(distinct['prompts'], 'prompt')}"
     is_shared = row_groups(store.load(Path(config.dataset))).is_shared
     together = "rows of one image" if is_shared else "no rows"
     return f"random{by_length}; {together} together ({found})"
@@ -245,9 +245,9 @@ def _memory_by_formula(config: TrainConfig, gpus: int, gpu: str | None) -> dict[
     if known is None or known.alias not in fast.known_architectures():
         return None
     try:
-        report = estimate_memory.run(
-            EstimateMemoryConfig(**_estimate_options(config, gpus, gpu), fast=True)
-        )
+        # --set changes the engine of mixtures of experts, which have no formula, and no sizes.
+        options = {**_estimate_options(config, gpus, gpu), "set": (), "fast": True}
+        report = estimate_memory.run(EstimateMemoryConfig(**options))
     except ConfigError:  # a setting that only the simulation knows
         return None
     names = ("peak_bytes", "verdict", "gpu", "error_per_cent", "pairs_per_prompt")
@@ -261,6 +261,9 @@ def _estimate_command(config: TrainConfig, gpus: int, gpu: str | None) -> str:
         if value == getattr(default, name):
             continue
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple):
+            words += [word for one in value for word in (flag, one)]
+            continue
         words += (
             [flag if value else f"--no-{flag[2:]}"]
             if isinstance(value, bool)
@@ -273,7 +276,7 @@ def show(report: dict[str, Any]) -> None:
     """Print the plan, line by line."""
     size = f", {report['parameters']:,} parameters" if report["parameters"] else ""
     ui.result(f"Model     {report['model']} ({report['hub_id']}){size}")
-    rows = f"{report['rows']:,} rows" if report["rows"] is not None else "rows"
+    rows = ui.count(report["rows"], "row") if report["rows"] is not None else "rows"
     ui.result(f"Data      {report['dataset']}: {rows} ({report['rows_known_by']})")
     ui.result(f"Order     {report['order']}")
     trains = f": {report['trainable']:,} parameters train" if report["trainable"] else ""
@@ -284,7 +287,7 @@ def show(report: dict[str, Any]) -> None:
     ui.result(f"Loss      {', '.join(report['losses'])}{weights}")
     steps = f"{report['steps']:,}" if report["steps"] is not None else "unknown"
     on = f" over {report['gpus']} GPUs" if report["gpus"] > 1 else ""
-    ui.result(f"Steps     {steps}, {report['effective_batch']} pairs each{on}")
+    ui.result(f"Steps     {steps}, {ui.count(report['effective_batch'], 'pair')} each{on}")
     ui.result(f"Memory    {_memory_line(report['memory'])}")
     ui.result(f"          for a simulation, run: {report['estimate']}")
     ui.result("Nothing was loaded, downloaded or written; leave out --dry-run to train.")

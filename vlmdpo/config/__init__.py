@@ -20,6 +20,7 @@ from vlmdpo.config.options import (
     flag_name,
     group_of,
     ordered_fields,
+    set_key,
 )
 from vlmdpo.config.prepare import PrepareConfig
 from vlmdpo.config.runs import RunsConfig
@@ -73,4 +74,5 @@ __all__ = [
     "flag_name",
     "group_of",
     "ordered_fields",
+    "set_key",
 ]

@@ -66,6 +66,12 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
         "adamw_torch_fused",
         group="Training",
     )
+    set: tuple[str, ...] = option(
+        (),
+        "A field of TRL's DPOConfig as given to train, as key=value; repeatable",
+        default_text="none",
+        group="Training",
+    )
     lora: bool = option(False, "Train a LoRA adapter instead of every weight", group="Adapter")
     lora_r: int = option(16, "Rank of the LoRA adapter on all linear layers", group="Adapter")
     lora_scope: str = option(
@@ -137,5 +143,7 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
                 "--pairs-per-prompt: the rows of --dataset say what they share; leave out one of "
                 "them"
             )
+        if self.fast and self.set:
+            raise ConfigError("--fast has no formula for --set; leave out one of them")
         if self.fast and self.image_splitting:
             raise ConfigError("--fast has no formula for --image-splitting; leave out one of them")

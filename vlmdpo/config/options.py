@@ -92,6 +92,11 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def set_key(setting: str) -> str:
+    """The field that a `--set` names: "max-grad-norm=1" → max_grad_norm."""
+    return setting.partition("=")[0].strip().replace("-", "_")
+
+
 def require(condition: bool, config: object, name: str, wanted: str) -> None:
     """Raise ConfigError for the value of field `name` unless `condition` holds."""
     if not condition:

@@ -143,5 +143,6 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
                 return kind(number)
         except (ValueError, OverflowError) as problem:
             raise ConfigError(f"{flag_name(key)}: '{value}' is not a number") from problem
-    name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{flag_name(key)}: expected {name}, got {value!r}")
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    wanted = kinds.get(kind, getattr(kind, "__name__", str(kind)))
+    raise ConfigError(f"{flag_name(key)}: give {wanted}, not {value!r}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.data import mixture, store
 from vlmdpo.data.mixture import Part
 from vlmdpo.data.work import RowCounts, record_path, shard_path
@@ -96,7 +97,7 @@ def plan(
             result.row_counts.drop(reason, name, why)
     if not kept.rows:
         raise DataError(
-            f"none of the {result.row_counts.rows_in} rows is usable: "
+            f"of {ui.count(result.row_counts.rows_in, 'row')} none is usable: "
             f"{_dropped_by_reason(result.row_counts)}"
         )
     _mix_and_split(result, kept, [part.weight for part in parts], settings)
@@ -212,8 +213,9 @@ def _split(
         test_rows += groups[group]
     if not 0 < test_rows < len(rows):
         raise DataError(
-            f"--test-size {settings.test_size:g} would take {test_rows} of {len(rows)} rows in "
-            f"{len(groups)} groups that share "
+            f"--test-size {settings.test_size:g} would take {test_rows:,} of "
+            f"{ui.count(len(rows), 'row')} in "
+            f"{ui.count(len(groups), 'group')} that share "
             "images, and leave nothing to train on; give a smaller one"
         )
     root = _group_of_images(images_of_rows)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.data.image_cells import image_cells, read
 from vlmdpo.data.reasons import BadRow, missing, shown
 from vlmdpo.data.templates import without_end_tokens, without_template
@@ -309,7 +310,8 @@ def _with_image_places(prompt: list[Message], cells: list[Any]) -> tuple[list[Me
     if places:
         raise BadRow(
             "placeholder_miscount",
-            f"{len(places)} image placeholders in the prompt, {len(cells)} images in the row",
+            f"{ui.count(len(places), 'image placeholder')} in the prompt, "
+            f"{ui.count(len(cells), 'image')} in the row",
         )
     first = next(number for number, turn in enumerate(prompt) if turn["role"] == "user")
     front = message("user", "", len(cells))["content"][:-1]

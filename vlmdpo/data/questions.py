@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmdpo import ui
 from vlmdpo.data import json_rows
 from vlmdpo.data.image_cells import inside
 from vlmdpo.data.images import open_file
@@ -67,7 +68,7 @@ def nothing_to_ask(path: Path, root: Path, left_out: LeftOut, flag: str) -> Data
     reasons = in_words(left_out.report())
     hint = f"; images are looked for in '{root}', see --image-root"
     return DataError(
-        f"{flag}: none of the {len(left_out):,} questions of '{path}' can be asked: {reasons}"
+        f"{flag}: of {ui.count(len(left_out), 'question')} of '{path}' none can be asked: {reasons}"
         f"{hint if 'missing_image' in left_out.by_reason else ''}"
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.data.reasons import UnreadableRow, first_line
 from vlmdpo.errors import DataError
 
@@ -278,5 +279,5 @@ def bounds(source: Source, split: str, limit: int | None) -> tuple[int, int | No
     if limit is not None:
         last = min(last, first + limit)
     if last <= first:
-        raise DataError(f"--split: '{split}' of {source.count} rows is empty")
+        raise DataError(f"--split: '{split}' of {ui.count(source.count, 'row')} is empty")
     return first, last

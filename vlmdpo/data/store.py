@@ -88,6 +88,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     import filelock
 
+    # Its file stays: one that is removed while another process waits for it would let in two.
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -258,7 +258,8 @@ class PairCollator:
         if prompt_tokens >= self.max_length:
             where = f"row {example['row']} (counted from 0)" if "row" in example else "a row"
             raise DataError(
-                f"--max-length {self.max_length}: {where} has a prompt of {prompt_tokens} tokens, "
+                f"--max-length {self.max_length}: {where} has a prompt of {prompt_tokens:,} "
+                "tokens, "
                 "images included, which leaves no room for an answer; give a larger limit or none"
             )
         return self.max_length - prompt_tokens

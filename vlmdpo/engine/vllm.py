@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from vlmdpo import ui
+from vlmdpo.config import EvalAmberConfig, InferConfig
 from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import (
     MemoryBudgetError,
@@ -136,6 +138,18 @@ class VllmGenerator:
         return [[one.text.strip() for one in output.outputs] for output in outputs]
 
 
+def generator_for(config: InferConfig | EvalAmberConfig, processor: Processor) -> VllmGenerator:
+    """The generator of a command's model and adapter. Raises as `VllmGenerator` does."""
+    return VllmGenerator(
+        config.model,
+        processor,
+        config.adapter,
+        dtype=config.dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def _import_vllm() -> tuple[Any, Any]:
     try:
         import vllm
@@ -173,7 +187,8 @@ def _check_model_and_adapter(
     ignored = sorted(_adapted_modules(adapter) & outside)
     if ignored:
         raise ModelError(
-            f"--engine vllm would ignore the adapter's {len(ignored):,} layers outside the "
+            f"--engine vllm would ignore the adapter's {ui.count(len(ignored), 'layer')} outside "
+            "the "
             f"language model, as '{ignored[0]}'; merge it first, and evaluate the merged model: "
             f"vlmdpo export --adapter {adapter} --merge"
         )

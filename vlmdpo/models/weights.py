@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmdpo import ui
 from vlmdpo.errors import ModelError
 
 _NAMED = 3  # weights that a message names
@@ -84,7 +85,7 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
 
 
 def _count(names: list[Any]) -> str:
-    return "1 weight" if len(names) == 1 else f"{len(names):,} weights"
+    return ui.count(len(names), "weight")
 
 
 def _named(names: list[str]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.config import TrainConfig
 
 _MIN_LINES = 4  # logged lines; fewer show nothing
@@ -228,7 +229,7 @@ def _not_moving(run: RunSummary) -> Finding | None:
     return Finding(
         "not_moving",
         "bad",
-        f"Nothing was learned in {run.steps} steps",
+        f"Nothing was learned in {ui.count(run.steps, 'step')}",
         f"loss {at}; rewards: chosen {run.chosen:+.4f}, rejected {run.rejected:+.4f}.",
         "The model is still the reference: its weights hardly move.",
         _untried(

@@ -316,6 +316,7 @@ def say_what_lora_leaves(adapter: LoraConfig | None, model: VisionLanguageModel)
     count = sum(map(parameter_numel, parameters.values()))
     kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in parameters})
     ui.say(
-        f"LoRA covers layers, not the {count:,} weights of experts; to adapt them too, add "
+        f"LoRA covers layers, not the {ui.count(count, 'weight')} of experts; to adapt them too, "
+        "add "
         f"{','.join(kinds)} to --lora-target-modules"
     )

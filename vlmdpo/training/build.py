@@ -211,7 +211,8 @@ def _within_max_length(
         rows = ", ".join(str(record["row"]) for record in records[:5])
         more = " ..." if len(records) > 5 else ""
         ui.warn(
-            f"{len(records):,} of {len(dataset):,} rows are over --max-length {limit}: {done} "
+            f"{len(records):,} of {ui.count(len(dataset), 'row')} over --max-length {limit}: "
+            f"{done} "
             f"(rows {rows}{more}, counted from 0)"
         )
     return dataset.select(kept), records

@@ -73,7 +73,10 @@ def open_reference_cache(
     }
     cache = reference_cache.ReferenceCache(data, reference_cache.cache_key(facts))
     if cache.num_known:
-        ui.say(f"reference log-probs: those of {cache.num_known:,} answers found in {cache.path}")
+        ui.say(
+            f"reference log-probs: those of {ui.count(cache.num_known, 'answer')} found in "
+            f"{cache.path}"
+        )
     return cache
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlmdpo import ui
 from vlmdpo.models import families
 from vlmdpo.models.adapters import adapters_off
 from vlmdpo.models.inputs import has_images, image_token_id, other_pixels, take_host_only
@@ -170,7 +171,7 @@ def _check_image_tokens(trainer: EngineTrainer, batch: dict[str, Any]) -> Check:
     if image_token is None:
         return Check(name, True, "the model takes them; its configuration names no image token")
     count = int((ids == image_token).sum())
-    return Check(name, count > 0, f"{count} tokens", cause)
+    return Check(name, count > 0, ui.count(count, "token"), cause)
 
 
 def _check_trainable(model: VisionLanguageModel) -> Check:

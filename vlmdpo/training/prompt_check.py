@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vlmdpo import ui
 from vlmdpo.data.pairs import text_of
 from vlmdpo.engine.batch import answer_ids
 from vlmdpo.engine.collate import SIDES, images_of
@@ -39,7 +40,7 @@ def check_prompts(trainer: RunTrainer, example: dict[str, Any]) -> Check:
         if not text_of(example[side][0]).strip().startswith(in_loss):
             seen = f"the {side} answer's loss covers {in_loss[:60]!r}"
             return Check(name, False, seen, "the chat template changes answers")
-    return Check(name, True, f"{len(asked)} tokens; the loss covers the answers alone")
+    return Check(name, True, f"{ui.count(len(asked), 'token')}; the loss covers the answers alone")
 
 
 def _token_ids(batch: dict[str, Any]) -> tuple[list[int], list[list[int]]]:

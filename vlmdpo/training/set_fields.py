@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from trl import DPOConfig
 
-from vlmdpo.config import TrainConfig, flag_name
+from vlmdpo.config import TrainConfig, flag_name, set_key
 from vlmdpo.errors import ConfigError, nearest
 
 _OUR_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -68,6 +68,26 @@ _NOT_WITH_PAIRS = {
     "padding_free": "rows of a pair have no padding; leave it out, or use --engine stock",
     "pad_to_multiple_of": "rows of a pair have no padding; leave it out, or use --engine stock",
 }
+# Field → (least, most) that TRL or transformers would take without a word, whatever it does: with
+# a negative norm to clip to, steps go uphill.
+_RANGES = {
+    "max_grad_norm": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "adam_beta1": (0.0, _BELOW_ONE := math.nextafter(1.0, 0.0)),
+    "adam_beta2": (0.0, _BELOW_ONE),
+    "adam_epsilon": (0.0, math.inf),
+    "neftune_noise_alpha": (0.0, math.inf),
+    "router_aux_loss_coef": (0.0, math.inf),
+    "ld_alpha": (0.0, 1.0),
+    "rpo_alpha": (0.0, math.inf),
+    "eval_delay": (0.0, math.inf),
+    "ddp_timeout": (1.0, math.inf),
+    "data_seed": (0.0, math.inf),
+    "dataloader_prefetch_factor": (1.0, math.inf),
+    "torch_empty_cache_steps": (1.0, math.inf),
+    "ref_model_mixup_alpha": (0.0, 1.0),
+    "ref_model_sync_steps": (1.0, math.inf),
+}
 
 
 def extra_fields(
@@ -84,8 +104,8 @@ def extra_fields(
     fields = {field.name: field for field in dataclasses.fields(DPOConfig) if field.init}
     extra: dict[str, Any] = {}
     for setting in settings:
-        key, separator, text = setting.partition("=")
-        key = key.strip().replace("-", "_")
+        _, separator, text = setting.partition("=")
+        key = set_key(setting)
         if not separator:
             raise ConfigError(
                 f"--set: '{setting}' must be key=value, as in --set max_grad_norm=0.5"
@@ -105,8 +125,21 @@ def extra_fields(
             raise ConfigError(f"--set {key}: {instead}")
         if type(default) in (int, float) and not _is_number(value):
             raise ConfigError(f"--set: '{key}' takes a number, not '{text}'")
+        if value != default:
+            _check_range(key, value, text)
         extra[key] = value
     return extra
+
+
+def _check_range(key: str, value: object, text: str) -> None:
+    if key not in _RANGES or value is None:
+        return
+    least, most = _RANGES[key]
+    if not _is_number(value):
+        raise ConfigError(f"--set: '{key}' takes a number, not '{text}'")
+    if not least <= float(str(value)) <= most:
+        upper = {math.inf: " or more", 1.0: " to 1"}.get(most, " up to, but not, 1")
+        raise ConfigError(f"--set: {key}={text} is out of range; give {least:g}{upper}")
 
 
 def _is_number(value: object) -> bool:

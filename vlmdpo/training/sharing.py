@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlmdpo import ui
 from vlmdpo.data.groups import NO_IMAGES, RowGroups
 from vlmdpo.data.pairs import TokenCounts
 from vlmdpo.training.token_count import Tokens
@@ -32,8 +33,9 @@ class Sharing:
     def sentence(self) -> str:
         """For the screen and for pages."""
         found = (
-            f"{self.pairs:,} pairs have {self.images:,} images, {self.prompts:,} prompts and "
-            f"{self.answers:,} answers"
+            f"{ui.count(self.pairs, 'pair')} {'has' if self.pairs == 1 else 'have'} "
+            f"{ui.count(self.images, 'image')}, {ui.count(self.prompts, 'prompt')} and "
+            f"{ui.count(self.answers, 'answer')}"
         )
         if self.epoch is None:
             return found

@@ -45,6 +45,7 @@ from vlmdpo.training.engine_choice import (
 )
 from vlmdpo.training.make_trainer import make_trainer
 from vlmdpo.training.run_trainer import RunTrainer
+from vlmdpo.training.set_fields import extra_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,7 +105,12 @@ def estimate_peak(
     Raises ModelError if no engine's step can be simulated.
     """
     if choice is None:
-        choice = choose_engine(config.engine, build_on_meta(architecture.config))
+        extra = extra_fields(config.set, (), is_shared=config.engine != "stock")
+        choice = choose_engine(
+            config.engine,
+            build_on_meta(architecture.config),
+            router_loss=extra.get("router_aux_loss_coef"),
+        )
     engine, reason = choice
     reasons = [reason] if reason else []
     while True:

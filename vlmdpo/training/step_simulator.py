@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmdpo.config import EstimateMemoryConfig, TrainConfig
+from vlmdpo import ui
+from vlmdpo.config import EstimateMemoryConfig, TrainConfig, set_key
 from vlmdpo.data import store
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 TRAIN_OPTIONS = (
     *("model", "revision", "trust_remote_code", "image_splitting", "lora", "lora_r", "lora_scope"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("engine", "reference_cache", "optim"),
+    *("engine", "reference_cache", "optim", "set"),
 )
+# Fields of --set that say how a device works, which a simulated step has not.
+_OF_THE_DEVICE = ("activation_offloading", "fp16", "tf32")
 
 
 class StepSimulator:
@@ -35,6 +38,9 @@ class StepSimulator:
         from vlmdpo.models.image_limits import default_image_side
 
         self.config, self.dtype = config, getattr(torch, config.dtype)
+        self._set = tuple(one for one in config.set if set_key(one) not in _OF_THE_DEVICE)
+        if left := [one for one in config.set if one not in self._set]:
+            ui.say(f"--set {', '.join(left)}: the estimate is of a step without it")
         self._choice: tuple[str, str | None] | None = None  # the engine, and why it is that one
         origin: dict[str, Any] = {
             "revision": config.revision,
@@ -72,13 +78,20 @@ class StepSimulator:
         Raises DataError if there is none.
         """
         from vlmdpo.engine.lengths import row_lengths
+        from vlmdpo.memory import architecture as arch
+        from vlmdpo.models.families import has_bidirectional_prompt, unwrap_peft
         from vlmdpo.training.worst_batch import WorstBatches
 
         config, rows = self.config, store.load(folder)
         lengths = row_lengths(self.architecture.processor, rows, store.read_manifest(folder))
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         grouped = config.pairs_per_prompt is None
-        worst = WorstBatches(rows, lengths, per_step * config.num_gpus, grouped=grouped)
+        model = arch.build_on_meta(self.architecture.config)
+        worst = WorstBatches(
+            *(rows, lengths, per_step * config.num_gpus),
+            grouped=grouped,
+            share_images=not has_bidirectional_prompt(unwrap_peft(model).base_model),
+        )
         self.pairs_per_prompt = round(worst.pairs_per_prompt, 2) if grouped else 1
         self._batches = lambda pairs, engine: [
             rows.select(batch) for batch in worst.of_size(pairs, shared=engine == "shared")
@@ -99,7 +112,7 @@ class StepSimulator:
         from vlmdpo.training import simulate
 
         settings = {name: getattr(self.config, name) for name in TRAIN_OPTIONS}
-        settings |= {"per_device_train_batch_size": len(rows), "bf16": True}
+        settings |= {"per_device_train_batch_size": len(rows), "bf16": True, "set": self._set}
         # An 8-bit optimizer could not be made without its package: AdamW stands in for it, and
         # `_static_difference` makes its states smaller.
         if settings["optim"] == "auto" or "8bit" in settings["optim"]:

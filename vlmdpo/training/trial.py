@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmdpo.config import TrainConfig
+from vlmdpo.config import TrainConfig, set_key
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import ConfigError
 
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 
 
 # Fields that depend on the model or the device: the embedded model on a CPU says nothing of them.
-_OF_THE_RUN = ("router_aux_loss_coef", "activation_offloading")
+_OF_THE_RUN = ("router_aux_loss_coef", "activation_offloading", "fp16", "tf32")
+# Fields that need a GPU → what transformers or TRL make of them on a CPU.
+_OF_A_GPU = {
+    "activation_offloading": "offloads to the CPU, which this run is on",
+    "fp16": "has no effect on a CPU, which this run is on; leave it out, or use --bf16",
+    "tf32": "has no effect on a CPU, which this run is on; leave it out",
+}
 
 
 def try_if_unusual(config: TrainConfig, device: torch.device) -> None:
     """`try_settings` for a run with settings of TRL's own, in the one process that it has."""
-    asked = [setting.partition("=")[0] for setting in config.set]
-    if device.type == "cpu" and "activation_offloading" in asked:
-        raise ConfigError("--set activation_offloading: offloads to the CPU, which this run is on")
+    for setting in config.set if device.type == "cpu" else ():
+        key, value = set_key(setting), setting.partition("=")[2].strip().lower()
+        if key in _OF_A_GPU and value not in ("false", "none", "null"):
+            raise ConfigError(f"--set {key}: {_OF_A_GPU[key]}")
     if (config.set or config.optim != "auto") and not launched_strategy():
         try_settings(config, device)
 
@@ -47,7 +54,7 @@ def try_settings(config: TrainConfig, device: torch.device) -> None:
     from vlmdpo.training.arguments import dpo_config, enable_evaluation, translate_refusals
     from vlmdpo.training.make_trainer import make_trainer
 
-    kept = [text for text in config.set if text.partition("=")[0] not in _OF_THE_RUN]
+    kept = [text for text in config.set if set_key(text) not in _OF_THE_RUN]
     # As `--doctor` it says nothing of GPUs.
     own: dict[str, Any] = {"report_to": "none", "doctor": True, "set": tuple(kept)}
     with tempfile.TemporaryDirectory() as folder, translate_refusals(config):

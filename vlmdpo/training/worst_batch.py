@@ -38,14 +38,23 @@ class WorstBatches:
         lengths: their tokens.
         rows_per_step: pairs of an optimizer step, over all processes.
         grouped: whether rows of one image train together; else no two of a batch need have one.
+        share_images: whether different prompts can share their images; not where the model reads
+            prompts in both directions.
     """
 
     def __init__(
-        self, dataset: Dataset, lengths: Sequence[RowLength], rows_per_step: int, *, grouped: bool
+        self,
+        dataset: Dataset,
+        lengths: Sequence[RowLength],
+        rows_per_step: int,
+        *,
+        grouped: bool,
+        share_images: bool = True,
     ) -> None:
         self.lengths, self.rows_per_step, self.grouped = lengths, rows_per_step, grouped
         self.groups: RowGroups = row_groups(dataset)
-        self._shared = SharedRows(self.groups, answer_numbers(dataset, self.groups), lengths)
+        answers = answer_numbers(dataset, self.groups)
+        self._shared = SharedRows(self.groups, answers, lengths, share_images=share_images)
         self._by_image: dict[tuple[int, int], list[int]] = {}
         for row in range(len(lengths)):
             self._by_image.setdefault(self._image(row), []).append(row)

@@ -205,7 +205,7 @@ def json_result(report: dict[str, Any]) -> None:
     raw(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
+def count(number: float, noun: str, plural: str | None = None) -> str:
     """A number and what is counted: "1 row", "2,000 rows".
 
     Args:

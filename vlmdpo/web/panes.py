@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmdpo import ui
 from vlmdpo.engine.side_by_side import ROLES, AnswerScore
 from vlmdpo.web.votes import Tally
 from vlmdpo.web.word_diff import marked, plain
@@ -120,7 +121,7 @@ def progress_sentence(at: int | None, done: int, total: int) -> str:
     """Where one is among the examples."""
     if not total:
         return ""
-    where = f"Example {at + 1} of {total}" if at is not None else f"{total} examples"
+    where = f"Example {at + 1} of {total}" if at is not None else ui.count(total, "example")
     return f"{where}, {done} voted on."
 
 

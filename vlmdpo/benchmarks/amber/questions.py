@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
+from vlmdpo import ui
 from vlmdpo.data.images import BadImage, decode, inside, read, upright_rgb
 from vlmdpo.errors import DataError
 
@@ -216,7 +217,8 @@ def missing_images(benchmark: Benchmark, folder: Path) -> list[str]:
     missing = [name for name in benchmark.image_names if not _exists(folder, name)]
     if len(missing) == len(benchmark.image_names):
         raise DataError(
-            f"'{folder}' has none of the {len(missing)} images ({missing[0]} ...); name their "
+            f"'{folder}' lacks all of {ui.count(len(missing), 'image')} ({missing[0]} ...); name "
+            "their "
             "folder with --images DIR"
         )
     return missing

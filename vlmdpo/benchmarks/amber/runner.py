@@ -326,17 +326,10 @@ class AmberRunner:
 
     def _ask_vllm(self, questions: Sequence[Question], descriptions: Sequence[Description]) -> None:
         from vlmdpo.benchmarks.amber import vllm_check
-        from vlmdpo.engine.vllm import VllmGenerator
+        from vlmdpo.engine.vllm import generator_for
 
         config = self.config
-        generator = VllmGenerator(
-            config.model,
-            self.processor,
-            config.adapter,
-            dtype=config.dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        generator = generator_for(config, self.processor)
         samples = vllm_check.plain_answers(
             config, self.processor, self.roles, self._sample(questions)
         )

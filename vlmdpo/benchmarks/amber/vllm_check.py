@@ -93,4 +93,4 @@ def compare(generator: VllmGenerator, expected: Sequence[PlainAnswer], max_new_t
                     "vLLM's answers as they are"
                 )
     if expected:
-        ui.say(f"vLLM and the plain engine agree on {len(expected)} answers")
+        ui.say(f"vLLM and the plain engine agree on {ui.count(len(expected), 'answer')}")
