@@ -110,6 +110,7 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -
     ui.say(setup.sharing.sentence)
     if args.world_size > 1:
         last = broadcast_object_list([last])[0]
+    setup.is_resumed = last is not None
     with _translate_errors(setup, output_dir, last), setup.monitor.catching_signals():
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.save_reference_cache()

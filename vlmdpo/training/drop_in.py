@@ -1,6 +1,6 @@
 """Which engine a `PairTrainer` in a TRL script uses, and what its rows share.
 
-What the engine cannot do is no error here: TRL runs it as before, and one line says why.
+What the engine cannot do does not raise: TRL runs it as before, and one line says why.
 """
 
 from __future__ import annotations

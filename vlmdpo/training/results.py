@@ -215,6 +215,8 @@ def _facts(setup: TrainingSetup) -> list[str]:
     if tokens is None:
         tokens = setup.trainer.tokens.here()
         where = f", in the first of {processes} processes" if processes > 1 else ""
+    if setup.is_resumed:
+        where += " since it was resumed"
     facts = [f"The {setup.sharing.sentence}."] if setup.sharing is not None else []
     return [*facts, f"It has computed {tokens.words}{where}."] if tokens.stock else facts
 

@@ -31,7 +31,8 @@ class TrainingSetup:
         data: the prepared folder.
         keep_best: chooses the weights that are saved, if not those of the last step.
         sharing: what rows have in common.
-        tokens: those of all processes, once training has ended.
+        tokens: those of all processes, once training has ended; of a resumed run those since then.
+        is_resumed: whether it goes on from a checkpoint.
     """
 
     trainer: RunTrainer
@@ -44,6 +45,7 @@ class TrainingSetup:
     keep_best: KeepBest | None = None
     sharing: Sharing | None = None
     tokens: Tokens | None = None
+    is_resumed: bool = False
 
     @property
     def is_sharded(self) -> bool:
