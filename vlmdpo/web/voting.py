@@ -247,7 +247,9 @@ class Voting:
         session = Session(None, (*session.cast, (name, exchange)), session.at)
         return View(
             session,
-            "Noted as a tie, which does not count as a preference." if preferred == "tie" else status,
+            "Noted as a tie, which does not count as a preference."
+            if preferred == "tie"
+            else status,
             panes.named(
                 self.names,
                 panes.both(exchange),
