@@ -120,7 +120,7 @@ def _lines(name):
         ("coins.jsonl", 16, ("--learning-rate", "1e-2", *_STEADY), ["accuracy_at_chance"]),
         ("alike.jsonl", 12, ("--learning-rate", "4e-3", *_STEADY), ["both_fall"]),
         ("likely.jsonl", 12, ("--learning-rate", "3e-4"), ["only_rejected_falls", "nothing_left"]),
-        ("few", 40, ("--learning-rate", "2e-3", "--eval-steps", "4"), ["overfits"]),
+        ("few", 40, ("--learning-rate", "4e-3", "--eval-steps", "4"), ["overfits"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
