@@ -86,8 +86,8 @@ def arms(
         return optimizer_step(duo.ours, ours)
 
     filled = ReferenceCache(machine.folder, "filled")
-    logps = torch.full((len(rows),), -300.0)  # which values does not change the time
-    filled.put(range(len(rows)), logps, logps)
+    keys = ours["answer_keys"]
+    filled.put(keys, torch.full((len(keys),), -300.0))  # which values does not change the time
     return {
         "stock": lambda: optimizer_step(duo.stock, stock),
         "first": lambda: with_cache(ReferenceCache(machine.folder, "empty")),

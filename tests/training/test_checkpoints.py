@@ -95,14 +95,14 @@ def test_another_number_of_processes_is_said(capfd):
     _checkpoint(2)
     train_folder.checkpoint_to_resume(OUT, 2)
     err = unfolded(capfd.readouterr().err)
-    assert "checkpoint-2 was written by 1 processes, and this run has 2" in err
+    assert "checkpoint-2 was written by 1 process, and this run has 2" in err
 
 
 @pytest.mark.parametrize("text", ["{\n", "[1]\n", '{"loss": 1}\n'])
 def test_a_damaged_log_is_named(text):
     Path("metrics.jsonl").write_text(text)
-    with pytest.raises(DataError, match=r"'metrics\.jsonl' is damaged"):
-        read_lines(Path("metrics.jsonl"))
+    with pytest.raises(DataError, match=r"'metrics\.jsonl' line 1 is damaged"):
+        read_lines(Path("metrics.jsonl"), "restore it")
 
 
 @pytest.mark.parametrize("text", ["- a", "{", "&a [*a]"])

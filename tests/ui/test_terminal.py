@@ -88,7 +88,7 @@ def test_every_function_that_prints_is_among_them():
         *("Bar", "Dashboard", "Figure", "can_draw_images", "human_bytes", "image", "is_live"),
         "count",
         *("is_silent", "is_terminal", "mute", "set_json_only", "set_verbosity", "sparkline"),
-        *("visible", "confirm", "json_result"),
+        *("visible", "confirm", "json_result", "unattended"),
     }
     assert set(ui.__all__) == set(SHOWN) | shows_no_text
 
