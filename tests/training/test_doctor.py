@@ -136,7 +136,8 @@ def test_the_command_shows_every_check_and_leaves_nothing(few, tmp_path, vlmdpo)
 
 
 def test_a_wrong_shared_forward_is_detected_and_not_used(few, tmp_path, vlmdpo, monkeypatch):
-    monkeypatch.setattr(TreeLayout, "sees", lambda self, run: tuple(range(run.nodes[-1] + 1)))
+    gather = TreeLayout.rows_to_slots
+    monkeypatch.setattr(TreeLayout, "rows_to_slots", lambda *given: gather(*given).flip(-1))
     more = ["--max-steps", "1", "--output-dir", tmp_path / "out", "--json"]
     code, out, err = vlmdpo("train", "--dataset", few, *more)
     assert code == 0, err
