@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 Case = dict[str, Any]
 
@@ -15,7 +15,7 @@ Case = dict[str, Any]
 def measure_each(
     cases: Iterable[Callable[[], Case]],
     *,
-    show: Callable[[Case], str],
+    show: Callable[[Case], RenderableType],
     markdown: Path | None,
     report: Callable[[list[Case]], str],
 ) -> list[Case]:
@@ -23,11 +23,11 @@ def measure_each(
 
     Args:
         cases: each measures one.
-        show: a line about a case, for stderr: stdout is for the table, or for `--json`.
+        show: a line or table about a case, for stderr: stdout is for the result, or for `--json`.
         markdown: where the report is written after each case; None for nowhere.
         report: the text of the report.
     """
-    console, done = Console(stderr=True, soft_wrap=True), []
+    console, done = Console(stderr=True), []
     with contextlib.suppress(KeyboardInterrupt):
         for measure in cases:
             done.append(measure())

@@ -23,21 +23,22 @@ written to the files, when it is done; Ctrl-C keeps what there is.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _threads  # noqa: F401 - before torch
 import torch
+from _cases import measure_each
 from _measure import by_part, counted_flops, medians, timed, versions
 from _train_shapes import QUICK, SHAPES, Shape, rows_of, trainer_of
 from datasets import Dataset
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 
 from vlmdpo.engine.reference_cache import ReferenceCache
@@ -331,8 +332,8 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def show(case: dict[str, Any]) -> None:
-    """One case as a line of a table, on stderr: stdout is for `--json`."""
+def shown(case: dict[str, Any]) -> Group:
+    """A table about one case, and a line below."""
     table = Table(title=case["name"], title_justify="left")
     for column in ("", "1 epoch", "3 epochs", "cache on disk"):
         table.add_column(column)
@@ -344,14 +345,13 @@ def show(case: dict[str, Any]) -> None:
     ):
         spans = ("1 epoch", "3 epochs", "cached")
         table.add_row(name, *(f"{values[s]:.2f}×" if values.get(s) else "" for s in spans))
-    console = Console(width=110, stderr=True)
-    console.print(table)
     tokens, share = case["tokens"], case["vision_share"]
-    console.print(
+    return Group(
+        table,
         f"{tokens['stock']:,} tokens in stock rows, {tokens['run']:,} run; peak "
         f"{case['peak_ratio']:.2f}; agreement {case['agreement']:.0e}; vision over language FLOPs "
         f"{share['toy']:.3f} (real {share['real']:.3f}); other processes took {_busy(case)} of the "
-        f"machine; {'passed' if case['passed'] else 'NOT passed'}"
+        f"machine; {'passed' if case['passed'] else 'NOT passed'}",
     )
 
 
@@ -370,18 +370,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     repeats = options.repeats or (QUICK_ROUNDS if options.quick else 7)
-    cases: list[dict[str, Any]] = []
-    with contextlib.suppress(KeyboardInterrupt):
-        for shape in QUICK if options.quick else SHAPES:
-            words = options.cases or [""]
-            if not any(word.lower() in shape.name.lower() for word in words):
-                continue
-            cases.append(measure(shape, repeats))
-            show(cases[-1])
-            if options.markdown:
-                options.markdown.write_text(markdown(cases, repeats), encoding="utf-8")
-            if options.plot:
-                plot(cases, options.plot)
+    words = [word.lower() for word in options.cases or [""]]
+    cases = measure_each(
+        [
+            partial(measure, shape, repeats)
+            for shape in (QUICK if options.quick else SHAPES)
+            if any(word in shape.name.lower() for word in words)
+        ],
+        show=shown,
+        markdown=options.markdown,
+        report=lambda done: markdown(done, repeats),
+    )
+    if options.plot and cases:
+        plot(cases, options.plot)
     if options.json:
         print(json.dumps({"cases": cases}, indent=2))
     if not all(case["passed"] for case in cases):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.engines import (
+    RANKING,
     RELATED,
     WITH_PICTURES,
     assert_same,
@@ -70,8 +71,12 @@ def test_a_batch_of_paligemma_pairs_is_the_sum_of_its_pairs(tmp_path):
     assert together[0] == pytest.approx(sum(alone) / 3, rel=1e-5)
 
 
-def test_sliding_windows_shorter_than_the_row(tmp_path):
-    rows = pairs(3, seed=4, answer=40)
+@pytest.mark.parametrize(
+    "rows",
+    [pairs(3, seed=4, answer=40), related_pairs(*RANKING, (0, 1, 4, 5), answer=40)],
+    ids=["apart", "one tree"],
+)
+def test_sliding_windows_shorter_than_the_row(rows, tmp_path):
     build = {"text": {"sliding_window": 8}}
     for family in ("gemma3", "idefics2"):
         expected = step(trainer(family, "stock", rows, tmp_path, build=build))
@@ -113,8 +118,12 @@ def test_trl_options_that_look_at_tokens(more, tmp_path):
     )
 
 
-def test_one_batch_of_eight_equals_eight_of_one(tmp_path):
-    rows = pairs(8, seed=8)
+@pytest.mark.parametrize(
+    "rows",
+    [pairs(8, seed=8), related_pairs(*RANKING, (0, 1, 4, 5), (0, 1, 4, 6))],
+    ids=["apart", "one tree"],
+)
+def test_one_batch_of_eight_equals_eight_of_one(rows, tmp_path):
     whole = step(trainer("idefics2", "shared", rows, tmp_path))
     made = trainer("idefics2", "shared", rows, tmp_path)
     summed = {}

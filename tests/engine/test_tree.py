@@ -187,27 +187,6 @@ def test_trees_of_any_shape_train_as_stock_trl(shape, family, tmp_path):
     )
 
 
-def test_windows_shorter_than_an_answer(tmp_path):
-    rows = related_pairs(*RANKING, (0, 1, 4, 5), answer=40)
-    build = {"text": {"sliding_window": 8}}
-    for family in ("gemma3", "idefics2"):
-        expected = stock_step(family, rows, tmp_path, build=build)
-        assert_same(expected, step(trainer(family, "shared", rows, tmp_path, build=build)))
-
-
-def test_one_tree_of_eight_rows_equals_eight_trees(tmp_path):
-    rows = related_pairs(*RANKING, (0, 1, 4, 5), (0, 1, 4, 6))
-    whole = step(trainer("idefics2", "shared", rows, tmp_path))
-    made = trainer("idefics2", "shared", rows, tmp_path)
-    summed = {}
-    for i in range(8):
-        for name, gradient in step(made, rows=[i])[2].items():
-            summed[name] = summed.get(name, 0) + gradient / 8
-    largest = max(g.norm() for g in whole[2].values())
-    for name, gradient in whole[2].items():
-        assert (summed[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 0.05 * largest)
-
-
 def test_the_vision_part_runs_once_a_tree_forward_and_backward(tmp_path):
     rows = related_pairs(*RANKING)
     made = trainer("llava", "shared", rows, tmp_path)

@@ -389,7 +389,7 @@ def test_the_formula_counts_image_tokens_as_the_processor_does(alias):
         (["--fast", "--image-splitting"], 2, "--fast has no formula for --image-splitting"),
         (["--fast", "--model", "nobody/nothing"], 4, "no exact parameter counts"),
         (["--model", "nobody/nothing"], 4, "cannot find 'nobody/nothing'"),
-        (["--dataset", "absent"], 3, "'absent' is no folder; run vlmdpo prepare first"),
+        (["--dataset", "absent"], 3, "'absent' is not a folder; run vlmdpo prepare first"),
         (["--pairs-per-prompt", "0"], 2, "--pairs-per-prompt: 0 is out of range; give 1 or more"),
         (
             ["--pairs-per-prompt", "2", "--dataset", "x"],

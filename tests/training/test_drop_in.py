@@ -528,7 +528,7 @@ def test_what_the_commands_would_ask_otherwise_is_said(tmp_path, capfd, kind):
         processor.chat_template = templates.of_family(kind, processor.chat_template)
     before = dict(vars(processor))
     trainer._before_use()
-    said = "vlmdpo's commands ask with others" in " ".join(capfd.readouterr().err.split())
+    said = "vlmdpo's commands render them differently" in " ".join(capfd.readouterr().err.split())
     assert said == (kind == "no end" or not is_rendered_as_asked(processor, rows(1)[0]))
     assert trainer.engine == "shared"
     assert vars(processor).keys() == before.keys()

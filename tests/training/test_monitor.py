@@ -341,7 +341,7 @@ def test_an_estimate_that_fails_is_a_warning(capfd, scenes):
         made.wait_or_warn()
         assert made.peak_bytes is None
         assert re.search(
-            r"no estimate of the peak memory: .*nowhere' is no folder; run vlmdpo",
+            r"no estimate of the peak memory: .*nowhere' is not a folder; run vlmdpo",
             unfolded(capfd.readouterr().err),
         )
     finally:

@@ -38,7 +38,7 @@ class Asker:
         model, processor: what answers.
 
     Raises:
-        ConfigError: an option that there is not, or that a loaded model cannot take.
+        ConfigError: an unknown option, or one that a loaded model cannot take.
         ModelError, MissingDependencyError: the model or adapter cannot be loaded.
     """
 
@@ -137,7 +137,7 @@ class Asker:
 
         Args:
             temperature: above 0, what logits are divided by.
-            top_p: tokens are drawn from the likeliest that together have this probability.
+            top_p: tokens are drawn from the most likely ones that together have this probability.
             others: as of `ask`.
 
         Raises ConfigError for settings out of range, else as `ask`.

@@ -37,7 +37,7 @@ def prepare(config: PrepareConfig | None = None, /, **options: Any) -> dict[str,
         ConfigError: an unknown option, or a value out of range.
         DataError: an unreadable source, no usable row, a full disk, a folder that holds something
             else and would be replaced without `overwrite=True`.
-        ModelError: there is no processor of `model`.
+        ModelError: the processor of `model` cannot be loaded.
     """
     return _run("prepare", PrepareConfig, config, options)
 

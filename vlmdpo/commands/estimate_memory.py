@@ -53,7 +53,7 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
     if config.fast and config.dataset:
         config = _with_longest_row_of(config, Path(config.dataset))
     elif config.dataset and not Path(config.dataset).is_dir():  # said before libraries are loaded
-        raise DataError(f"--dataset: '{config.dataset}' is no folder; run vlmdpo prepare first")
+        raise DataError(f"--dataset: '{config.dataset}' is not a folder; run vlmdpo prepare first")
     counts = _count_parameters(config)
     static = _static_components(config, counts)
     report = _article_report(config, counts)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.data import store
+from vlmdpo.data.pairs import SIDES
 
 REPORT = "report.html"
 _WARN_DROPPED_SHARE = 0.05
@@ -134,7 +135,7 @@ def _show_example(report: dict[str, Any]) -> None:
         f"{ui.count(example['tokens']['prompt'], 'token')}, none in the loss",
         counted=False,
     )
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         ui.tokens(
             side,
             example["loss_tokens"][side],

@@ -118,7 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as problem:
         raise DataError(f"'{path}' is damaged ({problem}); {_ADVICE}") from problem
     if not isinstance(held, dict):
-        raise DataError(f"'{path}' is damaged (it holds no object); {_ADVICE}")
+        raise DataError(f"'{path}' is damaged (it does not hold an object); {_ADVICE}")
     return held
 
 

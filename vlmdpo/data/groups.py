@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
+from vlmdpo.data.pairs import SIDES
 from vlmdpo.data.sources import as_stored
 
 IMAGE_DIGEST, PROMPT_DIGEST = "image_digest", "prompt_digest"  # the columns that prepare writes
@@ -41,6 +42,13 @@ class RowGroups:
     @property
     def num_prompts(self) -> int:
         return len(set(self.prompts))
+
+    def together(self, row: int) -> tuple[int, int]:
+        """Equal for rows that train together: those with the same images or, without images, with
+        the same prompt.
+        """
+        image = self.images[row]
+        return (image, NO_IMAGES) if image != NO_IMAGES else (NO_IMAGES, self.prompts[row])
 
     @property
     def is_shared(self) -> bool:
@@ -82,9 +90,9 @@ def answer_numbers(dataset: Any, groups: RowGroups) -> list[tuple[int, int]]:
     answers = (
         hashlib.sha256(json.dumps([prompt, row[side]], sort_keys=True).encode()).digest()[:8]
         for prompt, row in zip(
-            groups.prompts, as_stored(dataset.select_columns(["chosen", "rejected"])), strict=True
+            groups.prompts, as_stored(dataset.select_columns(list(SIDES))), strict=True
         )
-        for side in ("chosen", "rejected")
+        for side in SIDES
     )
     numbers = _numbers(answers)
     return list(zip(numbers[::2], numbers[1::2], strict=True))

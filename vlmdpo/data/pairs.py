@@ -18,6 +18,7 @@ from vlmdpo.data.templates import without_end_tokens, without_template
 
 # How files of text are read: bytes that are not UTF-8 become lone surrogates (PEP 383).
 _ESCAPED_BYTES = {chr(code) for code in range(0xDC80, 0xDD00)}
+SIDES = ("chosen", "rejected")
 PLACEHOLDER = "<image>"  # marks the place of an image in texts of LLaVA, LLaMA-Factory, ms-swift
 _VIDEO_PLACEHOLDER = "<video>"
 _ROLES = {

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmdpo.data.pairs import text_of
+from vlmdpo.data.pairs import SIDES, text_of
 from vlmdpo.data.reasons import BadRow
 from vlmdpo.engine.content_keys import ContentKeys, content_keys
-from vlmdpo.engine.plant import Planted, Prompt, common_beginning_of, plant
+from vlmdpo.engine.plant import Planted, Prompt, PromptTree, plant
 from vlmdpo.engine.processing import BatchingProcessor
 from vlmdpo.errors import DataError, ModelError
 from vlmdpo.models.families import answer_token_type, image_placeholders
@@ -31,7 +31,6 @@ from vlmdpo.models.protocols import Processor
 from vlmdpo.models.rendering import CannotRender, render_answer, render_prompt
 
 Example = dict[str, Any]  # a row of a prepared dataset
-SIDES = ("chosen", "rejected")
 
 
 @dataclass
@@ -62,49 +61,50 @@ class PairCollator:
 
         Raises DataError for a prompt that leaves no room for an answer, and for an empty answer.
         """
-        batch = self._trees(examples) if self.share else self._rows(examples)
-        if "row" in examples[0]:
-            batch["row"] = [example["row"] for example in examples]
-        return batch
+        host = host_inputs(examples)
+        if self.share:
+            return {**host, **self._trees(examples, host["image_keys"])}
+        return {**host, **self._rows(examples)}
 
-    def _trees(self, examples: list[Example]) -> dict[str, Any]:
-        """A batch to run as one packed row."""
+    def _trees(self, examples: list[Example], image_keys: list[str]) -> dict[str, Any]:
+        """A batch to run as one packed row, whose images are those of its trees.
+
+        Args:
+            image_keys: of each example.
+        """
         texts = [self.render(example) for example in examples]
         images = [images_of(example) for example in examples]
-        keys = content_keys(examples)  # not the method, which in mDPO adds the corrupted copies
         # Examples of equal image and prompt have one `Prompt`.
-        contents = [
-            (key, text["prompt"]) for key, text in zip(keys["image_keys"], texts, strict=True)
-        ]
+        contents = [(key, text["prompt"]) for key, text in zip(image_keys, texts, strict=True)]
         groups: dict[object, list[int]] = {}  # the examples of each prompt, by image
         for number, content in enumerate(contents):
             if contents.index(content) == number:
                 groups.setdefault(content[0] or number, []).append(number)
-        shared, pixels = self._prompts([*groups.values()], texts, images)
-        prompts = [prompt for tree in shared for prompt in tree]
+        trees, pixels = self._prompt_trees([*groups.values()], texts, images)
+        prompts = [prompt for tree in trees for prompt in tree.prompts]
         numbers = {contents[prompt.example]: i for i, prompt in enumerate(prompts)}
         of_examples = [numbers[content] for content in contents]
         limits = [
             self._answer_limit(len(prompts[number].ids), example)
             for number, example in zip(of_examples, examples, strict=True)
         ]
-        planted = plant(shared, of_examples, self._answers(texts, limits))
+        planted = plant(trees, of_examples, self._answers(texts, limits))
         batch = self._packed_batch(planted, planted.order)
         for name in prompts[0].types:
             batch[name] = planted.lay_out(
                 [prompt.types[name] for prompt in prompts],
                 partial(self._types_of, name),
             )
-        of_trees = [keys["image_keys"][tree[0].example] for tree in shared]
-        return {**batch, **pixels, **keys, "image_keys": of_trees}
+        keys_of_trees = [image_keys[tree.prompts[0].example] for tree in trees]
+        return {**batch, **pixels, "image_keys": keys_of_trees}
 
-    def _prompts(
+    def _prompt_trees(
         self,
         groups: list[list[int]],
         texts: list[dict[str, str]],
         images: list[list[Image.Image]],
-    ) -> tuple[list[list[Prompt]], dict[str, Any]]:
-        """The processed prompts of each tree, and the pixels of the trees' images in their order.
+    ) -> tuple[list[PromptTree], dict[str, Any]]:
+        """The processed prompts by tree, and the pixels of the trees' images in their order.
 
         Args:
             groups: an example of each distinct prompt, by image.
@@ -112,20 +112,21 @@ class PairCollator:
         firsts, others = [group[0] for group in groups], [n for group in groups for n in group[1:]]
         found, pixels = self._process_examples(firsts, texts, images)
         if not others:
-            return [[prompt] for prompt in found], pixels
+            return [PromptTree.of([prompt]) for prompt in found], pixels
         by_example = {prompt.example: prompt for prompt in found}
         # The images of a tree are processed anew for each prompt: what a processor puts around an
         # image may depend on the words beside it, so that ids cannot be spliced.
         found, _ = self._process_examples(others, texts, images)
         by_example |= {prompt.example: prompt for prompt in found}
         placeholders = image_placeholders(self.processor) if self.share_beginnings else frozenset()
-        trees = []
+        trees: list[PromptTree] = []
         for group in groups:
-            prompts = [by_example[number] for number in group]
-            trees += [prompts] if _share_images(prompts, placeholders) else [[p] for p in prompts]
+            tree = PromptTree.of([by_example[number] for number in group])
+            alone = [PromptTree.of([prompt]) for prompt in tree.prompts]
+            trees += [tree] if tree.images_are_shared(placeholders) else alone
         if len(trees) == len(groups):
             return trees, pixels
-        examples = [tree[0].example for tree in trees]
+        examples = [tree.prompts[0].example for tree in trees]
         return trees, self._process_examples(examples, texts, images)[1]
 
     def _process_examples(
@@ -179,7 +180,7 @@ class PairCollator:
             batch[name] = torch.nn.utils.rnn.pad_sequence(
                 _join(types, of_answers), batch_first=True
             )
-        return {**batch, **pixels, **content_keys(examples)}
+        return {**batch, **pixels}
 
     def content_keys(self, examples: list[Example]) -> ContentKeys:
         """The keys that the batch of these examples has."""
@@ -364,20 +365,3 @@ def _stock_attention_mask(prompts: Sequence[int], answers: Sequence[Tensor]) -> 
     """
     lengths = torch.tensor([p + len(a) for p, a in zip(prompts, answers, strict=True)])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-
-
-def _share_images(prompts: list[Prompt], placeholders: frozenset[int]) -> bool:
-    """Whether the images of these prompts lie in what all of them begin with.
-
-    Args:
-        placeholders: ids of the tokens that stand for images; without any, only a single prompt has
-            its images to itself.
-    """
-    if len(prompts) == 1:
-        return True
-    beginning = common_beginning_of(prompts)
-    return (
-        bool(placeholders)
-        and beginning > 0
-        and all(placeholders.isdisjoint(prompt.ids[beginning:].tolist()) for prompt in prompts)
-    )

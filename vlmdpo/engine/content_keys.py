@@ -13,11 +13,10 @@ from typing import Any, TypedDict
 
 from PIL import Image
 
-from vlmdpo.data.pairs import text_of
+from vlmdpo.data.pairs import SIDES, text_of
 
 NO_IMAGE = ""
 NO_ANSWER = ""  # the key of a row of the loss without an answer, whose log-prob is 0
-_SIDES = ("chosen", "rejected")
 
 
 class ContentKeys(TypedDict):
@@ -63,7 +62,7 @@ def content_keys(examples: Sequence[dict[str, Any]]) -> ContentKeys:
     images = [image_key(example.get("images") or []) for example in examples]
     answers = [
         answer_key(of_images, example["prompt"], _text(example[side]))
-        for side in _SIDES
+        for side in SIDES
         for of_images, example in zip(images, examples, strict=True)
     ]
     return {"image_keys": images, "answer_keys": answers}

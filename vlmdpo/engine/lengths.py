@@ -15,17 +15,11 @@ from PIL import Image
 
 from vlmdpo import ui
 from vlmdpo.data.images import EncodedImage, open_bytes
-from vlmdpo.data.pairs import PreferencePair, TokenCounts, message, text_of
+from vlmdpo.data.pairs import SIDES, PreferencePair, TokenCounts, message, text_of
 from vlmdpo.data.reasons import BadRow, foreign, shown
 from vlmdpo.data.sources import as_stored
 from vlmdpo.data.store import COUNTS
-from vlmdpo.engine.collate import (
-    SIDES,
-    Example,
-    PairCollator,
-    cannot_render,
-    render_example,
-)
+from vlmdpo.engine.collate import Example, PairCollator, cannot_render, render_example
 from vlmdpo.models.chat_template import PromptSettings
 from vlmdpo.models.digest import processor_digest
 from vlmdpo.models.families import estimated_image_tokens, reserved_tokens

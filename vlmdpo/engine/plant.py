@@ -1,7 +1,6 @@
 """Processed prompts and answers → the trees of a batch: which tokens lie in which node.
 
-Shapes: B pairs, D distinct answers, T slots of the packed row, L tokens of
-one text.
+Shapes: B pairs, D distinct answers, T slots of the packed row, L tokens of one text.
 """
 
 from __future__ import annotations
@@ -30,6 +29,39 @@ class Prompt:
     ids: Tensor
     types: dict[str, Tensor]
     images: int
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """Distinct prompts of a batch that lie in one tree.
+
+    Attributes:
+        beginning: tokens that all of them begin with; all of a prompt that is alone.
+    """
+
+    prompts: list[Prompt]
+    beginning: int
+
+    @classmethod
+    def of(cls, prompts: list[Prompt]) -> PromptTree:
+        """These prompts, which share what their token ids and types have in common."""
+        if len(prompts) == 1:
+            return cls(prompts, len(prompts[0].ids))
+        return cls(prompts, common_beginning([_tokens(prompt) for prompt in prompts]))
+
+    def images_are_shared(self, placeholders: frozenset[int]) -> bool:
+        """Whether the images of these prompts lie in what all of them begin with.
+
+        Args:
+            placeholders: ids of the tokens that stand for images. Without any, only a prompt that
+                is alone is sure to have them there.
+        """
+        if len(self.prompts) == 1:
+            return True
+        tails = (prompt.ids[self.beginning :].tolist() for prompt in self.prompts)
+        return (
+            bool(placeholders) and self.beginning > 0 and all(map(placeholders.isdisjoint, tails))
+        )
 
 
 @dataclass(frozen=True)
@@ -80,18 +112,17 @@ class Planted:
 
 
 def plant(
-    trees: Sequence[Sequence[Prompt]],
+    trees: Sequence[PromptTree],
     prompt_of_example: Sequence[int],
     answers: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
 ) -> Planted:
     """Lay out trees, equal answers of a prompt once.
 
     Args:
-        trees: the distinct prompts of each tree, which begin alike.
         prompt_of_example: B numbers, counted over all trees.
         answers: B chosen and B rejected token ids (L,); None where an example has none.
     """
-    prompts = [prompt for tree in trees for prompt in tree]
+    prompts = [prompt for tree in trees for prompt in tree.prompts]
     distinct: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for side, of_side in enumerate(answers):
         for example, answer in enumerate(of_side):
@@ -115,7 +146,7 @@ def plant(
 
 
 def _make_forest(
-    trees: Sequence[Sequence[Prompt]], counts: Sequence[int], answer_lengths: Sequence[int]
+    trees: Sequence[PromptTree], counts: Sequence[int], answer_lengths: Sequence[int]
 ) -> Forest:
     """Nodes of these trees.
 
@@ -135,28 +166,22 @@ def _make_forest(
 
     answer_count, answer_tokens = iter(counts), iter(answer_lengths)
     for tree in trees:
-        beginning = common_beginning_of(tree)
-        root = add(ROOT, beginning)
-        for prompt in tree:
-            own = len(prompt.ids) - beginning
+        root = add(ROOT, tree.beginning)
+        for prompt in tree.prompts:
+            own = len(prompt.ids) - tree.beginning
             ends.append(add(root, own) if own else root)
             leaves += [add(ends[-1], next(answer_tokens)) for _ in range(next(answer_count))]
-    images = tuple(tree[0].images for tree in trees)
+    images = tuple(tree.prompts[0].images for tree in trees)
     return Forest(tuple(parents), tuple(lengths), tuple(ends), tuple(leaves), images)
 
 
-def common_beginning_of(prompts: Sequence[Prompt]) -> int:
-    """Tokens that all these prompts begin with, types included; all of a prompt that is alone."""
-    if len(prompts) == 1:
-        return len(prompts[0].ids)
-    texts = []
-    for prompt in prompts:
-        columns = [
-            types.flatten(1).tolist() if types.ndim > 1 else types.tolist()
-            for types in prompt.types.values()
-        ]
-        texts.append(list(zip(prompt.ids.tolist(), *columns, strict=True)))
-    return common_beginning(texts)
+def _tokens(prompt: Prompt) -> list[tuple[object, ...]]:
+    """Each token of a prompt: its id, and what the inputs by token say of it."""
+    types = [
+        values.flatten(1).tolist() if values.ndim > 1 else values.tolist()
+        for values in prompt.types.values()
+    ]
+    return list(zip(prompt.ids.tolist(), *types, strict=True))
 
 
 def _in_order(forest: Forest, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:

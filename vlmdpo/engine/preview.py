@@ -7,8 +7,9 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from vlmdpo.data.pairs import SIDES
 from vlmdpo.engine.batch import answer_ids
-from vlmdpo.engine.collate import SIDES, PairCollator
+from vlmdpo.engine.collate import PairCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -64,22 +64,17 @@ class TreeMask(Tensor):
     attention untouched, and refuse anything that is not a tensor.
     """
 
-    @staticmethod
-    def __new__(
-        cls,
-        forest: Forest,
-        runs: Sequence[Run],
-        sees: Sequence[tuple[int, ...]],
-        slot_index: Tensor,
-        mask_function: Callable[..., Tensor],
-    ) -> TreeMask:
-        return cls._without_blocks(forest.slots, slot_index.device)
+    lengths: tuple[int, ...]  # (N,) slots of each node
+    blocks: list[_Block]
 
     @classmethod
-    def _without_blocks(cls, slots: int, device: torch.device) -> TreeMask:
+    def of(cls, lengths: tuple[int, ...], blocks: list[_Block], device: torch.device) -> TreeMask:
+        """A mask of these blocks, for nodes of these lengths."""
+        slots = sum(lengths)
         mask: TreeMask = Tensor._make_wrapper_subclass(
             cls, (1, 1, slots, slots), dtype=torch.bool, device=device
         )
+        mask.lengths, mask.blocks = lengths, blocks
         return mask
 
     @classmethod
@@ -87,30 +82,8 @@ class TreeMask(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.alias.default:  # a slice that is all of it: Gemma 4 takes one
-            mask, same = args[0], cls._without_blocks(args[0].shape[-1], args[0].device)
-            same.lengths, same.blocks = mask.lengths, mask.blocks
-            return same
+            return cls.of(args[0].lengths, args[0].blocks, args[0].device)
         raise TypeError(f"{func} needs the values of a mask, and a TreeMask has none")
-
-    def __init__(
-        self,
-        forest: Forest,
-        runs: Sequence[Run],
-        sees: Sequence[tuple[int, ...]],
-        slot_index: Tensor,
-        mask_function: Callable[..., Tensor],
-    ) -> None:
-        """The model's mask function for these runs.
-
-        Args:
-            sees: the nodes that each run's slots may see.
-            slot_index: (T,) the index of each slot in a row of its own.
-        """
-        self.lengths = forest.lengths
-        self.blocks = [
-            _block(forest, run, nodes, slot_index, mask_function)
-            for run, nodes in zip(runs, sees, strict=True)
-        ]
 
     def attend(
         self,
@@ -147,6 +120,26 @@ class TreeMask(Tensor):
             mask = _attention_mask(block, q, k.dtype if additive else None)
             outputs.append(attention(module, q, k, v, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1), None
+
+
+def tree_mask(
+    forest: Forest,
+    runs: Sequence[Run],
+    sees: Sequence[tuple[int, ...]],
+    slot_index: Tensor,
+    mask_function: Callable[..., Tensor],
+) -> TreeMask:
+    """The model's mask function for these runs.
+
+    Args:
+        sees: the nodes that each run's slots may see.
+        slot_index: (T,) the index of each slot in a row of its own.
+    """
+    blocks = [
+        _block(forest, run, nodes, slot_index, mask_function)
+        for run, nodes in zip(runs, sees, strict=True)
+    ]
+    return TreeMask.of(forest.lengths, blocks, slot_index.device)
 
 
 def _block(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmdpo.engine.devices import to_device
 from vlmdpo.engine.tree import Forest
-from vlmdpo.engine.tree_attention import Run, TreeMask
+from vlmdpo.engine.tree_attention import Run, TreeMask, tree_mask
 
 
 class TreeLayout:
@@ -101,7 +101,7 @@ class TreeLayout:
     def mask(self, mask_function: Callable[..., Tensor], device: torch.device) -> TreeMask:
         """The model's own mask function at this layout; see `packed_attention.Layout`."""
         sees = [self.sees(run) for run in self.runs]
-        return TreeMask(self.forest, self.runs, sees, self.slot_index, mask_function)
+        return tree_mask(self.forest, self.runs, sees, self.slot_index, mask_function)
 
 
 def _rows_of_nodes(forest: Forest) -> list[int]:

@@ -18,8 +18,9 @@ from trl.data_utils import (
 )
 
 from vlmdpo import ui
+from vlmdpo.data.pairs import SIDES
 from vlmdpo.data.reasons import BadRow
-from vlmdpo.engine.collate import SIDES, Example, PairCollator, render_example
+from vlmdpo.engine.collate import Example, PairCollator, render_example
 from vlmdpo.errors import VlmDpoError
 from vlmdpo.models.protocols import Processor
 
@@ -95,7 +96,7 @@ class TrlRowsCollator:
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:  # once in each process that collates
-            ui.warn(f"a batch runs as TRL's own rows, as others may: {reason}")
+            ui.warn(f"a batch runs as TRL's own rows, and later ones may too: {reason}")
             self._has_warned = True
 
 

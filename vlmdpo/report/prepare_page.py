@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo.data.images import open_bytes
+from vlmdpo.data.pairs import SIDES
 from vlmdpo.data.sources import as_stored
 from vlmdpo.report import html as pages
 
@@ -30,7 +31,7 @@ def draw_lengths(columns: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3))
-    answers = {side: columns[f"{side}_tokens"] for side in ("chosen", "rejected")}
+    answers = {side: columns[f"{side}_tokens"] for side in SIDES}
     longer = columns["prompt_tokens"] + numpy.maximum(*answers.values())
     sequences = {
         "prompt, images included": columns["prompt_tokens"],
@@ -95,7 +96,7 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
         (turn["role"], " ".join(part["text"] or "[image]" for part in turn["content"]))
         for turn in row["prompt"]
     ]
-    answers = {side: row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")}
+    answers = {side: row[side][0]["content"][0]["text"] for side in SIDES}
     copied = ("source_row", "prompt_tokens", "chosen_tokens", "rejected_tokens", "image_tokens")
     return {
         "pictures": [_thumbnail(stored) for stored in row["images"]],

@@ -30,7 +30,7 @@ _EXAMPLES = 4
 
 
 def check_engine_name(engine: str) -> None:
-    """Raise ConfigError for an engine that there is not."""
+    """Raise ConfigError for an unknown engine."""
     if engine not in ENGINES:
         raise ConfigError(
             f"engine={engine!r}: choose {', '.join(ENGINES)}.{nearest(engine, ENGINES)}"
@@ -100,8 +100,8 @@ def verify(trainer: DropInTrainer) -> None:
     examples = [rendered(trainer.processing_class, row) for row in rows]
     if not is_rendered_as_asked(trainer.processing_class, rows[0]):
         ui.say(
-            "prompts are rendered as TRL does, and vlmdpo's commands ask with others: see Chat "
-            "templates in docs/library.md"
+            "prompts are rendered as TRL renders them; vlmdpo's commands render them differently: "
+            "see Chat templates in docs/library.md"
         )
     reason = _tokenized_otherwise(trainer, examples)
     if reason is None:
@@ -126,7 +126,7 @@ def _examples(trainer: DropInTrainer) -> list[dict[str, Any]]:
 
 
 def _tokenized_otherwise(trainer: DropInTrainer, examples: list[dict[str, Any]]) -> str | None:
-    """Where TRL's collator makes other tokens of these rows than the engine's; None if nowhere."""
+    """Why TRL's collator and the engine's tokenize these rows differently; None if they do not."""
     if families.inserts_image_tokens(trainer.processing_class):  # TRL's cannot take such a model
         return None
     whole = dataclasses.replace(trainer.pair_collator, max_length=None)
@@ -135,7 +135,7 @@ def _tokenized_otherwise(trainer: DropInTrainer, examples: list[dict[str, Any]])
         ours, theirs = whole.stock_rows([dict(example)]), stock([dict(example)])
         kept = [batch["input_ids"][batch["attention_mask"] == 1] for batch in (ours, theirs)]
         if not torch.equal(*kept):
-            return "the processor tokenizes answers otherwise than its tokenizer does"
+            return "the processor and its tokenizer tokenize answers differently"
     return None
 
 

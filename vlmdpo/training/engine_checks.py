@@ -21,6 +21,7 @@ from torch import Tensor
 from vlmdpo.engine.batch_context import BATCH_CONTEXT
 from vlmdpo.engine.collate import PairCollator
 from vlmdpo.engine.stock_collator import StockCollator
+from vlmdpo.engine.tree import Forest
 from vlmdpo.engine.tree_attention import Run
 from vlmdpo.engine.tree_layout import TreeLayout
 from vlmdpo.models import families
@@ -73,9 +74,8 @@ class _ShiftedPositions(TreeLayout):
         return positions
 
 
-def _broken_layouts(layout: TreeLayout) -> dict[str, type[TreeLayout]]:
-    """Layouts that are wrong for this tree, by what is wrong with them."""
-    forest = layout.forest
+def _broken_layouts(forest: Forest) -> dict[str, type[TreeLayout]]:
+    """Layouts that are wrong for these trees, by what is wrong with them."""
     found: dict[str, type[TreeLayout]] = {}
     if len(forest.answers) > len(forest.prompts):
         found["an answer sees another"] = _AnswerSeesAnother
@@ -97,26 +97,22 @@ def check_shared_forward(trainer: EngineTrainer, examples: list[Example]) -> Che
     shared = trainer.shared_forwards[0]
     stock, noise = _stock_and_noise(trainer, examples)
 
-    def batch() -> dict[str, Any]:
-        return collate([dict(example) for example in examples])
+    batch = collate([dict(example) for example in examples])
 
     def error(batch: dict[str, Any]) -> float:
         return max(_mean_difference(token_logps(trainer, batch), stock))
 
-    own = token_logps(trainer, batch())
+    own = token_logps(trainer, batch)
     own_error = max(_mean_difference(own, stock))
-    context = shared.new_batch()
-    token_logps(trainer, {**batch(), BATCH_CONTEXT: context})
-    assert context.layout is not None
     broken_errors = {
-        name: error({**batch(), BATCH_CONTEXT: shared.new_batch(layout_class=layout)})
-        for name, layout in _broken_layouts(context.layout).items()
+        name: error({**batch, BATCH_CONTEXT: shared.new_batch(layout_class=layout)})
+        for name, layout in _broken_layouts(batch["forest"]).items()
     }
     layouts = list(broken_errors.values())
     other_image = math.inf
     if any(example.get("images") for example in examples):
-        other_image = broken_errors["other image"] = error(other_pixels(batch()))
-    worst = max(own_error, _moved_by_another_answer(trainer, batch(), own))
+        other_image = broken_errors["other image"] = error(other_pixels(batch))
+    worst = max(own_error, _moved_by_another_answer(trainer, batch, own))
     passed = _is_exact(worst, noise, other_image, layouts)
     compared = {"one rounding": noise, **broken_errors}
     others = ", ".join(f"{name} {value:.1e}" for name, value in compared.items())
@@ -136,10 +132,11 @@ def check_images_once(trainer: EngineTrainer, examples: list[Example]) -> Check:
     def error(batch: dict[str, Any]) -> float:
         return max(_mean_difference(token_logps(trainer, batch), stock))
 
-    own_error = error(collate([dict(example) for example in examples]))
+    batch = collate([dict(example) for example in examples])
+    own_error = error(batch)
     other_error = math.inf
     if any(example.get("images") for example in examples):
-        other_error = error(other_pixels(collate([dict(example) for example in examples])))
+        other_error = error(other_pixels(batch))
     return Check(
         "rows with images once",
         _is_exact(own_error, noise, other_error),
@@ -155,8 +152,8 @@ def stock_batch(processor: Processor, example: Example) -> dict[str, Any]:
     if families.inserts_image_tokens(processor):  # TRL's collator cannot make such rows
         return ours
     stock = StockCollator(processor)([dict(example)])
-    # Where a processor tokenizes an answer otherwise than its tokenizer does, engines would be
-    # compared on different texts.
+    # Where a processor and its tokenizer tokenize an answer differently, engines would be compared
+    # on different texts.
     same = stock["input_ids"].shape == ours["input_ids"].shape and torch.equal(
         stock["input_ids"] * stock["attention_mask"], ours["input_ids"] * ours["attention_mask"]
     )

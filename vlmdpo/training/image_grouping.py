@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Sampler
 
-from vlmdpo.data.groups import NO_IMAGES, RowGroups
+from vlmdpo.data.groups import RowGroups
 
 _T = TypeVar("_T")
 _MEGA_BATCH_STEPS = 50  # sorted by length together, as in transformers
@@ -79,9 +79,8 @@ class ImageGroupedSampler(Sampler[int]):
         self.epoch = 0
         self._rows = len(groups.images)
         by_image: dict[tuple[int, int], dict[int, list[int]]] = {}
-        for row, (image, prompt) in enumerate(zip(groups.images, groups.prompts, strict=True)):
-            key = (image, NO_IMAGES) if image != NO_IMAGES else (NO_IMAGES, prompt)
-            by_image.setdefault(key, {}).setdefault(prompt, []).append(row)
+        for row, prompt in enumerate(groups.prompts):
+            by_image.setdefault(groups.together(row), {}).setdefault(prompt, []).append(row)
         self._images = [list(prompts.values()) for prompts in by_image.values()]
 
     def set_epoch(self, epoch: int) -> None:
@@ -211,7 +210,7 @@ def _earliest(sizes: Sequence[int], room: int) -> list[int]:
 
 def _aligned(groups: Sequence[_Group], block: int) -> list[_Group]:
     """Groups, given largest first, such that every `block` rows end with a group, and every half of
-    them, down to single rows; those for which there is no such order come last, as they were.
+    them, down to single rows; those that cannot be ordered so come last, as they were.
     """
     if block == 1 or len(groups) == 1:
         return list(groups)

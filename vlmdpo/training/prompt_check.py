@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlmdpo import ui
-from vlmdpo.data.pairs import text_of
+from vlmdpo.data.pairs import SIDES, text_of
 from vlmdpo.engine.batch import answer_ids
-from vlmdpo.engine.collate import SIDES, images_of
+from vlmdpo.engine.collate import images_of
 from vlmdpo.engine.generate import model_inputs
 from vlmdpo.training.doctor import Check
 

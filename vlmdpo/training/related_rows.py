@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmdpo.data.groups import NO_IMAGES, row_groups
+from vlmdpo.data.groups import row_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,12 +16,9 @@ def related_rows(dataset: Dataset, count: int) -> list[int]:
     """Up to `count` of the first rows about one image: of one prompt, and of others."""
     pool = range(min(len(dataset), _RELATED_POOL))
     groups = row_groups(dataset.select(pool))
-    by_image: dict[object, list[int]] = {}
+    by_image: dict[tuple[int, int], list[int]] = {}
     for row in pool:
-        # Rows without an image are related by their prompt.
-        image = groups.images[row]
-        key = image if image != NO_IMAGES else ("prompt", groups.prompts[row])
-        by_image.setdefault(key, []).append(row)
+        by_image.setdefault(groups.together(row), []).append(row)
 
     def chosen(rows: list[int]) -> list[int]:
         prompts = [groups.prompts[row] for row in rows]

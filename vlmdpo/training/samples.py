@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from vlmdpo.data.pairs import text_of
+from vlmdpo.data.pairs import SIDES, text_of
 from vlmdpo.engine.collate import PairCollator, images_of
 from vlmdpo.models.rendering import stop_token_ids
 from vlmdpo.report.metrics import GO_ON_WITHOUT, read_lines, write_lines
@@ -133,7 +133,7 @@ class SampleAnswers(TrainerCallback):
                 "row": row["row"],
                 "question": _question(row),
                 "answer": answer.strip(),
-                **{side: text_of(row[side][0]) for side in ("chosen", "rejected")},
+                **{side: text_of(row[side][0]) for side in SIDES},
             }
             for row, answer in zip(rows, answers, strict=True)
         ]

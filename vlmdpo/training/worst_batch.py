@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vlmdpo.data.groups import NO_IMAGES, RowGroups, answer_numbers, row_groups
+from vlmdpo.data.groups import RowGroups, answer_numbers, row_groups
 from vlmdpo.training.image_grouping import ImageGroupedSampler
 from vlmdpo.training.sharing import SharedRows
 
@@ -57,7 +57,7 @@ class WorstBatches:
         self._shared = SharedRows(self.groups, answers, lengths, share_images=share_images)
         self._by_image: dict[tuple[int, int], list[int]] = {}
         for row in range(len(lengths)):
-            self._by_image.setdefault(self._image(row), []).append(row)
+            self._by_image.setdefault(self.groups.together(row), []).append(row)
 
     @property
     def pairs_per_prompt(self) -> float:
@@ -79,11 +79,6 @@ class WorstBatches:
         by_tokens, by_images = (self._grouped(pairs, cost) for cost in (self._tokens, self._images))
         more_images = self._images(by_images)[0] > self._images(by_tokens)[0]
         return [by_tokens, by_images] if more_images else [by_tokens]
-
-    def _image(self, row: int) -> tuple[int, int]:
-        """Equal for the rows that train together: of one image or, without one, of one prompt."""
-        image = self.groups.images[row]
-        return (image, NO_IMAGES) if image != NO_IMAGES else (image, self.groups.prompts[row])
 
     def _tokens(self, rows: Sequence[int]) -> tuple[int, ...]:
         return (self._shared.run_tokens(rows),)
@@ -129,7 +124,7 @@ class WorstBatches:
         return max(filled, key=cost)
 
     def _pieces(self, batch: Iterable[int]) -> tuple[_Piece, ...]:
-        sizes = Counter(map(self._image, batch))
+        sizes = Counter(map(self.groups.together, batch))
         pieces = ((size, size == len(self._by_image[image])) for image, size in sizes.items())
         return tuple(sorted(pieces, reverse=True))
 
@@ -170,11 +165,11 @@ class WorstBatches:
             rows = next(self._unused(longest[piece], used), None)
             if rows is None:
                 return None
-            used.add(self._image(rows[0]))
+            used.add(self.groups.together(rows[0]))
             batch += rows
         return batch
 
     def _unused(
         self, parts: Iterable[list[int]], used: set[tuple[int, int]]
     ) -> Iterator[list[int]]:
-        return (rows for rows in parts if self._image(rows[0]) not in used)
+        return (rows for rows in parts if self.groups.together(rows[0]) not in used)

@@ -59,7 +59,7 @@ class Hosts:
 def _host_of(authority: str) -> str:
     try:
         found = urlsplit(f"//{authority}")
-        _ = found.port  # raises where it is no number
+        _ = found.port  # raises ValueError if it is not a number
         return (found.hostname or "").lower()
     except ValueError:  # nor is a bracket closed
         return ""
