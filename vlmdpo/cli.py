@@ -41,6 +41,7 @@ from vlmdpo.errors import (
 )
 from vlmdpo.memory.gpus import GPUS
 from vlmdpo.models import registry
+from vlmdpo.models.adapter_files import base_layer
 
 # Switches that are off by default and need no --no- form.
 _ONE_WAY = {
@@ -195,18 +196,20 @@ def _command(name: str) -> Callable[..., None]:
     """The function behind a command: merge the layers, run, show."""
     cls, module, help_text, full_size = COMMANDS[name][:4]
 
-    def call(**given: Any) -> None:
-        recipe_file = given.pop("config")
-        given.pop("help_all", None)
+    def call(**parsed: Any) -> None:
+        recipe_file = parsed.pop("config")
+        parsed.pop("help_all", None)
         flags = {
             key: tuple(value) if isinstance(value, list) else value
-            for key, value in given.items()
+            for key, value in parsed.items()
             if value not in (None, [])
         }
         recipe = recipes.read_recipe(recipe_file) if recipe_file else {}
-        model = flags.get("model") or recipe.get("model") or "tiny"
-        settings: Any = recipes.build(cls, registry.recipe(str(model), name), recipe, flags)
-        _run(name, module, settings, _hint(full_size, {**recipe, **flags}))
+        given = {**recipe, **flags}
+        base = base_layer(given) if "adapter" in kinds else {}
+        model = given.get("model") or base.get("model") or "tiny"
+        settings: Any = recipes.build(cls, registry.recipe(str(model), name), base, recipe, flags)
+        _run(name, module, settings, _hint(full_size, given))
 
     kinds = recipes.field_types(cls)
     parameters = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from vlmdpo.config import InferConfig, recipes
 from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.models.adapter_files import base_layer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +29,8 @@ class Asker:
     what their prompts begin with is read once.
 
     Args:
-        model: an alias ("tiny", "llava-1.5-7b"), Hub id or folder; or a loaded model.
+        model: an alias ("tiny", "llava-1.5-7b"), Hub id or folder; or a loaded model. None for the
+            base that the adapter names or, without one, "tiny".
         adapter: the folder of a trained adapter.
         processor: of a loaded model; None for a model by name.
         options: `dtype`, `device`, `revision`, `trust_remote_code`, `attn_implementation`,
@@ -44,7 +46,7 @@ class Asker:
 
     def __init__(
         self,
-        model: str | VisionLanguageModel = "tiny",
+        model: str | VisionLanguageModel | None = None,
         *,
         adapter: str | Path | None = None,
         processor: Processor | None = None,
@@ -53,7 +55,7 @@ class Asker:
         for name in options:
             if name not in _LOADING:
                 raise ConfigError(f"{name}: not an option of Asker; it has {', '.join(_LOADING)}")
-        if isinstance(model, str):
+        if model is None or isinstance(model, str):
             if processor is not None:
                 raise ConfigError("processor: only of a loaded model; a name brings its own")
             self._load(model, adapter, options)
@@ -64,11 +66,12 @@ class Asker:
             self.processor: Processor = processor
         self._decoder: PromptTreeDecoder | None = None
 
-    def _load(self, model: str, adapter: str | Path | None, options: dict[str, Any]) -> None:
+    def _load(self, model: str | None, adapter: str | Path | None, options: dict[str, Any]) -> None:
         from vlmdpo.models.configured import configured_model, configured_processor
 
         given = {**options, "model": model, "adapter": adapter}
-        config = recipes.build(InferConfig, {n: v for n, v in given.items() if v is not None})
+        layers = base_layer(given), {n: v for n, v in given.items() if v is not None}
+        config = recipes.build(InferConfig, *layers)
         self.model = configured_model(config, adapter=config.adapter)
         self.processor = configured_processor(config, adapter=config.adapter)
 
@@ -183,7 +186,7 @@ class Asker:
 
 
 def answer(
-    model: str | VisionLanguageModel,
+    model: str | VisionLanguageModel | None,
     image: Image.Image | str | Path,
     questions: Sequence[str],
     *,

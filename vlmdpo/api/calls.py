@@ -18,6 +18,7 @@ from vlmdpo.errors import (
     out_of_memory_reason,
 )
 from vlmdpo.models import registry
+from vlmdpo.models.adapter_files import base_layer
 
 Config = TypeVar("Config", PrepareConfig, EstimateMemoryConfig, EvalAmberConfig)
 
@@ -84,8 +85,9 @@ def _run(
     if config is not None and options:
         raise ConfigError("give a config or options by keyword, not both")
     if config is None:
-        model = str(options.get("model") or "tiny")
         given = {name: value for name, value in options.items() if value is not None}
+        given = {**base_layer(given), **given}
+        model = str(given.get("model") or "tiny")
         config = recipes.build(cls, registry.recipe(model, command), given)
     if config.json:
         raise ConfigError("json: the report is what this function returns; leave it out")

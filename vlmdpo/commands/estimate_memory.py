@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlmdpo.commands.estimate_memory_screen import show
 from vlmdpo.config import EstimateMemoryConfig
 from vlmdpo.data import store
-from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.errors import ConfigError, DataError, ModelError
 from vlmdpo.memory import fast
 from vlmdpo.memory.fit import PeakByBatch, largest_batch_size, verdict
 from vlmdpo.memory.gpus import capacity_bytes
@@ -27,6 +27,7 @@ from vlmdpo.memory.terms import (
     rounded_article_table,
 )
 from vlmdpo.models import registry
+from vlmdpo.models.adapter_files import read_config
 from vlmdpo.training.step_simulator import TRAIN_OPTIONS, StepSimulator, image_size
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class _ParameterCounts:
 def run(config: EstimateMemoryConfig) -> dict[str, Any]:
     """The report. Raises ConfigError, DataError, ModelError."""
     capacity = capacity_bytes(config.gpu) if config.gpu else None
+    if config.adapter is not None:
+        config = dataclasses.replace(config, lora=True, lora_r=_rank(config.adapter))
     if config.fast and config.dataset:
         config = _with_longest_row_of(config, Path(config.dataset))
     elif config.dataset and not Path(config.dataset).is_dir():  # said before libraries are loaded
@@ -76,6 +79,14 @@ def run(config: EstimateMemoryConfig) -> dict[str, Any]:
         memory_plot.draw(report, config.plot)
         report["plot"] = str(config.plot)
     return report
+
+
+def _rank(adapter: Path) -> int:
+    """The rank of a LoRA adapter. Raises ModelError for a folder without one."""
+    rank = read_config(adapter).get("r")
+    if not isinstance(rank, int) or rank < 1:
+        raise ModelError(f"--adapter: '{adapter}' is not a LoRA adapter: it names no rank")
+    return rank
 
 
 def _article_report(config: EstimateMemoryConfig, counts: _ParameterCounts) -> dict[str, Any]:
@@ -171,6 +182,7 @@ def _static_components(config: EstimateMemoryConfig, counts: _ParameterCounts) -
         optim=config.optim,
         nf4_weights=counts.nf4_weights,
         shards=Shards.for_strategy(config.strategy, config.num_gpus),
+        goes_on=config.adapter is not None,
     )
 
 

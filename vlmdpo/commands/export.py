@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vlmdpo import ui
 from vlmdpo.config import ExportConfig
 from vlmdpo.errors import DataError, ModelError
-from vlmdpo.models.adapter_files import base_of_adapter
+from vlmdpo.models.adapter_files import check_adapter
 from vlmdpo.models.configured import configured_model, configured_processor
 from vlmdpo.models.registry import short_name
 
@@ -43,11 +43,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
         ModelError: no adapter, a base it was not trained on, or a merged model that differs.
     """
     assert config.adapter is not None
-    named = base_of_adapter(config.adapter)
-    model = config.model if config.model != "tiny" else named
+    check_adapter(config.adapter, config.model, config.revision)
     report: dict[str, Any] = {
         "adapter": str(config.adapter),
-        "model": model,
+        "model": config.model,
         "output_dir": None,
         "agreement": None,
     }
@@ -56,7 +55,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         folder = config.output_dir or config.adapter.with_name(f"{config.adapter.name}-merged")
         report |= {
             "output_dir": str(folder),
-            "agreement": _merge(config, config.adapter, model, folder),
+            "agreement": _merge(config, config.adapter, folder),
         }
     if config.push_to_hub:
         from vlmdpo import hub
@@ -65,7 +64,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     return report
 
 
-def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dict[str, Any]:
+def _merge(config: ExportConfig, adapter: Path, folder: Path) -> dict[str, Any]:
     """Write base and adapter as one model to `folder`, which appears once it is complete and
     checked.
     """
@@ -73,9 +72,8 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
     from vlmdpo.report import model_card
 
     _check_output(folder, config.overwrite)
-    options = dataclasses.replace(config, model=model)
-    processor = configured_processor(options, adapter=adapter)
-    with_adapter = configured_model(options, adapter=adapter)
+    processor = configured_processor(config, adapter=adapter)
+    with_adapter = configured_model(config, adapter=adapter)
     before = _respond(with_adapter, processor)
     merged = with_adapter.merge_and_unload()
     part = folder.with_name(f".{folder.name}.partial")
@@ -87,7 +85,7 @@ def _merge(config: ExportConfig, adapter: Path, model: str, folder: Path) -> dic
         save_settings(processor, part)
         del with_adapter, merged
         saved = dataclasses.replace(
-            options, model=str(part.absolute()), revision=None, trust_remote_code=False
+            config, model=str(part.absolute()), revision=None, trust_remote_code=False
         )
         agreement = _agreement(before, _respond(configured_model(saved), processor))
         copied = (model_card.REPORT, model_card.RECIPE, model_card.AMBER, "learning_curves.png")

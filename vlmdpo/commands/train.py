@@ -27,7 +27,14 @@ from vlmdpo.errors import (
 )
 from vlmdpo.memory.terms import CONTEXT_BYTES
 from vlmdpo.models.registry import short_name
-from vlmdpo.training import build, memory_forecast, non_finite, results
+from vlmdpo.training import (
+    build,
+    continued_options,
+    lineage,
+    memory_forecast,
+    non_finite,
+    results,
+)
 from vlmdpo.training.preemption import preempted_by_sigterm
 
 # Options that `vlmdpo prepare` takes too, for data that is not prepared yet.
@@ -45,6 +52,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         Interrupted, Preempted: Ctrl-C, SIGTERM; a checkpoint is kept.
         MemoryBudgetError: memory ran out.
     """
+    config = continued_options.settle(config)
     if config.dry_run:
         from vlmdpo.commands import train_plan
 
@@ -63,6 +71,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     name = f"{short_name(config.model)}-{short_name(config.dataset)}-dpo"
     output_dir = config.output_dir or Path("outputs") / name
     config = dataclasses.replace(config, output_dir=output_dir)
+    train_folder.check_apart(output_dir, config.adapter)
     _warn_of_unusual_rate(config)
     _warn_of_half_precision_weights(config)
     args = dpo_config(config, output_dir, pick_device(config.device))
@@ -77,6 +86,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 config = train_folder.check(output_dir, config)
                 if config.resume:
                     last = train_folder.checkpoint_to_resume(output_dir, args.world_size)
+                if last is not None:
+                    lineage.check_same(output_dir, config.adapter)
             data = _prepared(config)
         if config.auto_batch_size:
             _plan_batch(config, args, data)
@@ -102,6 +113,7 @@ def _run(setup: Any, config: TrainConfig, output_dir: Path, last: Path | None) -
     results.attach_samples_and_page(setup, output_dir, config)
     if args.process_index == 0:
         train_folder.start(output_dir, config, setup.over_length, last)
+        lineage.write(output_dir, setup.lineage)
         if last is not None:
             resumed = last
             setup.monitor.on_begin = lambda: train_folder.go_on(output_dir, config, resumed)
@@ -305,6 +317,7 @@ def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     precision = "bfloat16 autocast" if args.bf16 else dtype
     what = f"LoRA r={config.lora_r}" if config.lora else "all weights"
+    what += f" going on from '{config.adapter}'" if config.adapter is not None else ""
     ui.say(
         f"{ui.count(pairs, 'pair')}, {batch} per step; {what}: {trainable:,} of {total:,} "
         "parameters train; "

@@ -55,6 +55,20 @@ def check(folder: Path, config: TrainConfig) -> TrainConfig:
     return config
 
 
+def check_apart(folder: Path, adapter: Path | None) -> None:
+    """Raise DataError for an output folder that is, or holds, the adapter to go on from: its
+    results, or `--overwrite`, would replace it.
+    """
+    if adapter is None:
+        return
+    wanted, kept = folder.absolute().resolve(), adapter.absolute().resolve()
+    if wanted == kept or wanted in kept.parents:
+        raise DataError(
+            f"--output-dir: '{folder}' holds the adapter that training goes on from; choose another "
+            "folder"
+        )
+
+
 def _warn_of_changed_settings(folder: Path, config: TrainConfig) -> None:
     """Warn if a run is resumed with other settings: its result is then not that of one run."""
     try:

@@ -208,12 +208,15 @@ def _optimizer_steps(config: RunOptions, rows: int | None, batch: int) -> int | 
 
 
 def _what_trains(config: LoraOptions) -> str:
+    """What trains, and from where, in words."""
     if not config.lora:
         frozen = f" but {config.freeze}" if config.freeze else ""
         return f"all weights{frozen}"
     kind = "QLoRA (nf4)" if config.quantization == "nf4" else "LoRA"
     more = [name for name, on in (("rslora", config.use_rslora), ("dora", config.use_dora)) if on]
     where = "all linear layers" if config.lora_scope == "all" else f"the {config.lora_scope} part"
+    if config.adapter is not None:
+        where = f"the layers of '{config.adapter}', from its weights"
     return f"{kind} r={config.lora_r} on {where}" + (f" ({', '.join(more)})" if more else "")
 
 

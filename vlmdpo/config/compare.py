@@ -35,7 +35,7 @@ class CompareConfig(RuntimeOptions, OutputOptions):
     max_upload_mb: int = option(20, "Largest image that can be uploaded, in MB", group="Data")
     adapter: Path | None = option(
         None,
-        "Folder of a trained adapter",
+        "Folder of a trained adapter; --model defaults to the base it names",
         default_text="for the embedded model, the one shipped with it",
         group="Model",
     )

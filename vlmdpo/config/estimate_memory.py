@@ -73,6 +73,13 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
         group="Training",
     )
     lora: bool = option(False, "Train a LoRA adapter instead of every weight", group="Adapter")
+    adapter: Path | None = option(
+        None,
+        "Folder of a trained LoRA adapter that train would go on from: LoRA of its rank, and a copy "
+        "of it as the reference; --model defaults to the base it names",
+        default_text="a new adapter",
+        group="Adapter",
+    )
     lora_r: int = option(16, "Rank of the LoRA adapter on all linear layers", group="Adapter")
     lora_scope: str = option(
         "all",

@@ -42,7 +42,7 @@ class InferConfig(RuntimeOptions, ProcessOptions, OutputOptions):
     )
     adapter: Path | None = option(
         None,
-        "Folder of a trained adapter",
+        "Folder of a trained adapter; --model defaults to the base it names",
         default_text="the base model alone",
         group="Model",
     )

@@ -52,6 +52,11 @@ class TrainConfig(
                 "use ddp or fsdp2"
             )
         check_quantization(self.quantization, self.strategy)
+        if self.adapter is not None and self.strategy == "zero3":
+            raise ConfigError(
+                "--adapter keeps a copy of the adapter as the reference, which is untested with "
+                "ZeRO-3's sharded weights; use --strategy fsdp2, ddp or zero2"
+            )
         if ":" in self.device:
             raise ConfigError(
                 f"--device: train takes auto, cpu, cuda or mps; select '{self.device}' with "

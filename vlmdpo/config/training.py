@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from vlmdpo.config.common import (
@@ -134,6 +135,13 @@ class LoraOptions(Options):
         "Train a LoRA adapter; --no-lora trains every weight, against a frozen reference",
         common=True,
     )
+    adapter: Path | None = option(
+        None,
+        "Folder of a trained LoRA adapter to go on from: its model, frozen, is the reference, its "
+        "rank and layers stay, and --model defaults to the base it names",
+        default_text="a new adapter",
+        common=True,
+    )
     lora_r: int = option(16, "Rank of the adapter", common=True)
     lora_alpha: int = option(32, "Scale of the adapter: updates count lora_alpha / lora_r times")
     lora_dropout: float = option(0.05, "Dropout on the adapter's input, from 0 to 1")
@@ -172,6 +180,11 @@ class LoraOptions(Options):
             require_choice(part, MODEL_PARTS, "freeze")
         if self.frozen_parts() and self.lora:
             raise ConfigError("--freeze needs --no-lora; use --lora-scope to place an adapter")
+        if self.adapter is not None and not self.lora:
+            raise ConfigError(
+                "--adapter goes on with LoRA: leave out --no-lora, or merge the adapter with vlmdpo "
+                "export --merge and give the result as --model"
+            )
         if self.quantization != "none" and not self.lora:
             raise ConfigError("--quantization nf4 needs LoRA: 4-bit weights cannot be trained")
 

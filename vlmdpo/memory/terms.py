@@ -81,6 +81,7 @@ def allocated_components(
     optim: str,
     nf4_weights: int = 0,
     shards: Shards | None = None,
+    goes_on: bool = False,
 ) -> list[Component]:
     """What vlmdpo allocates for weights, reference, gradients and optimizer, and why.
 
@@ -93,6 +94,7 @@ def allocated_components(
         optim: the optimizer's name in transformers.
         nf4_weights: weights quantized to 4 bits, with double quantization.
         shards: how the parts are split over GPUs; None for not at all.
+        goes_on: whether the adapter has been trained before, so that the reference has a copy.
     """
     split, width = shards or Shards(), DTYPE_BYTES[dtype]
     trainable, grad_width = (adapter, 4) if lora else (parameters, width)
@@ -119,7 +121,9 @@ def allocated_components(
     nf4_why = "4 bits, and an 8-bit constant per 64 weights"
     reference = 0 if lora or cached else parameters
     reference_why = (
-        "same weights, adapter off"
+        "same weights, with the copy of the adapter"
+        if goes_on
+        else "same weights, adapter off"
         if lora
         else "log-probs are cached on disk"
         if cached
@@ -132,6 +136,7 @@ def allocated_components(
             "Model to train, in nf4", nf4_weights, nf4_width, split.weights, nf4_why, checked=False
         ),
         line("Adapter", adapter if lora else 0, 4, split.weights, "float32, as PEFT creates it"),
+        line("Copy of the adapter", adapter if goes_on else 0, 4, split.weights, "the reference's"),
         line("Reference model", reference, width, split.weights, reference_why),
         line("Gradients", trainable, grad_width, split.gradients, "of trained weights only"),
         line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def base_of_adapter(adapter: Path) -> str:
     if not isinstance(named, str) or not named:
         raise ModelError(f"--adapter: '{adapter}' names no base model; give it with --model")
     return named
+
+
+def base_layer(given: Mapping[str, Any]) -> dict[str, str]:
+    """The option `model` of a call that gives an adapter and no model: the base that it names.
+
+    Args:
+        given: options by field name, from a recipe, flags or keyword arguments.
+
+    Returns nothing for other calls. Raises ModelError if the folder holds no adapter.
+    """
+    adapter = given.get("adapter")
+    if given.get("model") is not None or not isinstance(adapter, (str, Path)):
+        return {}
+    return {"model": base_of_adapter(Path(adapter))}
 
 
 def _check_base(adapter: Path, named: str, model: str, revision: str | None) -> None:

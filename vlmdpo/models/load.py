@@ -260,8 +260,13 @@ def load_model(
     return loaded if adapter is None else load_adapter(loaded, adapter)
 
 
-def load_adapter(model: VisionLanguageModel, adapter: Path) -> AdaptedModel:
+def load_adapter(
+    model: VisionLanguageModel, adapter: Path, *, is_trainable: bool = False
+) -> AdaptedModel:
     """The model wrapped in an adapter from disk, which `check_adapter` has seen.
+
+    Args:
+        is_trainable: whether its weights are to train further.
 
     Raises ModelError where the two do not fit, or the adapter holds NaN.
     """
@@ -270,9 +275,11 @@ def load_adapter(model: VisionLanguageModel, adapter: Path) -> AdaptedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its keys are looked at below
-            wrapped = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+            wrapped = PeftModel.from_pretrained(
+                model, str(adapter), use_safetensors=True, is_trainable=is_trainable
+            )
             # Once more, because only this says which keys it found.
-            keys = wrapped.load_adapter(str(adapter), "default")
+            keys = wrapped.load_adapter(str(adapter), "default", is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise

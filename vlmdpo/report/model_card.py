@@ -48,7 +48,7 @@ def text(folder: Path, *, merged: bool) -> str:
         # The Hub links a base model only by its own name.
         **({"base_model": base} if base.count("/") == 1 and not Path(base).exists() else {}),
     }
-    jinja = environment({"span": span, "cell": as_cell}, escape=False)
+    jinja = environment({"span": span, "cell": as_cell, "public": _public}, escape=False)
     return jinja.get_template("model_card.md").render(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         report=report,
@@ -75,7 +75,8 @@ def _public(name: str) -> str:
 def _settings(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are neither empty nor off nor specific to this machine."""
     settings = {**recipe, "learning_rate": report["learning_rate"]}
-    settings |= {name: _public(recipe[name]) for name in ("model", "dataset")}
+    named = ("model", "dataset", "adapter")
+    settings |= {name: _public(recipe[name]) for name in named if recipe.get(name)}
     return {
         n: value
         for n, value in settings.items()

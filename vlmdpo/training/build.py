@@ -17,6 +17,7 @@ from vlmdpo.data import store
 from vlmdpo.errors import ConfigError, DataError
 from vlmdpo.models.configured import configured_model, configured_processor
 from vlmdpo.training.data_check import check_prepared_for
+from vlmdpo.training.lineage import lineage
 from vlmdpo.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def build_setup(
     Raises ConfigError, DataError, ModelError.
     """
     from vlmdpo.distributed.processes import launched_strategy
-    from vlmdpo.training import caches, engine_choice
+    from vlmdpo.training import caches, continued, engine_choice
     from vlmdpo.training.arguments import enable_evaluation, lora_config, say_what_lora_leaves
     from vlmdpo.training.keep_best import KeepBest
     from vlmdpo.training.make_trainer import make_trainer
@@ -50,7 +51,8 @@ def build_setup(
     check_sharding(launched_strategy(), config, dataset)
     eval_dataset = _load_eval_dataset(config, data, len(dataset))
     manifest = store.read_manifest(data) or {}
-    processor = configured_processor(config, date=manifest.get("prompt_date"))
+    date = manifest.get("prompt_date")
+    processor = configured_processor(config, adapter=config.adapter, date=date)
     check_prepared_for(data, manifest, processor, config)
     dataset, over_length = _within_max_length(config, dataset, processor, data)
     if eval_dataset is not None:
@@ -62,11 +64,13 @@ def build_setup(
     engine, fallback_reason = engine_choice.choose_engine(
         config.engine, model, router_loss=args.router_aux_loss_coef
     )
+    if config.adapter is not None:
+        model = continued.with_adapter(config, config.adapter, model)
     reference_cache = caches.open_reference_cache(config, args, data, model, processor, engine)
-    adapter = lora_config(config, model)
+    adapter = lora_config(config, model) if config.adapter is None else None
     say_what_lora_leaves(adapter, model)
-    # An adapter's reference is the same weights with the adapter off; a cache's, what the policy
-    # said before it trained.
+    # An adapter's reference is the same weights with the adapter off, or with a copy of the one
+    # that training goes on from; a cache's, what the policy said before it trained.
     needs_reference_model = not config.lora and reference_cache is None
     trainer = make_trainer(
         engine=engine,
@@ -82,6 +86,7 @@ def build_setup(
         mdpo=config.losses().is_mdpo,
     )
     setup = TrainingSetup(trainer, processor, dataset, monitor, fallback_reason, over_length, data)
+    setup.lineage = lineage(config.adapter)
     if config.keep_best:
         keep_best = KeepBest(Path(args.output_dir), config.best_by, config.early_stopping, monitor)
         setup.keep_best = keep_best

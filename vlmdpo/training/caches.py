@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmdpo import ui
 from vlmdpo.data.groups import IMAGE_DIGEST
@@ -64,6 +64,7 @@ def open_reference_cache(
     facts = {
         "format": _FORMAT,
         "weights": _weights_digest(model, args),
+        **_adapter_facts(model),
         "processor": digest.processor_digest(processor),
         "computed": [
             *(str(model.dtype), args.bf16, args.fp16),
@@ -78,6 +79,15 @@ def open_reference_cache(
             f"{cache.path}"
         )
     return cache
+
+
+def _adapter_facts(model: VisionLanguageModel) -> dict[str, Any]:
+    """How a reference's adapter computes from its weights, if it has one: scale, kind, ranks."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    settings = model.peft_config["default"].to_dict()
+    says_nothing = {"base_model_name_or_path", "revision", "inference_mode", "lora_dropout"}
+    return {"adapter": {n: str(v) for n, v in settings.items() if n not in says_nothing}}
 
 
 def _weights_digest(model: VisionLanguageModel, args: DPOConfig) -> str:

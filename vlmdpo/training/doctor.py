@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmdpo import ui
 from vlmdpo.models import families
-from vlmdpo.models.adapters import adapters_off
+from vlmdpo.models.adapters import reference_adapter, use_adapter
 from vlmdpo.models.inputs import has_images, image_token_id, other_pixels, take_host_only
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Check:
 def token_logps(
     trainer: EngineTrainer, batch: dict[str, Any], *, reference: bool = False
 ) -> list[Tensor]:
-    """Log-probs (A,) of each of the 2B answers' tokens, under the policy or without adapter."""
+    """Log-probs (A,) of each of the 2B answers' tokens, under the policy or the reference."""
     inputs = dict(trainer._prepare_inputs(batch))
     take_host_only(inputs)
     labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
@@ -65,11 +65,11 @@ def token_logps(
 
 
 def _reference_mode(trainer: EngineTrainer) -> AbstractContextManager[None]:
-    """Inside, the model runs without its adapter, if it has one."""
+    """Inside, the model runs with its reference's adapter or, where that has none, without one."""
     context: AbstractContextManager[None] = contextlib.nullcontext()
     if hasattr(trainer.model, "peft_config"):
         model = trainer.accelerator.unwrap_model(trainer.model)
-        context = adapters_off(model)
+        context = use_adapter(model, reference_adapter(model))
     return context
 
 
@@ -109,7 +109,7 @@ def _check_first_loss(trainer: EngineTrainer, batch: dict[str, Any]) -> Check:
     policy, reference = token_logps(trainer, batch), token_logps(trainer, batch, reference=True)
     largest = max((p.sum() - r.sum()).abs().item() for p, r in zip(policy, reference, strict=True))
     loss = math.log1p(math.exp(min(trainer.beta * 2 * largest, 50.0)))
-    cause = "the adapter does not start at zero, or dropout is on"
+    cause = "the adapter does not start as the reference does, or dropout is on"
     if not all(bool(logps.isfinite().all()) for logps in (*policy, *reference)):
         loss, cause = math.nan, "weights or pictures overflow in this --dtype, or hold NaN"
     return Check("loss at step 0 is ln 2", loss - math.log(2) < 0.05, f"{loss:.4f}", cause)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.families import unwrap_peft
+from vlmdpo.training import continued
 from vlmdpo.training.run_trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ def make_trainer(
     """A `RunTrainer` that reports to `monitor` instead of showing TRL's progress bars.
 
     Args:
+        model: with `lora_config` None, a PEFT model goes on with its adapter, of which the
+            reference has a copy.
         eval_dataset: rows to evaluate on, with a column `row`.
 
     Raises ConfigError if no layer matches the adapter's target modules.
@@ -62,7 +66,7 @@ def make_trainer(
     if "row" not in train_dataset.column_names:
         train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
     saver = _ReferenceCacheSaver()
-    if reference_cache is not None and lora_config is None:
+    if reference_cache is not None and lora_config is None and not isinstance(model, PeftModel):
         # Without an adapter TRL insists on a reference model, which the cache makes unnecessary. A
         # second handle on the same weights, which takes no memory, stands in until `RunTrainer`
         # drops it.
@@ -92,6 +96,8 @@ def make_trainer(
         raise ConfigError(f"--lora-target-modules: {str(problem).splitlines()[0]}") from problem
     saver.trainer = trainer
     _keep_adapters_in_float32(trainer)
+    if lora_config is None and isinstance(model, PeftModel):
+        continued.settle_reference(trainer.model)
     if monitor is not None:
         monitor.save_now = trainer.save_now
     trainer.remove_callback(ProgressCallback)

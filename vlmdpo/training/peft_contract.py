@@ -68,7 +68,15 @@ PEFT = (
     *attributes(
         "models/adapters",
         "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters",
-        why="an adapter is switched off for a forward pass without touching `requires_grad`",
+        "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter",
+        why="an adapter is switched for a forward pass without touching `requires_grad`",
+        breaks="reference log-probs would be the policy's",
+    ),
+    *classes(
+        "models/adapters",
+        "peft.tuners.tuners_utils.BaseTunerLayer",
+        "peft.utils.other.AuxiliaryTrainingWrapper",
+        why="the modules that an adapter changes, each with a switch",
         breaks="reference log-probs would be the policy's",
     ),
     *attributes(

@@ -84,7 +84,7 @@ def run_doctor(setup: TrainingSetup, options: LoraOptions) -> dict[str, Any]:
     if options.lora and not trainer.args.process_index:
         with tempfile.TemporaryDirectory() as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
-                folder, save_embedding_layers=False
+                folder, selected_adapters=["default"], save_embedding_layers=False
             )
             checks.append(doctor.check_saved_adapter(trainer, setup.examples()[0], Path(folder)))
     marks = {True: "yes", False: "NO", None: "-"}

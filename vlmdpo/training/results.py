@@ -58,6 +58,8 @@ def save_results(
         "model": config.model,
         "dataset": config.dataset,
         "data": str(setup.data),
+        "adapter": None if config.adapter is None else str(config.adapter),
+        "lineage": setup.lineage,
         "steps": trainer.state.global_step,
         "learning_rate": config.peak_learning_rate,
         **_last_metrics(monitor.lines[-1]),
@@ -257,7 +259,11 @@ def _save_weights(
     # The adapter names its base model as the user did: the embedded model's folder means nothing
     # on another machine.
     model.peft_config["default"].base_model_name_or_path = hub_id(base_model)
-    # Embeddings never train here. To find out, PEFT would ask the Hub about the base model.
     model.save_pretrained(
-        folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False
+        folder,
+        state_dict=weights,
+        safe_serialization=True,
+        selected_adapters=["default"],  # not the reference's
+        # Embeddings never train here. To find out, PEFT would ask the Hub about the base model.
+        save_embedding_layers=False,
     )

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -26,6 +28,7 @@ from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
+from vlmdpo.models.adapters import REFERENCE, use_adapter
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
 from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
@@ -153,6 +156,10 @@ class RunTrainer(PairTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 _unfinished_checkpoint.reset(token)
+            if self.args.should_save:
+                # PEFT saves every adapter, and transformers, where it finds a folder of one, reads
+                # only such folders. The reference is read from where it came.
+                shutil.rmtree(partial / REFERENCE, ignore_errors=True)
 
     def enable_auto_batch(self) -> None:
         """From now on compute a batch that does not fit into memory in parts; see `auto_batch`."""
@@ -236,7 +243,10 @@ class RunTrainer(PairTrainer):
     def _loss_of_trl(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """TRL's loss; for mDPO also the metrics of its terms, from the same forward pass."""
         if not self.is_mdpo:
-            return super()._loss_of_trl(model, inputs, return_outputs)
+            # Without a cache TRL computes the reference itself, between the policy's forward pass
+            # and its backward pass, where FSDP2 cannot take PEFT's way to switch an adapter.
+            with mock.patch("trl.trainer.dpo_trainer.use_adapter", use_adapter):
+                return super()._loss_of_trl(model, inputs, return_outputs)
         policy_logps: list[Tensor] = []
         hook = model.register_forward_hook(
             lambda module, args, output: policy_logps.append(output.log_probs.detach().sum(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class TrainingSetup:
         sharing: what rows have in common.
         tokens: those of all processes, once training has ended; of a resumed run those since then.
         is_resumed: whether it goes on from a checkpoint.
+        lineage: the adapters that it goes on from, the first one first; see `training.lineage`.
     """
 
     trainer: RunTrainer
@@ -46,6 +47,7 @@ class TrainingSetup:
     sharing: Sharing | None = None
     tokens: Tokens | None = None
     is_resumed: bool = False
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_sharded(self) -> bool:

@@ -28,7 +28,7 @@ from vlmdpo.engine.feature_cache import FeatureCache
 from vlmdpo.engine.forward import SharedForward
 from vlmdpo.engine.reference_cache import ReferenceLogps
 from vlmdpo.engine.trl_rows import TrlRowsCollator
-from vlmdpo.models.adapters import adapters_off
+from vlmdpo.models.adapters import use_adapter
 from vlmdpo.models.families import has_bidirectional_prompt, unwrap_peft
 from vlmdpo.models.inputs import in_dtype, take_host_only
 from vlmdpo.training import drop_in
@@ -323,8 +323,6 @@ class PairTrainer(DPOTrainer):
         """One forward pass of the reference: log-probs (R,) of chosen and rejected answers."""
         has_own = self.ref_model is not None or isinstance(self.model, PeftModel)
         assert has_own or not self.state.global_step, "the policy is no longer the reference"
-        # A PEFT model that came with an adapter has a copy of it, by this name, as its reference.
-        is_copy = "ref" in getattr(self.model, "peft_config", {})
-        without_adapter = mock.patch("trl.trainer.dpo_trainer.use_adapter", adapters_off)
-        with contextlib.nullcontext() if is_copy else without_adapter:
+        # TRL asks for no adapter or, if the PEFT model came with one, for its copy of that.
+        with mock.patch("trl.trainer.dpo_trainer.use_adapter", use_adapter):
             return torch.cat(self.compute_ref_log_probs(self.ref_model or model, inputs))
