@@ -28,6 +28,7 @@ from vlmdpo import __version__, ui
 from vlmdpo import config as cf
 from vlmdpo.commands.table import COMMANDS
 from vlmdpo.config import recipes, spelling
+from vlmdpo.config.make_pairs import JUDGES
 from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import (
     Interrupted,
@@ -59,6 +60,7 @@ _VALUES: dict[str, Iterable[str]] = {
     "report_to": cf.TRACKERS,
     "dimension": cf.DIMENSIONS,
     "gpu": GPUS,
+    "judge": JUDGES,
 }
 _GENERAL = "General"  # the heading of --config and --help
 _HELP_ALL = "vlmdpo.help_all"  # set in the context's meta by --help-all
