@@ -27,7 +27,7 @@ from typer.exceptions import TyperException
 from vlmdpo import __version__, ui
 from vlmdpo import config as cf
 from vlmdpo.commands.table import COMMANDS
-from vlmdpo.config import recipes, spelling
+from vlmdpo.config import named_recipes, recipes, spelling
 from vlmdpo.config.make_pairs import JUDGES
 from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import (
@@ -42,7 +42,7 @@ from vlmdpo.errors import (
 )
 from vlmdpo.memory.gpus import GPUS
 from vlmdpo.models import registry
-from vlmdpo.models.adapter_files import base_layer
+from vlmdpo.models.option_layers import config_of
 
 # Switches that are off by default and need no --no- form.
 _ONE_WAY = {
@@ -52,6 +52,7 @@ _ONE_WAY = {
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
     "model": registry.ENTRIES,
+    "recipe": named_recipes.NAMES,
     "dataset": ("scenes", "rlaif-v"),
     "dtype": cf.DTYPES,
     "attn_implementation": cf.ATTENTIONS,
@@ -171,8 +172,10 @@ def _print_all_help(ctx: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-def _general_parameters(has_short_help: bool) -> list[inspect.Parameter]:
-    """`--config`, and `--help-all` where `--help` shows only the common options."""
+def _general_parameters(command: str) -> list[inspect.Parameter]:
+    """`--config`; `--recipe` where a recipe may say something of the command; and `--help-all`
+    where `--help` shows only the common options.
+    """
     config = typer.Option(
         None,
         "--config",
@@ -181,7 +184,19 @@ def _general_parameters(has_short_help: bool) -> list[inspect.Parameter]:
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("config", keyword, default=config, annotation=Path | None)]
-    if has_short_help:
+    if command in named_recipes.COMMANDS:
+        recipe = typer.Option(
+            None,
+            "--recipe",
+            help=f"Settings by name: {', '.join(named_recipes.NAMES)}; see docs/recipes.md. "
+            "--config and flags override them. [default: none]",
+            show_default=False,
+            autocompletion=_completion("recipe"),
+        )
+        parameters.append(
+            inspect.Parameter("recipe", keyword, default=recipe, annotation=str | None)
+        )
+    if _common_options(COMMANDS[command].config):
         help_all = typer.Option(
             False,
             "--help-all",
@@ -207,16 +222,13 @@ def _command(name: str) -> Callable[..., None]:
             if value not in (None, [])
         }
         recipe = recipes.read_recipe(recipe_file) if recipe_file else {}
-        given = {**recipe, **flags}
-        base = base_layer(given) if "adapter" in kinds else {}
-        model = given.get("model") or base.get("model") or "tiny"
-        settings: Any = recipes.build(cls, registry.recipe(str(model), name), base, recipe, flags)
-        _run(name, module, settings, _hint(full_size, given))
+        settings: Any = config_of(cls, name, recipe, flags)
+        _run(name, module, settings, _hint(full_size, {**recipe, **flags}))
 
     kinds = recipes.field_types(cls)
     parameters = [
         *(_parameter(cls, field, kinds[field.name]) for field in cf.ordered_fields(cls)),
-        *_general_parameters(bool(_common_options(cls))),
+        *_general_parameters(name),
     ]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -234,7 +246,7 @@ def _common_options(config: type[cf.Options]) -> frozenset[str]:
 def _hint(full_size: str, given: Mapping[str, Any]) -> str:
     """One line for a bare call: what it works on, and the full-size command."""
     if not full_size or any(
-        given.get(key) for key in ("model", "dataset", "answers", "data", "adapter")
+        given.get(key) for key in ("model", "dataset", "answers", "data", "adapter", "recipe")
     ):
         return ""
     return f"using the embedded model 'tiny' (and data 'scenes'); full size: {full_size}"

@@ -10,15 +10,14 @@ import importlib
 from typing import Any, TypeVar
 
 from vlmdpo import ui
-from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, PrepareConfig, recipes
+from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, PrepareConfig
 from vlmdpo.errors import (
     ConfigError,
     MemoryBudgetError,
     is_out_of_memory,
     out_of_memory_reason,
 )
-from vlmdpo.models import registry
-from vlmdpo.models.adapter_files import base_layer
+from vlmdpo.models.option_layers import config_of
 
 Config = TypeVar("Config", PrepareConfig, EstimateMemoryConfig, EvalAmberConfig)
 
@@ -86,9 +85,7 @@ def _run(
         raise ConfigError("give a config or options by keyword, not both")
     if config is None:
         given = {name: value for name, value in options.items() if value is not None}
-        given = {**base_layer(given), **given}
-        model = str(given.get("model") or "tiny")
-        config = recipes.build(cls, registry.recipe(model, command), given)
+        config = config_of(cls, command, given)
     if config.json:
         raise ConfigError("json: the report is what this function returns; leave it out")
     if getattr(config, "num_processes", 1) > 1:

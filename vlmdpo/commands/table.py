@@ -73,6 +73,15 @@ COMMANDS = {
         "vlmdpo compare --model idefics2-8b --adapter DIR",
         "use --dtype bfloat16, or close what else uses the memory",
     ),
+    "rounds": Command(
+        cf.RoundsConfig,
+        "vlmdpo.commands.rounds",
+        "Make pairs, train and evaluate, in rounds.",
+        "vlmdpo rounds --model llava-1.5-7b --input images --config "
+        "examples/recipes/on-policy-rounds.yaml",
+        "set smaller batches for the stage: see its own --help",
+        "finished stages are kept",
+    ),
     "runs": Command(
         cf.RunsConfig,
         "vlmdpo.commands.runs",

@@ -24,6 +24,7 @@ from vlmdpo.config.options import (
     set_key,
 )
 from vlmdpo.config.prepare import PrepareConfig
+from vlmdpo.config.rounds import STAGES, RoundsConfig
 from vlmdpo.config.runs import RunsConfig
 from vlmdpo.config.train import DEFAULT_RATES, USUAL_RATES, TrainConfig
 from vlmdpo.config.train_output import TRACKERS, CheckOptions, TrainOutputOptions
@@ -48,6 +49,7 @@ __all__ = [
     "LOSSES",
     "LOSS_PRESETS",
     "PER_CALL",
+    "STAGES",
     "STRATEGIES",
     "TRACKERS",
     "USUAL_RATES",
@@ -67,6 +69,7 @@ __all__ = [
     "Options",
     "PrepareConfig",
     "ProcessOptions",
+    "RoundsConfig",
     "RunOptions",
     "RunsConfig",
     "SpeedOptions",

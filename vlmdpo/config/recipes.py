@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmdpo.config import Options, flag_name, ordered_fields
+from vlmdpo.config import STAGES, Options, flag_name, ordered_fields
 from vlmdpo.errors import ConfigError, nearest
 
 # Of a recipe, which is a page of options and values.
@@ -34,7 +34,9 @@ def build(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
         for key, value in layer.items():
             if key not in types_of:
                 raise ConfigError(f"unknown key '{key}'.{nearest(key, types_of)}")
-            values[key] = _coerce(types_of[key], value, key)
+            coerced = _coerce(types_of[key], value, key)
+            # A stage's settings add up over the layers, later ones winning one by one.
+            values[key] = values.get(key, ()) + coerced if key in STAGES else coerced
     return cls(**values)
 
 
@@ -123,6 +125,8 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
     kind = next(t for t in options if t is not type(None))
     if typing.get_origin(kind) is tuple:
         items = [value] if isinstance(value, str) else value
+        if key in STAGES and isinstance(value, dict):  # a section of a recipe
+            items = [f"{name}={json.dumps(one)}" for name, one in value.items()]
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(items)
     elif kind is Path and isinstance(value, (str, Path)):

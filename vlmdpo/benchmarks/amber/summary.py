@@ -83,6 +83,9 @@ def _facts(
         "coverage": answered / sum(asked) if asked else 0.0,
         "answered": len({number for number, _ in verdicts}),
         "described": len({number for number, _ in texts}),
+        "words_a_description": (
+            sum(len(response.split()) for _, response in texts) / len(texts) if texts else None
+        ),
         "unparsed": len(unread),
         "unparsed_but_begin_so": sum(verdict(response) is not None for _, response in unread),
         "unparsed_examples": [
