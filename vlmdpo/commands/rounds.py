@@ -1,5 +1,6 @@
-"""`vlmdpo rounds`: make-pairs → prepare → train → eval-amber, again and again, each round going on
-from the last one's adapter.
+"""`vlmdpo rounds`: make-pairs → prepare → train → eval-amber, again and again.
+
+Each round goes on from the adapter of the one before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vlmdpo.distributed import launch
 from vlmdpo.errors import Interrupted, Preempted
 from vlmdpo.models.adapter_files import check_adapter
 from vlmdpo.report import rounds_page
-from vlmdpo.report.rounds_page import FIGURES, best_round, figures_of, why_not_helpful
+from vlmdpo.report.rounds_page import FIGURES, best_round, why_not_helpful
 
 
 def run(config: RoundsConfig) -> dict[str, Any]:

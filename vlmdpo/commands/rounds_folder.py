@@ -83,7 +83,9 @@ class RoundsFolder:
             raise DataError(
                 f"'{path}' is damaged ({problem}); restore it, or begin again with --overwrite"
             ) from problem
-        names = [n for n in {**settings, **self.settings} if settings.get(n) != self.settings.get(n)]
+        names = [
+            n for n in {**settings, **self.settings} if settings.get(n) != self.settings.get(n)
+        ]
         if names:
             differ = ", ".join(f"{n}: {settings.get(n)} → {self.settings.get(n)}" for n in names)
             raise DataError(

@@ -1,4 +1,4 @@
-"""The stages of a round of `vlmdpo rounds`: their folders, their configs, and what is kept of them."""
+"""The stages of a round of `vlmdpo rounds`: folders, configs, and what is kept of each."""
 
 from __future__ import annotations
 

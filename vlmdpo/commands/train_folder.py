@@ -64,8 +64,8 @@ def check_apart(folder: Path, adapter: Path | None) -> None:
     wanted, kept = folder.absolute().resolve(), adapter.absolute().resolve()
     if wanted == kept or wanted in kept.parents:
         raise DataError(
-            f"--output-dir: '{folder}' holds the adapter that training goes on from; choose another "
-            "folder"
+            f"--output-dir: '{folder}' holds the adapter that training goes on from; choose "
+            "another folder"
         )
 
 

@@ -75,8 +75,8 @@ class EstimateMemoryConfig(ModelOptions, OutputOptions):
     lora: bool = option(False, "Train a LoRA adapter instead of every weight", group="Adapter")
     adapter: Path | None = option(
         None,
-        "Folder of a trained LoRA adapter that train would go on from: LoRA of its rank, and a copy "
-        "of it as the reference; --model defaults to the base it names",
+        "Folder of a trained LoRA adapter that train would go on from: LoRA of its rank, and a "
+        "copy of it as the reference; --model defaults to the base it names",
         default_text="a new adapter",
         group="Adapter",
     )

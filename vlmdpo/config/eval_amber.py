@@ -55,8 +55,8 @@ class EvalAmberConfig(RuntimeOptions, ProcessOptions, OutputOptions):
     )
     adapter: Path | None = option(
         None,
-        "Folder of a trained adapter, scored beside the base model; --model defaults to the base it "
-        "names",
+        "Folder of a trained adapter, scored beside the base model; --model defaults to the base "
+        "it names",
         default_text="base only",
         group="Model",
     )

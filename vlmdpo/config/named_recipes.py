@@ -24,10 +24,16 @@ def named_recipe(name: str, command: str) -> dict[str, Any]:
     if name not in NAMES:
         hint = nearest(name, NAMES)
         file = " A file of your own is given with --config." if Path(name).is_file() else ""
-        raise ConfigError(f"--recipe: unknown recipe '{name}'.{hint} Known: {', '.join(NAMES)}.{file}")
-    sections = read_recipe(Path(str(resources.files("vlmdpo.config").joinpath(f"named/{name}.yaml"))))
+        raise ConfigError(
+            f"--recipe: unknown recipe '{name}'.{hint} Known: {', '.join(NAMES)}.{file}"
+        )
+    sections = read_recipe(
+        Path(str(resources.files("vlmdpo.config").joinpath(f"named/{name}.yaml")))
+    )
     section = sections.get(command.replace("-", "_"))
     if section is None:
         known = ", ".join(key.replace("_", "-") for key in sections)
-        raise ConfigError(f"--recipe {name} says nothing of {command}, only of {known}; leave it out")
+        raise ConfigError(
+            f"--recipe {name} says nothing of {command}, only of {known}; leave it out"
+        )
     return dict(section)

@@ -75,7 +75,9 @@ class RoundsConfig(RuntimeOptions, OutputOptions):
         group="Scoring",
     )
     max_cover_loss: float = option(
-        3.0, "How far Cover may lie below that of the model before round 1, in points", group="Scoring"
+        3.0,
+        "How far Cover may lie below that of the model before round 1, in points",
+        group="Scoring",
     )
     best_by: str | None = option(
         None,
@@ -85,7 +87,8 @@ class RoundsConfig(RuntimeOptions, OutputOptions):
     )
     output_dir: Path = option(
         Path("outputs/rounds"),
-        "Folder for the rounds, rounds.json and report.html; continues where an earlier run stopped",
+        "Folder for the rounds, rounds.json and report.html; continues where an earlier run "
+        "stopped",
         group="Output",
     )
     overwrite: bool = option(False, "Remove the rounds that the folder holds", group="Output")
@@ -95,6 +98,11 @@ class RoundsConfig(RuntimeOptions, OutputOptions):
         require_at_least(self, 0, "max_cover_loss", unit="points")
         if self.best_by is not None:
             require_choice(self.best_by, BEST_BY, "best_by")
+        if self.mix_with is not None and "," in str(self.output_dir):
+            raise ConfigError(
+                f"--output-dir: '{self.output_dir}' has a comma, which separates the datasets of "
+                "--mix-with; choose another name"
+            )
         for stage in STAGES:
             self.settings(stage)
 

@@ -182,8 +182,8 @@ class LoraOptions(Options):
             raise ConfigError("--freeze needs --no-lora; use --lora-scope to place an adapter")
         if self.adapter is not None and not self.lora:
             raise ConfigError(
-                "--adapter goes on with LoRA: leave out --no-lora, or merge the adapter with vlmdpo "
-                "export --merge and give the result as --model"
+                "--adapter goes on with LoRA: leave out --no-lora, or merge the adapter with "
+                "vlmdpo export --merge and give the result as --model"
             )
         if self.quantization != "none" and not self.lora:
             raise ConfigError("--quantization nf4 needs LoRA: 4-bit weights cannot be trained")

@@ -86,7 +86,9 @@ def best_round(scored: Scored, by: str | None, max_cover_loss: float) -> int:
     sign = FIGURES[name][1]
     values = [one.get(name) for one in scored]
     if any(value is None for value in values):
-        raise ConfigError(f"--best-by {name}: eval-amber asks nothing that gives it; see its --task")
+        raise ConfigError(
+            f"--best-by {name}: eval-amber asks nothing that gives it; see its --task"
+        )
     kept = [n for n in range(len(scored)) if not _cover_fell(scored, n, max_cover_loss)]
     return max(kept, key=lambda n: sign * float(values[n] or 0))
 
@@ -104,7 +106,9 @@ def draw(scored: Scored, best: int, path: Path) -> None:
         for name, colour in zip(names, _COLOURS, strict=False):
             points = [(n, one[name]) for n, one in enumerate(scored) if one.get(name) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=FIGURES[name][0])
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", color=colour, label=FIGURES[name][0]
+                )
         axes.axvline(best, color="0.6", linewidth=1, linestyle="--", label=f"best: round {best}")
         axes.set_title(title, loc="left", fontweight="bold")
         axes.grid(alpha=0.25)
@@ -146,6 +150,8 @@ def page(
             stages=stages,
             reasons=reasons,
             picture=pages.uri(picture.read_bytes(), "png"),
-            settings={name: value for name, value in settings.items() if value not in (None, [], "")},
+            settings={
+                name: value for name, value in settings.items() if value not in (None, [], "")
+            },
         )
     )

@@ -56,7 +56,8 @@ def _check_targets(targets: str, adapter: Path, layers: list[str]) -> None:
     if absent or more:
         what = f"has no '{absent[0]}'" if absent else f"also has '{more[0]}'"
         raise ConfigError(
-            f"--lora-target-modules {targets}: '{adapter}' {what}, and its layers stay; leave it out"
+            f"--lora-target-modules {targets}: '{adapter}' {what}, and its layers stay; leave it "
+            "out"
         )
 
 

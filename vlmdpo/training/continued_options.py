@@ -1,4 +1,4 @@
-"""`train --adapter`: what an adapter to go on from fixes among the options, and whether it can be."""
+"""`train --adapter`: what an adapter to go on from fixes among the options; whether it can be."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PEFT_WITH_TWO = "0.20"
 
 
 def settle(config: TrainConfig) -> TrainConfig:
-    """The options with those that the adapter of `--adapter` fixes: size, scale, and how prompts are
-    rendered, unless options say that; other options as they are.
+    """The options with those that the adapter of `--adapter` fixes: its size and scale, and how
+    prompts are rendered, unless options say that.
 
     Raises:
         ConfigError: an option says otherwise of what the adapter fixes.
@@ -89,11 +89,11 @@ def _check_kind(adapter: Path, kept: dict[str, Any]) -> None:
         what = "holds embeddings of tokens"
     if what is not None:
         raise ModelError(
-            f"--adapter: '{adapter}' {what}, from which training cannot go on; merge it with vlmdpo "
-            "export --merge, and give the result as --model"
+            f"--adapter: '{adapter}' {what}, from which training cannot go on; merge it with "
+            "vlmdpo export --merge, and give the result as --model"
         )
     if kept.get("target_parameters") and Version(version("peft")) < Version(_PEFT_WITH_TWO):
         raise MissingDependencyError(
-            f"--adapter: '{adapter}' adapts experts' weights, and PEFT {version('peft')} cannot keep "
-            f"its copy as the reference; install peft>={_PEFT_WITH_TWO}"
+            f"--adapter: '{adapter}' adapts experts' weights, and PEFT {version('peft')} cannot "
+            f"keep a copy of it as the reference; install peft>={_PEFT_WITH_TWO}"
         )
