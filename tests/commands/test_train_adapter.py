@@ -1,4 +1,4 @@
-"""`train --adapter` from end to end: two rounds on the embedded model, resumed, used and exported."""
+"""`train --adapter` from end to end: two rounds of the embedded model, resumed and exported."""
 
 import json
 import shutil
