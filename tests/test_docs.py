@@ -21,6 +21,7 @@ from tests.support import options
 from vlmdpo import cli, config
 from vlmdpo.commands import compare
 from vlmdpo.errors import nearest
+from vlmdpo.models import option_layers
 from vlmdpo.tiny import evaluation
 
 ROOT = Path(package.__file__).parent.parent
@@ -47,6 +48,11 @@ _SMALLER = {
     "eval-amber": ["--limit", "3", "--max-description-tokens", "8"],
     "estimate-memory": ["--fast"],
     "infer": ["--max-new-tokens", "8"],
+    "rounds": [
+        *("--model", "tiny", "--dtype", "float32", "--rounds", "1", "--overwrite"),
+        *("--make-pairs", "limit=8", "--make-pairs", "samples=4", "--prepare", "test_size=0"),
+        *("--train", "max_steps=1", "--train", "keep_best=false", "--eval-amber", "limit=3"),
+    ],
 }
 
 
@@ -196,6 +202,8 @@ def runs(place):
 def _read(words, monkeypatch):
     """The settings that the command line makes of a command, without running it."""
     read = []
+    # What an adapter names is read when the command runs, below.
+    monkeypatch.setattr(option_layers, "base_layer", lambda given: {})
     monkeypatch.setattr(cli, "_run", lambda name, module, settings, hint: read.append(settings))
     code = cli.run(list(words))
     return code, read

@@ -8,7 +8,13 @@ import yaml
 
 import vlmdpo as package
 
-RECIPES = sorted((Path(package.__file__).parent.parent / "examples" / "recipes").glob("*.yaml"))
+RECIPES = [
+    path
+    for path in sorted(
+        (Path(package.__file__).parent.parent / "examples" / "recipes").glob("*.yaml")
+    )
+    if path.stem != "on-policy-rounds"  # of `vlmdpo rounds`: see tests/commands/test_rounds.py
+]
 GPUS = {"qlora-24gib": "24GiB", "qwen2.5-vl-3b-full-fsdp": "8xa100-80gb"}
 
 

@@ -2,7 +2,7 @@
 
 `cli.py` makes the command line from these fields and a YAML recipe has the same keys, so there is
 no second list of options to keep in step. Later layers win: the defaults here, the model's own
-recipe (only the embedded model has one), the `--config` file, the flags.
+recipe (only the embedded model has one), a named one (`--recipe`), the `--config` file, the flags.
 """
 
 from vlmdpo.config.common import ATTENTIONS, DTYPES, STRATEGIES, ProcessOptions

@@ -55,6 +55,7 @@ class MemoryForecast:
         settings |= {
             "dtype": dtype,
             "dataset": str(data.absolute()),
+            "adapter": None if config.adapter is None else str(config.adapter.absolute()),
             "num_gpus": config.num_processes,
             "pairs_per_prompt": 1 if config.group_by_image is False else None,
         }
