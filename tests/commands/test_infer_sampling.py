@@ -144,6 +144,6 @@ def test_what_generate_is_given():
     drawn = Sampling(0.7, 0.9, 4, 3)
     assert drawn.options() == {
         **{"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
-        "num_return_sequences": 4,
+        **{"num_beams": 1, "num_return_sequences": 4},
     }
     assert drawn.seed_of([1, "a"]) == drawn.seed_of([1, "a"]) != drawn.seed_of([2, "a"])

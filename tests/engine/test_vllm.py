@@ -13,7 +13,9 @@ from PIL import Image
 
 from tests.models.test_rendering import add_bos
 from vlmdpo.engine import vllm as engine
+from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer
+from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import MemoryBudgetError, MissingDependencyError, ModelError
 from vlmdpo.models.load import load_model, load_processor
 from vlmdpo.models.rendering import render_question
@@ -46,19 +48,22 @@ class FakeLLM:
         model, processor = self.parts
         if lora_request:
             model = load_model("tiny", device="cpu", adapter=Path(lora_request[2]))
-        for prompt in prompts:
+        for prompt, own in zip(prompts, settings, strict=True):
             inputs = processor(
                 text=[processor.tokenizer.decode(prompt["prompt_token_ids"])],
                 images=[[prompt["multi_modal_data"]["image"]]],
                 add_special_tokens=False,
                 return_tensors="pt",
             )
-            ids = model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False)
-            text = processor.tokenizer.decode(
-                ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            rows = model.generate(**inputs, max_new_tokens=own.max_tokens, do_sample=False)
+            ids = rows[0, inputs["input_ids"].shape[1] :].tolist()
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            completion = types.SimpleNamespace(
+                text="Wrong." if self.wrong else text,
+                token_ids=ids,
+                finish_reason="stop" if ids[-1] in own.stop_token_ids else "length",
             )
-            text = "Wrong." if self.wrong else text
-            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])
+            yield types.SimpleNamespace(outputs=[completion] * getattr(own, "n", 1))
 
 
 @pytest.fixture
@@ -105,10 +110,39 @@ def test_it_gets_token_ids_our_image_settings_and_the_models_own_sampling(fake, 
     assert prompt == {"prompt_token_ids": ids, "multi_modal_data": {"image": IMAGE}}
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     assert ids.count(image_token) == 1
-    assert (asked["settings"].temperature, asked["settings"].max_tokens) == (0.0, 6)
-    assert asked["settings"].repetition_penalty == 1.05
-    assert asked["settings"].stop_token_ids == [processor.tokenizer.eos_token_id]
+    settings = asked["settings"][1]
+    assert (settings.temperature, settings.max_tokens) == (0.0, 6)
+    assert settings.repetition_penalty == 1.05
+    assert settings.stop_token_ids == [processor.tokenizer.eos_token_id]
     assert [one["lora"] is not None for one in fake.asked] == [False, True]
+
+
+def test_samples_have_lengths_ends_and_seeds_of_their_own(fake):
+    processor = load_processor("tiny")
+    generator = engine.VllmGenerator("tiny", processor, None, **SETTINGS)
+    generator.start()
+    questions = ["Is there a moon in this image?", "Describe this image."]
+    other = Image.new("RGB", (64, 48), "white")
+    sampling = Sampling(0.7, 0.9, 3, seed=5)
+    samples = generator.sample([IMAGE, IMAGE], questions, 5, sampling, tuned=False)
+    [settings] = [one["settings"] for one in fake.asked]
+    assert [(one.temperature, one.top_p, one.top_k, one.n) for one in settings] == [
+        (0.7, 0.9, -1, 3)
+    ] * 2
+    model = fake.parts[0]
+    decoder = PromptTreeDecoder(model, processor, keep_features=True)
+    with decoder.open(IMAGE) as opened:
+        expected = opened.sample(questions, GREEDY, 5)
+    assert samples == [[sample] * 3 for [sample] in expected]
+    assert {sample.finished for [sample, *_] in samples} == {True, False}
+    # Whatever is asked beside it; not for another image, question or seed.
+    generator.sample([other, IMAGE], questions[::-1], 5, sampling, tuned=False)
+    generator.sample([IMAGE], questions[:1], 5, Sampling(0.7, 0.9, 3, seed=6), tuned=False)
+    [first, second], [third, again], [fourth] = (
+        [one.seed for one in call["settings"]] for call in fake.asked
+    )
+    assert again == first
+    assert len({first, second, third, fourth}) == 4
 
 
 def test_prompts_begin_with_bos_once(fake, tmp_path):

@@ -135,8 +135,9 @@ class Asker:
     ) -> list[list[str]]:
         """Answers to each question that are drawn, `num_return_sequences` of them.
 
-        The same seed and questions draw the same answers. torch's own generators are left as they
-        were.
+        They have the distribution of `generate`'s. Image and question are read once for all of
+        them. The same seed draws the same answers to a question about an image, whatever is asked
+        beside it; torch's own generators are left as they were.
 
         Args:
             temperature: above 0, what logits are divided by.
@@ -145,9 +146,6 @@ class Asker:
 
         Raises ConfigError for settings out of range, else as `ask`.
         """
-        import torch
-
-        from vlmdpo.engine.generate import answers_to, model_inputs
         from vlmdpo.engine.sampling import Sampling
 
         if not temperature > 0 or not 0 < top_p <= 1 or num_return_sequences < 1:
@@ -155,18 +153,11 @@ class Asker:
                 "sample needs a temperature above 0, a top_p above 0 and up to 1, and 1 or more "
                 "num_return_sequences; ask gives greedy answers"
             )
-        if not questions:
-            return []
         sampling = Sampling(temperature, top_p, num_return_sequences, seed)
-        picture = _opened(image)
-        with self._adapter(tuned), _one_line(), torch.random.fork_rng(self._gpus()):
-            inputs = model_inputs(self.model, self.processor, [picture] * len(questions), questions)
-            torch.manual_seed(sampling.seed_of(questions))
-            return answers_to(self.model, self.processor, inputs, max_new_tokens, sampling)
-
-    def _gpus(self) -> list[Any]:
-        device = self.model.device
-        return [device] if device.type == "cuda" else []
+        asked = list(questions)
+        with self._adapter(tuned), _one_line(), self._tree().open(_opened(image)) as opened:
+            drawn = opened.sample(asked, sampling, max_new_tokens)
+        return [[sample.text for sample in samples] for samples in drawn]
 
     def _tree(self) -> PromptTreeDecoder:
         if self._decoder is None:

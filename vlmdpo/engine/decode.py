@@ -2,9 +2,10 @@
 
 The common prefix is the longest common run of *token ids* of the processed prompts: processors put
 spaces and tokens of their own around images, so ids cannot be spliced. The rest of all prompts lies
-behind it in one packed row, each seeing the prefix and itself; so do the answers, token by token.
+behind it in one packed row, each seeing the prefix and itself; so do the answers, token by token,
+any number to each question.
 Families that cannot fork there (prefix language models, recurrent layers) still have the image
-encoded once. Answers are those of greedy `generate`.
+encoded once (`padded_rows`). Answers are those of `generate`, greedy or drawn.
 
 Shapes: K active answers, V vocabulary; see `leaves` for the rest.
 """
@@ -12,6 +13,7 @@ Shapes: K active answers, V vocabulary; see `leaves` for the rest.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache
 from transformers.feature_extraction_utils import BatchFeature
 
 from vlmdpo.engine import packed_attention
-from vlmdpo.engine.leaves import Leaf, Prompt, Step
+from vlmdpo.engine.content_keys import image_key
+from vlmdpo.engine.leaves import Leaf, Prompt, Step, plant
+from vlmdpo.engine.next_token import TokenChooser
+from vlmdpo.engine.padded_rows import generate_rows, reason_not_shared
+from vlmdpo.engine.sampling import GREEDY, Sample, Sampling
 from vlmdpo.engine.tree import GrowingTree, common_beginning
+from vlmdpo.engine.yes_no import MOST_BLANKS, YesNoReader, YesNoTokens, is_blank, yes_no_tokens
 from vlmdpo.models import families
 from vlmdpo.models.inputs import image_inputs, image_token_id, inputs_by_token, pixels_in
 from vlmdpo.models.protocols import Backbone, ImageProcessor, Processor, VisionLanguageModel
@@ -38,25 +40,6 @@ from vlmdpo.models.rendering import render_question, stop_token_ids
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
-# Generation settings that change greedy answers beyond a repetition penalty, each with the values
-# that change nothing.
-_NEUTRAL_SETTINGS: dict[str, tuple[object, ...]] = {
-    "num_beams": (None, 1),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "guidance_scale": (None, 1.0),
-    "watermarking_config": (None,),
-}
 StopWhen = Callable[[str], bool]
 
 
@@ -80,14 +63,15 @@ class PromptTreeDecoder:
         self.model, self.processor, self.keep_features = model, processor, keep_features
         self.base = families.unwrap_peft(model)
         self.backbone: Backbone = self.base.base_model
-        self.reason_not_shared = _reason_not_shared(model, self.backbone)
+        self.reason_not_shared = reason_not_shared(model)
         if not self.reason_not_shared:
             packed_attention.use_packed_attention(self.backbone)
         self.end_tokens = set(stop_token_ids(self.base, processor))
-        penalty = self.base.generation_config.repetition_penalty
-        self.repetition_penalty = (
-            RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
-        )
+
+    @functools.cached_property
+    def yes_no_tokens(self) -> YesNoTokens:
+        """The tokens that answers Yes and No begin with. Raises ModelError."""
+        return yes_no_tokens(self.processor.tokenizer)
 
     @contextlib.contextmanager
     def open(self, image: Image.Image) -> Iterator[OpenedImage]:
@@ -107,6 +91,11 @@ class PromptTreeDecoder:
     def text(self, ids: Sequence[int]) -> str:
         """An answer's token ids as text, stripped."""
         return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def sample(self, ids: Sequence[int]) -> Sample:
+        """An answer of these token ids, its end token among them if it has one."""
+        finished = bool(ids) and ids[-1] in self.end_tokens
+        return Sample(self.text(ids), len(ids) - finished, finished)
 
 
 class OpenedImage:
@@ -135,20 +124,100 @@ class OpenedImage:
             batch_size: questions per forward pass.
             stop_when: an answer ends as soon as this holds for its text.
         """
-        if not self.decoder.keep_features:
+        leaves = [Leaf(self._prompt(question)) for question in questions]
+        chooser = TokenChooser(self.decoder.base.generation_config, GREEDY)
+        self._grow(leaves, max_new_tokens, chooser, batch_size, stop_when)
+        return [self.decoder.text(leaf.answer_ids) for leaf in leaves]
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        questions: Sequence[str],
+        sampling: Sampling,
+        max_new_tokens: int,
+        *,
+        batch_size: int = 32,
+    ) -> list[list[Sample]]:
+        """Answers to each question that are drawn; the greedy one where nothing is drawn.
+
+        They have the distribution of `generate`'s. Each draws by itself, seeded by the seed, the
+        image's pixels, the question and its own number: the same answers come in any batch, order
+        and process, but for rounding. A question that stands there twice gets the same ones twice.
+
+        Args:
+            questions: any number of them.
+            max_new_tokens: longest answer.
+            batch_size: answers that grow together.
+        """
+        count, key = sampling.answers, image_key([self.image])
+        leaves = [
+            Leaf(
+                self._prompt(question),
+                draws=torch.Generator().manual_seed(sampling.seed_of((key, question, number))),
+            )
+            for question in questions
+            for number in range(count)
+        ]
+        chooser = TokenChooser(self.decoder.base.generation_config, sampling)
+        self._grow(leaves, max_new_tokens, chooser, batch_size)
+        samples = [self.decoder.sample(leaf.answer_ids) for leaf in leaves]
+        return [samples[start : start + count] for start in range(0, len(samples), count)]
+
+    @torch.inference_mode()
+    def log_odds(self, questions: Sequence[str], *, batch_size: int = 32) -> list[float]:
+        """How far the answer to each question leans to Yes.
+
+        The log of the probability that its first word is Yes, minus that of No (natural logarithm,
+        above 0 for Yes), with the model's repetition penalty, if it has one; see `yes_no` for which
+        tokens count. One forward pass, or more where answers begin with blank tokens.
+
+        Args:
+            questions: any number of them.
+            batch_size: questions per forward pass.
+
+        Raises ModelError where the tokenizer has no tokens for these words.
+        """
+        leaves = [Leaf(self._prompt(question)) for question in questions]
+        reader = YesNoReader(self.decoder.base.generation_config, self.decoder.yes_no_tokens)
+        self._grow(leaves, MOST_BLANKS, reader, batch_size, lambda text: not is_blank(text))
+        return [reader.log_odds(leaf) for leaf in leaves]
+
+    def _grow(
+        self,
+        leaves: Sequence[Leaf],
+        max_new_tokens: int,
+        chooser: TokenChooser,
+        batch_size: int,
+        stop_when: StopWhen | None = None,
+    ) -> None:
+        """Complete all answers, `batch_size` of them together."""
+        if not leaves:
+            return
+        decoder = self.decoder
+        if not decoder.keep_features:
             self._features = None  # the adapter may have been switched since the last call
-        prompts = [self._prompt(question) for question in questions]
-        prefix = 0 if self.decoder.reason_not_shared else self._shared_prefix(prompts)
-        cache = self._prefix_cache(prompts[0], prefix) if prefix else None
-        answers: list[str] = []
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            if cache is None:
-                answers += self._generate(batch, max_new_tokens, stop_when)
-            else:
-                answers += self._decode_leaves(cache, prefix, batch, max_new_tokens, stop_when)
+        prefix = 0 if decoder.reason_not_shared else self._shared_prefix(leaves)
+        cache = self._prefix_cache(leaves[0].prompt, prefix) if prefix else None
+
+        def stops(ids: Sequence[int]) -> bool:
+            return stop_when is not None and stop_when(decoder.text(ids))
+
+        for start in range(0, len(leaves), batch_size):
+            batch = leaves[start : start + batch_size]
+            if cache is not None:
+                self._grow_in_tree(cache, prefix, batch, max_new_tokens, chooser, stops)
                 cache.crop(prefix - cache.get_seq_length())
-        return answers
+                continue
+            generate_rows(
+                decoder.model,
+                batch,
+                self._pixel_inputs,
+                max_new_tokens,
+                chooser,
+                pad_token=decoder.processor.tokenizer.pad_token_id,
+                end_tokens=decoder.end_tokens,
+                stop_when=stops if stop_when else None,
+            )
 
     def _prompt(self, question: str) -> Prompt:
         if question in self._prompts:
@@ -172,8 +241,9 @@ class OpenedImage:
             self._pixel_inputs = dict(pixels.to(device, decoder.model.dtype))
         return self._prompts[question]
 
-    def _shared_prefix(self, prompts: Sequence[Prompt]) -> int:
+    def _shared_prefix(self, leaves: Sequence[Leaf]) -> int:
         """Tokens that all prompts begin with; 0 where the image is not wholly among them."""
+        prompts = list({id(leaf.prompt): leaf.prompt for leaf in leaves}.values())
         length = common_beginning([prompt.ids for prompt in prompts])
         image_token = image_token_id(self.decoder.base.config)
         return length if image_token not in prompts[0].ids[length:] else 0
@@ -194,22 +264,21 @@ class OpenedImage:
         )
         return cache
 
-    def _decode_leaves(
+    def _grow_in_tree(
         self,
         cache: DynamicCache,
         prefix: int,
-        prompts: Sequence[Prompt],
+        leaves: Sequence[Leaf],
         max_new_tokens: int,
-        stop_when: StopWhen | None,
-    ) -> list[str]:
+        chooser: TokenChooser,
+        stops: Callable[[Sequence[int]], bool],
+    ) -> None:
+        """Complete answers in one row: what their prompts do not share, then token by token."""
         device = self.decoder.model.device
-        tree = GrowingTree(prefix, [0] * len(prompts), device)
-        active = [
-            Leaf(node, list(prompt.ids), prompt.positions[..., -1:])
-            for node, prompt in enumerate(prompts, start=1)
-        ]
-        answers = [""] * len(prompts)
-        step = Step.of_prompts(prompts, prefix, device)
+        prompts, parents = plant(leaves)
+        tree = GrowingTree(prefix, [*[0] * len(prompts), *parents], device)
+        active = list(leaves)
+        step = Step.of_prompts(prompts, parents, prefix, device)
         for count in range(1, max_new_tokens + 1):
             tree.extend(step.nodes, step.index)
             with packed_attention.packed(tree):
@@ -221,69 +290,17 @@ class OpenedImage:
                     use_cache=True,
                     logits_to_keep=step.ends,
                 ).logits[0]
-            for leaf, token in zip(active, self._next_tokens(active, logits_KV), strict=True):
-                leaf.append(token)
-                answers[leaf.node - 1] = self.decoder.text(leaf.answer_ids)
+            tokens = chooser.choose(active, chooser.penalize(active, logits_KV))
+            for leaf, token in zip(active, tokens, strict=True):
+                leaf.answer_ids.append(token)
             active = [
                 leaf
                 for leaf in active
-                if leaf.answer_ids[-1] not in self.decoder.end_tokens
-                and not (stop_when and stop_when(answers[leaf.node - 1]))
+                if leaf.answer_ids[-1] not in self.decoder.end_tokens and not stops(leaf.answer_ids)
             ]
             if not active or count == max_new_tokens:
                 break
             step = Step.of_last_tokens(active, device)
-        return answers
-
-    def _next_tokens(self, active: Sequence[Leaf], logits_KV: Tensor) -> list[int]:
-        """The greedy next token of each active answer, as `generate` would choose it."""
-        penalty = self.decoder.repetition_penalty
-        if penalty is not None:
-            rows = [
-                penalty(torch.tensor([leaf.ids], device=row.device), row[None])
-                for leaf, row in zip(active, logits_KV, strict=True)
-            ]
-            logits_KV = torch.cat(rows)
-        tokens: list[int] = logits_KV.argmax(dim=-1).tolist()
-        return tokens
-
-    def _generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, stop_when: StopWhen | None
-    ) -> list[str]:
-        """Rows padded on the left through `generate`, with the image encoded once for all."""
-        decoder = self.decoder
-        width = max(len(prompt.ids) for prompt in prompts)
-
-        def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-            return torch.tensor(
-                [[fill] * (width - len(row)) + list(row) for row in rows],
-                device=decoder.model.device,
-            )
-
-        ids = [prompt.ids for prompt in prompts]
-        types = {
-            name: padded([prompt.types[name][0].tolist() for prompt in prompts], 0)
-            for name in prompts[0].types
-        }
-        pixels = {
-            name: torch.cat([value] * len(prompts))
-            if isinstance(value, Tensor)
-            else value * len(prompts)
-            for name, value in self._pixel_inputs.items()
-        }
-        criteria = StoppingCriteriaList(
-            [_StopEachRow(stop_when, decoder.text, width)] if stop_when else []
-        )
-        sequences = decoder.model.generate(
-            input_ids=padded(ids, decoder.processor.tokenizer.pad_token_id),
-            attention_mask=padded([[1] * len(row) for row in ids], 0),
-            **types,
-            **pixels,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            stopping_criteria=criteria,
-        )
-        return [decoder.text(row[width:].tolist()) for row in sequences]
 
     def image_features(
         self, get_image_features: Callable[..., ModelOutput], *args: Any, **kwargs: Any
@@ -308,33 +325,6 @@ class OpenedImage:
 def _shallow_copy(features: ModelOutput) -> ModelOutput:
     """The same features in a new container: models and `repeat_features` write into theirs."""
     return type(features)(**features) if hasattr(features, "keys") else features
-
-
-class _StopEachRow(StoppingCriteria):
-    """Ends each row of a `generate` call as soon as `stop_when` holds for its text."""
-
-    def __init__(
-        self, stop_when: StopWhen, text: Callable[[Sequence[int]], str], prompt_width: int
-    ) -> None:
-        self.stop_when, self.text, self.prompt_width = stop_when, text, prompt_width
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        answers = (self.text(row[self.prompt_width :].tolist()) for row in input_ids)
-        return torch.tensor([self.stop_when(text) for text in answers], device=input_ids.device)
-
-
-def _reason_not_shared(model: VisionLanguageModel, backbone: Backbone) -> str:
-    try:
-        packed_attention.check_shareable(model)
-    except packed_attention.CannotShare as problem:
-        return str(problem)
-    if families.has_bidirectional_prompt(backbone):
-        return "its prompts are read in both directions"
-    config = families.unwrap_peft(model).generation_config
-    for name, neutral_values in _NEUTRAL_SETTINGS.items():
-        if getattr(config, name, None) not in neutral_values:
-            return f"its generation config sets {name}"
-    return ""
 
 
 @contextlib.contextmanager

@@ -58,8 +58,37 @@ def answers_to(
     prompt_width = inputs["input_ids"].shape[1]
     texts = processor.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
     texts = [text.strip() for text in texts]
-    count = 1 if sampling.is_greedy else sampling.count
+    count = sampling.answers
     return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+
+@torch.inference_mode()
+def answer_texts(
+    model: VisionLanguageModel,
+    processor: Processor,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 16,
+) -> list[str]:
+    """The model's greedy answers, stripped of special tokens, to prompts without an image.
+
+    Raises BadRow for a prompt that the chat template refuses without an image, or with `<image>`.
+    """
+    rendered = [render_question(processor, prompt, images=0) for prompt in prompts]
+    answers: list[str] = []
+    for start in range(0, len(rendered), batch_size):
+        # By the tokenizer: several processors refuse a text without its image.
+        inputs = processor.tokenizer(
+            rendered[start : start + batch_size],
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the chat template has added them
+            return_tensors="pt",
+        ).to(model.device)
+        texts = answers_to(model, processor, inputs, max_new_tokens)
+        answers += [text for [text] in texts]
+    return answers
 
 
 def model_inputs(

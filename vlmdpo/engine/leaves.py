@@ -1,4 +1,8 @@
-"""Questions being answered: the leaves of a growing tree, and what each step adds to them.
+"""Questions being answered: the leaves of a growing tree, and what each step adds to it.
+
+    prefix ─┬─ question 1 ─┬─ answer
+            │              └─ answer
+            └─ question 2 ─── answer
 
 This module knows nothing of images.
 
@@ -33,25 +37,29 @@ class Prompt:
 
 @dataclass
 class Leaf:
-    """One question being answered: a node of the tree, behind what all prompts begin with.
+    """One answer that grows behind its prompt.
 
     Attributes:
-        node: its number; 0 is the common beginning.
-        ids: token ids of prompt and answer so far.
-        position: (..., 1) position id of the last token.
+        prompt: what it answers; answers to the same object share it in the tree.
+        draws: where its random numbers come from; None for a greedy answer.
         answer_ids: token ids of the answer so far.
+        node: its number in the tree that it grows in.
     """
 
-    node: int
-    ids: list[int]
-    position: Tensor
+    prompt: Prompt
+    draws: torch.Generator | None = None
     answer_ids: list[int] = field(default_factory=list)
+    node: int = 0
 
-    def append(self, token: int) -> None:
-        """Add the answer's next token."""
-        self.answer_ids.append(token)
-        self.ids.append(token)
-        self.position = self.position + 1
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of prompt and answer so far."""
+        return [*self.prompt.ids, *self.answer_ids]
+
+    @property
+    def position(self) -> Tensor:
+        """(..., 1) position id of the last token."""
+        return self.prompt.positions[..., -1:] + len(self.answer_ids)
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,18 @@ class Step:
     ends: Tensor
 
     @staticmethod
-    def of_prompts(prompts: Sequence[Prompt], prefix: int, device: torch.device) -> Step:
-        """The first step: what follows the shared prefix of `prefix` tokens in each prompt."""
+    def of_prompts(
+        prompts: Sequence[Prompt], parents: Sequence[int], prefix: int, device: torch.device
+    ) -> Step:
+        """The first step: what follows the shared prefix of `prefix` tokens in each prompt.
+
+        Args:
+            prompts: nodes 1, 2 and so on.
+            parents: (K,) the node of each answer's prompt.
+        """
         tails = [prompt.ids[prefix:] for prompt in prompts]
         lengths = torch.tensor([len(tail) for tail in tails], device=device)
+        last_slots = lengths.cumsum(0) - 1
         return Step(
             ids=torch.tensor([list(chain(*tails))], device=device),
             positions=torch.cat([prompt.positions[..., prefix:] for prompt in prompts], dim=-1),
@@ -84,16 +100,34 @@ class Step:
             index=torch.cat(
                 [torch.arange(prefix, prefix + len(tail), device=device) for tail in tails]
             ),
-            ends=lengths.cumsum(0) - 1,
+            ends=last_slots[torch.tensor(parents, device=device) - 1],
         )
 
     @staticmethod
     def of_last_tokens(active: Sequence[Leaf], device: torch.device) -> Step:
         """A later step: the last token of each active answer."""
+        index = [len(leaf.prompt.ids) + len(leaf.answer_ids) - 1 for leaf in active]
         return Step(
             ids=torch.tensor([[leaf.answer_ids[-1] for leaf in active]], device=device),
             positions=torch.cat([leaf.position for leaf in active], dim=-1),
             nodes=torch.tensor([leaf.node for leaf in active], device=device),
-            index=torch.tensor([len(leaf.ids) - 1 for leaf in active], device=device),
+            index=torch.tensor(index, device=device),
             ends=torch.arange(len(active), device=device),
         )
+
+
+def plant(leaves: Sequence[Leaf]) -> tuple[list[Prompt], list[int]]:
+    """Number the nodes of a tree behind its prefix, node 0: prompts, then their answers.
+
+    Returns:
+        The distinct prompts, and (K,) the node of each answer's prompt.
+    """
+    numbers: dict[int, int] = {}
+    prompts: list[Prompt] = []
+    for leaf in leaves:
+        if id(leaf.prompt) not in numbers:
+            prompts.append(leaf.prompt)
+            numbers[id(leaf.prompt)] = len(prompts)
+    for number, leaf in enumerate(leaves):
+        leaf.node = len(prompts) + 1 + number
+    return prompts, [numbers[id(leaf.prompt)] for leaf in leaves]

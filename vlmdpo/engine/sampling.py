@@ -38,8 +38,14 @@ class Sampling:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": 0,  # transformers' default of 50 would cut what --top-p keeps
+            "num_beams": 1,  # a draw is no search
             "num_return_sequences": self.count,
         }
+
+    @property
+    def answers(self) -> int:
+        """Answers to each question: greedy ones would all be the same."""
+        return 1 if self.is_greedy else self.count
 
     def seed_of(self, questions: Sequence[object]) -> int:
         """The seed for a batch: the same in every process, and another for other questions."""
@@ -48,3 +54,18 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.
+
+    Attributes:
+        text: stripped of special tokens and white space.
+        tokens: its length, without its end token.
+        finished: whether it ended by itself, rather than at the limit of new tokens.
+    """
+
+    text: str
+    tokens: int
+    finished: bool

@@ -15,7 +15,8 @@ from PIL import Image
 
 from vlmdpo import ui
 from vlmdpo.config import EvalAmberConfig, InferConfig
-from vlmdpo.engine.sampling import GREEDY, Sampling
+from vlmdpo.engine.content_keys import image_key
+from vlmdpo.engine.sampling import GREEDY, Sample, Sampling
 from vlmdpo.errors import (
     MemoryBudgetError,
     MissingDependencyError,
@@ -111,6 +112,23 @@ class VllmGenerator:
         tuned: bool,
     ) -> list[list[str]]:
         """The answers, stripped, to each image and question. For `tuned` see `generate`."""
+        samples = self.sample(images, questions, max_new_tokens, sampling, tuned=tuned)
+        return [[sample.text for sample in answers] for answers in samples]
+
+    def sample(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        tuned: bool,
+    ) -> list[list[Sample]]:
+        """The answers to each image and question; one where nothing is drawn.
+
+        Draws are seeded by the seed, the image's pixels and the question, whatever is asked beside
+        it. For `tuned` see `generate`.
+        """
         prompts = [
             # Ids, because vLLM would add special tokens to a text. One image token stands for the
             # image; vLLM puts in the others.
@@ -122,20 +140,36 @@ class VllmGenerator:
             }
             for image, question in zip(images, questions, strict=True)
         ]
+        settings = [
+            self._settings(image, question, max_new_tokens, sampling)
+            for image, question in zip(images, questions, strict=True)
+        ]
+        outputs = self._engine.generate(
+            prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
+        )
+        return [[_sample(answer) for answer in output.outputs] for output in outputs]
+
+    def _settings(
+        self, image: Image.Image, question: str, max_new_tokens: int, sampling: Sampling
+    ) -> Any:
+        """vLLM's `SamplingParams` of one question."""
         # The model's own, for its repetition penalty; `transformers` applies it too.
         settings = self._engine.get_default_sampling_params()
         asked = {"temperature": sampling.temperature, "max_tokens": max_new_tokens}
         if not sampling.is_greedy:
             asked |= {"top_p": sampling.top_p, "top_k": -1, "n": sampling.count}
-            asked |= {"seed": sampling.seed_of(questions)}
+            asked |= {"seed": sampling.seed_of((image_key([image]), question))}
         for name, value in asked.items():
             setattr(settings, name, value)
         end = rendering_of(self.processor).end_token_id
         settings.stop_token_ids = [*(settings.stop_token_ids or []), end]
-        outputs = self._engine.generate(
-            prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
-        )
-        return [[one.text.strip() for one in output.outputs] for output in outputs]
+        return settings
+
+
+def _sample(answer: Any) -> Sample:
+    """Of vLLM's `CompletionOutput`, whose ids include the end token."""
+    finished = answer.finish_reason == "stop"
+    return Sample(answer.text.strip(), len(answer.token_ids) - finished, finished)
 
 
 def generator_for(config: InferConfig | EvalAmberConfig, processor: Processor) -> VllmGenerator:

@@ -269,12 +269,18 @@ _TRANSFORMERS_MODELS = (
         breaks="processors of Qwen2-VL and SmolVLM on machines without torchvision",
     ),
     *overridden(
-        "engine/side_by_side engine/decode engine/streaming",
+        "engine/side_by_side engine/padded_rows engine/streaming",
         "transformers.generation.streamers.BaseStreamer.put(self, value)",
         "transformers.generation.streamers.BaseStreamer.end(self)",
         "transformers.StoppingCriteria.__call__(self, input_ids, scores, kwargs)",
         why="`generate` passes on each token, and stops early",
         breaks="vlmdpo compare, infer on a terminal, and early stops of eval-amber",
+    ),
+    *overridden(
+        "engine/next_token",
+        "transformers.LogitsProcessor.__call__(self, input_ids, scores)",
+        why="`generate` takes the tokens that were drawn for each row by itself",
+        breaks="samples of models whose prompts cannot share their prefix",
     ),
     *called(
         "engine/packed_attention",
