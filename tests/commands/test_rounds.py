@@ -248,13 +248,6 @@ def test_what_is_damaged_or_gone_is_named(stages, vlmdpo):
     assert (code, "rounds.json' is damaged" in err) == (3, True)
 
 
-def test_no_pair_stops_the_rounds(stages, monkeypatch, vlmdpo):
-    monkeypatch.setattr(stages, "_make_pairs", lambda n: {"pairs": 0, "skipped": {"equal": 5}})
-    code, _, err = vlmdpo("rounds")
-    assert code == 3
-    assert "make-pairs made no pair (equal: 5); draw more" in err
-
-
 def test_one_at_a_time(stages):
     config = RoundsConfig(rounds=1)
     from vlmdpo.commands.rounds_folder import RoundsFolder

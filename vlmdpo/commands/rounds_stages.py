@@ -11,7 +11,7 @@ from vlmdpo import config as cf
 from vlmdpo.commands.train_folder import RECIPE
 from vlmdpo.config import RoundsConfig, flag_name
 from vlmdpo.data import store
-from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.errors import ConfigError
 from vlmdpo.models.adapter_files import CONFIG, WEIGHTS
 from vlmdpo.models.option_layers import config_of
 from vlmdpo.report.rounds_page import figures_of
@@ -100,13 +100,7 @@ def _set_by_rounds(config: RoundsConfig, stage: str, number: int) -> dict[str, A
 
 
 def outcome_of(stage: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a stage's report. Raises DataError for pairs of which there are none."""
-    if stage == "make_pairs" and not report["pairs"]:
-        skipped = ", ".join(f"{reason}: {count}" for reason, count in report["skipped"].items())
-        raise DataError(
-            f"make-pairs made no pair ({skipped or 'nothing was skipped'}); draw more --make-pairs "
-            "samples=16, or lower its margin"
-        )
+    """What is kept of a stage's report."""
     outcome = {name: report.get(name) for name in _KEPT[stage]}
     if stage == "eval_amber":
         outcome["figures"] = figures_of(report)
