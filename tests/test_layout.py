@@ -54,6 +54,7 @@ MAY_BE_HEAVY = {
     *("memory/architecture", "memory/cuda_autocast", "memory/fake_tensors", "memory/measure"),
     *("training/activation_checkpointing", "training/arguments", "training/auto_batch"),
     *(
+        "training/continued",
         "training/finite_check",
         "training/drop_in",
         "training/engine_checks",

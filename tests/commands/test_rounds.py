@@ -284,7 +284,7 @@ def test_the_embedded_models_recipe_holds_in_its_stages():
 def test_the_example_is_a_recipe_of_rounds():
     config = recipes.build(RoundsConfig, recipes.read_recipe(EXAMPLE))
     assert config.model == "llava-1.5-7b"
-    train = stage_config(config, "train", 2)
+    train = stage_config(config, "train", 1)
     assert (train.loss_type, train.lora_r, train.num_train_epochs) == ("sigmoid,sft", 64, 1)
     assert stage_config(config, "make_pairs", 1).samples == 8
     assert stage_config(config, "eval_amber", 1).data == Path("AMBER/data")

@@ -10,6 +10,7 @@ from typing import Any
 from vlmdpo import config as cf
 from vlmdpo.commands.train_folder import RECIPE
 from vlmdpo.config import RoundsConfig, flag_name
+from vlmdpo.config.common import RuntimeOptions
 from vlmdpo.data import store
 from vlmdpo.errors import ConfigError
 from vlmdpo.models.adapter_files import CONFIG, WEIGHTS
@@ -72,7 +73,7 @@ def _shared(config: RoundsConfig, cls: type[cf.Options]) -> dict[str, Any]:
     known = {field.name for field in fields(cls)}
     return {
         field.name: getattr(config, field.name)
-        for field in fields(cf.RuntimeOptions)
+        for field in fields(RuntimeOptions)
         if field.name in known and getattr(config, field.name) != field.default
     }
 

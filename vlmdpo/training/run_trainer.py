@@ -159,7 +159,8 @@ class RunTrainer(PairTrainer):
             if self.args.should_save:
                 # PEFT saves every adapter, and transformers, where it finds a folder of one, reads
                 # only such folders. The reference is read from where it came.
-                shutil.rmtree(partial / REFERENCE, ignore_errors=True)
+                written = partial / checkpoints.checkpoint_name(self.state.global_step)
+                shutil.rmtree(written / REFERENCE, ignore_errors=True)
 
     def enable_auto_batch(self) -> None:
         """From now on compute a batch that does not fit into memory in parts; see `auto_batch`."""
