@@ -82,7 +82,7 @@ def test_help_of_train_shows_those_that_matter_and_help_all_the_rest(vlmdpo):
         _, out, _ = vlmdpo("train", flag)
         return set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", out, re.MULTILINE))
 
-    general = {"--config", "--help-all", "--help"}
+    general = {"--config", "--recipe", "--help-all", "--help"}
     common, every = options("--help") - general, options("--help-all") - general
     assert len(common) == 21
     assert common < every

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,14 @@ def stage_config(config: RoundsConfig, stage: str, number: int) -> Any:
     cls = _CONFIGS[stage]
     section = config.settings(stage)
     own = _set_by_rounds(config, stage, number)
-    if stage == "make_pairs":  # other draws in each round, also where a round changed little
-        own["seed"] = section.get("seed", cls().seed) + number - 1
     try:
-        return config_of(cls, stage.replace("_", "-"), _shared(config, cls), section, own)
+        built = config_of(cls, stage.replace("_", "-"), _shared(config, cls), section, own)
     except ConfigError as problem:
         raise ConfigError(f"{flag_name(stage)}: {problem}") from problem
+    if isinstance(built, cf.MakePairsConfig):
+        # Other draws in each round, also where a round changed little.
+        return replace(built, seed=built.seed + number - 1)
+    return built
 
 
 def _shared(config: RoundsConfig, cls: type[cf.Options]) -> dict[str, Any]:

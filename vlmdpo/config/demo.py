@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmdpo.config.common import ScreenOptions
-from vlmdpo.config.options import option
+from vlmdpo.config.options import option, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +19,12 @@ class DemoConfig(ScreenOptions):
         group="Output",
     )
     seed: int = option(42, "Seed of adapter weights and data order", group="Training")
+    rounds: int = option(
+        1,
+        "Rounds: from the second on, on pairs of the tuned model's own answers, which it judges "
+        "itself",
+        group="Training",
+    )
+
+    def _check(self) -> None:
+        require_at_least(self, 1, "rounds", unit="round")
