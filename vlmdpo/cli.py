@@ -346,8 +346,9 @@ def main() -> None:
     gc.set_threshold(50_000)
     # PyTorch's threads meet some thousand times in a step. By default one that waits keeps its core
     # busy for milliseconds, and where another process wants that core, the thread that is waited
-    # for does not get it: on 2 cores beside one busy process a step takes three to six times as
-    # long. 2,000 turns are some microseconds; alone on the machine it makes no difference.
+    # for does not get it: on 2 cores beside one busy process, small attention calls take four to
+    # six times as long. 2,000 turns are some microseconds; alone on the machine it makes no
+    # difference.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     sys.exit(run(sys.argv[1:]))

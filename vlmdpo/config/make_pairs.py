@@ -72,7 +72,7 @@ class MakePairsConfig(RuntimeOptions, ProcessOptions, OutputOptions):
     seed: int = option(42, "Seed of the draws", group="Generation")
     judge: str = option(
         "statements",
-        f"Who scores the answers: {', '.join(JUDGES)}; docs/make-pairs.md explains each",
+        f"Who scores the answers: {', '.join(JUDGES)}; docs/commands/make-pairs.md explains each",
         group="Scoring",
     )
     judge_model: str | None = option(

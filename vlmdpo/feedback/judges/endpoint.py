@@ -30,6 +30,7 @@ from vlmdpo.errors import DataError, EndpointError
 from vlmdpo.feedback.judges.base import NO, UNCLEAR, YES, Judgment, Statement, Task
 
 KEY = "OPENAI_API_KEY"
+# --8<-- [start:rubric]
 RUBRIC = """\
 You are checking an answer about the image above. Split the answer into its single statements about
 the image: things, how many there are, their properties, what they do, where they are. Judge each
@@ -42,6 +43,7 @@ Answer: {answer}
 
 Reply with JSON and nothing else:
 {{"statements": [{{"statement": "...", "verdict": "yes"}}]}}"""
+# --8<-- [end:rubric]
 _TRIES = 6
 _LONGEST_PAUSE_S = 60.0
 _TIMEOUT_S = 180.0
@@ -262,7 +264,8 @@ class _Server:
 
     def _refusal(self, problem: urllib.error.HTTPError) -> str:
         """Why another try is worth it. Raises EndpointError, or BadRow, where it is not."""
-        detail = problem.read(2000).decode("utf-8", "replace")
+        with problem:  # which holds the connection
+            detail = problem.read(2000).decode("utf-8", "replace")
         reason = f"{problem.code} {problem.reason}: {' '.join(detail.split())[:200]}"
         if problem.code in _STOPS or 300 <= problem.code < 400:
             hint = f"; is {KEY} set and valid?" if problem.code in (401, 403) else ""
