@@ -111,7 +111,7 @@ def test_each_round_goes_on_from_the_one_before(stages, vlmdpo):
     kept = json.loads((OUT / "rounds.json").read_text())
     assert kept["result"] == {"best": 2, "stopped": None}
     page = (OUT / "report.html").read_text()
-    assert "all equal" in page
+    assert "skipped: all equal 2; judge: statements" in page
     assert "data:image/png;base64," in page
 
 

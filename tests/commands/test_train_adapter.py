@@ -35,7 +35,7 @@ def test_a_second_round_holds_the_first_and_can_be_used_alone(one, vlmdpo):
     assert code == 0, err
     report = json.loads(out)
     assert (report["engine"], report["fallback_reason"]) == ("shared", None)
-    assert "LoRA r=4 going on from 'one'" in err
+    assert "LoRA r=4 going on from 'one': 100,352 of 2,523,008 parameters train" in err
     lines = [json.loads(line) for line in Path("two/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)

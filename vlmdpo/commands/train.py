@@ -301,11 +301,14 @@ def _prepared(config: TrainConfig) -> Path:
 
 
 def _say_plan(trainer: Any, config: TrainConfig, pairs: int) -> None:
+    from vlmdpo.models.adapters import REFERENCE
     from vlmdpo.models.attention import describe_attention
     from vlmdpo.models.families import parameter_numel
 
     trainable = sum(parameter_numel(p) for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(map(parameter_numel, trainer.model.parameters()))
+    copied = f".{REFERENCE}."  # of the reference, not of the model
+    named = trainer.model.named_parameters()
+    total = sum(parameter_numel(weight) for name, weight in named if copied not in name)
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     engine = {

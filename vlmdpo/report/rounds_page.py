@@ -122,6 +122,14 @@ def draw(scored: Scored, best: int, path: Path) -> None:
     part.replace(path)
 
 
+def _in_words(value: object) -> str:
+    """A figure or several by name, as the page writes them."""
+    if isinstance(value, Mapping):
+        parts = (f"{str(name).replace('_', ' ')} {_in_words(one)}" for name, one in value.items())
+        return ", ".join(parts)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def page(
     *,
     title: str,
@@ -140,7 +148,7 @@ def page(
     """
     names = [name for name in FIGURES if any(one.get(name) is not None for one in scored)]
     return (
-        pages.environment()
+        pages.environment({"in_words": _in_words})
         .get_template("rounds.html")
         .render(
             title=title,
