@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from vlmdpo import cli
 from vlmdpo.data import growing_jsonl
+from vlmdpo.engine.sampling import Sample
 from vlmdpo.feedback import work
 
 FEW = ("make-pairs", "--limit", "6", "--samples", "6", "--temperature", "1", "--json")
@@ -21,7 +23,7 @@ def _report(vlmdpo, *options):
 
 
 def _pairs(report):
-    return [json.loads(line) for line in open(report["path"], encoding="utf-8")]
+    return [json.loads(line) for line in growing_jsonl.complete_lines(Path(report["path"]))]
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,35 @@ def test_a_judge_that_cannot_be_read_stops_the_run_and_keeps_the_answers(
 def test_mistakes(options, code, says, vlmdpo):
     got, _, err = vlmdpo(*FEW, *options)
     assert (got, says in err) == (code, True), err
+
+
+class _Vllm:
+    """In place of the generator: says that a moon is there, and denies it."""
+
+    def __init__(self, config, processor):
+        self.processor, self.started = processor, False
+
+    def start(self):
+        self.started = True
+
+    def sample(self, images, questions, max_new_tokens, sampling, *, tuned):
+        assert self.started
+        texts = ("The image shows one red moon.", "The image shows one red star.")
+        drawn = [Sample(texts[number % 2], 7, True) for number in range(sampling.count)]
+        return [drawn for _ in questions]
+
+    def generate(self, images, questions, max_new_tokens, *, tuned):
+        return ["No." if "moon" in question else "Yes." for question in questions]
+
+
+def test_vllm_draws_and_judges(tmp_path, vlmdpo, monkeypatch):
+    monkeypatch.setattr("vlmdpo.engine.vllm.generator_for", _Vllm)
+    report = _report(vlmdpo, "--engine", "vllm", "--output-dir", "pairs")
+    assert (report["pairs"], report["engine"]) == (6, "vllm")
+    assert all(pair["rejected"].endswith("moon.") for pair in _pairs(report))
+    assert all(pair["provenance"]["rejected"]["score"] == -3 for pair in _pairs(report))
+    code, _, err = vlmdpo(*FEW, "--engine", "vllm", "--judge-model", "llava-1.5-7b")
+    assert (code, "vllm serve" in err) == (2, True)
 
 
 @pytest.mark.slow

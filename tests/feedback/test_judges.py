@@ -82,7 +82,7 @@ def truth():
 
 
 def test_truth_reads_annotations_in_ambers_layout(truth):
-    annotated = next(iter(truth._data.descriptions))
+    annotated = next(one for one in truth._data.descriptions if one.hallu)
     present, absent = annotated.truth[0], annotated.hallu[0]
     answer = f"There is a {present} and a {absent}."
     [[[found]], [[unknown]]] = TruthJudge(truth).judge(

@@ -303,5 +303,5 @@ def _no_pairs(config: MakePairsConfig, report: dict[str, Any]) -> str:
     return (
         f"no pairs: of {ui.count(report['prompts'], 'prompt')} none has two answers that may be "
         f"paired ({reasons}); see '{Path(report['output_dir']) / PAGE}', and try more --samples, a "
-        "higher --temperature, a lower --margin or another --judge"
+        "higher --temperature, a lower --margin, a larger --max-length-gap or another --judge"
     )

@@ -89,8 +89,15 @@ class Models:
         if config.judge_model is None:
             return self.answerer()
         self._free_answerer()
-        other = {"model": config.judge_model, "adapter": None, "revision": None, "system": None}
-        return _load(dataclasses.replace(config, chat_template_kwargs=None, **other), None)
+        judging = dataclasses.replace(
+            config,
+            model=config.judge_model,
+            adapter=None,
+            revision=None,
+            system=None,
+            chat_template_kwargs=None,
+        )
+        return _load(judging, None)
 
     def _free_answerer(self) -> None:
         if self._answerer is not None:

@@ -52,7 +52,7 @@ def _judge(report: dict[str, Any]) -> str:
 
 def _show_skipped(report: dict[str, Any]) -> None:
     for reason, count in report["skipped"].items():
-        ui.result(f"  left out: {count:,} {SKIPPED[reason]}")
+        ui.result(f"  left out: {SKIPPED[reason]}: {count:,}")
     if report["replaced_for_length"]:
         replaced = ui.count(report["replaced_for_length"], "pair")
         ui.result(f"  {replaced} replaced by others of the same prompt, for their lengths")

@@ -161,6 +161,11 @@ class MakePairsConfig(RuntimeOptions, ProcessOptions, OutputOptions):
             )
         if self.judge != "endpoint" and self.judge_url is not None:
             raise ConfigError("--judge-url is for --judge endpoint")
+        if self.engine == "vllm" and self.judge_model and self.judge != "endpoint":
+            raise ConfigError(
+                "--judge-model: --engine vllm judges with the model that answers; serve the other "
+                "one (vllm serve), and use --judge endpoint"
+            )
         if self.judge == "truth" and self.judge_model is not None:
             raise ConfigError("--judge-model: --judge truth asks no model; leave one of them out")
         if self.judge == "truth" and self.truth is None and self.input is not None:

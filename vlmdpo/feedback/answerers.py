@@ -106,8 +106,7 @@ class TreeAnswerer:
         """See `Answerer`."""
         from vlmdpo.engine.generate import answer_texts
 
-        with foreign(BadRow, "chat_template_refuses"):
-            return answer_texts(self.model, self.processor, texts, max_new_tokens)
+        return answer_texts(self.model, self.processor, texts, max_new_tokens)
 
     def _of_each(
         self, asked: Sequence[Asked], answers: Callable[[OpenedImage, Sequence[str]], list[T]]

@@ -55,7 +55,10 @@ def write(
             for prompt, of_prompt in wanted:
                 answers = scored[picture.id_of(prompt)]
                 lines += [_line(image, prompt, answers, pair, origin) for pair in of_prompt]
-        growing_jsonl.rewrite(folder / PAIRS, lines)
+        if lines:
+            growing_jsonl.rewrite(folder / PAIRS, lines)
+        else:
+            (folder / PAIRS).unlink(missing_ok=True)  # of an earlier selection
     except OSError as problem:
         raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror}") from problem
     return folder / PAIRS
