@@ -50,8 +50,9 @@ _SMALLER = {
     "infer": ["--max-new-tokens", "8"],
     "rounds": [
         *("--model", "tiny", "--dtype", "float32", "--rounds", "1", "--overwrite"),
-        *("--make-pairs", "limit=8", "--make-pairs", "samples=4", "--prepare", "test_size=0"),
-        *("--train", "max_steps=1", "--train", "keep_best=false", "--eval-amber", "limit=3"),
+        *("--make-pairs", "limit=4", "--make-pairs", "samples=6", "--make-pairs", "temperature=1"),
+        *("--prepare", "test_size=0", "--train", "max_steps=1", "--train", "keep_best=false"),
+        *("--eval-amber", "limit=3", "--eval-amber", "max_description_tokens=8"),
     ],
     "make-pairs": ["--limit", "4", "--samples", "6", "--temperature", "1", "--overwrite"],
 }
@@ -125,6 +126,8 @@ def _small(words):
         made += [*_SMALLER[command], *(["--prompts", "prompts.txt"] if "photos/" in words else [])]
     else:
         made += _SMALLER.get(command, [])
+    if command == "rounds" and "photos/" in words:  # likewise
+        made += ["--make-pairs", "prompts=prompts.txt"]
     return (command, *made)
 
 
