@@ -12,6 +12,8 @@ from vlmdpo.training.engine_checks import _is_exact
     [
         (4.8e-7, 4.8e-7, 1.9, [4.8e-7, 0.0], True),  # answers of two tokens hide broken layouts
         (5.8e-7, 4.8e-7, 1.9, [4.8e-7], True),
+        (1.2e-6, 9.5e-7, 3.0, [1.2e-6, 1.2e-6, 0.79], True),  # with two threads
+        (1.2e-6, 9.5e-7, 3.0, [5e-6, 0.79], False),
         (0.0, 0.0, math.inf, [], True),
         (1e-6, 5e-7, math.inf, [0.7, 2e-2], True),
         (0.05, 5e-7, 1.9, [0.05], False),  # as wrong as the broken one

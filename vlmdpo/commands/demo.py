@@ -9,6 +9,7 @@ from typing import Any
 from vlmdpo import config as cf
 from vlmdpo import ui
 from vlmdpo.commands import (
+    demo_rounds,
     estimate_memory,
     eval_amber,
     eval_amber_screen,
@@ -58,8 +59,10 @@ def run(config: cf.DemoConfig) -> dict[str, Any]:
     evaluated = eval_amber.run(
         recipes.build(cf.EvalAmberConfig, recipe("tiny", "eval-amber"), layer)
     )
+    more = demo_rounds.run(folder, adapter, config) if config.rounds > 1 else None
     return {
         "output_dir": str(folder),
+        "rounds": more,
         "prepare": prepared,
         "estimate": estimates,
         "train": trained,
@@ -91,6 +94,8 @@ def show(report: dict[str, Any]) -> None:
     """Print the scores, and where everything is."""
     eval_amber_screen.show_flips(report["eval"]["comparison"], 6)
     eval_amber.show(report["eval"])
+    if report["rounds"] is not None:
+        demo_rounds.show(report["rounds"])
     folder = report["output_dir"]
     written = [
         ["prepared pairs", f"{folder}/data"],

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 from vlmdpo import config as cf
+from vlmdpo import ui
 from vlmdpo.commands import rounds
 
 _YES_NO = "yes-no.jsonl"
+_YES_NO_PAIRS = 200
 
 
 def run(folder: Path, adapter: Path, config: cf.DemoConfig) -> dict[str, Any]:
     """Rounds after the first; returns the report of `vlmdpo rounds`.
 
-    Descriptions are paired, and as many yes/no pairs of the embedded set are mixed with them: on
+    Its pairs are of descriptions. Some yes/no pairs of the embedded set are mixed with them: on
     descriptions alone a model forgets how to answer questions.
 
     Args:
@@ -24,7 +27,7 @@ def run(folder: Path, adapter: Path, config: cf.DemoConfig) -> dict[str, Any]:
         adapter: of its first round.
     """
     yes_no = folder / _YES_NO
-    _write_yes_no_pairs(yes_no)
+    _write_yes_no_pairs(yes_no, config.seed)
     return rounds.run(
         cf.RoundsConfig(
             adapter=adapter,
@@ -38,13 +41,19 @@ def run(folder: Path, adapter: Path, config: cf.DemoConfig) -> dict[str, Any]:
     )
 
 
-def _write_yes_no_pairs(path: Path) -> None:
-    """The embedded pairs whose answers are Yes and No, as `prepare` takes them."""
+def show(report: dict[str, Any]) -> None:
+    """Print what the rounds brought, whatever it is."""
+    ui.result("Rounds on its own answers, judged by itself; round 0 here is the tuned model above.")
+    rounds.show(report)
+
+
+def _write_yes_no_pairs(path: Path, seed: int) -> None:
+    """Some of the embedded pairs whose answers are Yes and No, as `prepare` takes them."""
     from vlmdpo.tiny import pairs
 
+    known = [one for one in pairs.load() if {one["chosen"], one["rejected"]} == {"Yes", "No"}]
     with path.open("w", encoding="utf-8") as file:
-        for stored in pairs.load():
-            if {stored["chosen"], stored["rejected"]} == {"Yes", "No"}:
-                row = pairs.as_row(stored)
-                row["image"] = base64.b64encode(row["image"]).decode()
-                file.write(json.dumps(row) + "\n")
+        for stored in random.Random(seed).sample(known, _YES_NO_PAIRS):
+            row = pairs.as_row(stored)
+            row["image"] = base64.b64encode(row["image"]).decode()
+            file.write(json.dumps(row) + "\n")

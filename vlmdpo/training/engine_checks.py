@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmdpo.training.protocols import EngineTrainer
 
 Example = dict[str, Any]
+_ROUNDINGS = 3.0  # by which results may differ that were added up in another order
 _MARGIN = 10.0  # how many times smaller than a broken engine's the error must be
 
 
@@ -208,10 +209,11 @@ def _is_exact(
         noise: what one more rounding changes.
         other_image: the error with another image: never smaller than that with the right one.
         broken_layouts: errors of layouts broken on purpose. Very short answers hide some mistakes,
-            which then change less than rounding does, and say nothing.
+            which then change no more than a few roundings do, and say nothing.
     """
     if error == 0:
         return True
-    visible = [broken for broken in (*broken_layouts, other_image) if noise < broken < math.inf]
+    least = _ROUNDINGS * noise
+    visible = [broken for broken in (*broken_layouts, other_image) if least < broken < math.inf]
     is_far_better = bool(visible) and error * _MARGIN <= min(visible)
     return error < other_image and (error <= noise or is_far_better)
