@@ -47,6 +47,7 @@ _SMALLER = {
     "eval-amber": ["--limit", "3", "--max-description-tokens", "8"],
     "estimate-memory": ["--fast"],
     "infer": ["--max-new-tokens", "8"],
+    "make-pairs": ["--limit", "4", "--samples", "6", "--temperature", "1", "--overwrite"],
 }
 
 
@@ -113,6 +114,9 @@ def _small(words):
         made += ["--fast"]
     elif command == "eval-amber":
         made += [*([] if "--answers" in words else _SMALLER[command]), "--overwrite"]
+    elif command == "make-pairs":
+        # The embedded model describes only what is asked in its own words.
+        made += [*_SMALLER[command], *(["--prompts", "prompts.txt"] if "photos/" in words else [])]
     else:
         made += _SMALLER.get(command, [])
     return (command, *made)
@@ -131,9 +135,11 @@ def place(tmp_path_factory):
         )
     answers = [{"id": number, "response": "No"} for number in range(101, 120)]
     (folder / "answers.json").write_text(json.dumps(answers))
-    (folder / "questions.jsonl").write_text(
-        json.dumps({"id": 1, "image": "photo.jpg", "question": "Is there a moon?"}) + "\n"
-    )
+    asked = ("Is there a moon?", "Describe this image.")
+    lines = [{"id": n, "image": "photo.jpg", "question": one} for n, one in enumerate(asked)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (folder / "photos").symlink_to(folder / "AMBER" / "image")
+    (folder / "prompts.txt").write_text("Describe this image.\n")
     (folder / "examples").symlink_to(ROOT / "examples")
     subprocess.run(
         [sys.executable, "examples/own_images/make_sample.py", "my", "--pictures", "20"],
@@ -158,6 +164,12 @@ def place(tmp_path_factory):
 def there(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(compare, "_serve", lambda config, page: "http://127.0.0.1:7860/")
+    # A server that denies none to two statements, whatever they are.
+    verdict = {"statement": "one", "verdict": "no"}
+    monkeypatch.setattr(
+        "vlmdpo.feedback.judges.endpoint._Server.reply",
+        lambda server, body: json.dumps({"statements": [verdict] * (sum(body) % 3)}),
+    )
     return place
 
 

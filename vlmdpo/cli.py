@@ -28,6 +28,7 @@ from vlmdpo import __version__, ui
 from vlmdpo import config as cf
 from vlmdpo.commands.table import COMMANDS
 from vlmdpo.config import recipes, spelling
+from vlmdpo.config.make_pairs import JUDGES
 from vlmdpo.distributed import launch, processes
 from vlmdpo.errors import (
     Interrupted,
@@ -58,6 +59,7 @@ _VALUES: dict[str, Iterable[str]] = {
     "report_to": cf.TRACKERS,
     "dimension": cf.DIMENSIONS,
     "gpu": GPUS,
+    "judge": JUDGES,
 }
 _GENERAL = "General"  # the heading of --config and --help
 _HELP_ALL = "vlmdpo.help_all"  # set in the context's meta by --help-all
@@ -329,8 +331,9 @@ def main() -> None:
     gc.set_threshold(50_000)
     # PyTorch's threads meet some thousand times in a step. By default one that waits keeps its core
     # busy for milliseconds, and where another process wants that core, the thread that is waited
-    # for does not get it: on 2 cores beside one busy process a step takes three to six times as
-    # long. 2,000 turns are some microseconds; alone on the machine it makes no difference.
+    # for does not get it: on 2 cores beside one busy process, small attention calls take four to
+    # six times as long. 2,000 turns are some microseconds; alone on the machine it makes no
+    # difference.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     sys.exit(run(sys.argv[1:]))

@@ -61,6 +61,12 @@ class PeerLost(ProcessError):
     """Another process died, which this one noticed; not the cause."""
 
 
+class EndpointError(VlmDpoError):
+    """A server that vlmdpo was told to ask cannot be reached, or refuses."""
+
+    exit_code = 8
+
+
 class Preempted(VlmDpoError):
     """SIGTERM: finished work is kept, and a scheduler may requeue the command (EX_TEMPFAIL)."""
 

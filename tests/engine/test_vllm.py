@@ -14,7 +14,7 @@ from PIL import Image
 from tests.models.test_rendering import add_bos
 from vlmdpo.engine import vllm as engine
 from vlmdpo.engine.decode import PromptTreeDecoder
-from vlmdpo.engine.generate import answer
+from vlmdpo.engine.generate import answer, answer_texts
 from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import MemoryBudgetError, MissingDependencyError, ModelError
 from vlmdpo.models.load import load_model, load_processor
@@ -49,9 +49,10 @@ class FakeLLM:
         if lora_request:
             model = load_model("tiny", device="cpu", adapter=Path(lora_request[2]))
         for prompt, own in zip(prompts, settings, strict=True):
+            images = [[one] for one in prompt.get("multi_modal_data", {}).values()]
             inputs = processor(
                 text=[processor.tokenizer.decode(prompt["prompt_token_ids"])],
-                images=[[prompt["multi_modal_data"]["image"]]],
+                images=images or None,
                 add_special_tokens=False,
                 return_tensors="pt",
             )
@@ -115,6 +116,17 @@ def test_it_gets_token_ids_our_image_settings_and_the_models_own_sampling(fake, 
     assert settings.repetition_penalty == 1.05
     assert settings.stop_token_ids == [processor.tokenizer.eos_token_id]
     assert [one["lora"] is not None for one in fake.asked] == [False, True]
+
+
+def test_texts_are_completed_without_an_image(fake):
+    processor = load_processor("tiny")
+    generator = engine.VllmGenerator("tiny", processor, None, **SETTINGS)
+    generator.start()
+    texts = ["Is there a moon in this image?", "Split this."]
+    completed = generator.complete(texts, 5, tuned=False)
+    assert completed == answer_texts(fake.parts[0], processor, texts, 5)
+    assert all("multi_modal_data" not in prompt for prompt in fake.asked[0]["prompts"])
+    assert fake.asked[0]["settings"][0].temperature == 0
 
 
 def test_samples_have_lengths_ends_and_seeds_of_their_own(fake):

@@ -17,6 +17,7 @@ from PIL import Image
 from vlmdpo import ui
 from vlmdpo.commands import infer_engines
 from vlmdpo.config import InferConfig
+from vlmdpo.data import growing_jsonl
 from vlmdpo.data.left_out import LeftOut
 from vlmdpo.data.questions import Question, nothing_to_ask, read
 from vlmdpo.data.reasons import BadImage, BadRow
@@ -82,13 +83,13 @@ def answer_file(config: InferConfig) -> dict[str, Any]:
     processes.barrier()  # no process writes before all have read
     own_refused = LeftOut()
     if own_batches:
-        path = output if processes.count == 1 else _part(output, processes.index)
+        path = output if processes.count == 1 else growing_jsonl.part(output, processes.index)
         _answer_batches(config, infer_engines.load(config), own_batches, path, own_refused)
     refused = LeftOut.joined(processes.gather(own_refused))
     left_out = LeftOut.joined([left_out, refused])
     if processes.index == 0:
         _collect_parts(output)
-        _sort_answers(output, questions)
+        growing_jsonl.sort(output, [question.id for question in questions])
     processes.barrier()
     processes.destroy()
     if len(refused) == len(questions):
@@ -104,35 +105,12 @@ def answer_file(config: InferConfig) -> dict[str, Any]:
     }
 
 
-def _part(output: Path, process: int) -> Path:
-    """Where one of several processes writes its answers until all are done."""
-    return output.with_name(f".{output.name}.part-{process}")
-
-
 def _collect_parts(output: Path) -> None:
-    """Append the complete lines of all processes' files to `output`, and remove those files."""
+    """Join what several processes wrote. Raises DataError."""
     try:
-        for part in sorted(output.parent.glob(f".{output.name}.part-*")):
-            text = part.read_text(encoding="utf-8")
-            with output.open("a", encoding="utf-8") as file:
-                file.write(text[: text.rfind("\n") + 1])
-            part.unlink()
+        growing_jsonl.collect(output)
     except OSError as problem:
         raise DataError(f"--output: cannot write '{output}': {problem.strerror}") from problem
-
-
-def _sort_answers(output: Path, questions: list[Question]) -> None:
-    """Put the answers into the order of the questions, as one process would have written them."""
-    if not output.exists():
-        return
-    text = output.read_text(encoding="utf-8")
-    by_id = {json.loads(line)["id"]: line for line in text.split("\n")[:-1]}
-    in_order = [by_id.pop(question.id) for question in questions if question.id in by_id]
-    ordered = "".join(line + "\n" for line in [*by_id.values(), *in_order])
-    if ordered != text:
-        part = output.with_name(f".{output.name}.partial")
-        part.write_text(ordered, encoding="utf-8")
-        part.replace(output)
 
 
 def _answer_batches(

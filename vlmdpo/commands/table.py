@@ -58,6 +58,14 @@ COMMANDS = {
         "use a smaller --batch-size or --dtype bfloat16; finished answers are kept",
         "the answers so far are kept",
     ),
+    "make-pairs": Command(
+        cf.MakePairsConfig,
+        "vlmdpo.commands.make_pairs",
+        "Make preference pairs from a model's own answers, judged.",
+        "vlmdpo make-pairs --model idefics2-8b --input IMAGES",
+        "use a smaller --batch-size, fewer --samples, or --dtype bfloat16; what is done is kept",
+        "the answers and verdicts so far are kept",
+    ),
     "compare": Command(
         cf.CompareConfig,
         "vlmdpo.commands.compare",

@@ -13,6 +13,7 @@ from vlmdpo.config.estimate_memory import EstimateMemoryConfig
 from vlmdpo.config.eval_amber import DIMENSIONS, EvalAmberConfig
 from vlmdpo.config.export import ExportConfig
 from vlmdpo.config.infer import InferConfig
+from vlmdpo.config.make_pairs import MakePairsConfig
 from vlmdpo.config.options import (
     GROUPS,
     PER_CALL,
@@ -62,6 +63,7 @@ __all__ = [
     "LoraOptions",
     "LossMix",
     "LossOptions",
+    "MakePairsConfig",
     "Options",
     "PrepareConfig",
     "ProcessOptions",

@@ -107,6 +107,14 @@ class OpenedImage:
         self._pixel_inputs: dict[str, Tensor | list[object]] = {}
         self._features: ModelOutput | None = None
 
+    def process(self, questions: Sequence[str]) -> None:
+        """Prepare the prompts of these questions, which other calls then find; no model runs.
+
+        Raises whatever a chat template or processor raises about a question or the image.
+        """
+        for question in questions:
+            self._prompt(question)
+
     @torch.inference_mode()
     def answer(
         self,

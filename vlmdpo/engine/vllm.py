@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vlmdpo import ui
-from vlmdpo.config import EvalAmberConfig, InferConfig
+from vlmdpo.config import EvalAmberConfig, InferConfig, MakePairsConfig
 from vlmdpo.engine.content_keys import image_key
 from vlmdpo.engine.sampling import GREEDY, Sample, Sampling
 from vlmdpo.errors import (
@@ -130,18 +130,15 @@ class VllmGenerator:
         it. For `tuned` see `generate`.
         """
         prompts = [
-            # Ids, because vLLM would add special tokens to a text. One image token stands for the
-            # image; vLLM puts in the others.
+            # One image token stands for the image; vLLM puts in the others.
             {
-                "prompt_token_ids": self.processor.tokenizer(
-                    render_question(self.processor, question), add_special_tokens=False
-                )["input_ids"],
+                "prompt_token_ids": self._ids(render_question(self.processor, question)),
                 "multi_modal_data": {"image": image},
             }
             for image, question in zip(images, questions, strict=True)
         ]
         settings = [
-            self._settings(image, question, max_new_tokens, sampling)
+            self._settings([image], question, max_new_tokens, sampling)
             for image, question in zip(images, questions, strict=True)
         ]
         outputs = self._engine.generate(
@@ -149,8 +146,29 @@ class VllmGenerator:
         )
         return [[_sample(answer) for answer in output.outputs] for output in outputs]
 
+    def complete(self, texts: Sequence[str], max_new_tokens: int, *, tuned: bool) -> list[str]:
+        """The greedy answers, stripped, to prompts without an image. For `tuned` see `generate`."""
+        prompts = [
+            {"prompt_token_ids": self._ids(render_question(self.processor, text, images=0))}
+            for text in texts
+        ]
+        settings = [self._settings((), text, max_new_tokens, GREEDY) for text in texts]
+        outputs = self._engine.generate(
+            prompts, settings, lora_request=self._lora if tuned else None, use_tqdm=False
+        )
+        return [_sample(output.outputs[0]).text for output in outputs]
+
+    def _ids(self, rendered: str) -> list[int]:
+        """Ids, because vLLM would add special tokens to a text."""
+        ids: list[int] = self.processor.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _settings(
-        self, image: Image.Image, question: str, max_new_tokens: int, sampling: Sampling
+        self,
+        images: Sequence[Image.Image],
+        question: str,
+        max_new_tokens: int,
+        sampling: Sampling,
     ) -> Any:
         """vLLM's `SamplingParams` of one question."""
         # The model's own, for its repetition penalty; `transformers` applies it too.
@@ -158,7 +176,7 @@ class VllmGenerator:
         asked = {"temperature": sampling.temperature, "max_tokens": max_new_tokens}
         if not sampling.is_greedy:
             asked |= {"top_p": sampling.top_p, "top_k": -1, "n": sampling.count}
-            asked |= {"seed": sampling.seed_of((image_key([image]), question))}
+            asked |= {"seed": sampling.seed_of((image_key(images), question))}
         for name, value in asked.items():
             setattr(settings, name, value)
         end = rendering_of(self.processor).end_token_id
@@ -172,7 +190,9 @@ def _sample(answer: Any) -> Sample:
     return Sample(answer.text.strip(), len(answer.token_ids) - finished, finished)
 
 
-def generator_for(config: InferConfig | EvalAmberConfig, processor: Processor) -> VllmGenerator:
+def generator_for(
+    config: InferConfig | EvalAmberConfig | MakePairsConfig, processor: Processor
+) -> VllmGenerator:
     """The generator of a command's model and adapter. Raises as `VllmGenerator` does."""
     return VllmGenerator(
         config.model,

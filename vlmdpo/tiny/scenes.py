@@ -205,7 +205,8 @@ def plural(kind: str) -> str:
     return kind + ("es" if kind.endswith("ss") else "s")
 
 
-def _how_many(number: str, kind: str) -> str:
+def how_many(number: str, kind: str) -> str:
+    """The question whether there are this many of a kind."""
     return (
         f"Is there one {kind} in this image?"
         if number == "one"
@@ -246,7 +247,7 @@ def _all_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
             rng.choice([n for n in NUMBERS if n != NUMBERS[count - 1]]),
         ):
             yield Question(
-                _how_many(number, kind), NUMBER, "yes" if number == NUMBERS[count - 1] else "no"
+                how_many(number, kind), NUMBER, "yes" if number == NUMBERS[count - 1] else "no"
             )
         if first.action:
             yield Question(f"Does the {kind} {first.action} in this image?", ACTION, "yes")

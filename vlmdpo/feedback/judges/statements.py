@@ -1,0 +1,102 @@
+"""`statements`: each sentence or clause of an answer becomes a yes/no question to the judge model.
+
+All questions about an image are one tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.feedback.answerers import Answerer
+from vlmdpo.feedback.judges.base import Claim, Judgment, Statement, Task
+from vlmdpo.feedback.judges.split import claims_of
+
+_VERDICT_TOKENS = 16
+# (prompt, answer) → its claims; None where it cannot be split.
+Splitter = Callable[[str, str], list[Claim] | None]
+Claims = Mapping[tuple[str, str], list[Claim] | None]
+
+
+class StatementsJudge:
+    """Asks a model whether the image agrees with each statement.
+
+    Args:
+        answerer: the judge model.
+        with_log_odds: whether statements get the log-odds of yes against no.
+        split: makes claims of a prompt and an answer.
+    """
+
+    name = "statements"
+
+    def __init__(
+        self, answerer: Answerer, *, with_log_odds: bool = False, split: Splitter = claims_of
+    ) -> None:
+        self.answerer, self._with_log_odds, self._split = answerer, with_log_odds, split
+        self.at_once = answerer.at_once
+
+    def judge(self, tasks: Sequence[Task]) -> list[list[list[Judgment]]]:
+        """See `Judge`."""
+        claims = self.claims(tasks)
+        asked = [(task.image, _questions(task, claims)) for task in tasks]
+        replies = self.answerer.ask(asked, _VERDICT_TOKENS)
+        log_odds = self.answerer.log_odds(asked) if self._with_log_odds else [[] for _ in asked]
+        return [
+            _judgments(
+                task,
+                claims,
+                dict(zip(questions, texts, strict=True)),
+                dict(zip(questions, odds, strict=bool(odds))),
+            )
+            for task, (_, questions), texts, odds in zip(
+                tasks, asked, replies, log_odds, strict=True
+            )
+        ]
+
+    def claims(self, tasks: Sequence[Task]) -> Claims:
+        """The claims of each (prompt, answer)."""
+        return {pair: self._split(*pair) for task in tasks for pair in answers_in(task)}
+
+    def report(self) -> dict[str, Any]:
+        """Nothing: a local model costs only time."""
+        return {}
+
+
+def answers_in(task: Task) -> Iterator[tuple[str, str]]:
+    """Each (prompt, answer) of a picture."""
+    return ((prompt, answer) for prompt, answers in task.asked for answer in answers)
+
+
+def _questions(task: Task, claims: Claims) -> list[str]:
+    """All questions about a picture, each once."""
+    questions = (claim.question for pair in answers_in(task) for claim in claims[pair] or ())
+    return list(dict.fromkeys(questions))
+
+
+def _judgments(
+    task: Task, claims: Claims, replies: Mapping[str, str], log_odds: Mapping[str, float]
+) -> list[list[Judgment]]:
+    def judgment(prompt: str, answer: str) -> Judgment:
+        found = claims[prompt, answer]
+        if found is None:
+            return Judgment(unread="the answer could not be split into statements")
+        return Judgment(
+            tuple(
+                Statement(
+                    claim.text,
+                    claim.question,
+                    _verdict(replies[claim.question]),
+                    claim.kind,
+                    log_odds.get(claim.question),
+                )
+                for claim in found
+            )
+        )
+
+    return [[judgment(prompt, answer) for answer in answers] for prompt, answers in task.asked]
+
+
+def _verdict(reply: str) -> str | None:
+    read = verdict(reply)
+    return None if read is None else read.lower()

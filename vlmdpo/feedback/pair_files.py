@@ -1,0 +1,91 @@
+"""The pairs as `vlmdpo prepare` reads them: pairs.jsonl, and the images it names.
+
+Each line has the provenance of its pair: how the answers were drawn, who judged them, and what the
+judge said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmdpo.data import growing_jsonl
+from vlmdpo.data.images import open_bytes
+from vlmdpo.errors import DataError
+from vlmdpo.feedback.pictures import Picture
+from vlmdpo.feedback.select import Pair, Scored
+
+PAIRS, IMAGES = "pairs.jsonl", "images"
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # others by their own names
+
+
+def write(
+    folder: Path,
+    pictures: Sequence[Picture],
+    scored: Mapping[str, Scored],
+    pairs: Iterable[Pair],
+    origin: Mapping[str, Any],
+) -> Path:
+    """Write the pairs, in the order of pictures and prompts. Returns the file.
+
+    Args:
+        scored: the answers by the key of their prompt.
+        origin: what holds for all pairs: the model, how answers were drawn, the judge.
+
+    Raises DataError where the folder cannot be written.
+    """
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.key, []).append(pair)
+    lines = []
+    try:
+        (folder / IMAGES).mkdir(exist_ok=True)
+        for picture in pictures:
+            wanted = [
+                (p, by_prompt[key])
+                for p in picture.prompts
+                if (key := picture.id_of(p)) in by_prompt
+            ]
+            if not wanted:
+                continue
+            image = _write_image(folder, picture.read())
+            for prompt, of_prompt in wanted:
+                answers = scored[picture.id_of(prompt)]
+                lines += [_line(image, prompt, answers, pair, origin) for pair in of_prompt]
+        if lines:
+            growing_jsonl.rewrite(folder / PAIRS, lines)
+        else:
+            (folder / PAIRS).unlink(missing_ok=True)  # of an earlier selection
+    except OSError as problem:
+        raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror}") from problem
+    return folder / PAIRS
+
+
+def _write_image(folder: Path, data: bytes) -> str:
+    """Store an image under the digest of its bytes. Returns its path from the folder."""
+    kind = open_bytes(data).format or "img"
+    name = f"{hashlib.sha256(data).hexdigest()[:16]}.{_SUFFIXES.get(kind, kind.lower())}"
+    path = folder / IMAGES / name
+    if not path.exists():
+        temporary = path.with_name(f".{name}.partial")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    return f"{IMAGES}/{name}"
+
+
+def _line(image: str, prompt: str, answers: Scored, pair: Pair, origin: Mapping[str, Any]) -> str:
+    def of(number: int) -> dict[str, Any]:
+        return {"sample": number, "score": answers.scores[number]}
+
+    entry = {
+        "id": f"{pair.key}-{pair.chosen}-{pair.rejected}",
+        "image": image,
+        "question": prompt,
+        "chosen": answers.samples[pair.chosen].text,
+        "rejected": answers.samples[pair.rejected].text,
+        "provenance": {**origin, "chosen": of(pair.chosen), "rejected": of(pair.rejected)},
+    }
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
