@@ -174,6 +174,9 @@ def test_samples_are_of_their_seed(tuned, image):
     assert len(drawn[0]) == 1
     assert len(drawn[0][0]) == 3
     assert torch.equal(torch.get_rng_state(), state)
+    options = {"num_return_sequences": 3, "seed": 1, "max_new_tokens": 12}
+    with_others = tuned.sample(image, [*QUESTIONS, "Describe this image."], **options)
+    assert with_others[-1:] == drawn[0], "whatever is asked beside it"
     assert tuned.sample(image, [], num_return_sequences=1) == []
     with pytest.raises(vlmdpo.ConfigError, match="ask gives greedy answers"):
         tuned.sample(image, QUESTIONS, num_return_sequences=1, temperature=0)

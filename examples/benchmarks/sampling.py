@@ -2,14 +2,16 @@
 
     python examples/benchmarks/sampling.py [--quick] [--json] [--markdown FILE] [--cases llava ...]
 
-"generate" is transformers' own: it encodes the image and reads the prompt once for each sample.
-"Image once" is `generate` too, but with image features that are computed once. "Tree" is ours:
-image and prompt are read once, and all samples grow in one row behind them. All process the image
-anew. Models are small, with random weights, in the proportions of real ones (see `eval_amber.py`).
+"generate" is transformers' own: it reads the prompt, its image tokens among them, once for each
+sample (5.23 encodes the image once for all of them). "Tree" is ours: image and prompt are read
+once, and all samples grow in one row behind them. Both process the image anew. Models are small,
+with random weights, in the proportions of real ones (see `eval_amber.py`). What a tree can save is
+the prompt: with answers of 80 tokens, nearly nine tenths of what LLaVA reads and half of what
+Idefics2 does.
 
 No answer ends before its last token, so that all do the same work. A case passes if at a
-temperature near 0 all samples of all three ways are the greedy answer, all have as many tokens as
-they should, and the tree reaches its required speed-up over `generate` by wall clock.
+temperature near 0 all samples of both ways are the greedy answer, all have as many tokens as they
+should, and the tree reaches its required speed-up by wall clock.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import _threads  # noqa: F401 - before torch
 import torch
 from _cases import measure_each
-from _measure import Timed, counted_flops, medians, timed, versions
+from _measure import counted_flops, medians, timed, versions
 from _train_shapes import Shape
 from eval_amber import CASES as SHAPES
 from eval_amber import measured_share, questions_of, toy
@@ -41,13 +43,14 @@ from vlmdpo.engine.sampling import Sampling
 SAMPLES = 8
 _NEVER = -100  # an end token that no model gives
 _NEARLY_GREEDY = 1e-6
+_WANTED = (2.5, 1.0)  # speed-ups of LLaVA's and Idefics2's proportions
 CASES = tuple(
-    (shape, prompt, wanted) for (shape, prompt, _), wanted in zip(SHAPES, (2.0, 2.0), strict=False)
+    (shape, prompt, wanted) for (shape, prompt, _), wanted in zip(SHAPES[:2], _WANTED, strict=True)
 )
 
 
 def ways(model: Any, processor: Any, shape: Shape, tokens: int) -> dict[str, Callable[..., Any]]:
-    """The three ways of sampling: each takes `Sampling` and gives the samples' token ids."""
+    """Both ways of sampling: each takes `Sampling` and gives the samples' token ids."""
     [(image, [question, *_])] = questions_of(shape, 1)
 
     def generate(sampling: Sampling) -> list[list[int]]:
@@ -58,21 +61,17 @@ def ways(model: Any, processor: Any, shape: Shape, tokens: int) -> dict[str, Cal
         )
         return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
-    def opened(sampling: Sampling, reason: str) -> list[list[int]]:
+    def tree(sampling: Sampling) -> list[list[int]]:
         decoder = PromptTreeDecoder(model, processor, keep_features=True)
         assert not decoder.reason_not_shared, decoder.reason_not_shared
-        decoder.reason_not_shared, decoder.end_tokens = reason, {_NEVER}
+        decoder.end_tokens = {_NEVER}
         ids: list[list[int]] = []
         decoder.sample = lambda answer: ids.append(list(answer))  # type: ignore[method-assign]
-        with decoder.open(image) as one:
-            one.sample([question], sampling, tokens)
+        with decoder.open(image) as opened:
+            opened.sample([question], sampling, tokens)
         return ids
 
-    return {
-        "generate": generate,
-        "image once": partial(opened, reason="as if it could not"),
-        "tree": partial(opened, reason=""),
-    }
+    return {"generate": generate, "tree": tree}
 
 
 def differing(runs: dict[str, Callable[..., Any]], tokens: int) -> int:
@@ -95,40 +94,32 @@ def measure(shape: Shape, prompt: int, wanted: float, tokens: int, repeats: int)
     lengths = {len(ids) for found in samples.values() for ids in found}
     flops = {name: counted_flops(call) for name, call in calls.items()}
     rounds = timed(calls, repeats)
-    ratios = _ratios(rounds)
+    ratio, cpu_ratio = _ratio(rounds.wall), _ratio(rounds.cpu)
     return {
         "name": shape.name,
         "samples": SAMPLES,
         "tokens": tokens,
         "seconds": medians(rounds.wall),
-        "ratio": ratios["wall"],
-        "cpu_ratio": ratios["cpu"],
-        "ratio_to_image_once": ratios["image once"],
-        "counted": {name: flops["generate"] / flops[name] for name in runs},
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "counted": flops["generate"] / flops["tree"],
         "others_busy": rounds.others,
         "agreement": differ,
         "distinct": len({tuple(ids) for ids in samples["tree"]}),
         "vision_share": {"toy": share, "real": shape.real_vision_share(prompt)},
         "prompt_tokens": {"toy": prompt_tokens, "real": prompt},
         "wanted": wanted,
-        "passed": differ == 0 and lengths == {tokens} and ratios["wall"] >= wanted,
+        "passed": differ == 0 and lengths == {tokens} and ratio >= wanted,
     }
 
 
-def _ratios(rounds: Timed) -> dict[str, float]:
-    def ratio(seconds: list[dict[str, float]], other: str) -> float:
-        return statistics.median(one[other] / one["tree"] for one in seconds)
-
-    return {
-        "wall": ratio(rounds.wall, "generate"),
-        "cpu": ratio(rounds.cpu, "generate"),
-        "image once": ratio(rounds.wall, "image once"),
-    }
+def _ratio(seconds: list[dict[str, float]]) -> float:
+    return statistics.median(one["generate"] / one["tree"] for one in seconds)
 
 
 COLUMNS = (
-    *("model's proportions", "seconds: generate / image once / tree", "tree", "of CPU time"),
-    *("over image once", "counted FLOPs", "others busy", "samples that differ", "passed"),
+    *("model's proportions", "seconds: generate / tree", "ratio", "ratio of CPU time"),
+    *("counted FLOPs", "others busy", "samples that differ", "passed"),
 )
 
 
@@ -139,10 +130,9 @@ def _row(case: dict[str, Any]) -> list[str]:
         " / ".join(f"{value:.2f}" for value in case["seconds"].values()),
         f"{case['ratio']:.2f}×",
         f"{case['cpu_ratio']:.2f}×",
-        f"{case['ratio_to_image_once']:.2f}×",
-        f"{case['counted']['tree']:.2f}×",
+        f"{case['counted']:.2f}×",
         "?" if busy is None else f"{100 * busy:.0f}%",
-        f"{case['agreement']} of {3 * case['samples']}",
+        f"{case['agreement']} of {2 * case['samples']}",
         "yes" if case["passed"] else "NO",
     ]
 
@@ -195,7 +185,7 @@ def main() -> None:
         table = Table(*COLUMNS, title=f"generate ÷ tree, {SAMPLES} samples")
         for case in cases:
             table.add_row(*_row(case))
-        Console(width=180).print(table)
+        Console(width=150).print(table)
     if not all(case["passed"] for case in cases):
         sys.exit(1)
 

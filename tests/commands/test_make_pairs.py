@@ -152,6 +152,22 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, vlmdpo):
     assert report["left_out"]["unreadable_image"]["count"] == 1
 
 
+def test_an_image_that_has_gone_since_takes_its_pairs_along(tmp_path, vlmdpo, monkeypatch):
+    monkeypatch.setattr("vlmdpo.engine.vllm.generator_for", _Vllm)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (72, 72), "red").save(photos / name)
+    (tmp_path / "p.txt").write_text("Describe this image.\n")
+    asked = ("--input", photos, "--prompts", "p.txt", "--engine", "vllm", "--output-dir", "pairs")
+    assert _report(vlmdpo, *asked)["pairs"] == 2
+    (photos / "b.png").write_bytes(b"gone")
+    report = _report(vlmdpo, *asked)
+    assert (report["pairs"], len(_pairs(report))) == (1, 1)
+    assert report["left_out"]["unreadable_image"]["count"] == 1
+    assert "image not found" in (tmp_path / "pairs" / "report.html").read_text()
+
+
 def test_no_image_at_all(tmp_path, vlmdpo):
     photos = tmp_path / "photos"
     photos.mkdir()

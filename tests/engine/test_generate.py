@@ -5,6 +5,7 @@ import pytest
 from tests.engine.test_decode import made
 from vlmdpo.data.reasons import BadRow
 from vlmdpo.engine.generate import answer_texts
+from vlmdpo.errors import ModelError
 from vlmdpo.models.rendering import render_question, stop_token_ids
 
 PROMPTS = ["Split this into claims: a red circle and a blue square.", "why", "What is a cat?"]
@@ -31,3 +32,9 @@ def test_prompts_without_an_image(family):
     assert answer_texts(model, processor, [], 6) == []
     with pytest.raises(BadRow):
         answer_texts(model, processor, ["what is on <image>?"], 6)
+
+
+def test_a_model_that_wants_an_image():
+    model, processor = made("paligemma")
+    with pytest.raises(ModelError, match="needs another model"):
+        answer_texts(model, processor, PROMPTS, 6)

@@ -73,14 +73,16 @@ def run(config: MakePairsConfig) -> dict[str, Any]:
         max_length_gap=config.max_length_gap,
     )
     left_out = LeftOut.joined([source.left_out, left_out, refused])
-    report = _report(config, source, scored, selection, judged, left_out)
-    report |= {
-        "drawn_before": before,
-        "judge_cost": models.judge_cost(),
-        **_agreement(scored, true),
-    }
+    cost = models.judge_cost()
+    images: dict[str, str] = {}
     if processes.index == 0:
-        _write(config, source, scored, selection, judged, report)
+        folder = config.output_dir
+        images = pair_files.write_images(folder, source.pictures, selection.pairs, left_out)
+        selection.pairs = [pair for pair in selection.pairs if pair.key in images]
+    report = _report(config, source, scored, selection, judged, left_out)
+    report |= {"drawn_before": before, "judge_cost": cost, **_agreement(scored, true)}
+    if processes.index == 0:
+        _write(config, source, images, scored, selection, judged, report)
     processes.barrier()
     processes.destroy()
     if not selection.pairs:
@@ -171,7 +173,8 @@ def _judge(
 ) -> tuple[Records, LeftOut]:
     """(all judgments, what could not be judged)."""
     judged = Records(config.output_dir / _judged_file(config), processes)
-    ids = [number for number in drawn.by_id if number not in judged.by_id]
+    asked = {one.id_of(prompt) for one in source.pictures for prompt in one.prompts}
+    ids = asked.intersection(drawn.by_id) - set(judged.by_id)
     left_out = LeftOut()
     if ids:
         own = source.pictures[processes.index :: processes.count]
@@ -274,6 +277,7 @@ def judge_model(config: MakePairsConfig) -> str | None:
 def _write(
     config: MakePairsConfig,
     source: Source,
+    images: dict[str, str],
     scored: dict[str, Scored],
     selection: Selection,
     judged: Records,
@@ -290,7 +294,7 @@ def _write(
         "judge_model": report["judge_model"],
         "judge_score": config.judge_score,
     }
-    pair_files.write(folder, source.pictures, scored, selection.pairs, origin)
+    pair_files.write(folder, source.pictures, images, scored, selection.pairs, origin)
     page = make_pairs_page.page(
         report, source.pictures, scored, selection.pairs, judged, source.truth
     )

@@ -13,9 +13,8 @@ Shapes: K active answers, V vocabulary; see `leaves` for the rest.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +67,7 @@ class PromptTreeDecoder:
             packed_attention.use_packed_attention(self.backbone)
         self.end_tokens = set(stop_token_ids(self.base, processor))
 
-    @functools.cached_property
+    @cached_property
     def yes_no_tokens(self) -> YesNoTokens:
         """The tokens that answers Yes and No begin with. Raises ModelError."""
         return yes_no_tokens(self.processor.tokenizer)

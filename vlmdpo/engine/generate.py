@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from vlmdpo.engine.sampling import GREEDY, Sampling
+from vlmdpo.errors import ModelError
+from vlmdpo.models.families import inserts_image_tokens
 from vlmdpo.models.protocols import Processor, VisionLanguageModel
 from vlmdpo.models.rendering import render_question, stop_token_ids
 
@@ -73,17 +75,24 @@ def answer_texts(
 ) -> list[str]:
     """The model's greedy answers, stripped of special tokens, to prompts without an image.
 
-    Raises BadRow for a prompt that the chat template refuses without an image, or with `<image>`.
+    Raises BadRow for a prompt that the chat template refuses without an image, or with `<image>`,
+    ModelError for a model that takes no prompt without an image.
     """
+    if inserts_image_tokens(processor):  # and BOS and a line break with them
+        raise ModelError(
+            f"{type(processor).__name__} makes prompts of images only; what is asked without one "
+            "needs another model"
+        )
     rendered = [render_question(processor, prompt, images=0) for prompt in prompts]
     answers: list[str] = []
     for start in range(0, len(rendered), batch_size):
-        # By the tokenizer: several processors refuse a text without its image.
+        # By the tokenizer: some processors refuse a text without an image.
         inputs = processor.tokenizer(
             rendered[start : start + batch_size],
             padding=True,
             padding_side="left",
             add_special_tokens=False,  # the chat template has added them
+            return_token_type_ids=False,
             return_tensors="pt",
         ).to(model.device)
         texts = answers_to(model, processor, inputs, max_new_tokens)

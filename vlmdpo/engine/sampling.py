@@ -47,9 +47,9 @@ class Sampling:
         """Answers to each question: greedy ones would all be the same."""
         return 1 if self.is_greedy else self.count
 
-    def seed_of(self, questions: Sequence[object]) -> int:
-        """The seed for a batch: the same in every process, and another for other questions."""
-        text = repr((self.seed, list(questions)))
+    def seed_of(self, asked: Sequence[object]) -> int:
+        """The seed of draws: the same in every process, and another for whatever else is asked."""
+        text = repr((self.seed, list(asked)))
         return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:4], "big")
 
 

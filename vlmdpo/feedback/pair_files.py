@@ -6,14 +6,17 @@ judge said.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmdpo.data import growing_jsonl
 from vlmdpo.data.images import open_bytes
+from vlmdpo.data.left_out import LeftOut
+from vlmdpo.data.reasons import BadRow, shown
 from vlmdpo.errors import DataError
 from vlmdpo.feedback.pictures import Picture
 from vlmdpo.feedback.select import Pair, Scored
@@ -22,16 +25,43 @@ PAIRS, IMAGES = "pairs.jsonl", "images"
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # others by their own names
 
 
+def write_images(
+    folder: Path, pictures: Sequence[Picture], pairs: Iterable[Pair], left_out: LeftOut
+) -> dict[str, str]:
+    """Store the images that pairs are about. Returns their paths from the folder, by prompt.
+
+    Args:
+        left_out: gets the images that can no longer be read.
+
+    Raises DataError where the folder cannot be written.
+    """
+    paired = {pair.key for pair in pairs}
+    stored: dict[str, str] = {}
+    with _writing(folder):
+        (folder / IMAGES).mkdir(exist_ok=True)
+        for picture in pictures:
+            keys = paired.intersection(map(picture.id_of, picture.prompts))
+            if not keys:
+                continue
+            try:
+                stored |= dict.fromkeys(keys, _write_image(folder, picture.read()))
+            except BadRow as problem:
+                left_out.add(f"image {shown(picture.name)}", problem)
+    return stored
+
+
 def write(
     folder: Path,
     pictures: Sequence[Picture],
+    images: Mapping[str, str],
     scored: Mapping[str, Scored],
     pairs: Iterable[Pair],
     origin: Mapping[str, Any],
-) -> Path:
-    """Write the pairs, in the order of pictures and prompts. Returns the file.
+) -> None:
+    """Write the pairs, in the order of pictures and prompts.
 
     Args:
+        images: of `write_images`.
         scored: the answers by the key of their prompt.
         origin: what holds for all pairs: the model, how answers were drawn, the judge.
 
@@ -40,28 +70,26 @@ def write(
     by_prompt: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.key, []).append(pair)
-    lines = []
-    try:
-        (folder / IMAGES).mkdir(exist_ok=True)
-        for picture in pictures:
-            wanted = [
-                (p, by_prompt[key])
-                for p in picture.prompts
-                if (key := picture.id_of(p)) in by_prompt
-            ]
-            if not wanted:
-                continue
-            image = _write_image(folder, picture.read())
-            for prompt, of_prompt in wanted:
-                answers = scored[picture.id_of(prompt)]
-                lines += [_line(image, prompt, answers, pair, origin) for pair in of_prompt]
+    lines = [
+        _line(images[key], prompt, scored[key], pair, origin)
+        for picture in pictures
+        for prompt in picture.prompts
+        if (key := picture.id_of(prompt)) in by_prompt
+        for pair in by_prompt[key]
+    ]
+    with _writing(folder):
         if lines:
             growing_jsonl.rewrite(folder / PAIRS, lines)
         else:
             (folder / PAIRS).unlink(missing_ok=True)  # of an earlier selection
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as problem:
         raise DataError(f"--output-dir: cannot write '{folder}': {problem.strerror}") from problem
-    return folder / PAIRS
 
 
 def _write_image(folder: Path, data: bytes) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmdpo.data.images import open_bytes
+from vlmdpo.data.reasons import BadRow
 from vlmdpo.feedback.judges.base import Judgment
 from vlmdpo.feedback.judges.truth import Truth
 from vlmdpo.feedback.pictures import Picture
@@ -82,7 +83,11 @@ def page(
 
 
 def _thumbnail(picture: Picture) -> str:
-    image = open_bytes(picture.read())
+    """The image as a data URI; "" where it can no longer be read."""
+    try:
+        image = open_bytes(picture.read())
+    except BadRow:  # a folder that has changed since its images were asked about
+        return ""
     image.draft("RGB", (2 * pages.SIDE_PX, 2 * pages.SIDE_PX))
     return pages.thumbnail(image)
 
