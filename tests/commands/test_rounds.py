@@ -297,3 +297,26 @@ def test_the_picture_shows_the_figures(tmp_path):
     picture = Image.open(tmp_path / "rounds.png").convert("RGB")
     assert picture.width > 1000
     assert len(picture.getcolors(1 << 24)) > 50
+
+
+@pytest.mark.slow
+def test_two_rounds_of_the_embedded_model(vlmdpo):
+    options = ["--rounds", "2", "--no-stop", "--mix-with", "scenes", "--prepare", "mix=1,0.01"]
+    for setting in ("limit=6", "samples=6", "temperature=1"):
+        options += ["--make-pairs", setting]
+    for setting in ("max_steps=1", "lora_r=4", "sample_every=0"):
+        options += ["--train", setting]
+    options += ["--eval-amber", "limit=6", "--device", "cpu", "--json"]
+    code, out, err = vlmdpo("rounds", *options)
+    assert code == 0, err
+    report = json.loads(out)
+    assert [one["round"] for one in report["rounds"]] == [0, 1, 2]
+    assert all(one["accuracy"] is not None and one["words"] for one in report["rounds"])
+    second = json.loads((OUT / "round-2" / "adapter" / "train_report.json").read_text())
+    assert [entry["adapter"] for entry in second["lineage"]] == [str(OUT / "round-1" / "adapter")]
+    manifest = store.read_manifest(OUT / "round-2" / "data")
+    assert [source["rows_out"] for source in manifest["sources"]][1] == 24
+    assert json.loads((OUT / "rounds.json").read_text())["settings"]["mix_with"] == "scenes"
+    code, again, err = vlmdpo("rounds", *options)
+    assert (code, json.loads(again)) == (0, report)
+    assert "▸" not in err, "nothing is done twice"
