@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -28,7 +27,7 @@ from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.engine.reference_cache import ReferenceCache
 from vlmdpo.engine.stock_collator import StockCollator
 from vlmdpo.errors import ConfigError
-from vlmdpo.models.adapters import REFERENCE, use_adapter
+from vlmdpo.models.adapters import REFERENCE
 from vlmdpo.training import checkpoints, mdpo
 from vlmdpo.training.auto_batch import LOSS_WEIGHT, PARTS, AutoBatch
 from vlmdpo.training.finite_check import FiniteCheck, NonFiniteLoss
@@ -244,10 +243,7 @@ class RunTrainer(PairTrainer):
     def _loss_of_trl(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """TRL's loss; for mDPO also the metrics of its terms, from the same forward pass."""
         if not self.is_mdpo:
-            # Without a cache TRL computes the reference itself, between the policy's forward pass
-            # and its backward pass, where FSDP2 cannot take PEFT's way to switch an adapter.
-            with mock.patch("trl.trainer.dpo_trainer.use_adapter", use_adapter):
-                return super()._loss_of_trl(model, inputs, return_outputs)
+            return super()._loss_of_trl(model, inputs, return_outputs)
         policy_logps: list[Tensor] = []
         hook = model.register_forward_hook(
             lambda module, args, output: policy_logps.append(output.log_probs.detach().sum(1))

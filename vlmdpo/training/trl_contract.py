@@ -114,7 +114,7 @@ _TRL = (
         breaks="--doctor, the self-check of the engine, and the check of the saved adapter",
     ),
     *patched(
-        "training/trainer training/run_trainer",
+        "training/trainer",
         "trl.trainer.dpo_trainer.use_adapter(model, adapter_name)",
         why="reference forward passes switch the adapter without touching `requires_grad`",
         breaks="under FSDP2 the adapter would lose a part of its gradients",
