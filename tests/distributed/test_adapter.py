@@ -17,21 +17,13 @@ def test_an_adapter_trains_on_alike_in_every_arrangement(vlmdpo):
     code, _, err = vlmdpo("prepare", "--limit", "16", "--output-dir", "data")
     assert code == 0, err
     more = ["--adapter", "first", "--no-reference-cache"]
-    sharded = [*more, "--save-steps", "1", "--resume"]
     run_groups(
         [
             spec("first", 1, 8, 1, "--lora-r", "4"),
             spec("one", 1, 8, 1, *more),
             spec("two", 2, 4, 1, *more),
-            spec("sharded", 2, 4, 1, *sharded, env=FSDP2),
+            spec("sharded", 2, 4, 1, *more, env=FSDP2),
             spec("cached", 2, 4, 1, "--adapter", "first", env=FSDP2),
-            {
-                **spec("sharded", 2, 4, 1, *sharded, env=FSDP2),
-                "lost": [
-                    f"sharded/{name}"
-                    for name in ("adapter_model.safetensors", "train_report.json", "checkpoint-2")
-                ],
-            },
         ]
     )
     assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == [
