@@ -85,6 +85,21 @@ def test_an_adapter_that_is_none_or_names_nothing():
         config_of(InferConfig, "infer", {"adapter": _adapter_of(None)})
 
 
+def test_an_adapter_that_names_a_folder():
+    from vlmdpo.models.weight_files import local_folder
+
+    built = config_of(InferConfig, "infer", {"adapter": _adapter_of(str(local_folder("tiny")))})
+    assert built.model == "tiny", "as PEFT names it, where a script has loaded it"
+    shutil.rmtree("adapter")
+    with pytest.raises(ModelError, match="was trained on '/old/base', which is not here; say"):
+        config_of(InferConfig, "infer", {"adapter": _adapter_of("/old/base")})
+
+
+def test_options_that_cannot_be_are_said_before_the_adapter_is_read():
+    with pytest.raises(ConfigError, match="nothing to do"):
+        config_of(ExportConfig, "export", {"adapter": "nothing"})
+
+
 def test_later_layers_win_over_a_recipe_by_name():
     said = {"recipe": "anchored", "beta": 0.3}
     built = config_of(TrainConfig, "train", said, {"learning_rate": 2e-5})

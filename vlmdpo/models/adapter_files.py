@@ -64,12 +64,21 @@ def base_layer(given: Mapping[str, Any]) -> dict[str, str]:
     Args:
         given: options by field name, from a recipe, flags or keyword arguments.
 
-    Returns nothing for other calls. Raises ModelError if the folder holds no adapter.
+    Returns nothing for other calls. Raises ModelError if the folder holds no adapter, or one whose
+    base was a folder that is not here.
     """
     adapter = given.get("adapter")
     if given.get("model") is not None or not isinstance(adapter, (str, Path)):
         return {}
-    return {"model": base_of_adapter(Path(adapter))}
+    named = base_of_adapter(Path(adapter))
+    if registry.is_same_name(named, str(local_folder("tiny"))):  # as PEFT alone names it
+        return {"model": "tiny"}
+    if named.startswith((".", "/", "~")) and not Path(named).expanduser().is_dir():
+        raise ModelError(
+            f"--adapter: '{adapter}' was trained on '{named}', which is not here; say where the "
+            "model is with --model"
+        )
+    return {"model": named}
 
 
 def _check_base(adapter: Path, named: str, model: str, revision: str | None) -> None:

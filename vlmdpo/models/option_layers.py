@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from vlmdpo.config import recipes
 from vlmdpo.config.named_recipes import named_recipe
-from vlmdpo.errors import ConfigError
+from vlmdpo.errors import ConfigError, ModelError
 from vlmdpo.models import registry
 from vlmdpo.models.adapter_files import base_layer
 
@@ -35,7 +35,11 @@ def config_of(cls: type[Config], command: str, *layers: Mapping[str, Any]) -> Co
     if given.get("adapter") is not None:
         named = {key: value for key, value in named.items() if key not in _OF_THE_ADAPTER}
     given = {**named, **given}
-    base = base_layer(given) if "adapter" in recipes.field_types(cls) else {}
-    model = str(given.get("model") or base.get("model") or "tiny")
     said = [{key: value for key, value in one.items() if key != "recipe"} for one in layers]
+    try:
+        base = base_layer(given) if "adapter" in recipes.field_types(cls) else {}
+    except ModelError:
+        recipes.build(cls, named, *said)  # options that cannot be are said first
+        raise
+    model = str(given.get("model") or base.get("model") or "tiny")
     return recipes.build(cls, registry.recipe(model, command), base, named, *said)
