@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmdpo.errors import (
         ConfigError,
         DataError,
+        EndpointError,
         Interrupted,
         MemoryBudgetError,
         MissingDependencyError,
@@ -32,6 +33,7 @@ __all__ = [
     "Asker",
     "ConfigError",
     "DataError",
+    "EndpointError",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
     "Interrupted",

@@ -8,7 +8,7 @@ import pytest
 from vlmdpo.benchmarks.amber import questions as qs
 from vlmdpo.benchmarks.amber.scores import score
 from vlmdpo.benchmarks.stats import compare
-from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.benchmarks.verdict import is_settled, verdict
 from vlmdpo.errors import DataError
 
 SPELT = {
@@ -74,11 +74,36 @@ def test_only_exact_words_count_and_duplicates_count_twice():
         ("Not sure", None),
         ("I think yes", None),
         ("no-one is there", None),
+        ("“Yes”, it is", "Yes"),
+        ("`No`", "No"),
+        ("- Yes", "Yes"),
+        ("Yes or no", None),
+        ("Yes/No", None),
+        ("no / yes?", None),
+        ("Yes, no doubt", "Yes"),
+        ("Yes order", "Yes"),
+        ("YE\u017f", None),  # a long s
+        ("Nový", None),
         ("", None),
     ],
 )
 def test_verdict_never_guesses(answer, read):
     assert verdict(answer) == read
+
+
+@pytest.mark.parametrize(
+    "answer", ["Yes.", "No, it", "yes it is", "**No**", "No\nBecause", "Yes o'"]
+)
+def test_a_settled_verdict_stays(answer):
+    assert is_settled(answer)
+    assert all(verdict(answer + more) == verdict(answer) for more in ("", " or no", "/No", "r no"))
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "Y", "Yes", "No ", "Yes or", "no/", "Yes / N", "No o", "Not"]
+)
+def test_a_verdict_that_may_change_is_not_settled(answer):
+    assert not is_settled(answer)
 
 
 def test_comparison_is_the_exact_one():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.engine.test_decode import QUESTIONS, made, picture
+from vlmdpo.benchmarks import verdict as read
 from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.engine import yes_no
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import model_inputs
 from vlmdpo.engine.leaves import Leaf, Prompt
@@ -61,6 +63,10 @@ def test_they_agree_with_verdicts(tiny_model_parts):
         "Yes" if odds > 0 else "No" for odds in log_odds
     ]
     assert len({verdict(answer) for answer in answers}) == 2
+
+
+def test_both_readers_skip_the_same_marks():
+    assert yes_no.MARKS == read.MARKS
 
 
 def test_an_answer_that_begins_with_a_blank_is_read_behind_it():

@@ -22,8 +22,9 @@ from vlmdpo.engine.next_token import TokenChooser
 from vlmdpo.engine.sampling import GREEDY
 from vlmdpo.errors import ModelError
 
-# What may stand around an answer's first word; `benchmarks.verdict` reads over it too.
-_MARKS = " \t\r\n\"'*_(["
+# What may stand around an answer's first word: the marks of `benchmarks.verdict`, held to them by a
+# test.
+MARKS = " \t\r\n\"'`*_([“”‘’«»-–—•"
 _BEHIND = ".,:;!)]"
 MOST_BLANKS = 4  # tokens before the first word, after which an answer has none
 
@@ -44,7 +45,7 @@ class YesNoTokens:
 
 def is_blank(text: str) -> bool:
     """Whether a text has not begun a word."""
-    return not text.strip(_MARKS)
+    return not text.strip(MARKS)
 
 
 def yes_no_tokens(tokenizer: PreTrainedTokenizerBase) -> YesNoTokens:
@@ -52,7 +53,7 @@ def yes_no_tokens(tokenizer: PreTrainedTokenizerBase) -> YesNoTokens:
     ids = [[number] for number in range(len(tokenizer))]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     blank = frozenset(number for number, text in enumerate(texts) if is_blank(text))
-    words = [text.lstrip(_MARKS).rstrip(_MARKS + _BEHIND).casefold() for text in texts]
+    words = [text.lstrip(MARKS).rstrip(MARKS + _BEHIND).casefold() for text in texts]
     yes, no = (
         [number for number, own in enumerate(words) if own == word]
         or _first_pieces(tokenizer, word, blank)
