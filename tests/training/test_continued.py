@@ -54,12 +54,13 @@ def _arguments(folder, rows, **settings):
         max_length=None,
         report_to="none",
         use_cpu=True,
+        bf16=False,  # TRL's default is autocast
         per_device_train_batch_size=len(rows),
         **settings,
     )
 
 
-def _going_on(adapter, rows, folder, *, family="idefics2", engine="shared", **settings):
+def _going_on(adapter, rows, folder, *, family="idefics2", engine="shared", mdpo=False, **settings):
     model, processor = _parts(family)
     made = make_trainer(
         engine=engine,
@@ -69,6 +70,7 @@ def _going_on(adapter, rows, folder, *, family="idefics2", engine="shared", **se
         train_dataset=rows,
         args=_arguments(folder, rows, **settings),
         lora_config=None,
+        mdpo=mdpo,
     )
     made.model.train()
     return made
@@ -108,6 +110,8 @@ def test_before_the_first_step_policy_and_reference_are_the_adapters_model(tmp_p
     adapter = _adapter(tmp_path / "round-1")
     made = _going_on(adapter, rows, tmp_path)
     assert step(made)[0] == pytest.approx(math.log(2), abs=1e-7)
+    mdpo = _going_on(adapter, rows, tmp_path, mdpo=True, loss_weights=[3.0])
+    assert step(mdpo)[0] == pytest.approx(3 * math.log(2), abs=1e-6)
     batch = made.data_collator([made.train_dataset[0]])
     tuned = token_logps(made, batch, reference=True)
     with use_adapter(made.model, None):
