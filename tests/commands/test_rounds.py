@@ -194,6 +194,15 @@ def test_the_best_round():
 # Bad input.
 
 
+def test_a_figure_that_nothing_gives_is_said_before_the_first_round(monkeypatch, vlmdpo):
+    undescribed = {**HELPS[0], **dict.fromkeys(("hal", "chair", "cover", "words"))}
+    stages = Stages([undescribed], monkeypatch)
+    code, _, err = vlmdpo("rounds", "--best-by", "chair")
+    assert code == 2
+    assert "--best-by chair: eval-amber asks nothing that gives it" in err
+    assert stages.order == [(0, "eval_amber")]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

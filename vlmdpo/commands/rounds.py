@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,7 @@ def run(config: RoundsConfig) -> dict[str, Any]:
     with folder.locked():
         folder.open()
         _run_stage(config, folder, 0, "eval_amber")
+        best_round(folder.figures(), config.best_by, config.max_cover_loss)  # can it be chosen?
         stopped = None
         for number in range(1, config.rounds + 1):
             for stage in STAGES:
@@ -64,9 +66,17 @@ def _run_stage(config: RoundsConfig, folder: RoundsFolder, number: int, stage: s
             report = launch.run(name, settings)
         else:
             report = importlib.import_module(f"vlmdpo.commands.{stage}").run(settings)
-    gc.collect()  # the next stage loads the model again
+    _free_memory()
     outcome = {**outcome_of(stage, report), "elapsed_s": round(time.monotonic() - started, 1)}
     folder.keep(number, stage, outcome)
+
+
+def _free_memory() -> None:
+    """Let go of a stage's model: the next one loads it again, perhaps in processes of its own."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
