@@ -135,11 +135,12 @@ def _trained_on(adapter, base):
 
 
 def _commands():
-    yield ["infer", "--image", "x.png", "--question", "Is it?"]
-    yield ["eval-amber", "--limit", "1"]
+    yield ["infer", "--model", "tiny", "--image", "x.png", "--question", "Is it?"]
+    yield ["eval-amber", "--model", "tiny", "--limit", "1"]
     yield ["export", "--merge", "--model", "./model"]
     if importlib.util.find_spec("gradio"):
-        yield ["compare"]
+        yield ["compare", "--model", "tiny"]
+    yield ["train", "--model", "tiny"]
 
 
 @pytest.mark.parametrize("command", [*_commands()], ids=lambda command: command[0])
@@ -148,7 +149,7 @@ def test_every_command_refuses_an_adapter_of_another_base(command, vlmdpo, adapt
 
     Image.new("RGB", (8, 8)).save("x.png")
     _trained_on(adapter, "HuggingFaceM4/idefics2-8b")
-    if command[0] == "export":  # without --model it takes the base that the adapter names
+    if command[0] == "export":  # weights decide where both are at hand
         _trained_on(adapter, "tiny")
         _changed(model / "model.safetensors", lambda t: t[WEIGHT].add_(1))
     code, _, err = vlmdpo(*command, "--adapter", "adapter")
