@@ -41,7 +41,7 @@ from vlmdpo.tiny.lessons import (
     teach_naming,
 )
 
-PAIRS = 2400
+PAIRS = 2000
 
 
 def save(

@@ -6,7 +6,9 @@ of each, both sampled. Where all are wrong, the right answer is written from the
 is wrong there is nothing to learn, and no pair.
 
 A description without errors makes up to two pairs: against the worst of those that are longer, and
-against the worst of the others. So no description is chosen for being short.
+against the worst of the others. So no description is chosen for being short. The scenes that the
+model always gets wrong are those with the most things; without them, long descriptions would hardly
+be chosen.
 """
 
 from __future__ import annotations
@@ -103,9 +105,7 @@ def _description_pairs(scene: sc.Scene, answers: list[str]) -> list[dict[str, st
         if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text
     }
     right = sorted(text for text, errors in scored.items() if not errors)
-    if not right:
-        return []
-    chosen = right[0]
+    chosen = right[0] if right else sc.describe(sc.truth_claims(scene))
     pairs = []
     for is_longer in (True, False):
         wrong = [
@@ -116,7 +116,7 @@ def _description_pairs(scene: sc.Scene, answers: list[str]) -> list[dict[str, st
         if wrong:
             rejected = max(wrong)[1]
             pairs.append({"question": sc.DESCRIBE, "chosen": chosen, "rejected": rejected})
-    return [{**pair, "origin": "sampled"} for pair in pairs]
+    return [{**pair, "origin": "sampled" if right else "truth"} for pair in pairs]
 
 
 def make_pairs(
