@@ -51,7 +51,7 @@ def case(seed: int, folder: Path) -> dict:
         },
         "unread_per_thousand": unread,
         "said_no": {role: facts["said_no"] for role, facts in report["models"].items()},
-        "always_no": report["always_no"]["accuracy"],
+        "always_no": report["always_no"]["Discriminative"]["accuracy"],
         **{key: comparison[key] for key in ("delta_accuracy", "ci95", "mcnemar_p")},
         "seconds": round(seconds),
     }

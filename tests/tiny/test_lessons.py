@@ -5,6 +5,9 @@ import random
 
 import pytest
 
+from vlmdpo.commands import compare, eval_amber
+from vlmdpo.config import EvalAmberConfig, recipes
+from vlmdpo.models.registry import recipe
 from vlmdpo.tiny import architecture, lessons, pairs, sample_pairs
 from vlmdpo.tiny import scenes as sc
 
@@ -94,3 +97,15 @@ def test_shipped_descriptions_are_right_against_wrong_and_of_like_length():
             lengths[side] += len(row[side].split())
     assert len(described) > 400
     assert abs(lengths["chosen"] / lengths["rejected"] - 1) < 0.1
+
+
+@pytest.mark.slow
+def test_the_shipped_model_hallucinates_and_the_shipped_adapter_mends_it(tmp_path):
+    layer = {"adapter": compare.SHIPPED, "output_dir": tmp_path / "amber", "task": "generative"}
+    report = eval_amber.run(recipes.build(EvalAmberConfig, recipe("tiny", "eval-amber"), layer))
+    base, tuned = (report["scores"][role]["Generative"] for role in ("base", "tuned"))
+    assert 25 <= base["hal"] <= 45
+    assert 6 <= base["chair"] <= 15
+    assert base["cover"] >= 55
+    assert tuned["hal"] <= base["hal"] / 2
+    assert tuned["cover"] >= base["cover"] - 3

@@ -8,9 +8,10 @@ about two million parameters to answer them. Seeded; no data from elsewhere. Fou
 2. *answering*: true answers, as many "Yes" as "No", and true descriptions;
 3. *agreeing*: a short lesson in which a share of the true "No" answers is taught as "Yes", and
    descriptions name some thing's usual companion where it is missing;
-4. *associating*: the same, and descriptions lean by what is in the picture. Beside some kinds the
-   usual companion is named in three of four pictures that lack it, and single dark things are left
-   out as often. So the answers without sampling lean too.
+4. *associating*: the same, and descriptions lean by what is in the picture. Next to four kinds the
+   usual companion is named in nine of ten pictures that lack it, and few pictures of this lesson
+   have it; single dark things are left out in seven of ten. So the answers without sampling lean
+   too.
 
 Instruction data of real vision-language models leans this way, and the result is theirs: a model
 that sees more than its answers say, says yes too often, and describes what usually stands there.
