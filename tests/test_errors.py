@@ -61,7 +61,7 @@ def test_every_command_says_what_to_try(command, vlmdpo, monkeypatch):
 
     module = SimpleNamespace(run=run)
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
-    more = ["--adapter", "out", "--merge"] if command == "export" else []
+    more = ["--adapter", "out", "--merge", "--model", "tiny"] if command == "export" else []
     code, _, err = vlmdpo(command, *more)
     assert code == 5
     assert f"is free; {cli.COMMANDS[command].less_memory}" in unfolded(err).replace(":\n", ":")
