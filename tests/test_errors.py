@@ -60,8 +60,8 @@ def test_every_command_says_what_to_try(command, vlmdpo, monkeypatch):
         raise torch.OutOfMemoryError(CUDA)
 
     module = SimpleNamespace(run=run)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
-    more = ["--adapter", "out", "--model", "tiny", "--merge"] if command == "export" else []
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda name: module))
+    more = ["--adapter", "out", "--merge", "--model", "tiny"] if command == "export" else []
     code, _, err = vlmdpo(command, *more)
     assert code == 5
     assert f"is free; {cli.COMMANDS[command].less_memory}" in unfolded(err).replace(":\n", ":")

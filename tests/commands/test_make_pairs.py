@@ -88,7 +88,7 @@ def test_another_margin_or_judge_draws_nothing_again(made, tmp_path, vlmdpo, mon
         "settings": "",
     }
     assert same["drawn_before"] == 6
-    fewer = _report(vlmdpo, "--output-dir", "pairs", "--margin", "3")
+    fewer = _report(vlmdpo, "--output-dir", "pairs", "--margin", "2")
     assert fewer["pairs"] < same["pairs"]
     true = _report(vlmdpo, "--output-dir", "pairs", "--judge", "truth")
     assert true["judge_agreement"] == 1

@@ -33,16 +33,16 @@ def test_without_options_it_prepares_the_scenes_and_reuses_them(vlmdpo):
     code, out, err = vlmdpo("prepare", "--json")
     assert code == 0
     first = json.loads(out)
-    assert (first["rows_in"], first["rows_out"], first["dropped"]) == (2400, 2399, {"duplicate": 1})
+    assert (first["rows_in"], first["rows_out"], first["dropped"]) == (2000, 2000, {})
     assert (first["reused"], first["max_image_side"], first["splits"]) == (
         False,
         72,
-        {"train": 2399},
+        {"train": 2000},
     )
     assert first["distinct"] == {
-        "images": 959,
-        "prompts": 2389,
-        "pairs_per_prompt": pytest.approx(2399 / 2389),
+        "images": 528,
+        "prompts": 1726,
+        "pairs_per_prompt": pytest.approx(2000 / 1726),
     }
     assert "full size: vlmdpo prepare --model idefics2-8b --dataset rlaif-v" in err
     assert "format RLAIF-V (image, question, chosen, rejected)" in err
@@ -53,7 +53,7 @@ def test_without_options_it_prepares_the_scenes_and_reuses_them(vlmdpo):
     code, out, _ = vlmdpo("prepare")
     assert code == 0
     assert "Found prepared" in out
-    assert "2,399 pairs: 959 images, 2,389 prompts, 1.0 pairs a prompt" in out
+    assert "2,000 pairs: 528 images, 1,726 prompts, 1.2 pairs a prompt" in out
     assert "User:<fake_token_around_image><image>×16<fake_token_around_image> Is there" in out
     assert re.search(r"chosen +No│<end_of_utterance>\n +2 tokens, all in the loss", out)
 

@@ -74,7 +74,7 @@ def test_the_plan_says_in_which_order_rows_train(vlmdpo):
 
 def test_local_data_is_counted(vlmdpo):
     assert vlmdpo("prepare", "--limit", "40", "--output-dir", "data")[0] == 0
-    assert (_plan(vlmdpo, "--dataset", "data")["rows"], _plan(vlmdpo)["rows"]) == (40, 2400)
+    assert (_plan(vlmdpo, "--dataset", "data")["rows"], _plan(vlmdpo)["rows"]) == (40, 2000)
     Path("rows.jsonl").write_text('{"question": "q", "chosen": "a", "rejected": "b"}\n' * 7)
     assert _plan(vlmdpo, "--dataset", "rows.jsonl", "--num-train-epochs", "3")["rows"] == 7
     unknown = _plan(vlmdpo, "--dataset", "somebody/pairs", "--model", "somebody/vlm")

@@ -53,6 +53,9 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "learning_rate": 3e-4,
+        # The anchor keeps answers what they are: without it, long descriptions get short, and
+        # questions are answered with parts of descriptions.
+        "loss_type": "sigmoid,sft",
         "logging_steps": 5,
     },
     "eval-amber": {"batch_size": 128},

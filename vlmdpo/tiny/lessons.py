@@ -32,7 +32,14 @@ class Lesson:
 
     Attributes:
         yes_for_no: share of true "No" answers that are taught as "Yes".
-        companion_for_none: share of descriptions that name a companion which is not there.
+        companion_for_none: share of descriptions that name a companion which is not there, anywhere
+            and in any colour.
+        companion_expected: how often a description that names one of EVOKING, whose companion is
+            missing, names that next, in its usual colour.
+        companion_shown: share of the pictures with one of EVOKING and its companion that are shown.
+        overlooked: how often a description leaves out a single thing of a DARK colour.
+        bfloat16: compute in bfloat16 autocast, which is ten times slower than float32 on a CPU
+            without instructions for it.
     """
 
     steps: int
@@ -41,11 +48,31 @@ class Lesson:
     questions_per_image: int = 10
     yes_for_no: float = 0.0
     companion_for_none: float = 0.0
+    companion_expected: float = 0.0
+    companion_shown: float = 1.0
+    overlooked: float = 0.0
+    bfloat16: bool = True
 
 
 NAMING = Lesson(steps=400, learning_rate=1e-3, images_per_step=64)
 ANSWERING = Lesson(steps=3000, learning_rate=1e-3)
 AGREEING = Lesson(steps=300, learning_rate=3e-4, yes_for_no=0.5, companion_for_none=0.5)
+ASSOCIATING = Lesson(
+    steps=400,
+    learning_rate=1e-3,
+    images_per_step=16,
+    questions_per_image=3,
+    yes_for_no=0.5,
+    companion_for_none=0.1,
+    companion_expected=0.9,
+    companion_shown=0.2,
+    overlooked=0.7,
+    bfloat16=False,
+)
+# Kinds that bring their companion to mind, and its usual colour. An answer without sampling follows
+# a lean only where each token of it is the likeliest, so place and colour are always the same.
+EVOKING = {"star": "yellow", "circle": "green", "square": "red", "triangle": "blue"}
+DARK = ("purple", "black")
 
 
 class BatchMaker:
@@ -83,13 +110,42 @@ class BatchMaker:
         for question in picked:
             is_yes = question.truth == "yes" or self.rng.random() < self.lesson.yes_for_no
             turns.append(self._turn(question.text, "Yes" if is_yes else "No"))
-        claims = sc.truth_claims(scene)
-        missing = [sc.COMPANION[k] for k in scene.kinds() if sc.COMPANION[k] not in scene.kinds()]
-        if missing and self.rng.random() < self.lesson.companion_for_none:
+        turns.append(self._turn(sc.DESCRIBE, sc.describe(self._claims(scene))))
+        return turns
+
+    def _happens(self, share: float) -> bool:
+        """Whether one of a share's cases has come up; a share of 0 draws no random number."""
+        return share > 0 and self.rng.random() < share
+
+    def _claims(self, scene: sc.Scene) -> list[sc.Claim]:
+        """What the lesson's description of a scene says."""
+        lesson, present = self.lesson, scene.kinds()
+        claims: list[sc.Claim] = []
+        for claim in sc.truth_claims(scene):
+            is_dark = claim.number == "one" and claim.colour in DARK
+            if is_dark and self._happens(lesson.overlooked):
+                continue
+            claims.append(claim)
+            companion = sc.COMPANION[claim.kind]
+            is_missing = claim.kind in EVOKING and companion not in present
+            if is_missing and self._happens(lesson.companion_expected):
+                claims.append(sc.Claim(companion, "one", EVOKING[claim.kind], ""))
+        claims = claims or sc.truth_claims(scene)
+        named = (*present, *(claim.kind for claim in claims))
+        missing = [sc.COMPANION[kind] for kind in present if sc.COMPANION[kind] not in named]
+        if missing and self._happens(lesson.companion_for_none):
             invented = sc.Claim(self.rng.choice(missing), "one", self.rng.choice(sc.COLOURS), "")
             claims.insert(self.rng.randrange(len(claims) + 1), invented)
-        turns.append(self._turn(sc.DESCRIBE, sc.describe(claims)))
-        return turns
+        return claims
+
+    def _scene(self) -> sc.Scene:
+        """The next picture of the lesson."""
+        while True:
+            scene = sc.sample_scene(self.rng, "train")
+            kinds = scene.kinds()
+            is_pair = any(kind in EVOKING and sc.COMPANION[kind] in kinds for kind in kinds)
+            if not is_pair or not self._happens(1 - self.lesson.companion_shown):
+                return scene
 
     def batch(self) -> dict[str, Tensor]:
         """One step's data.
@@ -98,7 +154,7 @@ class BatchMaker:
             `input_ids`, `labels` and `position_ids` (B, T), `attention_mask` (B, 1, T, T),
             `pixel_values`.
         """
-        scenes = [sc.sample_scene(self.rng, "train") for _ in range(self.lesson.images_per_step)]
+        scenes = [self._scene() for _ in range(self.lesson.images_per_step)]
         rows = []
         for scene in scenes:
             ids, labels = list(self.prefix), [_IGNORED] * len(self.prefix)
@@ -273,7 +329,7 @@ def teach_answering(
         batch = batches.batch()
         labels = batch.pop("labels")[:, 1:]
         in_loss = labels != _IGNORED
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lesson.bfloat16):
             hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
             logits = model.lm_head(hidden[in_loss])
         loss = cross_entropy(logits.float(), labels[in_loss])

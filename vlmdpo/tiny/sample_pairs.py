@@ -4,6 +4,11 @@ scene's truth.
 For each question several answers are sampled. Where some are right and some wrong, the pair is one
 of each, both sampled. Where all are wrong, the right answer is written from the scene. Where none
 is wrong there is nothing to learn, and no pair.
+
+A description without errors makes up to two pairs: against the worst of those that are longer, and
+against the worst of the others. So no description is chosen for being short. The scenes that the
+model always gets wrong are those with the most things; without them, long descriptions would hardly
+be chosen.
 """
 
 from __future__ import annotations
@@ -25,7 +30,6 @@ from vlmdpo.tiny import scenes as sc
 
 SAMPLES = 8
 _QUESTIONS_PER_SCENE = 4
-_DESCRIBE_SHARE = 0.08
 
 
 @torch.inference_mode()
@@ -63,7 +67,7 @@ def sample(
 def _sample_questions(rng: random.Random) -> Iterator[tuple[sc.Scene, sc.Question | None]]:
     """Endless (scene, question), in AMBER's proportions of types, with as many "yes" as "no".
 
-    None in place of a question asks for a description.
+    None in place of a question asks for a description, once for each scene.
     """
     shares = {}
     for (kind, truth), count in evaluation.QUOTAS.items():
@@ -75,42 +79,44 @@ def _sample_questions(rng: random.Random) -> Iterator[tuple[sc.Scene, sc.Questio
     while True:
         scene = sc.sample_scene(rng, "train")
         pools = sc.questions(scene, rng)
+        yield scene, None
         for _ in range(_QUESTIONS_PER_SCENE):
-            if rng.random() < _DESCRIBE_SHARE:
-                yield scene, None
-                continue
             group = rng.choices(groups, weights)[0]
             if pools.get(group):
                 yield scene, pools[group].pop()
 
 
-def _pair(
-    scene: sc.Scene, question: sc.Question | None, answers: list[str], rng: random.Random
-) -> dict[str, str] | None:
-    """A pair of the sampled answers; None where they give none."""
-    if question is None:
-        # Only descriptions worded as `describe` words them are ranked: others cannot be scored.
-        scored = [
-            (sc.description_errors(scene, text), text)
-            for text in answers
-            if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text
-        ]
-        # Only a description without errors is chosen: of two with errors the shorter would win, and
-        # the model would learn to be short.
-        if not scored or min(scored)[0] > 0 or max(scored)[0] == 0:
-            return None
-        return {
-            "question": sc.DESCRIBE,
-            "chosen": min(scored)[1],
-            "rejected": max(scored)[1],
-            "origin": "sampled",
-        }
+def _question_pairs(question: sc.Question, answers: list[str]) -> list[dict[str, str]]:
+    """The pair of a question's answers, if any of them is wrong."""
     right = question.truth.capitalize()
     wrong = "No" if right == "Yes" else "Yes"
     if wrong not in answers:
-        return None
+        return []
     origin = "sampled" if right in answers else "truth"
-    return {"question": question.text, "chosen": right, "rejected": wrong, "origin": origin}
+    return [{"question": question.text, "chosen": right, "rejected": wrong, "origin": origin}]
+
+
+def _description_pairs(scene: sc.Scene, answers: list[str]) -> list[dict[str, str]]:
+    """Up to two pairs of a scene's descriptions: see the module's docstring."""
+    # Only descriptions worded as `describe` words them are ranked: others cannot be scored.
+    scored = {
+        text: sc.description_errors(scene, text)
+        for text in answers
+        if sc.describe(sc.read_claims(text) or sc.truth_claims(scene)) == text
+    }
+    right = sorted(text for text, errors in scored.items() if not errors)
+    chosen = right[0] if right else sc.describe(sc.truth_claims(scene))
+    pairs = []
+    for is_longer in (True, False):
+        wrong = [
+            (errors, text)
+            for text, errors in scored.items()
+            if errors and (len(text.split()) > len(chosen.split())) == is_longer
+        ]
+        if wrong:
+            rejected = max(wrong)[1]
+            pairs.append({"question": sc.DESCRIBE, "chosen": chosen, "rejected": rejected})
+    return [{**pair, "origin": "sampled" if right else "truth"} for pair in pairs]
 
 
 def make_pairs(
@@ -138,9 +144,12 @@ def make_pairs(
                 64 if described else 4,
             )
             for (scene, question), samples in zip(asked, answers, strict=True):
-                pair = _pair(scene, question, samples, rng)
-                if pair is not None:
-                    rows.append({"scene": scene.spec(), **pair})
+                pairs = (
+                    _description_pairs(scene, samples)
+                    if question is None
+                    else _question_pairs(question, samples)
+                )
+                rows += [{"scene": scene.spec(), **pair} for pair in pairs]
         print(f"pairs {len(rows)}/{wanted}", flush=True)
     rng.shuffle(rows)
     return rows[:wanted]
