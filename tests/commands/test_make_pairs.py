@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmdpo import cli
+from vlmdpo.benchmarks import answers
 from vlmdpo.data import growing_jsonl
 from vlmdpo.engine.sampling import Sample
 from vlmdpo.feedback import work
@@ -184,7 +185,7 @@ def test_equal_answers_make_no_pairs(tmp_path, vlmdpo):
     code, _, err = vlmdpo(*FEW, "--temperature", "0.001", "--output-dir", "cold")
     assert code == 3
     assert "no pairs: of 6 prompts none has two answers" in err
-    assert "all_answers_equal 6" in err
+    assert "prompts whose answers are all equal: 6" in err
     assert (tmp_path / "cold" / "report.html").is_file()
 
 
@@ -196,6 +197,14 @@ def test_a_judge_that_cannot_be_read_stops_the_run_and_keeps_the_answers(
     code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
     assert code == 3
     assert "can be read neither as yes nor as no" in err
+    # Not passed over by a run that finds everything judged.
+    monkeypatch.setattr(work.Unread, "count", lambda *_: None)
+    assert "no pairs" in vlmdpo(*FEW, "--output-dir", "pairs")[2]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "_ENOUGH_VERDICTS", 1)
+    code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
+    assert (code, "can be read neither as yes nor as no" in err) == (3, True)
     assert len(growing_jsonl.complete_lines(tmp_path / "pairs" / "samples.jsonl")) == 6
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
 
@@ -259,3 +268,15 @@ def test_several_processes_write_what_one_writes(made, tmp_path, vlmdpo):
     assert code == 0, err
     for name in ("samples.jsonl", "pairs.jsonl"):
         assert (tmp_path / "pairs" / name).read_text() == (made[0] / name).read_text()
+
+
+def test_a_line_cut_inside_a_character_and_a_folder_in_use(made, tmp_path, vlmdpo):
+    shutil.copytree(made[0], tmp_path / "pairs")
+    samples = tmp_path / "pairs" / "samples.jsonl"
+    content = samples.read_bytes()
+    samples.write_bytes(content[: content.rfind(b"\n", 0, -1) + 1] + '{"é'.encode()[:-1])
+    assert _report(vlmdpo, "--output-dir", "pairs")["drawn_before"] == 5
+    assert samples.read_bytes() == content
+    with answers.locked(tmp_path / "pairs"):
+        code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
+    assert (code, "another vlmdpo is writing to 'pairs'" in err) == (3, True)

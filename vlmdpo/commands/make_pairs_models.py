@@ -13,6 +13,7 @@ from vlmdpo.distributed.processes import ProcessGroup
 from vlmdpo.engine.sampling import Sampling
 from vlmdpo.feedback.answerers import Answerer, TreeAnswerer, VllmAnswerer
 from vlmdpo.feedback.judges.base import Judge
+from vlmdpo.feedback.judges.chat_server import check_address
 from vlmdpo.feedback.judges.claims import ClaimsJudge
 from vlmdpo.feedback.judges.endpoint import EndpointJudge
 from vlmdpo.feedback.judges.split import claims_of
@@ -29,6 +30,8 @@ class Models:
     Args:
         truth: what is known about the images, for `--judge truth`.
         split: how answers are split for this judge, if not by punctuation.
+
+    Raises EndpointError for an address that is none.
     """
 
     def __init__(
@@ -38,6 +41,9 @@ class Models:
         split: Splitter | None,
         processes: ProcessGroup,
     ) -> None:
+        if config.judge == "endpoint":
+            assert config.judge_url is not None
+            check_address(config.judge_url)  # now, not when all answers are drawn
         self._config, self._truth, self._split = config, truth, split or claims_of
         self._processes = processes
         self._answerer: Answerer | None = None
@@ -70,12 +76,13 @@ class Models:
         if config.judge == "endpoint":
             assert config.judge_url is not None
             assert config.judge_model is not None
-            own = f"{_REPLIES}-{self._processes.index}.jsonl"
+            own = config.output_dir / f"{_REPLIES}-{self._processes.index}.jsonl"
             return EndpointJudge(
                 config.judge_url,
                 config.judge_model,
-                config.output_dir / own,
+                own,
                 requests=config.judge_requests,
+                others=[one for one in config.output_dir.glob(f"{_REPLIES}-*") if one != own],
             )
         kind = ClaimsJudge if config.judge == "claims" else StatementsJudge
         return kind(

@@ -84,7 +84,7 @@ def judge(
         for picture, prompts in _undone(pictures, records)
     ]
     unjudged = [(picture, prompts) for picture, prompts in unjudged if prompts]
-    unread = _Unread(max_unread)
+    unread = Unread(max_unread)
     for entry in records.by_id.values():
         unread.count(judgments_in(entry).values())
     total = sum(
@@ -159,7 +159,7 @@ def _task(one: Open, drawn: Records) -> Task:
     return Task(one.picture.name, one.data, one.image, asked)
 
 
-class _Unread:
+class Unread:
     """Counts verdicts, and stops where too many cannot be read."""
 
     def __init__(self, max_share: float) -> None:
