@@ -169,6 +169,24 @@ def test_an_image_that_has_gone_since_takes_its_pairs_along(tmp_path, vlmdpo, mo
     assert "image not found" in (tmp_path / "pairs" / "report.html").read_text()
 
 
+def test_a_prompt_that_is_too_long_leaves_the_others_of_its_image(tmp_path, vlmdpo):
+    Image.new("RGB", (72, 72), "red").save(tmp_path / "a.png")
+    asked = ["Is there a red circle in this image?", "red " * 1500]
+    lines = [json.dumps({"image": "a.png", "question": one}) for one in asked]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    _, _, err = vlmdpo(*FEW, "--input", "q.jsonl", "--output-dir", "pairs", "--max-unread", "1")
+    report = json.loads((tmp_path / "pairs" / "report.json").read_text())
+    assert report["prompts"] == 1, err
+    assert report["left_out"]["over_length"]["count"] == 1
+    assert "1 question left out: over_length: 1 (image 'a.png', 'red red" in err
+    assert "the model reads 1,024" in " ".join(err.split())
+
+
+def test_embedded_scenes_take_no_other_truth(vlmdpo):
+    code, _, err = vlmdpo(*FEW, "--truth", "amber")
+    assert (code, "--truth is for --input" in err) == (2, True)
+
+
 def test_no_image_at_all(tmp_path, vlmdpo):
     photos = tmp_path / "photos"
     photos.mkdir()
