@@ -187,6 +187,12 @@ def test_embedded_scenes_take_no_other_truth(vlmdpo):
     assert (code, "--truth is for --input" in err) == (2, True)
 
 
+def test_an_unknown_judge_model_is_refused_before_anything_is_drawn(tmp_path, vlmdpo):
+    code, _, err = vlmdpo(*FEW, "--judge-model", "no/such", "--output-dir", "pairs")
+    assert (code, "--judge-model: cannot find 'no/such'" in err) == (4, True)
+    assert not (tmp_path / "pairs" / "samples.jsonl").exists()
+
+
 def test_no_image_at_all(tmp_path, vlmdpo):
     photos = tmp_path / "photos"
     photos.mkdir()
