@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmdpo import cli
+from vlmdpo.benchmarks import answers
 from vlmdpo.data import growing_jsonl
 from vlmdpo.engine.sampling import Sample
 from vlmdpo.feedback import work
@@ -168,6 +169,30 @@ def test_an_image_that_has_gone_since_takes_its_pairs_along(tmp_path, vlmdpo, mo
     assert "image not found" in (tmp_path / "pairs" / "report.html").read_text()
 
 
+def test_a_prompt_that_is_too_long_leaves_the_others_of_its_image(tmp_path, vlmdpo):
+    Image.new("RGB", (72, 72), "red").save(tmp_path / "a.png")
+    asked = ["Is there a red circle in this image?", "red " * 1500]
+    lines = [json.dumps({"image": "a.png", "question": one}) for one in asked]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    _, _, err = vlmdpo(*FEW, "--input", "q.jsonl", "--output-dir", "pairs", "--max-unread", "1")
+    report = json.loads((tmp_path / "pairs" / "report.json").read_text())
+    assert report["prompts"] == 1, err
+    assert report["left_out"]["over_length"]["count"] == 1
+    assert "1 question left out: over_length: 1 (image 'a.png', 'red red" in err
+    assert "the model reads 1,024" in " ".join(err.split())
+
+
+def test_embedded_scenes_take_no_other_truth(vlmdpo):
+    code, _, err = vlmdpo(*FEW, "--truth", "amber")
+    assert (code, "--truth is for --input" in err) == (2, True)
+
+
+def test_an_unknown_judge_model_is_refused_before_anything_is_drawn(tmp_path, vlmdpo):
+    code, _, err = vlmdpo(*FEW, "--judge-model", "no/such", "--output-dir", "pairs")
+    assert (code, "--judge-model: cannot find 'no/such'" in err) == (4, True)
+    assert not (tmp_path / "pairs" / "samples.jsonl").exists()
+
+
 def test_no_image_at_all(tmp_path, vlmdpo):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -184,7 +209,7 @@ def test_equal_answers_make_no_pairs(tmp_path, vlmdpo):
     code, _, err = vlmdpo(*FEW, "--temperature", "0.001", "--output-dir", "cold")
     assert code == 3
     assert "no pairs: of 6 prompts none has two answers" in err
-    assert "all_answers_equal 6" in err
+    assert "prompts whose answers are all equal: 6" in err
     assert (tmp_path / "cold" / "report.html").is_file()
 
 
@@ -196,6 +221,14 @@ def test_a_judge_that_cannot_be_read_stops_the_run_and_keeps_the_answers(
     code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
     assert code == 3
     assert "can be read neither as yes nor as no" in err
+    # Not passed over by a run that finds everything judged.
+    monkeypatch.setattr(work.Unread, "count", lambda *_: None)
+    assert "no pairs" in vlmdpo(*FEW, "--output-dir", "pairs")[2]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "_ENOUGH_VERDICTS", 1)
+    code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
+    assert (code, "can be read neither as yes nor as no" in err) == (3, True)
     assert len(growing_jsonl.complete_lines(tmp_path / "pairs" / "samples.jsonl")) == 6
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
 
@@ -259,3 +292,15 @@ def test_several_processes_write_what_one_writes(made, tmp_path, vlmdpo):
     assert code == 0, err
     for name in ("samples.jsonl", "pairs.jsonl"):
         assert (tmp_path / "pairs" / name).read_text() == (made[0] / name).read_text()
+
+
+def test_a_line_cut_inside_a_character_and_a_folder_in_use(made, tmp_path, vlmdpo):
+    shutil.copytree(made[0], tmp_path / "pairs")
+    samples = tmp_path / "pairs" / "samples.jsonl"
+    content = samples.read_bytes()
+    samples.write_bytes(content[: content.rfind(b"\n", 0, -1) + 1] + '{"é'.encode()[:-1])
+    assert _report(vlmdpo, "--output-dir", "pairs")["drawn_before"] == 5
+    assert samples.read_bytes() == content
+    with answers.locked(tmp_path / "pairs"):
+        code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
+    assert (code, "another vlmdpo is writing to 'pairs'" in err) == (3, True)

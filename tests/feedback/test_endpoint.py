@@ -1,9 +1,11 @@
 """A judge behind an OpenAI-compatible server: what is sent, what is read, and what fails."""
 
 import base64
+import email.utils
 import io
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -143,6 +145,8 @@ def test_a_busy_server_is_asked_again_after_the_pause_it_asks_for(serve, tmp_pat
         ((302, "", {"Location": "http://example.com"}), "refuses: 302"),
         ((500, "", {}), "did not answer in 6 tries: 500.*is kept"),
         ((200, "<html>", {}), "did not answer with JSON.*OpenAI-compatible"),
+        ((200, "[" * 100_000, {}), "did not answer with JSON"),
+        ((200, "cut", {"Content-Length": "99"}), "did not answer in 6 tries: IncompleteRead"),
         ((200, "{}", {}), "answered without choices.*OpenAI-compatible"),
     ],
 )
@@ -192,3 +196,112 @@ def test_a_damaged_file_of_replies_is_named(tmp_path):
     path.write_text('{"key": "k", "reply": "x"}\n{"key": "cut')  # by a kill
     EndpointJudge("http://localhost/v1", "m", path, requests=1)
     assert path.read_text() == '{"key": "k", "reply": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "http://localhost:80a/v1",
+        "http://local host/v1",
+        "http://localhost/v\xfc",
+        "http://[::1/v1",
+        "http://name:secret@localhost/v1",
+        "http://localhost/v1?version=1",
+    ],
+)
+def test_what_is_no_address(url, tmp_path):
+    with pytest.raises(EndpointError, match="is not an address"):
+        EndpointJudge(url, "m", tmp_path / "r.jsonl", requests=1)
+
+
+def test_an_address_may_be_that_of_the_requests(serve, tmp_path):
+    server = serve(_completion())
+    server.url = f" {server.url}/chat/completions/"
+    _judge(server, tmp_path).judge([_task("A dog.")])
+    assert server.requests[0][0] == "/v1/chat/completions"
+
+
+def test_a_key_that_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "\u2192")
+    with pytest.raises(EndpointError, match="OPENAI_API_KEY holds characters"):
+        EndpointJudge("http://localhost/v1", "m", tmp_path / "r.jsonl", requests=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [
+        (lambda: email.utils.formatdate(time.time() + 50, usegmt=True), 40, 50),
+        (lambda: "1.5", 1, 1.5),
+        (lambda: "Wed, 21 Oct 2015 07:28:00 GMT", 0, 1),
+        (lambda: "9" * 400, 119, 120),
+        (lambda: "\xb2", 0, 1),
+        (lambda: "nan", 0, 1),
+        (lambda: "-5", 0, 1),
+    ],
+)
+def test_pauses_as_servers_ask_for_them(serve, tmp_path, asked, least, most):
+    waits = []
+    server = serve((429, "", {"Retry-After": asked()}), _completion())
+    [[[found]]] = _judge(server, tmp_path, waits).judge([_task("A dog.")])
+    assert found.denied == 1
+    assert least <= max(waits) <= most
+
+
+@pytest.mark.parametrize("usage", ["abc", {"prompt_tokens": "many"}, [3], None])
+def test_costs_of_another_form_count_nothing(serve, tmp_path, usage):
+    parts = [{"type": "text", "text": RIGHT}]
+    answer = {"choices": [{"message": {"content": parts}}], "usage": usage}
+    judge = _judge(serve((200, json.dumps(answer), {})), tmp_path)
+    [[[found]]] = judge.judge([_task("A dog.")])
+    assert found.denied == 1
+    assert judge.report()["prompt_tokens"] == 0
+
+
+def test_images_are_sent_without_exif_and_upright(serve, tmp_path):
+    server = serve(_completion())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(buffer, "JPEG", exif=exif)
+    upright = Image.new("RGB", (6, 8))
+    task = Task("a.jpg", buffer.getvalue(), upright, (("What?", ("a",)),))
+    _judge(server, tmp_path).judge([task])
+    url = server.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"]
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+        assert image.size == (6, 8)
+        assert not image.getexif()
+
+
+def test_replies_of_other_processes_are_not_paid_for_again(serve, tmp_path):
+    server = serve(_completion())
+    _judge(server, tmp_path).judge([_task("A dog.")])
+    earlier = [tmp_path / "replies.jsonl"]
+    judge = EndpointJudge(server.url, "m", tmp_path / "1.jsonl", requests=1, others=earlier)
+    judge.judge([_task("A dog.")])
+    assert (judge.report()["requests"], judge.report()["cached"]) == (0, 1)
+
+
+def test_a_failure_ends_the_pauses_of_other_requests(serve, tmp_path):
+    server = serve((429, "", {"Retry-After": "100"}), (401, "no", {}))
+    judge = EndpointJudge(server.url, "m", tmp_path / "r.jsonl", requests=1)
+    failure = threading.Timer(0.3, judge._server.stopped.set)
+    failure.start()
+    started = time.monotonic()
+    with pytest.raises(EndpointError, match="not asked any more"):
+        judge.judge([_task("A dog.")])
+    assert time.monotonic() - started < 10
+    failure.join()
+
+
+def test_ctrl_c_waits_for_no_reply(serve, tmp_path, monkeypatch):
+    server = serve((429, "", {"Retry-After": "100"}))
+    judge = EndpointJudge(server.url, "m", tmp_path / "r.jsonl", requests=1)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judge.judge([_task("A dog.")])
+    assert judge._server.stopped.is_set()

@@ -1,6 +1,7 @@
 """What is asked of which image, from each kind of input, and what is refused."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -39,6 +40,14 @@ def test_a_folder_gets_built_in_prompts_by_the_seed(folder):
     asked, _ = _read(input=folder, prompts_per_image=3, limit=1)
     assert [len(set(one.prompts)) for one in asked] == [3]
     assert asked[0].read() == (folder / "b.png").read_bytes()
+
+
+def test_the_output_folder_is_no_input_and_names_may_be_no_utf8(folder):
+    Image.new("RGB", (8, 8)).save(folder / os.fsdecode(b"\xff.png"))
+    (folder / "pairs" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "pairs" / "images" / "1.png")
+    asked, _ = _read(input=folder, output_dir=folder / "pairs")
+    assert [one.name for one in asked] == ["b.png", "more/a.JPG", os.fsdecode(b"\xff.png")]
 
 
 def test_prompts_of_a_file_are_all_asked(folder, tmp_path):

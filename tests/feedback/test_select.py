@@ -42,7 +42,9 @@ def test_the_largest_differences_come_first_and_of_equal_ones_like_lengths():
     ("answers", "reason"),
     [
         ([("A dog.", 2, 0, True), ("a  dog", 2, -5, True)], "all_answers_equal"),
-        ([("a", 2, 0, False), ("b", 2, -1, False)], "all_answers_cut_or_empty"),
+        ([("a", 2, 0, False), ("b", 2, -1, False)], "answers_cut_or_empty"),
+        ([("a", 2, 0, True), ("b", 2, -9, False), ("A.", 2, 0, True)], "answers_cut_or_empty"),
+        ([("a", 2, 0, True), ("A", 2, 0, True), ("b", 2, None, True)], "unread_verdicts"),
         ([("a", 2, None, True), ("b", 2, -1, True)], "unread_verdicts"),
         ([("a", 2, -1, True), ("b", 2, -1, True)], "no_difference_in_score"),
     ],

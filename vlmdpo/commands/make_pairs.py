@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from vlmdpo import ui
 from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.commands.make_pairs_models import Models
-from vlmdpo.commands.make_pairs_screen import show
+from vlmdpo.commands.make_pairs_screen import show, show_left_out
 from vlmdpo.config import PER_CALL, MakePairsConfig, recipes
 from vlmdpo.data.left_out import LeftOut, in_words
 from vlmdpo.distributed.processes import ProcessGroup, join_process_group
@@ -59,6 +60,18 @@ def run(config: MakePairsConfig) -> dict[str, Any]:
         ui.mute()
     config = dataclasses.replace(config, device=processes.device, num_processes=1)
     source = _source(config)
+    alone = answer_files.locked(config.output_dir) if not processes.index else nullcontext()
+    with alone:
+        report = _made(config, source, processes)
+    processes.destroy()
+    if not report["pairs"]:
+        show_left_out(report)
+        raise DataError(_no_pairs(config, report))
+    return report
+
+
+def _made(config: MakePairsConfig, source: Source, processes: ProcessGroup) -> dict[str, Any]:
+    """What `run` returns, once all of it is written."""
     if processes.index == 0:
         _open_folder(config)
     processes.barrier()
@@ -84,9 +97,6 @@ def run(config: MakePairsConfig) -> dict[str, Any]:
     if processes.index == 0:
         _write(config, source, images, scored, selection, judged, report)
     processes.barrier()
-    processes.destroy()
-    if not selection.pairs:
-        raise DataError(_no_pairs(config, report))
     return report
 
 
@@ -180,6 +190,10 @@ def _judge(
         own = source.pictures[processes.index :: processes.count]
         work.judge(own, drawn, models.judge(), judged, left_out, max_unread=config.max_unread)
     judged.join(list(drawn.by_id))
+    # Of all processes, and of an earlier run that stopped here with everything judged.
+    unread = work.Unread(config.max_unread)
+    for number in asked.intersection(judged.by_id):
+        unread.count(judgments_in(judged.by_id[number]).values())
     return judged, LeftOut.joined(processes.gather(left_out))
 
 
@@ -303,7 +317,10 @@ def _write(
 
 
 def _no_pairs(config: MakePairsConfig, report: dict[str, Any]) -> str:
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in report["skipped"].items())
+    reasons = "; ".join(
+        f"{make_pairs_page.SKIPPED[reason]}: {count:,}"
+        for reason, count in report["skipped"].items()
+    )
     return (
         f"no pairs: of {ui.count(report['prompts'], 'prompt')} none has two answers that may be "
         f"paired ({reasons}); see '{Path(report['output_dir']) / PAGE}', and try more --samples, a "

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.config import MakePairsConfig
 from vlmdpo.distributed.processes import ProcessGroup
 from vlmdpo.engine.sampling import Sampling
+from vlmdpo.errors import ModelError
 from vlmdpo.feedback.answerers import Answerer, TreeAnswerer, VllmAnswerer
 from vlmdpo.feedback.judges.base import Judge
+from vlmdpo.feedback.judges.chat_server import check_address
 from vlmdpo.feedback.judges.claims import ClaimsJudge
 from vlmdpo.feedback.judges.endpoint import EndpointJudge
 from vlmdpo.feedback.judges.split import claims_of
@@ -29,6 +33,8 @@ class Models:
     Args:
         truth: what is known about the images, for `--judge truth`.
         split: how answers are split for this judge, if not by punctuation.
+
+    Raises EndpointError for an address that is none.
     """
 
     def __init__(
@@ -38,6 +44,9 @@ class Models:
         split: Splitter | None,
         processes: ProcessGroup,
     ) -> None:
+        if config.judge == "endpoint":
+            assert config.judge_url is not None
+            check_address(config.judge_url)  # now, not when all answers are drawn
         self._config, self._truth, self._split = config, truth, split or claims_of
         self._processes = processes
         self._answerer: Answerer | None = None
@@ -47,6 +56,7 @@ class Models:
     def answerer(self) -> Answerer:
         """The model that answers. Raises ModelError, MissingDependencyError, DataError."""
         if self._answerer is None:
+            self._check_judge_model()
             self._answerer = _load(self._config, self._processes)
         return self._answerer
 
@@ -70,12 +80,13 @@ class Models:
         if config.judge == "endpoint":
             assert config.judge_url is not None
             assert config.judge_model is not None
-            own = f"{_REPLIES}-{self._processes.index}.jsonl"
+            own = config.output_dir / f"{_REPLIES}-{self._processes.index}.jsonl"
             return EndpointJudge(
                 config.judge_url,
                 config.judge_model,
-                config.output_dir / own,
+                own,
                 requests=config.judge_requests,
+                others=[one for one in config.output_dir.glob(f"{_REPLIES}-*") if one != own],
             )
         kind = ClaimsJudge if config.judge == "claims" else StatementsJudge
         return kind(
@@ -85,19 +96,20 @@ class Models:
         )
 
     def _judging_model(self) -> Answerer:
-        config = self._config
-        if config.judge_model is None:
+        if self._config.judge_model is None:
             return self.answerer()
         self._free_answerer()
-        judging = dataclasses.replace(
-            config,
-            model=config.judge_model,
-            adapter=None,
-            revision=None,
-            system=None,
-            chat_template_kwargs=None,
-        )
-        return _load(judging, None)
+        with _named_judge_model():
+            return _load(_judging(self._config, self._config.judge_model), None)
+
+    def _check_judge_model(self) -> None:
+        """Raise ModelError where there is no such judge: now, not when all answers are drawn."""
+        from vlmdpo.models.load import load_processor
+
+        name = self._config.judge_model
+        if name is not None and self._config.judge in ("statements", "claims"):
+            with _named_judge_model():
+                load_processor(name, trust_remote_code=self._config.trust_remote_code)
 
     def _free_answerer(self) -> None:
         if self._answerer is not None:
@@ -107,6 +119,27 @@ class Models:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _judging(config: MakePairsConfig, name: str) -> MakePairsConfig:
+    """The options that load the judge model."""
+    return dataclasses.replace(
+        config,
+        model=name,
+        adapter=None,
+        revision=None,
+        system=None,
+        chat_template_kwargs=None,
+    )
+
+
+@contextlib.contextmanager
+def _named_judge_model() -> Iterator[None]:
+    """Errors of loading name the option that says which model."""
+    try:
+        yield
+    except ModelError as problem:
+        raise ModelError(str(problem).replace("--model:", "--judge-model:", 1)) from problem
 
 
 def _load(config: MakePairsConfig, processes: ProcessGroup | None) -> Answerer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vlmdpo import ui
@@ -33,11 +34,17 @@ def show(report: dict[str, Any]) -> None:
         )
         ui.result(f"  asked of the server in this run: {cost}")
     _show_skipped(report)
-    if report["left_out"]:
-        count = sum(found["count"] for found in report["left_out"].values())
-        ui.warn(f"{ui.count(count, 'image')} left out: {in_words(report['left_out'])}")
+    show_left_out(report)
     ui.result(f"  report: {report['output_dir']}/report.html")
     ui.result(f"Next: vlmdpo prepare --model {report['model']} --dataset {report['path']}")
+
+
+def show_left_out(report: dict[str, Any]) -> None:
+    """Warn of images and lines of `--input` that could not be asked about."""
+    if report["left_out"]:
+        count = sum(found["count"] for found in report["left_out"].values())
+        what = "question" if Path(report["input"]).is_file() else "image"
+        ui.warn(f"{ui.count(count, what)} left out: {in_words(report['left_out'])}")
 
 
 def _judge(report: dict[str, Any]) -> str:

@@ -150,6 +150,8 @@ class MakePairsConfig(RuntimeOptions, ProcessOptions, OutputOptions):
         self._check_judge()
         if self.input is None and (self.prompts or self.prompts_per_image):
             raise ConfigError("--prompts and --prompts-per-image are for --input FOLDER of images")
+        if self.input is None and self.truth is not None:
+            raise ConfigError("--truth is for --input: the embedded scenes bring their own truth")
         if self.num_processes > 1 and self.engine == "vllm":
             raise ConfigError("--num-processes: vLLM starts its own processes; leave it out")
 

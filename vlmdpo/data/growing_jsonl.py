@@ -17,24 +17,28 @@ def part(path: Path, process: int) -> Path:
 
 
 def collect(path: Path) -> None:
-    """Append the complete lines of all parts to the file, and remove the parts."""
+    """Append the complete lines of all parts to the file, and remove the parts.
+
+    A kill in between loses nothing: the same lines may be there twice then.
+    """
     for one in sorted(path.parent.glob(f".{path.name}.part-*")):
-        lines = complete_lines(one)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+        before = complete_lines(path) if path.exists() else []
+        rewrite(path, [*before, *complete_lines(one)])
         one.unlink()
 
 
 def complete_lines(path: Path) -> list[str]:
     """The lines that end in a line break."""
+    content = path.read_bytes()  # whose end may be half a character
+    complete = content[: content.rfind(b"\n") + 1].decode("utf-8")
     # Not splitlines: texts may hold other line breaks, such as U+2028.
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    return complete.split("\n")[:-1]
 
 
 def rewrite(path: Path, lines: Sequence[str]) -> None:
     """Replace the file, unless it holds just these lines."""
     text = "".join(line + "\n" for line in lines)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -106,13 +106,14 @@ class OpenedImage:
         self._pixel_inputs: dict[str, Tensor | list[object]] = {}
         self._features: ModelOutput | None = None
 
-    def process(self, questions: Sequence[str]) -> None:
+    def process(self, questions: Sequence[str]) -> int:
         """Prepare the prompts of these questions, which other calls then find; no model runs.
+
+        Returns the tokens of the longest prompt, its image's among them.
 
         Raises whatever a chat template or processor raises about a question or the image.
         """
-        for question in questions:
-            self._prompt(question)
+        return max((len(self._prompt(question).ids) for question in questions), default=0)
 
     @torch.inference_mode()
     def answer(

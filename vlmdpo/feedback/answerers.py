@@ -108,6 +108,13 @@ class TreeAnswerer:
 
         return answer_texts(self.model, self.processor, texts, max_new_tokens)
 
+    def _check_length(self, tokens: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens >= limit:
+            raise BadRow(
+                "over_length", f"the prompt has {tokens:,} tokens, and the model reads {limit:,}"
+            )
+
     def _of_each(
         self, asked: Sequence[Asked], answers: Callable[[OpenedImage, Sequence[str]], list[T]]
     ) -> list[list[T]]:
@@ -119,7 +126,8 @@ class TreeAnswerer:
                 continue
             with self._decoder.open(image) as opened:
                 with foreign(BadRow, "processor_refuses"):
-                    opened.process(questions)
+                    longest = opened.process(questions)
+                self._check_length(longest)
                 results.append(answers(opened, questions))
         return results
 

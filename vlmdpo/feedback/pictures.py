@@ -6,6 +6,7 @@ This module knows nothing of models.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,11 +103,16 @@ def _by_image(asked: Iterable[questions.Question]) -> list[Picture]:
 
 
 def _folder(folder: Path, config: MakePairsConfig) -> list[Picture]:
-    """The images in a folder and those below it, in the order of their names."""
+    """The images in a folder and those below it, in the order of their names.
+
+    Not those of `--output-dir`, which may lie among them.
+    """
+    own = folder / os.path.relpath(config.output_dir.resolve(), folder.resolve())
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
+        and own not in path.parents
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not names:
@@ -120,7 +126,8 @@ def _folder(folder: Path, config: MakePairsConfig) -> list[Picture]:
         raise DataError(f"--prompts-per-image {count}: there are only {len(prompts)} prompts")
 
     def picked(name: str) -> tuple[str, ...]:
-        rng = random.Random(f"{config.seed} {name}")
+        # As bytes: names of other systems hold what UTF-8 cannot.
+        rng = random.Random(f"{config.seed} {name}".encode("utf-8", "surrogateescape"))
         return tuple(prompts) if count == len(prompts) else tuple(rng.sample(prompts, count))
 
     def reader(name: str) -> Callable[[], bytes]:

@@ -58,7 +58,11 @@ class Records:
         _: TracebackType | None,
     ) -> None:
         assert self._file is not None
-        self._file.close()
+        try:
+            self._file.close()  # writes what is left, of a line that a full disk cut short too
+        except OSError as error:
+            if problem is None:
+                raise self._cannot_write(error) from error
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a line, and write it at once."""
@@ -93,6 +97,8 @@ class Records:
                 growing_jsonl.rewrite(self.path, growing_jsonl.complete_lines(self.path))
         except OSError as problem:
             raise self._cannot_write(problem) from problem
+        except UnicodeDecodeError as problem:
+            raise self._damaged(problem) from problem
 
     def _read(self) -> None:
         if not self.path.exists():
@@ -101,9 +107,10 @@ class Records:
             lines = growing_jsonl.complete_lines(self.path)
             self.by_id = {entry["id"]: entry for entry in map(json.loads, lines)}
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise DataError(
-                f"'{self.path}' is damaged ({problem}); remove it, or add --overwrite"
-            ) from problem
+            raise self._damaged(problem) from problem
+
+    def _damaged(self, problem: Exception) -> DataError:
+        return DataError(f"'{self.path}' is damaged ({problem}); remove it, or add --overwrite")
 
     def _cannot_write(self, problem: OSError) -> DataError:
         return DataError(f"--output-dir: cannot write '{self.path}': {problem.strerror or problem}")

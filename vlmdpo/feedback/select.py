@@ -119,9 +119,10 @@ def _candidates(one: Scored, margin: float) -> list[Pair]:
 def _why_none(one: Scored) -> str:
     if len({_normal(sample.text) for sample in one.samples}) < 2:
         return "all_answers_equal"
-    if not any(sample.finished and sample.text for sample in one.samples):
-        return "all_answers_cut_or_empty"
-    if sum(score is not None for score in one.scores) < 2:
+    complete = {_normal(s.text) for s in one.samples if s.finished and s.text}
+    if len(complete) < 2:
+        return "answers_cut_or_empty"
+    if len(_usable(one)) < 2:
         return "unread_verdicts"
     return "no_difference_in_score"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from PIL import Image
@@ -84,7 +84,7 @@ def judge(
         for picture, prompts in _undone(pictures, records)
     ]
     unjudged = [(picture, prompts) for picture, prompts in unjudged if prompts]
-    unread = _Unread(max_unread)
+    unread = Unread(max_unread)
     for entry in records.by_id.values():
         unread.count(judgments_in(entry).values())
     total = sum(
@@ -136,15 +136,20 @@ def _opened(chunk: Iterable[tuple[Picture, tuple[str, ...]]], left_out: LeftOut)
 def _of_possible(
     opened: Sequence[Open], run: Callable[[Sequence[Open]], list[T]], left_out: LeftOut
 ) -> list[tuple[Open, T]]:
-    """What `run` gives for each picture; those that it refuses are left out."""
+    """What `run` gives for each picture, or for each of its prompts where it refuses one of them;
+    what it refuses is left out.
+    """
     if not opened:
         return []
     try:
         return list(zip(opened, run(opened), strict=True))
     except BadRow as problem:
-        if len(opened) > 1:  # at least one of them; which, each tells alone
-            return [found for one in opened for found in _of_possible([one], run, left_out)]
-        left_out.add(f"image {shown(opened[0].picture.name)}", problem)
+        alone = [replace(one, prompts=(prompt,)) for one in opened for prompt in one.prompts]
+        parts = opened if len(opened) > 1 else alone
+        if len(parts) > 1:  # at least one of them; which, each tells alone
+            return [found for one in parts for found in _of_possible([one], run, left_out)]
+        prompt = shown(opened[0].prompts[0])
+        left_out.add(f"image {shown(opened[0].picture.name)}, {prompt}", problem)
         return []
 
 
@@ -159,7 +164,7 @@ def _task(one: Open, drawn: Records) -> Task:
     return Task(one.picture.name, one.data, one.image, asked)
 
 
-class _Unread:
+class Unread:
     """Counts verdicts, and stops where too many cannot be read."""
 
     def __init__(self, max_share: float) -> None:

@@ -19,7 +19,7 @@ SHOWN = 16  # prompts
 # Why a prompt or a pair was left out, as the screen and the page say it.
 SKIPPED = {
     "all_answers_equal": "prompts whose answers are all equal",
-    "all_answers_cut_or_empty": "prompts whose answers are all cut off or empty",
+    "answers_cut_or_empty": "prompts with fewer than two different answers that are complete",
     "unread_verdicts": "prompts with fewer than two answers whose verdicts can all be read",
     "no_difference_in_score": "prompts whose answers have too similar scores",
     "pairs_of_unlike_length": "pairs left out so that chosen and rejected are of like length",

@@ -9,27 +9,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
-from vlmdpo import ui
 from vlmdpo.data import growing_jsonl
 from vlmdpo.data.reasons import BadRow, shown
-from vlmdpo.errors import DataError, EndpointError
+from vlmdpo.errors import DataError
 from vlmdpo.feedback.judges.base import NO, UNCLEAR, YES, Judgment, Statement, Task
+from vlmdpo.feedback.judges.chat_server import ChatServer
 
-KEY = "OPENAI_API_KEY"
 # --8<-- [start:rubric]
 RUBRIC = """\
 You are checking an answer about the image above. Split the answer into its single statements about
@@ -44,24 +38,9 @@ Answer: {answer}
 Reply with JSON and nothing else:
 {{"statements": [{{"statement": "...", "verdict": "yes"}}]}}"""
 # --8<-- [end:rubric]
-_TRIES = 6
-_LONGEST_PAUSE_S = 60.0
-_TIMEOUT_S = 180.0
 _MAX_SIDE = 2048  # pixels; larger images are reduced, because servers charge for them or refuse
 _MEDIA = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
 _VERDICTS = (YES, NO, UNCLEAR)
-_LATER = (408, 409, 425, 429)  # and all of 500 and above
-_STOPS = (401, 402, 403, 404, 405)  # no other request would fare better
-
-
-@dataclass
-class Spent:
-    """What was asked of the server so far."""
-
-    requests: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 class EndpointJudge:
@@ -70,9 +49,10 @@ class EndpointJudge:
     Args:
         url: its address, up to /v1.
         model: as the server names it.
-        cache: JSONL of the replies so far.
+        cache: JSONL of the replies so far, which grows.
+        others: those of other processes, in this run or an earlier one, which are only read.
         requests: how many may run at the same time.
-        sleep: what waits between tries.
+        sleep: what waits between tries, instead of a wait that ends with the run.
 
     Raises EndpointError from `judge` where the server cannot be reached, or refuses.
     """
@@ -86,29 +66,25 @@ class EndpointJudge:
         cache: Path,
         *,
         requests: int,
-        sleep: Callable[[float], None] = time.sleep,
+        others: Iterable[Path] = (),
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self._server = _Server(url, sleep)
+        self._server = ChatServer(url, sleep)
         self._model, self._requests = model, requests
-        self._replies = ReplyCache(cache)
+        self._replies = ReplyCache(cache, others)
         self.at_once = requests
         self._spent = self._server.spent
 
     def judge(self, tasks: Sequence[Task]) -> list[list[list[Judgment]]]:
         """See `Judge`."""
-        with ThreadPoolExecutor(self._requests) as pool:
-            futures = [
-                [
-                    [pool.submit(self._judgment, task, prompt, answer) for answer in answers]
-                    for prompt, answers in task.asked
-                ]
-                for task in tasks
-            ]
-            try:
-                return [[[one.result() for one in row] for row in rows] for rows in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        jobs = [
+            partial(self._judgment, task, prompt, answer)
+            for task in tasks
+            for prompt, answers in task.asked
+            for answer in answers
+        ]
+        found = iter(_in_threads(jobs, self._requests, self._server.stopped))
+        return [[[next(found) for _ in answers] for _, answers in task.asked] for task in tasks]
 
     def report(self) -> dict[str, Any]:
         """Requests, and tokens as the server counts them."""
@@ -142,21 +118,69 @@ class EndpointJudge:
         return json.dumps({"model": self._model, "messages": messages, "temperature": 0}).encode()
 
 
+def _in_threads(
+    jobs: Sequence[Callable[[], Judgment]], count: int, stopped: threading.Event
+) -> list[Judgment]:
+    """What each job returns. Where one fails, those that run may end, and no other runs.
+
+    Not a ThreadPoolExecutor: Python waits for its threads when it exits, so Ctrl-C would wait for
+    a slow server.
+    """
+    waiting = deque(enumerate(jobs))
+    done: dict[int, Judgment] = {}
+    failures: list[BaseException] = []
+    stopped.clear()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                number, job = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                done[number] = job()
+            except Exception as problem:  # noqa: BLE001 - raised again by the thread that waits
+                failures.append(problem)
+                stopped.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(jobs)))]
+    for one in threads:
+        one.start()
+    try:
+        for one in threads:
+            one.join()
+    except BaseException:  # Ctrl-C
+        stopped.set()
+        raise
+    if failures:
+        raise failures[0]
+    return [done[number] for number in range(len(jobs))]
+
+
 class ReplyCache:
     """Replies on disk by key, each written as it comes. Raises DataError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
         self._path, self._lock = path, threading.Lock()
         self._replies: dict[str, str] = {}
+        for other in others:
+            self._read(other)
+        for_more = self._read(path)
         try:
             if path.is_file():
-                lines = growing_jsonl.complete_lines(path)
-                growing_jsonl.rewrite(path, lines)  # without a line that a kill cut short
-                for line in lines:
-                    entry = json.loads(line)
-                    self._replies[entry["key"]] = entry["reply"]
+                growing_jsonl.rewrite(path, for_more)  # without a line that a kill cut short
+        except OSError as problem:
+            raise DataError(f"cannot write '{path}': {problem.strerror}") from problem
+
+    def _read(self, path: Path) -> list[str]:
+        """Know the replies of a file. Returns its lines."""
+        try:
+            lines = growing_jsonl.complete_lines(path) if path.is_file() else []
+            for entry in map(json.loads, lines):
+                self._replies[entry["key"]] = entry["reply"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise DataError(f"'{path}' is damaged ({problem}); remove it") from problem
+        return lines
 
     def get(self, key: str) -> str | None:
         """The reply; None if there is none."""
@@ -173,118 +197,17 @@ class ReplyCache:
         self._replies[key] = reply
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would send the key on to whoever it points to."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-@dataclass
-class _Server:
-    """Chat completions of one server, with retries; from several threads at a time."""
-
-    url: str
-    sleep: Callable[[float], None]
-    spent: Spent = field(default_factory=Spent)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _paused_until: float = 0.0  # a server that asks for a pause asks it of all threads
-
-    def __post_init__(self) -> None:
-        address = urlsplit(self.url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise EndpointError(
-                f"--judge-url: '{self.url}' is not an address, as in http://localhost:8000/v1"
-            )
-        self._key = os.environ.get(KEY, "")
-        local = address.hostname in ("localhost", "127.0.0.1", "::1")
-        if self._key and address.scheme == "http" and not local:
-            ui.warn(f"--judge-url: {KEY} and all images are sent to '{self.url}' unencrypted")
-        self._opener = urllib.request.build_opener(_NoRedirects)
-
-    def count(self, **more: int) -> None:
-        """Add to what was spent."""
-        with self._lock:
-            for name, value in more.items():
-                setattr(self.spent, name, getattr(self.spent, name) + value)
-
-    def reply(self, body: bytes) -> str:
-        """The text of a reply. Raises EndpointError; BadRow for a request that is refused."""
-        reason = ""
-        for tried in range(_TRIES):
-            if tried:
-                self._wait(min(2.0 ** (tried - 1), _LONGEST_PAUSE_S))
-            self.sleep(max(0.0, self._paused_until - time.monotonic()))
-            try:
-                return self._text(self._post(body))
-            except urllib.error.HTTPError as problem:
-                reason = self._refusal(problem)
-            except (OSError, TimeoutError) as problem:  # URLError is an OSError
-                reason = str(getattr(problem, "reason", None) or problem)
-        raise EndpointError(
-            f"--judge-url: '{self.url}' did not answer in {_TRIES} tries: {reason}; what is judged "
-            "is kept: run the command again when the server is up"
-        )
-
-    def _wait(self, seconds: float) -> None:
-        with self._lock:
-            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-
-    def _post(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, body, headers)
-        self.count(requests=1)
-        with self._opener.open(request, timeout=_TIMEOUT_S) as response:
-            content = response.read()
-        try:
-            return json.loads(content)
-        except ValueError as problem:
-            raise EndpointError(
-                f"--judge-url: '{address}' did not answer with JSON but with "
-                f"{shown(content)}; is it an OpenAI-compatible server?"
-            ) from problem
-
-    def _text(self, answer: Any) -> str:
-        """The reply's text, and what it cost."""
-        try:
-            text = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError) as problem:
-            raise EndpointError(
-                f"--judge-url: '{self.url}' answered without choices and a message: "
-                f"{shown(answer)}; is it an OpenAI-compatible server?"
-            ) from problem
-        usage = answer.get("usage") or {}
-        self.count(
-            **{name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-        )
-        return str(text or "")
-
-    def _refusal(self, problem: urllib.error.HTTPError) -> str:
-        """Why another try is worth it. Raises EndpointError, or BadRow, where it is not."""
-        with problem:  # which holds the connection
-            detail = problem.read(2000).decode("utf-8", "replace")
-        reason = f"{problem.code} {problem.reason}: {' '.join(detail.split())[:200]}"
-        if problem.code in _STOPS or 300 <= problem.code < 400:
-            hint = f"; is {KEY} set and valid?" if problem.code in (401, 403) else ""
-            raise EndpointError(f"--judge-url: '{self.url}' refuses: {reason}{hint}")
-        if problem.code not in _LATER and problem.code < 500:
-            raise BadRow("judge_refuses", reason)
-        asked = problem.headers.get("Retry-After", "")
-        if asked.isdigit():
-            self._wait(min(float(asked), 2 * _LONGEST_PAUSE_S))
-        return reason
-
-
 def _data_uri(data: bytes, image: Image.Image) -> str:
-    """The image as the server gets it: as it is, or reduced."""
+    """The image as the server gets it: as it is, or reduced.
+
+    Not with EXIF data: servers do not turn images by it, and it may say where a photo was taken.
+    """
     from vlmdpo.data.images import open_bytes
     from vlmdpo.data.pixels import encode
 
-    kind = open_bytes(data).format or ""
-    if kind not in _MEDIA or max(image.size) > _MAX_SIDE:
+    header = open_bytes(data)
+    kind = header.format or ""
+    if kind not in _MEDIA or "exif" in header.info or max(image.size) > _MAX_SIDE:
         smaller = image.copy()
         smaller.thumbnail((_MAX_SIDE, _MAX_SIDE))
         data, kind = encode(smaller, "JPEG"), "JPEG"
