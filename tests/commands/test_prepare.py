@@ -54,7 +54,7 @@ def test_without_options_it_prepares_the_scenes_and_reuses_them(vlmdpo):
     assert code == 0
     assert "Found prepared" in out
     assert "2,000 pairs: 528 images, 1,726 prompts, 1.2 pairs a prompt" in out
-    assert "User:<fake_token_around_image><image>×16<fake_token_around_image> Is there" in out
+    assert "User:<fake_token_around_image><image>×16<fake_token_around_image> Is the" in out
     assert re.search(r"chosen +No│<end_of_utterance>\n +2 tokens, all in the loss", out)
 
 
