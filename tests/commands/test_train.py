@@ -41,6 +41,7 @@ def trained(few_pairs, tmp_path_factory):
         "output_dir": folder,
         "max_steps": 6,
         "logging_steps": 1,
+        "loss_type": "sigmoid",
         "set": ["max_grad_norm=0.7"],
     }
     return folder, train.run(recipes.build(config.TrainConfig, recipe("tiny", "train"), layer))

@@ -53,8 +53,7 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "learning_rate": 3e-4,
-        # The anchor keeps answers what they are: without it, long descriptions get short, and
-        # questions are answered with parts of descriptions.
+        # Without the anchor descriptions get short: Cover fell from 86.7 to 63.7.
         "loss_type": "sigmoid,sft",
         "logging_steps": 5,
     },
