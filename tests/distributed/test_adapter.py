@@ -31,7 +31,7 @@ def test_an_adapter_trains_on_alike_in_every_arrangement(vlmdpo):
         "ddp",
         "fsdp2",
     ]
-    assert curve("one")[0][0] == pytest.approx(0.693147, abs=1e-5)
+    assert curve("one")[0][2] == pytest.approx(0, abs=1e-5), "the reference is the adapter's model"
     assert len(curve("one")) == 2
     for name in ("two", "sharded", "cached"):
         for here, there in zip(curve(name), curve("one"), strict=True):
