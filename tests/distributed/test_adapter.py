@@ -16,14 +16,16 @@ pytestmark = pytest.mark.slow
 def test_an_adapter_trains_on_alike_in_every_arrangement(vlmdpo):
     code, _, err = vlmdpo("prepare", "--limit", "16", "--output-dir", "data")
     assert code == 0, err
-    more = ["--adapter", "first", "--no-reference-cache"]
+    # The embedded model's own recipe adds SFT, which TRL averages over each process's tokens.
+    plain = ["--loss-type", "sigmoid"]
+    more = [*plain, "--adapter", "first", "--no-reference-cache"]
     run_groups(
         [
             spec("first", 1, 8, 1, "--lora-r", "4"),
             spec("one", 1, 8, 1, *more),
             spec("two", 2, 4, 1, *more),
             spec("sharded", 2, 4, 1, *more, env=FSDP2),
-            spec("cached", 2, 4, 1, "--adapter", "first", env=FSDP2),
+            spec("cached", 2, 4, 1, *plain, "--adapter", "first", env=FSDP2),
         ]
     )
     assert [report(name)["strategy"] for name in ("one", "two", "sharded")] == [
@@ -31,7 +33,7 @@ def test_an_adapter_trains_on_alike_in_every_arrangement(vlmdpo):
         "ddp",
         "fsdp2",
     ]
-    assert curve("one")[0][0] == pytest.approx(0.693147, abs=1e-5)
+    assert curve("one")[0][2] == pytest.approx(0, abs=1e-5), "the reference is the adapter's model"
     assert len(curve("one")) == 2
     for name in ("two", "sharded", "cached"):
         for here, there in zip(curve(name), curve("one"), strict=True):
