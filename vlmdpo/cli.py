@@ -287,7 +287,8 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(spelling.as_typer(arguments), standalone_mode=False, prog_name="vlmdpo")
         sys.stdout.flush()  # here, where a reader that is gone is known how to handle
-        if code == Interrupted.exit_code:  # Typer turns Ctrl-C into this code
+        # Typer turns Ctrl-C into this code. Of several processes the one that started them says so.
+        if code == Interrupted.exit_code and not launch.is_worker():
             ui.warn(_interrupted(arguments))
         return code if isinstance(code, int) else 0
     except VlmDpoError as problem:

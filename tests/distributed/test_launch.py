@@ -477,3 +477,8 @@ def test_deepspeed_learns_the_same(strategy, data):
     assert report(strategy)["strategy"] == strategy
     for here, there in zip(curve(strategy), curve("one"), strict=True):
         assert here == pytest.approx(there, rel=2e-4, abs=2e-6)
+
+
+def test_ctrl_c_ends_as_without_workers(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        launch._run_error(tmp_path, {0: 130, 1: -15}, "")

@@ -56,6 +56,26 @@ def test_each_statement_of_an_image_is_asked_once():
     assert plain.statements[0].log_odds is None
 
 
+def test_what_cannot_be_asked_is_unread_and_ends_nothing():
+    model = _Model()
+    judge = StatementsJudge(model, with_log_odds=True)
+    answers = (
+        "A dog \x00 lies here.",
+        "Half \ud83d a smile here.",
+        "A <image> <image> dog is here.",
+    )
+    [[[nul, half, marks]]] = judge.judge([_task(*answers)])
+    assert (nul.unread_verdicts, half.unread_verdicts, marks.unread_verdicts) == (1, 1, 0)
+    assert len(model.asked[0]) == 1
+    assert "<image>" not in model.asked[0][0]
+    model = _Model(completion="A dog. => Is there a dog?")
+    task = _task(*answers, prompt="<image> Describe.")
+    [[[nul, half, marks]]] = ClaimsJudge(model).judge([task])
+    assert (nul.unread_verdicts, half.unread_verdicts, marks.unread_verdicts) == (1, 1, 0)
+    assert len(model.completed) == 1
+    assert "<image>" not in model.completed[0]
+
+
 def test_an_answer_that_cannot_be_split_is_unread():
     judge = StatementsJudge(_Model(), split=lambda prompt, answer: None)
     [[[found]]] = judge.judge([_task("noise")])

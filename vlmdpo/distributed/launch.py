@@ -25,6 +25,7 @@ from vlmdpo import ui
 from vlmdpo.config import EvalAmberConfig, InferConfig, ProcessOptions, TrainConfig, recipes
 from vlmdpo.errors import (
     ConfigError,
+    Interrupted,
     MissingDependencyError,
     PeerLost,
     Preempted,
@@ -294,6 +295,8 @@ def _run_error(
     }
     if causes:
         return _rebuild_error(causes[0])
+    if Interrupted.exit_code in failed.values():
+        raise KeyboardInterrupt  # as without workers, so that Ctrl-C says the same
     if failed:
         rank, code = next(iter(failed.items()))
         return ProcessError(f"process {rank} ended with exit code {code}; its output is above")

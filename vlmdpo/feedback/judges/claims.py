@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from vlmdpo.data.pairs import PLACEHOLDER
 from vlmdpo.feedback.judges.base import Claim, Task
-from vlmdpo.feedback.judges.statements import Claims, StatementsJudge, answers_in
+from vlmdpo.feedback.judges.statements import Claims, StatementsJudge, answers_in, can_be_asked
 
 _CLAIMS_TOKENS = 512
 SPLIT_PROMPT = """\
@@ -32,9 +33,14 @@ class ClaimsJudge(StatementsJudge):
     def claims(self, tasks: Sequence[Task]) -> Claims:
         """The facts of each (prompt, answer), by the judge model; None where it gives none."""
         pairs = list(dict.fromkeys(pair for task in tasks for pair in answers_in(task)))
-        texts = [SPLIT_PROMPT.format(prompt=prompt, answer=answer) for prompt, answer in pairs]
-        replies = self.answerer.complete(texts, _CLAIMS_TOKENS)
-        return {pair: read_claims(reply) for pair, reply in zip(pairs, replies, strict=True)}
+        texts = {
+            pair: SPLIT_PROMPT.format(prompt=pair[0], answer=pair[1]).replace(PLACEHOLDER, " ")
+            for pair in pairs
+        }
+        asked = [pair for pair in pairs if can_be_asked(texts[pair])]
+        replies = self.answerer.complete([texts[pair] for pair in asked], _CLAIMS_TOKENS)
+        found = {pair: read_claims(reply) for pair, reply in zip(asked, replies, strict=True)}
+        return {pair: found.get(pair) for pair in pairs}
 
 
 def read_claims(reply: str) -> list[Claim] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.data.pairs import PLACEHOLDER
 from vlmdpo.feedback.judges.base import Claim
 
 # A full stop inside a number or after a single letter or title ends no sentence.
@@ -44,7 +45,8 @@ def claims_of(prompt: str, answer: str) -> list[Claim]:
 
 
 def _quoted(text: str) -> str:
-    return " ".join(text.replace('"', "'").split())
+    # A second mark would be the place of a second image.
+    return " ".join(text.replace('"', "'").replace(PLACEHOLDER, " ").split())
 
 
 def sentences(text: str) -> list[str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlmdpo.benchmarks.verdict import verdict
+from vlmdpo.data.pairs import question_message
+from vlmdpo.data.reasons import BadRow
 from vlmdpo.feedback.answerers import Answerer
 from vlmdpo.feedback.judges.base import Claim, Judgment, Statement, Task
 from vlmdpo.feedback.judges.split import claims_of
@@ -69,9 +71,18 @@ def answers_in(task: Task) -> Iterator[tuple[str, str]]:
 
 
 def _questions(task: Task, claims: Claims) -> list[str]:
-    """All questions about a picture, each once."""
+    """All questions about a picture that can be asked, each once."""
     questions = (claim.question for pair in answers_in(task) for claim in claims[pair] or ())
-    return list(dict.fromkeys(questions))
+    return [one for one in dict.fromkeys(questions) if can_be_asked(one)]
+
+
+def can_be_asked(question: str) -> bool:
+    """Not so where it repeats what no prompt may hold, such as half a character of an answer."""
+    try:
+        question_message(question)
+    except BadRow:
+        return False
+    return True
 
 
 def _judgments(
@@ -86,7 +97,7 @@ def _judgments(
                 Statement(
                     claim.text,
                     claim.question,
-                    _verdict(replies[claim.question]),
+                    _verdict(replies.get(claim.question, "")),
                     claim.kind,
                     log_odds.get(claim.question),
                 )
