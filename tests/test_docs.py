@@ -176,7 +176,7 @@ def there(place, monkeypatch):
     # A server that denies none to two statements, whatever they are.
     verdict = {"statement": "one", "verdict": "no"}
     monkeypatch.setattr(
-        "vlmdpo.feedback.judges.endpoint._Server.reply",
+        "vlmdpo.feedback.judges.chat_server.ChatServer.reply",
         lambda server, body: json.dumps({"statements": [verdict] * (sum(body) % 3)}),
     )
     return place

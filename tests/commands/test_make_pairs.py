@@ -182,11 +182,6 @@ def test_a_prompt_that_is_too_long_leaves_the_others_of_its_image(tmp_path, vlmd
     assert "the model reads 1,024" in " ".join(err.split())
 
 
-def test_embedded_scenes_take_no_other_truth(vlmdpo):
-    code, _, err = vlmdpo(*FEW, "--truth", "amber")
-    assert (code, "--truth is for --input" in err) == (2, True)
-
-
 def test_an_unknown_judge_model_is_refused_before_anything_is_drawn(tmp_path, vlmdpo):
     code, _, err = vlmdpo(*FEW, "--judge-model", "no/such", "--output-dir", "pairs")
     assert (code, "--judge-model: cannot find 'no/such'" in err) == (4, True)
@@ -248,7 +243,8 @@ def test_a_judge_that_cannot_be_read_stops_the_run_and_keeps_the_answers(
         (["--prompts", "p.txt"], 2, "--input FOLDER"),
         (["--input", "absent"], 3, "does not exist"),
         (["--model", "llava-1.5-7b"], 2, "--input is needed"),
-        (["--truth", "absent"], 3, "cannot read"),
+        (["--truth", "absent", "--input", "x"], 3, "cannot read"),
+        (["--truth", "absent"], 2, "--truth is for --input"),
         (["--adapter", "absent"], 4, "holds no adapter_config.json"),
     ],
 )

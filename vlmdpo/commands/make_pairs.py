@@ -214,8 +214,11 @@ def _scored(
     config: MakePairsConfig, source: Source, drawn: Records, judged: Records
 ) -> tuple[dict[str, Scored], dict[str, list[scores.Score]]]:
     """(the judge's scores by prompt, the true ones where there are any)."""
+    # Only of what is asked now: an earlier run may have had a larger --limit.
+    asked = {one.id_of(prompt) for one in source.pictures for prompt in one.prompts}
+    entries = [judged.by_id[key] for key in judged.by_id if key in asked]
     medians = scores.medians_by_kind(
-        one for entry in judged.by_id.values() for one in judgments_in(entry).values()
+        one for entry in entries for one in judgments_in(entry).values()
     )
     scored: dict[str, Scored] = {}
     true: dict[str, list[scores.Score]] = {}
