@@ -92,7 +92,8 @@ def test_another_margin_or_judge_draws_nothing_again(made, tmp_path, vlmdpo, mon
     fewer = _report(vlmdpo, "--output-dir", "pairs", "--margin", "2")
     assert fewer["pairs"] < same["pairs"]
     true = _report(vlmdpo, "--output-dir", "pairs", "--judge", "truth")
-    assert true["judge_agreement"] == 1
+    assert true["judge_agreement"] is None  # of the truth with itself
+    assert not true["self_judged"]
     assert true["judge_model"] is None
     sure = _report(vlmdpo, "--output-dir", "pairs", "--judge-score", "calibrated")
     assert any(pair["provenance"]["chosen"]["score"] % 1 for pair in _pairs(sure))
@@ -165,7 +166,7 @@ def test_an_image_that_has_gone_since_takes_its_pairs_along(tmp_path, vlmdpo, mo
     (photos / "b.png").write_bytes(b"gone")
     report = _report(vlmdpo, *asked)
     assert (report["pairs"], len(_pairs(report))) == (1, 1)
-    assert report["left_out"]["unreadable_image"]["count"] == 1
+    assert report["left_out"]["changed_image"]["count"] == 1
     assert "image not found" in (tmp_path / "pairs" / "report.html").read_text()
 
 

@@ -29,6 +29,7 @@ from vlmdpo.feedback.judges.truth import AmberTruth, Truth
 from vlmdpo.feedback.pictures import Picture
 from vlmdpo.feedback.records import Records, judgments_in, samples_in
 from vlmdpo.feedback.select import Scored, Selection, select
+from vlmdpo.models import registry
 from vlmdpo.report import make_pairs_page
 
 __all__ = ["run", "show"]
@@ -90,9 +91,13 @@ def _made(config: MakePairsConfig, source: Source, processes: ProcessGroup) -> d
     images: dict[str, str] = {}
     if processes.index == 0:
         folder = config.output_dir
-        images = pair_files.write_images(folder, source.pictures, selection.pairs, left_out)
+        digests = {key: entry["image_digest"] for key, entry in drawn.by_id.items()}
+        images = pair_files.write_images(
+            folder, source.pictures, digests, selection.pairs, left_out
+        )
         selection.pairs = [pair for pair in selection.pairs if pair.key in images]
     report = _report(config, source, scored, selection, judged, left_out)
+    true = true if config.judge != "truth" else {}
     report |= {"drawn_before": before, "judge_cost": cost, **_agreement(scored, true)}
     if processes.index == 0:
         _write(config, source, images, scored, selection, judged, report)
@@ -270,6 +275,7 @@ def _report(
         "engine": config.engine,
         "judge": config.judge,
         "judge_model": judge_model(config),
+        "self_judged": _is_self_judged(config),
         "images": len(source.pictures),
         "prompts": len(scored),
         "samples": sum(len(one.samples) for one in scored.values()),
@@ -282,6 +288,15 @@ def _report(
         "left_out": left_out.report(),
         "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
     }
+
+
+def _is_self_judged(config: MakePairsConfig) -> bool:
+    """Whether the model that answers also judges."""
+    if config.judge not in ("statements", "claims"):
+        return False
+    return config.judge_model is None or (
+        config.adapter is None and registry.is_same_name(config.judge_model, config.model)
+    )
 
 
 def judge_model(config: MakePairsConfig) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmdpo import ui
 from vlmdpo.data.left_out import in_words
-from vlmdpo.report.make_pairs_page import SKIPPED, is_self_judged
+from vlmdpo.report.make_pairs_page import SKIPPED
 
 
 def show(report: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def _judge(report: dict[str, Any]) -> str:
     return (
         f"{report['judge']}{by}, {ui.count(verdicts, 'verdict')}"
         + (f", {unread:,} of them unread" if unread else "")
-        + ("; the model judges itself" if is_self_judged(report) else "")
+        + ("; the model judges itself" if report["self_judged"] else "")
     )
 
 

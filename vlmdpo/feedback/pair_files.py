@@ -7,7 +7,6 @@ judge said.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from vlmdpo.data.images import open_bytes
 from vlmdpo.data.left_out import LeftOut
 from vlmdpo.data.reasons import BadRow, shown
 from vlmdpo.errors import DataError
-from vlmdpo.feedback.pictures import Picture
+from vlmdpo.feedback.pictures import Picture, digest_of
 from vlmdpo.feedback.select import Pair, Scored
 
 PAIRS, IMAGES = "pairs.jsonl", "images"
@@ -26,12 +25,17 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # others by their own names
 
 
 def write_images(
-    folder: Path, pictures: Sequence[Picture], pairs: Iterable[Pair], left_out: LeftOut
+    folder: Path,
+    pictures: Sequence[Picture],
+    digests: Mapping[str, str],
+    pairs: Iterable[Pair],
+    left_out: LeftOut,
 ) -> dict[str, str]:
     """Store the images that pairs are about. Returns their paths from the folder, by prompt.
 
     Args:
-        left_out: gets the images that can no longer be read.
+        digests: of the images as they were asked about, by prompt.
+        left_out: gets the images that can no longer be read, or have changed.
 
     Raises DataError where the folder cannot be written.
     """
@@ -44,7 +48,8 @@ def write_images(
             if not keys:
                 continue
             try:
-                stored |= dict.fromkeys(keys, _write_image(folder, picture.read()))
+                data = picture.read_again(digests[min(keys)])
+                stored |= dict.fromkeys(keys, _write_image(folder, data))
             except BadRow as problem:
                 left_out.add(f"image {shown(picture.name)}", problem)
     return stored
@@ -95,7 +100,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _write_image(folder: Path, data: bytes) -> str:
     """Store an image under the digest of its bytes. Returns its path from the folder."""
     kind = open_bytes(data).format or "img"
-    name = f"{hashlib.sha256(data).hexdigest()[:16]}.{_SUFFIXES.get(kind, kind.lower())}"
+    name = f"{digest_of(data)}.{_SUFFIXES.get(kind, kind.lower())}"
     path = folder / IMAGES / name
     if not path.exists():
         temporary = path.with_name(f".{name}.partial")

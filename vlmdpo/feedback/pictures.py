@@ -22,7 +22,7 @@ from vlmdpo.data.groups import IMAGE_DIGEST
 from vlmdpo.data.image_cells import inside, read_file
 from vlmdpo.data.left_out import LeftOut, in_words
 from vlmdpo.data.pairs import question_message, text_of
-from vlmdpo.data.reasons import BadRow, shown
+from vlmdpo.data.reasons import BadImage, BadRow, shown
 from vlmdpo.data.sources import as_stored
 from vlmdpo.errors import DataError
 
@@ -55,6 +55,21 @@ class Picture:
     def id_of(self, prompt: str) -> str:
         """What files and draws know a prompt about this image by."""
         return hashlib.sha256(f"{self.name}\n{prompt}".encode("utf-8", "replace")).hexdigest()[:16]
+
+    def read_again(self, digest: str) -> bytes:
+        """The bytes whose `digest_of` is known. Raises BadImage, also where they have changed."""
+        data = self.read()
+        if digest_of(data) != digest:
+            raise BadImage(
+                "changed_image",
+                "it has changed since its answers were drawn; --overwrite draws anew",
+            )
+        return data
+
+
+def digest_of(data: bytes) -> str:
+    """What an encoded image is known by."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def read_pictures(config: MakePairsConfig) -> tuple[list[Picture], LeftOut]:

@@ -16,7 +16,7 @@ from vlmdpo.engine.sampling import Sampling
 from vlmdpo.errors import DataError
 from vlmdpo.feedback.answerers import Answerer
 from vlmdpo.feedback.judges.base import Judge, Judgment, Task
-from vlmdpo.feedback.pictures import Picture
+from vlmdpo.feedback.pictures import Picture, digest_of
 from vlmdpo.feedback.records import Records, as_entry, judgments_in, samples_in
 
 _ENOUGH_VERDICTS = 50  # from as many on, a share of unread verdicts says something
@@ -61,8 +61,8 @@ def draw(
             for one, of_prompts in drawn:
                 for prompt, samples in zip(one.prompts, of_prompts, strict=True):
                     about = {"id": one.picture.id_of(prompt), "image": one.picture.name}
-                    answers = [asdict(sample) for sample in samples]
-                    records.add({**about, "prompt": prompt, "samples": answers})
+                    about |= {"image_digest": digest_of(one.data), "prompt": prompt}
+                    records.add({**about, "samples": [asdict(sample) for sample in samples]})
             bar.advance(sum(len(prompts) for _, prompts in chunk) * sampling.count)
 
 
@@ -95,7 +95,7 @@ def judge(
     with records, ui.progress(f"judge by {judge.name}", total, unit="answers") as bar:
         for chunk in _chunks(unjudged, judge.at_once):
             judged = _of_possible(
-                _opened(chunk, left_out),
+                _opened(chunk, left_out, drawn),
                 lambda part: judge.judge([_task(one, drawn) for one in part]),
                 left_out,
             )
@@ -122,11 +122,20 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _opened(chunk: Iterable[tuple[Picture, tuple[str, ...]]], left_out: LeftOut) -> list[Open]:
+def _opened(
+    chunk: Iterable[tuple[Picture, tuple[str, ...]]],
+    left_out: LeftOut,
+    drawn: Records | None = None,
+) -> list[Open]:
+    """Pictures that can be read and, if answers to them are drawn, have not changed since."""
     opened = []
     for picture, prompts in chunk:
         try:
-            data = picture.read()
+            if drawn is None:
+                data = picture.read()
+            else:
+                entry = drawn.by_id[picture.id_of(prompts[0])]
+                data = picture.read_again(entry["image_digest"])
             opened.append(Open(picture, prompts, data, upright_rgb(decode(data))))
         except BadRow as problem:
             left_out.add(f"image {shown(picture.name)}", problem)

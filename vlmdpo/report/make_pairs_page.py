@@ -26,11 +26,6 @@ SKIPPED = {
 }
 
 
-def is_self_judged(report: Mapping[str, Any]) -> bool:
-    """Whether the model that answered also judged."""
-    return report["judge"] in ("statements", "claims") and report["judge_model"] == report["model"]
-
-
 def page(
     report: Mapping[str, Any],
     pictures: Sequence[Picture],
@@ -64,7 +59,6 @@ def page(
         .get_template("make_pairs.html")
         .render(
             report=report,
-            self_judged=is_self_judged(report),
             skipped=[(count, SKIPPED[reason]) for reason, count in report["skipped"].items()],
             plot=pages.uri(draw(scored, pairs), "png") if asked else "",
             shown=[
