@@ -26,16 +26,17 @@ def _constants(tree):
     }
 
 
-def _reasons_in_code():
+FEEDBACK = set((ROOT / "feedback").rglob("*.py"))  # whose reasons the page of make-pairs has
+
+
+def _reasons_in(paths):
     found = set()
-    # A file of questions has reasons of its own, for `infer` and `compare`.
-    for path in set(ROOT.rglob("*.py")) - {ROOT / "data" / "questions.py"}:
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             name = getattr(getattr(node, "func", None), "id", "")
             if name in _RAISED and len(node.args) > _RAISED[name]:
                 found |= _constants(node.args[_RAISED[name]])
-    found -= {"empty_", "video_url", "malformed_exif", "reason"}
-    return found | {"empty_chosen", "empty_rejected"}
+    return found - {"empty_", "video_url", "malformed_exif", "reason"}
 
 
 def _table():
@@ -47,7 +48,16 @@ def test_the_table_of_reasons_is_that_of_the_code():
     # Those that no exception tells: `assemble` finds them when all rows are known.
     at_the_end = {"duplicate", "swapped_copy", "earlier_vote"}
     assert at_the_end <= _constants(ast.parse((ROOT / "data" / "assemble.py").read_text("utf-8")))
-    assert _table() == _reasons_in_code() | at_the_end
+    # A file of questions has reasons of its own, for `infer` and `compare`.
+    code = _reasons_in({*ROOT.rglob("*.py")} - {ROOT / "data" / "questions.py"} - FEEDBACK)
+    assert _table() == code | {"empty_chosen", "empty_rejected"} | at_the_end
+
+
+def test_the_reasons_of_make_pairs_are_on_its_page():
+    page = (ROOT.parent / "docs" / "commands" / "make-pairs.md").read_text("utf-8")
+    own = _reasons_in(FEEDBACK)
+    assert len(own) > 4
+    assert own <= set(_NAME.findall(page))
 
 
 @pytest.mark.parametrize("module", ["data/images", "data/templates", "data/work", "engine/lengths"])
