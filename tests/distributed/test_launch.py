@@ -1,5 +1,6 @@
 """Several real processes: the same results as one in every arrangement, and no hang."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from vlmdpo.errors import (
     Preempted,
     ProcessError,
 )
+from vlmdpo.tiny import pairs
 
 pytestmark = pytest.mark.slow
 
@@ -88,12 +91,27 @@ def report(name):
 
 @pytest.fixture
 def data(vlmdpo, request):
-    pairs = str(getattr(request, "param", PAIRS))
-    code, _, err = vlmdpo("prepare", "--limit", pairs, "--output-dir", "data")
+    limit = str(getattr(request, "param", PAIRS))
+    code, _, err = vlmdpo("prepare", "--limit", limit, "--output-dir", "data")
     assert code == 0, err
 
 
-def test_every_arrangement_of_processes_learns_the_same(data):
+@pytest.fixture
+def shared_data(vlmdpo):
+    """Embedded pairs, some of which have an image in common."""
+    counts = Counter(json.dumps(row["scene"]) for row in pairs.load())
+    rows = sorted(pairs.load()[:400], key=lambda row: -counts[json.dumps(row["scene"])])
+    lines = []
+    for row in map(pairs.as_row, rows[:PAIRS]):
+        name = f"{hashlib.sha256(row['image']).hexdigest()[:8]}.png"
+        Path(name).write_bytes(row["image"])
+        lines.append(json.dumps({**row, "image": name}))
+    Path("pairs.jsonl").write_text("\n".join(lines))
+    code, _, err = vlmdpo("prepare", "--dataset", "pairs.jsonl", "--output-dir", "data")
+    assert code == 0, err
+
+
+def test_every_arrangement_of_processes_learns_the_same(shared_data):
     shutil.copytree("data", "own")  # so that the sharded run computes its own reference log-probs
     shutil.copytree("data", "full")
     sharded = ["--save-steps", "2", "--sample-every", "2", "--resume"]

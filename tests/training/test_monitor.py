@@ -117,7 +117,7 @@ def _lines(name):
     ("kind", "steps", "settings", "names"),
     [
         ("scenes", 3, (), ["too_early"]),
-        ("scenes", 24, ("--learning-rate", "5e-4"), ["learning"]),
+        ("scenes", 24, ("--learning-rate", "5e-4", "--loss-type", "sigmoid,sft"), ["learning"]),
         ("scenes", 8, ("--learning-rate", "1e-9"), ["not_moving"]),
         ("scenes", 12, ("--learning-rate", "1e-2", "--beta", "2", *_STEADY), ["diverged"]),
         ("coins.jsonl", 16, ("--learning-rate", "1e-2", *_STEADY), ["accuracy_at_chance"]),
@@ -253,7 +253,7 @@ def test_each_row_of_the_test_split_counts_the_same_in_any_batch(vlmdpo, scenes)
             "--overwrite",
         )
         code, _, err = vlmdpo(
-            "train", "--dataset", scenes, "--output-dir", "out", *settings, *rate, "--json"
+            "train", "--dataset", scenes, "--output-dir", "out", *settings, *rate, *_PLAIN, "--json"
         )
         assert code == 0, err
         found.append(_lines("metrics")[-1])
