@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from vlmdpo import cli
-from vlmdpo.benchmarks import answers
 from vlmdpo.data import growing_jsonl
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.engine.sampling import Sample
 from vlmdpo.feedback import work
 
@@ -298,6 +298,6 @@ def test_a_line_cut_inside_a_character_and_a_folder_in_use(made, tmp_path, vlmdp
     samples.write_bytes(content[: content.rfind(b"\n", 0, -1) + 1] + '{"é'.encode()[:-1])
     assert _report(vlmdpo, "--output-dir", "pairs")["drawn_before"] == 5
     assert samples.read_bytes() == content
-    with answers.locked(tmp_path / "pairs"):
+    with locked(tmp_path / "pairs", "making pairs in"):
         code, _, err = vlmdpo(*FEW, "--output-dir", "pairs")
-    assert (code, "another vlmdpo is writing to 'pairs'" in err) == (3, True)
+    assert (code, "another vlmdpo is making pairs in 'pairs'" in err) == (3, True)

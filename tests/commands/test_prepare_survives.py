@@ -18,6 +18,7 @@ from tests.conftest import unfolded
 from tests.support.images import noise
 from tests.support.killing import KILLS, contents, rounds
 from vlmdpo.data import store
+from vlmdpo.data.folder_lock import locked
 
 pytestmark = pytest.mark.slow
 
@@ -161,7 +162,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing_that_looks_complete(tmp_path
 
 def test_the_second_of_two_runs_waits_and_finds_the_data_prepared(tmp_path):
     data = _data(tmp_path / "d", 20)
-    with store.locked(Path("out")):
+    with locked(Path("out"), "preparing"):
         running = subprocess.Popen(
             _command("--dataset", data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

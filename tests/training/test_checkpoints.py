@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tests.conftest import unfolded
 from vlmdpo.commands import train_folder
 from vlmdpo.config import TrainConfig
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.errors import DataError
 from vlmdpo.report.metrics import read_lines
 from vlmdpo.training import checkpoints
@@ -114,13 +115,13 @@ def test_a_damaged_recipe_is_named(text):
 
 
 def test_one_training_at_a_time(vlmdpo):
-    with train_folder.locked(OUT):
+    with locked(OUT, "training in"):
         code, _, err = vlmdpo("train", "--device", "cpu", "--output-dir", "out", "--max-steps", "1")
         assert code == 3, err
         assert "another vlmdpo is training in 'out'; wait for it" in err
-        with train_folder.locked(Path("other")):
+        with locked(Path("other"), "training in"):
             pass
-    with train_folder.locked(OUT):
+    with locked(OUT, "training in"):
         pass
 
 

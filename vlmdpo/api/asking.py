@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from vlmdpo.config import InferConfig, recipes
+from vlmdpo.config import InferConfig
 from vlmdpo.errors import ConfigError, DataError
-from vlmdpo.models.adapter_files import base_layer
+from vlmdpo.models.option_layers import config_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,8 +70,7 @@ class Asker:
         from vlmdpo.models.configured import configured_model, configured_processor
 
         given = {**options, "model": model, "adapter": adapter}
-        layers = base_layer(given), {n: v for n, v in given.items() if v is not None}
-        config = recipes.build(InferConfig, *layers)
+        config = config_of(InferConfig, "infer", {n: v for n, v in given.items() if v is not None})
         self.model = configured_model(config, adapter=config.adapter)
         self.processor = configured_processor(config, adapter=config.adapter)
 

@@ -8,10 +8,9 @@ This module knows nothing about models or scores.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,32 +148,6 @@ def prompt_date(folder: Path) -> str | None:
         return None
     found = json.loads(run.read_text(encoding="utf-8")).get("prompt_date")
     return None if found is None else str(found)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to this folder. The lock of a killed process is released.
-
-    Raises DataError at once if another one does.
-    """
-    import filelock
-
-    beside = folder.absolute()
-    lock = filelock.FileLock(beside.with_name(f".{beside.name}.lock"))
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout as problem:
-        raise DataError(
-            f"--output-dir: another vlmdpo is writing to '{folder}'; wait for it, or choose "
-            "another folder"
-        ) from problem
-    except OSError as problem:
-        raise _cannot_write(folder, problem) from problem
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def create(folder: Path) -> None:

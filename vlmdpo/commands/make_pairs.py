@@ -19,6 +19,7 @@ from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.commands.make_pairs_models import Models
 from vlmdpo.commands.make_pairs_screen import show, show_left_out
 from vlmdpo.config import PER_CALL, MakePairsConfig, recipes
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.data.left_out import LeftOut, in_words
 from vlmdpo.distributed.processes import ProcessGroup, join_process_group
 from vlmdpo.errors import ConfigError, DataError
@@ -61,7 +62,7 @@ def run(config: MakePairsConfig) -> dict[str, Any]:
         ui.mute()
     config = dataclasses.replace(config, device=processes.device, num_processes=1)
     source = _source(config)
-    alone = answer_files.locked(config.output_dir) if not processes.index else nullcontext()
+    alone = nullcontext() if processes.index else locked(config.output_dir, "making pairs in")
     with alone:
         report = _made(config, source, processes)
     processes.destroy()

@@ -18,6 +18,7 @@ from vlmdpo.commands.prepare_screen import REPORT, show, show_summary
 from vlmdpo.commands.prepare_sources import key_facts, open_mixture
 from vlmdpo.config import PrepareConfig
 from vlmdpo.data import assemble, groups, store, work
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.data.images import open_bytes
 from vlmdpo.data.mixture import Mixture, summary
 from vlmdpo.data.sources import as_stored
@@ -64,7 +65,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     several = len(mixture.parts) > 1
     name = "mix" if several else short_name(mixture.parts[0].source.name)
     folder = config.output_dir or Path("outputs") / "data" / f"{name}-{store.key_of(facts)[:8]}"
-    with store.locked(folder):
+    with locked(folder, "preparing", waits=True):
         manifest = store.read_manifest(folder)
         reused = (
             manifest is not None and manifest["key"] == store.key_of(facts) and not config.overwrite

@@ -17,6 +17,7 @@ from vlmdpo import ui
 from vlmdpo.commands.rounds_folder import RoundsFolder
 from vlmdpo.commands.rounds_stages import outcome_of, stage_config
 from vlmdpo.config import STAGES, RoundsConfig
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.distributed import launch
 from vlmdpo.errors import Interrupted, Preempted
 from vlmdpo.models.adapter_files import check_adapter
@@ -37,7 +38,7 @@ def run(config: RoundsConfig) -> dict[str, Any]:
     for stage in STAGES:
         stage_config(config, stage, 1)  # said before anything is computed
     folder = RoundsFolder(config)
-    with folder.locked():
+    with locked(config.output_dir, "running rounds in"):
         folder.open()
         _run_stage(config, folder, 0, "eval_amber")
         best_round(folder.figures(), config.best_by, config.max_cover_loss)  # can it be chosen?

@@ -32,27 +32,6 @@ class RoundsFolder:
         self.settings = recipes.plain(config, without=(*PER_CALL, *_NOT_OF_A_ROUND))
         self.rounds: list[dict[str, Any]] = []
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Inside, no other process works in this folder. Raises DataError if one does."""
-        import filelock
-
-        whole = self.path.absolute()
-        lock = filelock.FileLock(whole.with_name(f".{whole.name}.lock"))
-        with self.writing():
-            whole.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout as problem:
-                raise DataError(
-                    f"--output-dir: another vlmdpo runs rounds in '{self.path}'; wait for it, or "
-                    "choose another folder"
-                ) from problem
-        try:
-            yield
-        finally:
-            lock.release()
-
     def open(self) -> None:
         """Read what is done, or begin. Raises DataError for a folder of something else, or of
         rounds with other settings.

@@ -15,6 +15,7 @@ from vlmdpo import ui
 from vlmdpo.commands import prepare, train_folder
 from vlmdpo.config import DEFAULT_RATES, USUAL_RATES, PrepareConfig, TrainConfig
 from vlmdpo.data import store
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.distributed.processes import launched_strategy
 from vlmdpo.errors import (
     ConfigError,
@@ -79,7 +80,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         ui.mute()
     try_if_unusual(config, args.device)
     is_first = args.process_index == 0
-    with train_folder.locked(output_dir) if is_first else contextlib.nullcontext():
+    # Data is the same whoever prepares it; two runs are two results.
+    with locked(output_dir, "training in") if is_first else contextlib.nullcontext():
         last = None
         with args.main_process_first():  # so that the others find the data prepared
             if is_first:

@@ -87,34 +87,6 @@ def _warn_of_changed_settings(folder: Path, config: TrainConfig) -> None:
         ui.warn(f"--resume with other settings than the run started with: {', '.join(changed)}")
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains in this folder. The lock of a killed process is released.
-
-    Raises DataError at once if one does: unlike data, which is the same whoever prepares it, two
-    runs are two results.
-    """
-    import filelock
-
-    lock = filelock.FileLock(folder.absolute().with_name(f".{folder.absolute().name}.lock"))
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout as problem:
-        raise DataError(
-            f"--output-dir: another vlmdpo is training in '{folder}'; wait for it, or choose "
-            "another folder"
-        ) from problem
-    except OSError as problem:
-        raise DataError(
-            f"--output-dir: cannot write '{folder}': {problem.strerror or problem}"
-        ) from problem
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def start(
     folder: Path, config: TrainConfig, over_length: list[dict[str, Any]], last: Path | None
 ) -> None:

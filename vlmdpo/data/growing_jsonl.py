@@ -21,9 +21,12 @@ def collect(path: Path) -> None:
 
     A kill in between loses nothing: the same lines may be there twice then.
     """
-    for one in sorted(path.parent.glob(f".{path.name}.part-*")):
-        before = complete_lines(path) if path.exists() else []
-        rewrite(path, [*before, *complete_lines(one)])
+    parts = sorted(path.parent.glob(f".{path.name}.part-*"))
+    if not parts:
+        return
+    files = [*([path] if path.exists() else []), *parts]
+    rewrite(path, [line for file in files for line in complete_lines(file)])
+    for one in parts:
         one.unlink()
 
 
@@ -37,10 +40,10 @@ def complete_lines(path: Path) -> list[str]:
 
 def rewrite(path: Path, lines: Sequence[str]) -> None:
     """Replace the file, unless it holds just these lines."""
-    text = "".join(line + "\n" for line in lines)
-    if not path.exists() or path.read_bytes() != text.encode():
+    content = "".join(line + "\n" for line in lines).encode()
+    if not path.exists() or path.read_bytes() != content:
         temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,30 +79,6 @@ def check_output(folder: Path, overwrite: bool) -> None:
                 f"--output-dir: '{folder}' holds data prepared with other settings; add "
                 "--overwrite or choose another folder"
             )
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process prepares this folder; waits for one that does. The lock of a killed
-    process is released.
-    """
-    import filelock
-
-    # Its file stays: one that is removed while another process waits for it would let in two.
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            ui.say(f"waiting: another vlmdpo is preparing '{folder}'")
-            lock.acquire()
-    except OSError as problem:
-        raise DataError(f"cannot write '{folder}': {problem.strerror or problem}") from problem
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def pair_features() -> Any:
