@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from vlmdpo.feedback.answerers import Reply
 from vlmdpo.feedback.judges.base import NO, YES, Claim, Task
 from vlmdpo.feedback.judges.claims import SPLIT_PROMPT, ClaimsJudge, read_claims
 from vlmdpo.feedback.judges.statements import StatementsJudge
@@ -18,17 +19,18 @@ class _Model:
     def __init__(self, *false, completion=""):
         self.false, self.completion, self.asked, self.completed = false, completion, [], []
 
-    def ask(self, asked, max_new_tokens):
+    def ask(self, asked, max_new_tokens, *, with_log_odds=False):
         self.asked += [list(questions) for _, questions in asked]
-        return [[self._reply(question) for question in questions] for _, questions in asked]
+        return [[self._told(one, with_log_odds) for one in questions] for _, questions in asked]
+
+    def _told(self, question, with_log_odds):
+        text = self._reply(question)
+        return Reply(text, (-2.0 if text[0] == "N" else 2.0) if with_log_odds else None)
 
     def _reply(self, question):
         if "fog" in question:
             return "Perhaps."
         return "No, not at all." if any(word in question for word in self.false) else "Yes."
-
-    def log_odds(self, asked):
-        return [[-2.0 if self._reply(q)[0] == "N" else 2.0 for q in qs] for _, qs in asked]
 
     def complete(self, texts, max_new_tokens):
         self.completed += texts

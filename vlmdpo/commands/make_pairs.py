@@ -223,8 +223,9 @@ def _scored(
     # Only of what is asked now: an earlier run may have had a larger --limit.
     asked = {one.id_of(prompt) for one in source.pictures for prompt in one.prompts}
     entries = [judged.by_id[key] for key in judged.by_id if key in asked]
+    calibrated = config.judge_score == "calibrated"
     medians = scores.medians_by_kind(
-        one for entry in entries for one in judgments_in(entry).values()
+        one for entry in entries if calibrated for one in judgments_in(entry).values()
     )
     scored: dict[str, Scored] = {}
     true: dict[str, list[scores.Score]] = {}
@@ -236,7 +237,6 @@ def _scored(
             samples = samples_in(drawn.by_id[key])
             by_answer = judgments_in(judged.by_id[key])
             judgments = [by_answer.get(sample.text, _MISSING) for sample in samples]
-            calibrated = config.judge_score == "calibrated"
             found = (
                 scores.calibrated(judgments, medians) if calibrated else scores.denied(judgments)
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from PIL import Image
 
@@ -26,6 +26,13 @@ _VLLM_IMAGES = 64  # handed to vLLM at a time, which batches them by itself
 T = TypeVar("T")
 
 
+class Reply(NamedTuple):
+    """An answer to a yes/no question, and the log-odds of yes against no as its beginning."""
+
+    text: str
+    log_odds: float | None = None
+
+
 class Answerer(Protocol):
     """Answers questions about images.
 
@@ -41,15 +48,16 @@ class Answerer(Protocol):
         """Drawn answers to each question about each image. Raises BadRow for what it cannot ask."""
         ...
 
-    def ask(self, asked: Sequence[Asked], max_new_tokens: int) -> list[list[str]]:
+    def ask(
+        self, asked: Sequence[Asked], max_new_tokens: int, *, with_log_odds: bool = False
+    ) -> list[list[Reply]]:
         """The greedy answer to each question, which ends once it has said yes or no.
+
+        Args:
+            with_log_odds: whether replies have the log-odds of yes against no.
 
         Raises BadRow.
         """
-        ...
-
-    def log_odds(self, asked: Sequence[Asked]) -> list[list[float]]:
-        """The log-odds of yes against no as the beginning of each answer. Raises BadRow."""
         ...
 
     def complete(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -86,21 +94,19 @@ class TreeAnswerer:
             ),
         )
 
-    def ask(self, asked: Sequence[Asked], max_new_tokens: int) -> list[list[str]]:
+    def ask(
+        self, asked: Sequence[Asked], max_new_tokens: int, *, with_log_odds: bool = False
+    ) -> list[list[Reply]]:
         """See `Answerer`."""
-        return self._of_each(
-            asked,
-            lambda opened, questions: opened.answer(
-                questions, max_new_tokens, batch_size=self._batch_size, stop_when=is_settled
-            ),
-        )
+        size = self._batch_size
 
-    def log_odds(self, asked: Sequence[Asked]) -> list[list[float]]:
-        """See `Answerer`."""
-        return self._of_each(
-            asked,
-            lambda opened, questions: opened.log_odds(questions, batch_size=self._batch_size),
-        )
+        def replies(opened: OpenedImage, questions: Sequence[str]) -> list[Reply]:
+            texts = opened.answer(questions, max_new_tokens, batch_size=size, stop_when=is_settled)
+            if not with_log_odds:
+                return list(map(Reply, texts))
+            return list(map(Reply, texts, opened.log_odds(questions, batch_size=size)))
+
+        return self._of_each(asked, replies)
 
     def complete(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         """See `Answerer`."""
@@ -155,15 +161,16 @@ class VllmAnswerer:
         )
         return _by_image(drawn, asked)
 
-    def ask(self, asked: Sequence[Asked], max_new_tokens: int) -> list[list[str]]:
-        """See `Answerer`; vLLM goes on to the end of each answer."""
+    def ask(
+        self, asked: Sequence[Asked], max_new_tokens: int, *, with_log_odds: bool = False
+    ) -> list[list[Reply]]:
+        """See `Answerer`; vLLM goes on to the end of each answer, and gives no log-odds:
+        `MakePairsConfig` refuses to ask for them.
+        """
+        assert not with_log_odds
         images, questions = self._flat(asked)
         texts = self._generator.generate(images, questions, max_new_tokens, tuned=self._tuned)
-        return _by_image(texts, asked)
-
-    def log_odds(self, asked: Sequence[Asked]) -> list[list[float]]:
-        """Not with vLLM: `MakePairsConfig` refuses it."""
-        raise NotImplementedError
+        return _by_image(list(map(Reply, texts)), asked)
 
     def complete(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         """See `Answerer`."""

@@ -11,7 +11,7 @@ from typing import Any
 from vlmdpo.benchmarks.verdict import verdict
 from vlmdpo.data.pairs import question_message
 from vlmdpo.data.reasons import BadRow
-from vlmdpo.feedback.answerers import Answerer
+from vlmdpo.feedback.answerers import Answerer, Reply
 from vlmdpo.feedback.judges.base import Claim, Judgment, Statement, Task
 from vlmdpo.feedback.judges.split import claims_of
 
@@ -42,18 +42,10 @@ class StatementsJudge:
         """See `Judge`."""
         claims = self.claims(tasks)
         asked = [(task.image, _questions(task, claims)) for task in tasks]
-        replies = self.answerer.ask(asked, _VERDICT_TOKENS)
-        log_odds = self.answerer.log_odds(asked) if self._with_log_odds else [[] for _ in asked]
+        replies = self.answerer.ask(asked, _VERDICT_TOKENS, with_log_odds=self._with_log_odds)
         return [
-            _judgments(
-                task,
-                claims,
-                dict(zip(questions, texts, strict=True)),
-                dict(zip(questions, odds, strict=bool(odds))),
-            )
-            for task, (_, questions), texts, odds in zip(
-                tasks, asked, replies, log_odds, strict=True
-            )
+            _judgments(task, claims, dict(zip(questions, of_image, strict=True)))
+            for task, (_, questions), of_image in zip(tasks, asked, replies, strict=True)
         ]
 
     def claims(self, tasks: Sequence[Task]) -> Claims:
@@ -85,29 +77,20 @@ def can_be_asked(question: str) -> bool:
     return True
 
 
-def _judgments(
-    task: Task, claims: Claims, replies: Mapping[str, str], log_odds: Mapping[str, float]
-) -> list[list[Judgment]]:
+def _judgments(task: Task, claims: Claims, replies: Mapping[str, Reply]) -> list[list[Judgment]]:
     def judgment(prompt: str, answer: str) -> Judgment:
         found = claims[prompt, answer]
         if found is None:
             return Judgment(unread="the answer could not be split into statements")
-        return Judgment(
-            tuple(
-                Statement(
-                    claim.text,
-                    claim.question,
-                    _verdict(replies.get(claim.question, "")),
-                    claim.kind,
-                    log_odds.get(claim.question),
-                )
-                for claim in found
-            )
-        )
+        return Judgment(tuple(_statement(claim, replies.get(claim.question)) for claim in found))
 
     return [[judgment(prompt, answer) for answer in answers] for prompt, answers in task.asked]
 
 
-def _verdict(reply: str) -> str | None:
-    read = verdict(reply)
-    return None if read is None else read.lower()
+def _statement(claim: Claim, reply: Reply | None) -> Statement:
+    """What a claim became; unread where it could not be asked."""
+    if reply is None:
+        return Statement(claim.text, claim.question, kind=claim.kind)
+    read = verdict(reply.text)
+    given = None if read is None else read.lower()
+    return Statement(claim.text, claim.question, given, claim.kind, reply.log_odds)
