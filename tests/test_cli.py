@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -235,6 +237,20 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(arguments, says, vlmdpo, monk
     assert says in err
 
 
+def test_ctrl_c_that_python_drops_is_raised_again(monkeypatch):
+    """Python prints and drops an exception of a `__del__`, Ctrl-C among them."""
+
+    class Busy:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", cli._keep_interrupts)
+    busy = [Busy()]
+    busy.clear()
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(10)
+
+
 def test_a_reader_that_is_gone_gives_141_from_every_kind_of_output(monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
@@ -252,6 +268,7 @@ def test_a_command_searches_rarely_for_garbage_while_it_imports(monkeypatch, cap
     """Python's default would cost every command that loads a model two seconds."""
     set_to = []
     monkeypatch.setattr("gc.set_threshold", set_to.append)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # so that it is restored
     monkeypatch.setattr(sys, "argv", ["vlmdpo", "--version"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -266,6 +283,7 @@ def test_threads_that_wait_leave_their_core_to_others(policy, turns, monkeypatch
         monkeypatch.delenv(name)
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # so that it is restored
     monkeypatch.setattr(sys, "argv", ["vlmdpo", "--version"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()

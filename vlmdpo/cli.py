@@ -6,6 +6,7 @@ are written once.
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import gc
 import importlib
@@ -13,6 +14,7 @@ import inspect
 import os
 import shlex
 import sys
+import threading
 import types
 import typing
 import warnings
@@ -49,6 +51,7 @@ _ONE_WAY = {
     *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge"),
     *("dry_run", "share", "open", "data_of_another_model"),
 }
+_AGAIN_S = 0.05  # until an interrupt that was dropped is raised again
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
     "model": registry.ENTRIES,
@@ -352,4 +355,21 @@ def main() -> None:
     # difference.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    sys.unraisablehook = _keep_interrupts
     sys.exit(run(sys.argv[1:]))
+
+
+_unraisable = sys.unraisablehook
+
+
+def _keep_interrupts(unraisable: Any) -> None:
+    """Ctrl-C that arrives while Python runs a `__del__` or a callback of the garbage collector: it
+    would be printed and dropped there, and the command would go on as if nobody had pressed it.
+    Raise it again a moment later, in the main thread.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        timer = threading.Timer(_AGAIN_S, _thread.interrupt_main)
+        timer.daemon = True  # a command that ends first does not wait for it
+        timer.start()
+    else:
+        _unraisable(unraisable)

@@ -15,6 +15,7 @@ from vlmdpo.commands import rounds
 from vlmdpo.commands.rounds_stages import stage_config
 from vlmdpo.config import STAGES, RoundsConfig, recipes
 from vlmdpo.data import store
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.errors import ConfigError, DataError, Interrupted
 from vlmdpo.report import rounds_page
 from vlmdpo.report.rounds_page import best_round, why_not_helpful
@@ -259,9 +260,10 @@ def test_what_is_damaged_or_gone_is_named(stages, vlmdpo):
 
 def test_one_at_a_time(stages):
     config = RoundsConfig(rounds=1)
-    from vlmdpo.commands.rounds_folder import RoundsFolder
-
-    with RoundsFolder(config).locked(), pytest.raises(DataError, match="runs rounds in"):
+    with (
+        locked(config.output_dir, "running rounds in"),
+        pytest.raises(DataError, match="another vlmdpo is running rounds in"),
+    ):
         rounds.run(config)
 
 
