@@ -11,6 +11,7 @@ from vlmdpo.config.demo import DemoConfig
 from vlmdpo.config.env import EnvConfig
 from vlmdpo.config.estimate_memory import EstimateMemoryConfig
 from vlmdpo.config.eval_amber import DIMENSIONS, EvalAmberConfig
+from vlmdpo.config.evaluate import BENCHMARKS, EvalConfig
 from vlmdpo.config.export import ExportConfig
 from vlmdpo.config.infer import InferConfig
 from vlmdpo.config.make_pairs import MakePairsConfig
@@ -42,6 +43,7 @@ from vlmdpo.config.training import (
 
 __all__ = [
     "ATTENTIONS",
+    "BENCHMARKS",
     "DEFAULT_RATES",
     "DIMENSIONS",
     "DTYPES",
@@ -60,6 +62,7 @@ __all__ = [
     "EnvConfig",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
+    "EvalConfig",
     "ExportConfig",
     "InferConfig",
     "LoraOptions",
