@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from vlmdpo.benchmarks import lmms, lmms_arguments
-from vlmdpo.benchmarks.lmms import verdict
 from vlmdpo.benchmarks.lmms_process import _reason
 from vlmdpo.errors import ConfigError, DataError
 
@@ -119,8 +118,10 @@ def test_documents_that_differ_are_refused():
 
 
 def test_without_a_direction_nothing_is_called_better():
-    assert verdict((0.1, 0.2), None) == "no difference shown"
-    assert verdict((0.1, 0.2), True) == "improvement"
+    more = {"better": {"acc": None}}
+    base = {"t": _task("a", {"acc,none": 0.0}, [{"acc": 0}] * 9, **more)}
+    tuned = {"t": _task("b", {"acc,none": 1.0}, [{"acc": 1}] * 9, **more)}
+    assert lmms.compare(base, tuned)["figures"]["t"]["acc"]["verdict"] == "more"
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"results": {"t": {"a,none": 1}}}', "not JSON"])

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 from vlmdpo.benchmarks import files
 from vlmdpo.benchmarks.stats import DRAWS, Bootstrap, Interval
+from vlmdpo.benchmarks.summary import judge
 from vlmdpo.errors import DataError
 
 _Z95 = 1.959963984540054
@@ -236,9 +237,9 @@ def compare(
 ) -> dict[str, Any] | None:
     """Tuned against base, document by document; None where no figure can be compared so.
 
-    Returns `figures` {task: {figure: {delta, ci95, verdict, n, and for scores of 0 and 1
-    mcnemar_p, fixed, broken}}}, in the figures' own units, and `flips`, the documents whose score
-    of 0 or 1 changed, by each task's first such figure.
+    Returns `n`, the documents; `figures` {task: {figure: {delta, ci95, verdict, n, and for scores
+    of 0 and 1 mcnemar_p, fixed, broken}}}, in the figures' own units; and `flips`, the documents
+    whose score of 0 or 1 changed, by each task's first such figure.
 
     Raises DataError if the documents are not the same.
     """
@@ -258,7 +259,10 @@ def compare(
             if not flipped and _is_right_or_wrong(before) and _is_right_or_wrong(after):
                 flipped = True
                 flips += _flips(task, base[task], tuned[task], before, after)
-    return {"figures": figures, "flips": flips} if figures else None
+    if not figures:
+        return None
+    compared = sum(max(one["n"] for one in names.values()) for names in figures.values())
+    return {"n": compared, "figures": figures, "flips": flips}
 
 
 def _are_paired(before: TaskFigure, after: TaskFigure) -> bool:
@@ -292,7 +296,7 @@ def _difference(before: TaskFigure, after: TaskFigure, images: Sequence[str]) ->
     found: dict[str, Any] = {
         "delta": after.value - before.value,
         "ci95": interval,
-        "verdict": verdict(interval, before.more_is_better),
+        "verdict": judge(interval, more_is_better=before.more_is_better),
         "n": len(changes),
     }
     if _is_right_or_wrong(before) and _is_right_or_wrong(after):
@@ -313,13 +317,6 @@ def _interval_of_mean(values: Sequence[float], images: Sequence[str]) -> Interva
         draws = Bootstrap(images, draws=min(block, DRAWS - start), seed=start)
         drawn.append(draws.sums(values) / draws.sums(ones))
     return Bootstrap.interval(np.concatenate(drawn))
-
-
-def verdict(interval: Interval | None, more_is_better: bool | None) -> str:
-    """What a difference may be called; nothing where it is not said which way is better."""
-    if interval is None or more_is_better is None or interval[0] <= 0 <= interval[1]:
-        return "no difference shown"
-    return "improvement" if (interval[0] > 0) == more_is_better else "decline"
 
 
 def _mcnemar(fixed: int, broken: int) -> float:

@@ -32,6 +32,7 @@ from vlmdpo.benchmarks.lmms_arguments import (
     parse,
 )
 from vlmdpo.benchmarks.stats import DRAWS
+from vlmdpo.benchmarks.summary import repetition
 from vlmdpo.config import PER_CALL, EvalConfig, ExportConfig, flag_name, recipes
 from vlmdpo.config.evaluate import LMMS
 from vlmdpo.errors import ConfigError, DataError
@@ -258,9 +259,13 @@ def _facts(tasks: Mapping[str, TaskResult]) -> dict[str, Any]:
         "described": 0,
         "unread": 0,
         "unread_examples": [],
-        "words": sum(len(text.split()) for text in texts) / len(texts) if texts else None,
-        "repetition": None,
+        "words": _mean([len(text.split()) for text in texts]),
+        "repetition": _mean([repetition(text) for text in texts]),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _data_digest(tasks: Mapping[str, TaskResult]) -> str:
