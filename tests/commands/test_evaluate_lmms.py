@@ -26,8 +26,10 @@ from vlmdpo.errors import (
     Preempted,
 )
 
-CONFIG = EvalConfig(benchmark="lmms:colours,counts", adapter=SHIPPED, device="cpu", quiet=True)
-FOLDER = Path("outputs/eval/adapter/lmms-colours+counts")
+FOLDER = Path("outputs/lmms")
+CONFIG = EvalConfig(
+    benchmark="lmms:colours,counts", adapter=SHIPPED, device="cpu", quiet=True, output_dir=FOLDER
+)
 
 
 @pytest.fixture
@@ -64,13 +66,33 @@ def test_base_and_tuned_are_asked_in_turn_and_stand_in_one_report(calls):
     figure = report["comparison"]["figures"]["counts"]["exact"]
     assert (figure["verdict"], figure["fixed"], figure["broken"]) == ("improvement", 4, 0)
     assert "f1" not in report["comparison"]["figures"]["counts"], "not the mean of its documents"
-    assert any("f1 is no mean" in note for note in report["notes"])
+    assert "colours: tuned is not compared with base by f1" in " ".join(report["notes"])
+    assert "counts, exact: 4 fixed by tuning, 0 broken, exact McNemar" in " ".join(report["notes"])
     assert (report["questions"], report["part"]["of_questions"]) == (16, 40)
-    assert report["comparison"]["flips"][0]["image"] == "0.png"
-    kept = json.loads((FOLDER / "scores.json").read_text())
-    assert kept["scores"] == report["scores"]
     names = {path.name for path in FOLDER.iterdir()}
-    assert names == {"base", "tuned", "base.log", "tuned.log", "run.json", "scores.json"}
+    assert names == {"base", "tuned", "base.log", "tuned.log", "run.json"}
+
+
+def test_the_command_shows_them_and_keeps_them_with_a_page(calls, vlmdpo):
+    arguments = ["eval", "--benchmark", "lmms:colours,counts", "--adapter", SHIPPED]
+    code, out, err = vlmdpo(*arguments, "--device", "cpu", "--limit", "8")
+    assert code == 0, err
+    for told in ("lmms-eval: colours, counts", "0.500", "+0.500", "improvement", "exact McNemar"):
+        assert told in out
+    assert "16 of 40 questions, the first ones" in out
+    assert "Shares in per cent" not in out, "figures stay in lmms-eval's units"
+    folder = Path("outputs/eval/adapter")
+    report = json.loads((folder / "lmms-colours-counts" / "scores.json").read_text())
+    assert len(report["comparison"]["flips"]) == 8
+    for page in (folder, folder / "lmms-colours-counts"):
+        text = (page / "report.html").read_text()
+        assert "improvement" in text
+        assert "standard errors" in text
+        assert "Shares in per cent" not in text
+    (folder / "lmms-colours-counts" / "scores.json").unlink()
+    code, out, err = vlmdpo(*arguments, "--device", "cpu", "--limit", "8", "--json")
+    assert code == 0, err
+    assert json.loads(out)["scores"] == report["scores"]
 
 
 def test_a_model_that_is_finished_is_not_asked_again(calls, monkeypatch):
@@ -110,7 +132,7 @@ def test_without_the_package_nothing_is_loaded(monkeypatch):
 def test_an_unknown_task_is_found_before_a_model_is_loaded(calls):
     with pytest.raises(ConfigError, match=r"no task 'count'\. Did you mean 'counts'\?"):
         _run(benchmark="lmms:colours,count")
-    assert not Path("outputs").exists()
+    assert not FOLDER.exists()
     assert len(read_calls(calls)) == 1
 
 

@@ -61,7 +61,7 @@ def test_a_made_up_task_is_scored_for_base_and_tuned():
     (folder / "moons.yaml").write_text(_TASK.replace("DOCUMENTS", str(documents)))
     (folder / "moons.py").write_text(_FUNCTIONS)
     more = shlex.join(["--include_path", str(folder)])
-    config = {"adapter": SHIPPED, "device": "cpu", "lmms_args": more}
+    config = {"adapter": SHIPPED, "device": "cpu", "lmms_args": more, "output_dir": Path("out")}
     report = evaluate_lmms.run(EvalConfig(benchmark="lmms:moons", **config))
     for role in ("base", "tuned"):
         assert 0 <= report["scores"][role]["moons"]["right"] <= 1

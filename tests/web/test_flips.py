@@ -33,9 +33,11 @@ def _write(folder, changed, *, weights=b"weights", **report):
     folder.mkdir(parents=True)
     digest = hashlib.sha256(weights).hexdigest()[:16]
     (folder / "run.json").write_text(json.dumps({"adapter_digest": digest}))
-    settings = {"data": None, "images": None, **report.pop("settings", {})}
+    settings = report.pop("settings", {})
+    if isinstance(settings, dict):
+        settings = {"data": None, "images": None, **settings}
     whole = {
-        **{"title": "POPE", "benchmark": "pope", "adapter": "outputs/mine"},
+        **{"title": "POPE", "benchmark": "pope", "adapter": "outputs/mine", "figures": {}},
         **{"scores": {"base": {}, "tuned": {}}, "settings": settings},
         **{"comparison": {"flips": changed}, **report},
     }
@@ -72,22 +74,27 @@ def test_images_are_where_each_benchmark_has_them(benchmark, settings, picture, 
     _picture(picture)
     folder = _write("e", [_flip("1.png", "What?")], benchmark=benchmark, settings=settings)
     (example,) = _found(folder, adapter)
-    assert (example.question, example.source) == ("What?", "changed in POPE")
+    title = "eval-amber" if benchmark == "amber" else "POPE"
+    assert (example.question, example.source) == ("What?", f"changed in {title}")
     assert example.image.is_file()
 
 
-def test_eval_ambers_descriptions_are_asked_with_its_prompt(adapter):
+def test_eval_ambers_own_reports_are_read_descriptions_with_its_prompt(adapter):
     described = {"image": "SCENE_2.png", "base": "a dog", "tuned": "a cat"}
-    folder = _write(
-        "e",
-        [_flip("SCENE_1.png")],
-        is_amber=False,
-        generative_comparison={"flips": [described]},
-    )
-    report = json.loads((folder / "scores.json").read_text())
-    del report["benchmark"], report["title"]  # eval-amber writes neither
-    (folder / "scores.json").write_text(json.dumps(report))
-    found = _found(folder, adapter)
+    changed = {**_flip("SCENE_1.png"), "dimension": "Existence"}
+    _write("e", [])
+    report = {
+        **{"data": "scenes", "is_amber": False, "questions": {"Discriminative": 2}, "unparsed": 0},
+        **{"scores": {"base": {}, "tuned": {}}, "models": {}, "adapter": "outputs/mine"},
+        "settings": {"data": None, "images": None},
+        "comparison": {
+            **{"delta_accuracy": 1, "ci95": [0, 2], "verdict": "no difference shown"},
+            "flips": [changed],
+        },
+        "generative_comparison": {"figures": {}, "flips": [described]},
+    }
+    Path("e/scores.json").write_text(json.dumps(report))
+    found = _found(Path("e"), adapter)
     assert [example.question for example in found] == ["Is there a dog?", "Describe this image."]
     assert {example.source for example in found} == {"changed in eval-amber"}
 
@@ -99,7 +106,7 @@ def test_an_image_outside_its_root_is_not_shown(adapter):
     folder = _write("e", [*outside, _flip("1.png", "Mine?")], settings={"data": "coco"})
     assert [example.question for example in _found(folder, adapter)] == ["Mine?"]
     folder = _write("f", outside, settings={"data": "coco"})
-    with pytest.raises(DataError, match=r"none of the images of 'coco' .*\.\./secret\.png"):
+    with pytest.raises(DataError, match=r"of 'coco', none of .*\.\./secret\.png"):
         _found(folder, adapter)
 
 
@@ -111,21 +118,22 @@ def test_an_image_outside_its_root_is_not_shown(adapter):
         ({"comparison": None}, "no answer changed between base and tuned"),
         ({"comparison": None, "scores": {"tuned": {}}}, "has the scores of one model"),
         ({"benchmark": "lmms:mme"}, "is of lmms-eval, which keeps no images"),
-        ({"changed": [{"image": "1.png"}]}, "not written by vlmdpo eval or eval-amber"),
-        ({"comparison": 3}, "not written by vlmdpo eval or eval-amber"),
+        ({"changed": [{"image": "1.png"}]}, "is damaged"),
+        ({"comparison": 3}, "is damaged"),
+        ({"settings": 3}, "is damaged|not of vlmdpo eval"),
     ],
 )
 def test_a_folder_of_anything_else_is_refused_in_one_line(changes, message, adapter):
     folder = _write("e", **{"changed": [_flip("1.png")], **changes})
     with pytest.raises(DataError, match=message) as caught:
         _found(folder, adapter)
-    assert str(caught.value).startswith("--eval: 'e'")
+    assert str(caught.value).startswith("--eval: 'e")
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_an_evaluation_is_refused_and_one_of_several_names_them(adapter):
-    with pytest.raises(DataError, match="not written by vlmdpo eval or eval-amber"):
-        _found(Path(), adapter)
+    with pytest.raises(DataError, match=r"^--eval: '.*holds no results of vlmdpo eval"):
+        _found(Path("outputs"), adapter)
     _write("all/pope", [])
     _write("all/chair", [])
     with pytest.raises(DataError, match="several evaluations; name one: chair, pope"):

@@ -102,12 +102,15 @@ def _voting(config: CompareConfig, folder: Path) -> Voting:
 
 
 def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
+    from vlmdpo.benchmarks.image_folder import DrawnImages
+    from vlmdpo.tiny import evaluation
     from vlmdpo.web import examples, flips
 
     picked = _changed(config, adapter, folder)
     if not picked and config.model == "tiny":
         shipped = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
-        picked = flips.from_flips(shipped, folder, None, "questions about the embedded scenes")
+        drawn = DrawnImages(evaluation.draw_image)
+        picked = flips.from_flips(shipped, folder, drawn, "questions about the embedded scenes")
     picked += examples.from_run(adapter, folder)
     if config.examples is not None:
         root = config.image_root or config.examples.parent

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,19 +32,22 @@ from vlmdpo.benchmarks.lmms_arguments import (
 )
 from vlmdpo.benchmarks.stats import DRAWS
 from vlmdpo.benchmarks.summary import repetition
+from vlmdpo.commands.ask_benchmark import output_folder
 from vlmdpo.config import PER_CALL, EvalConfig, ExportConfig, flag_name, recipes
 from vlmdpo.config.evaluate import LMMS
 from vlmdpo.errors import ConfigError, DataError
-from vlmdpo.models.registry import short_name
 
-SCORES = "scores.json"
-_MAX_NAME = 80  # characters of a folder's name
 # Options of asking, which lmms-eval does in its own way.
 _NOT_READ = (
     *("data", "images", "system", "chat_template_kwargs", "image_splitting", "engine"),
     *("batch_size", "verify", "max_new_tokens", "max_description_tokens", "attn_implementation"),
-    *("num_processes", "trust_remote_code", "revision"),
+    *("trust_remote_code", "revision"),
 )
+
+
+_UNIT = "as lmms-eval gives it"
+# A figure's own interval is no bootstrap.
+_OVER = "images, of changes; of figures ± 1.96 of lmms-eval's standard errors"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class _Plan:
 def run(config: EvalConfig) -> dict[str, Any]:
     """Have lmms-eval ask base and tuned, and report. What is finished is not run again.
 
+    Args:
+        config: with the output folder of these tasks.
+
     Raises ConfigError, DataError, ModelError, MissingDependencyError, MemoryBudgetError, Preempted.
     """
     installed = lmms_process.installed_version()
@@ -88,9 +93,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         _answer(config, plan, "base", plan.source)
     if "tuned" in todo:
         _answer_tuned(config, plan)
-    report = _report(config, plan, {role: lmms.read(plan.folder / role) for role in plan.roles})
-    answer_files.write_json(plan.folder / SCORES, report)
-    return report
+    return _report(config, plan, {role: lmms.read(plan.folder / role) for role in plan.roles})
 
 
 def _plan(config: EvalConfig, installed: str) -> _Plan:
@@ -111,7 +114,7 @@ def _plan(config: EvalConfig, installed: str) -> _Plan:
         raise ConfigError(
             f"--dtype: lmms-eval's {name} chooses its own data type; leave the option out"
         )
-    source, folder = load.pretrained_source(config.model), _folder(config, tasks)
+    source, folder = load.pretrained_source(config.model), output_folder(config)
     check_path(source, "--model")
     check_path(str(folder.absolute()), "--output-dir")
     device = pick_device(config.device)
@@ -142,15 +145,6 @@ def _refuse_unread(config: EvalConfig) -> None:
                 f"{flag_name(name)} is not for --benchmark {LMMS}: lmms-eval asks in its own way; "
                 "give it its own arguments with --lmms-args, as in '--batch_size 8'"
             )
-
-
-def _folder(config: EvalConfig, tasks: Sequence[str]) -> Path:
-    """OUT/lmms-<tasks>."""
-    model = config.adapter.resolve().name if config.adapter else short_name(config.model)
-    name = "lmms-" + re.sub(r"[^\w.+-]+", "_", "+".join(tasks))
-    if len(name) > _MAX_NAME:
-        name = f"{name[:_MAX_NAME]}-{hashlib.sha256(','.join(tasks).encode()).hexdigest()[:8]}"
-    return (config.output_dir or Path("outputs") / "eval" / model) / name
 
 
 def _answer(config: EvalConfig, plan: _Plan, role: str, source: str) -> None:
@@ -201,11 +195,12 @@ def _report(
     config: EvalConfig, plan: _Plan, results: Mapping[str, Mapping[str, TaskResult]]
 ) -> dict[str, Any]:
     first = next(iter(results.values()))
+    compared = lmms.compare(*results.values()) if len(results) == 2 else None
     asked = sum(task.asked for task in first.values() if task.documents)
     return {
         "benchmark": config.benchmark,
         "title": f"lmms-eval: {', '.join(plan.tasks)}",
-        "rule": "lmms-eval's own",
+        "rule": "lmms-eval",
         "data_digest": _data_digest(first),
         "model": config.model,
         "adapter": str(config.adapter) if config.adapter else None,
@@ -217,18 +212,19 @@ def _report(
         "models": {role: _facts(tasks) for role, tasks in results.items()},
         "coverage": 1.0,
         "unread": 0,
-        "comparison": lmms.compare(results["base"], results["tuned"])
-        if len(results) == 2
-        else None,
-        "notes": _notes(results),
+        "figures": _about_figures(first),
+        "comparison": compared,
+        "notes": _notes(results, compared),
         "published": [],
         "part": _part(first, asked),
-        "engine": f"lmms-eval, {plan.model_class}",
+        "main": [next(iter(first), ""), next(iter(_about_figures(first)), "")],
+        "engine": f"lmms-eval ({plan.model_class})",
         "fallback_reason": None,
         "bad_pictures": {},
         "bad_questions": {},
+        "identity": dict(plan.identity),
         "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
-        "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
+        "bootstrap": {"draws": DRAWS, "seed": 0, "over": _OVER},
         "versions": {
             "python": platform.python_version(),
             "vlmdpo": __version__,
@@ -285,15 +281,36 @@ def _part(tasks: Mapping[str, TaskResult], asked: int) -> dict[str, int] | None:
     return {"questions": asked, "of_questions": of, "descriptions": 0, "of_descriptions": 0}
 
 
-def _notes(results: Mapping[str, Mapping[str, TaskResult]]) -> list[str]:
-    notes = ["Figures are lmms-eval's, in its units; intervals are ± 1.96 of its standard errors."]
+def _about_figures(tasks: Mapping[str, TaskResult]) -> dict[str, dict[str, Any]]:
+    """By name, what pages say of a figure; None for the way on which tasks do not agree."""
+    ways: dict[str, set[bool | None]] = {}
+    for task in tasks.values():
+        for name, figure in task.figures.items():
+            ways.setdefault(name, set()).add(figure.more_is_better)
+    return {
+        name: {"unit": _UNIT, "more_is_better": found.pop() if len(found) == 1 else None}
+        for name, found in ways.items()
+    }
+
+
+def _notes(
+    results: Mapping[str, Mapping[str, TaskResult]], compared: Mapping[str, Any] | None
+) -> list[str]:
+    notes = ["figures are lmms-eval's, in its units; it does not say which answers it cannot read"]
     for name, task in next(iter(results.values())).items():
-        unpaired = [figure for figure, value in task.figures.items() if not value.scores]
-        if task.documents and unpaired and len(results) == 2:
+        changes = compared["figures"].get(name, {}) if compared else {}
+        notes += [
+            f"{name}, {figure}: {change['fixed']} fixed by tuning, {change['broken']} broken, "
+            f"exact McNemar p = {change['mcnemar_p']:.2g}"
+            for figure, change in changes.items()
+            if "mcnemar_p" in change
+        ]
+        alone = [figure for figure in task.figures if figure not in changes]
+        if len(results) == 2 and task.documents and alone:
             notes.append(
-                f"{name}: {', '.join(unpaired)} is no mean of documents' scores, so tuned is not "
-                "compared with base by it."
+                f"{name}: tuned is not compared with base by {', '.join(alone)}, no mean of "
+                "documents' scores"
             )
         if task.unnumbered:
-            notes.append(f"{name}: lmms-eval gives no number for {', '.join(task.unnumbered)}.")
+            notes.append(f"{name}: lmms-eval gives no number for {', '.join(task.unnumbered)}")
     return notes

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vlmdpo.benchmarks.answers import RUN
-from vlmdpo.benchmarks.image_folder import ImageFolder
+from vlmdpo.benchmarks.base import Images
 from vlmdpo.config.evaluate import LMMS
 from vlmdpo.errors import DataError
 from vlmdpo.models.adapter_files import WEIGHTS
+from vlmdpo.report import evaluations
+from vlmdpo.report.evaluations import SCORES
 from vlmdpo.report.html import evenly
 from vlmdpo.web.examples import PER_SOURCE, Example
 
-SCORES = "scores.json"
-_DESCRIBE = (
-    "Describe this image."  # AMBER's only prompt for descriptions, which its flips leave out
-)
+_DESCRIBE = "Describe this image."  # AMBER's only prompt for descriptions; its flips leave it out
 
 
 def from_evaluation(folder: Path, adapter: Path, image_folder: Path, flag: str) -> list[Example]:
@@ -34,7 +33,7 @@ def from_evaluation(folder: Path, adapter: Path, image_folder: Path, flag: str) 
     """
     report = _read(folder, flag)
     _check_adapter(folder, report, adapter, flag)
-    if str(report.get("benchmark")).startswith(LMMS):
+    if report["benchmark"].startswith(LMMS):
         raise DataError(
             f"{flag}: '{folder}' is of lmms-eval, which keeps no images to ask about; name an "
             "evaluation by another benchmark"
@@ -42,61 +41,55 @@ def from_evaluation(folder: Path, adapter: Path, image_folder: Path, flag: str) 
     flips = _flips(report)
     if not flips:
         raise DataError(f"{flag}: {_why_none(report, folder)}")
-    title = "eval-amber" if "is_amber" in report else report["title"]
-    images = _images(report)
+    title = "eval-amber" if report["benchmark"] == "amber" else report["title"]
+    images = evaluations.images_of(report)
     examples = from_flips(evenly(flips, PER_SOURCE), image_folder, images, f"changed in {title}")
     if not examples:
-        place = f" of {images}" if images else ""
         raise DataError(
-            f"{flag}: none of the images{place} that '{folder}' is about can be read, such as "
-            f"'{flips[0]['image']}'; were they moved?"
+            f"{flag}: of {images}, none of the images that '{folder}' is about can be read, such "
+            f"as '{flips[0]['image']}'; were they moved?"
         )
     return examples
 
 
 def from_flips(
-    flips: Sequence[Mapping[str, Any]], folder: Path, images: ImageFolder | None, source: str
+    flips: Sequence[Mapping[str, Any]], folder: Path, images: Images, source: str
 ) -> list[Example]:
-    """Questions about a benchmark's images, or the embedded set's. Missing images are left out."""
-    from vlmdpo.tiny import evaluation
-
+    """Questions about these images. Missing images are left out."""
     examples = []
     for flip in flips:
         try:
-            image = images.open(flip["image"]) if images else evaluation.draw_image(flip["image"])
+            image = images.open(flip["image"])
         except (DataError, KeyError):  # images may have been moved since
             continue
         path = folder / f"changed-{sum(1 for _ in folder.glob('changed-*.png'))}.png"
         image.save(path)
-        examples.append(Example(path, flip["question"], source))
+        examples.append(Example(path, flip["question"] or _DESCRIBE, source))
     return examples
 
 
 def _read(folder: Path, flag: str) -> dict[str, Any]:
-    """The report in a folder. Raises DataError."""
-    if not (folder / SCORES).is_file() and (
-        inner := sorted(path.parent.name for path in folder.glob(f"*/{SCORES}"))
-    ):
+    """The report in a folder, in the form that all benchmarks have. Raises DataError."""
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{SCORES}"))
+    if inner and not (folder / SCORES).is_file():
         raise DataError(
             f"{flag}: '{folder}' holds several evaluations; name one: {', '.join(inner)}"
         )
     try:
-        report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        report = evaluations.read(folder)
+        _ = report["benchmark"], report["title"], evaluations.images_of(report)
         _ = [(flip["image"], flip["question"]) for flip in _flips(report)]
-        _ = report["title"] if "is_amber" not in report else None
-        _ = report["settings"]["data"], report["settings"]["images"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except DataError as problem:
+        raise DataError(f"{flag}: {problem}") from problem
+    except (KeyError, TypeError, AttributeError) as problem:
         raise DataError(
-            f"{flag}: '{folder}' was not written by vlmdpo eval or eval-amber: {problem}"
+            f"{flag}: '{folder}' is damaged ({type(problem).__name__}: {problem}); evaluate again"
         ) from problem
-    assert isinstance(report, dict)
     return report
 
 
 def _flips(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    answers = (report["comparison"] or {}).get("flips", [])
-    descriptions = (report.get("generative_comparison") or {}).get("flips", [])
-    return [*answers, *({"question": _DESCRIBE, **flip} for flip in descriptions)]
+    return list((report["comparison"] or {}).get("flips", []))
 
 
 def _why_none(report: Mapping[str, Any], folder: Path) -> str:
@@ -126,15 +119,3 @@ def _check_adapter(folder: Path, report: Mapping[str, Any], adapter: Path, flag:
             f"{flag}: '{folder}' is an evaluation of another adapter ({report.get('adapter')}), or "
             f"of this one before it was trained again; evaluate '{adapter}'"
         )
-
-
-def _images(report: Mapping[str, Any]) -> ImageFolder | None:
-    """Where the images of an evaluation are; None for the embedded set, which is drawn."""
-    data, images = report["settings"]["data"], report["settings"]["images"]
-    benchmark = report.get("benchmark", "amber")
-    if images:
-        return ImageFolder(Path(images), benchmark)
-    if benchmark == "amber":
-        return ImageFolder(Path(data) / "image", "AMBER") if data else None
-    # Questions of one's own lie beside their images; others have them in their data folder.
-    return ImageFolder(Path(data) if data else Path(benchmark).parent, benchmark)
