@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import vlmdpo
+from vlmdpo.benchmarks import own_questions
+from vlmdpo.config import EvalConfig
 
 pytestmark = pytest.mark.slow
 
@@ -20,3 +22,20 @@ def test_the_library_example_trains_and_answers(tmp_path):
     assert base == "Yes", "the embedded model sees a moon that is not there"
     assert tuned
     assert (tmp_path / "library" / "adapter" / "README.md").is_file()
+
+
+def test_the_sample_of_own_questions_is_thirty_with_as_many_yes_as_no():
+    found = importlib.util.spec_from_file_location(
+        "make_sample", EXAMPLES / "own_questions" / "make_sample.py"
+    )
+    sample = importlib.util.module_from_spec(found)
+    found.loader.exec_module(sample)
+    sample.main(Path("mine"))
+    loaded = own_questions.load(EvalConfig(benchmark="mine/questions.jsonl"))
+    assert len(loaded.questions) == 30
+    assert loaded.images.missing([question.image for question in loaded.questions]) == []
+    truths = [question.truth for question in loaded.questions]
+    assert truths.count("yes") == truths.count("no") == 10
+    first = [question.choices.index(question.truth) for question in loaded.questions[2::3]]
+    assert sum(first) == 5, "the place of a choice says nothing"
+    assert {question.group for question in loaded.questions} == {"presence", "colour"}

@@ -251,7 +251,8 @@ def _common_options(config: type[cf.Options]) -> frozenset[str]:
 def _hint(full_size: str, given: Mapping[str, Any]) -> str:
     """One line for a bare call: what it works on, and the full-size command."""
     if not full_size or any(
-        given.get(key) for key in ("model", "dataset", "answers", "data", "adapter", "recipe")
+        given.get(key)
+        for key in ("model", "dataset", "answers", "data", "adapter", "recipe", "benchmark")
     ):
         return ""
     return f"using the embedded model 'tiny' (and data 'scenes'); full size: {full_size}"

@@ -189,8 +189,6 @@ def test_examples_are_the_flips_first_then_rows_of_the_run(vlmdpo, tmp_path):
     assert sources == ["changed in eval-amber", "test split of the run"]
     assert all(example.image.is_file() for example in found)
     assert compare._beta(config.adapter) == 0.1
-    with pytest.raises(DataError, match="not written by vlmdpo eval-amber"):
-        examples.from_amber(tmp_path, tmp_path)
 
 
 def test_lines_of_an_example_file_that_cannot_be_asked_are_left_out(tmp_path):

@@ -102,15 +102,15 @@ def _voting(config: CompareConfig, folder: Path) -> Voting:
 
 
 def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
-    from vlmdpo.web import examples
+    from vlmdpo.benchmarks.image_folder import DrawnImages
+    from vlmdpo.tiny import evaluation
+    from vlmdpo.web import examples, flips
 
-    picked = []
-    amber = config.amber or _latest_evaluation(adapter)
-    if amber is not None:
-        picked += examples.from_amber(amber, folder)
-    elif config.model == "tiny":
-        flips = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
-        picked += examples.from_flips(flips, folder, None, "questions about the embedded scenes")
+    picked = _changed(config, adapter, folder)
+    if not picked and config.model == "tiny":
+        shipped = json.loads((SHIPPED / FLIPS).read_text(encoding="utf-8"))
+        drawn = DrawnImages(evaluation.draw_image)
+        picked = flips.from_flips(shipped, folder, drawn, "questions about the embedded scenes")
     picked += examples.from_run(adapter, folder)
     if config.examples is not None:
         root = config.image_root or config.examples.parent
@@ -122,12 +122,35 @@ def _examples(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
     return picked
 
 
-def _latest_evaluation(adapter: Path) -> Path | None:
-    """The latest folder that eval-amber wrote by default for this adapter; None without one."""
-    found = Path("outputs", "amber").glob(f"*-{glob.escape(adapter.resolve().name)}/scores.json")
-    return max(
-        (path.parent for path in found), key=lambda folder: folder.stat().st_mtime, default=None
-    )
+def _changed(config: CompareConfig, adapter: Path, folder: Path) -> list[Any]:
+    """Questions whose answers changed, of the evaluations that are named, else of the latest."""
+    from vlmdpo.web import flips
+
+    named = [
+        (flag, evaluated)
+        for flag, evaluated in (("--eval", config.eval), ("--amber", config.amber))
+        if evaluated is not None
+    ]
+    if named:
+        found = [flips.from_evaluation(path, adapter, folder, flag) for flag, path in named]
+        return [example for some in found for example in some]
+    for folder_of_eval in _evaluations(adapter):
+        try:
+            return flips.from_evaluation(folder_of_eval, adapter, folder, "--eval")
+        except DataError as problem:  # nobody asked for this one
+            ui.say(f"no examples of an evaluation: {problem}")
+    return []
+
+
+def _evaluations(adapter: Path) -> list[Path]:
+    """The folders that eval and eval-amber wrote by default for this adapter, latest first."""
+    name = glob.escape(adapter.resolve().name)
+    found = [
+        *Path("outputs", "amber").glob(f"*-{name}/scores.json"),
+        *Path("outputs", "eval").glob(f"{name}/*/scores.json"),
+    ]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in found]
 
 
 def _beta(adapter: Path) -> float:

@@ -6,6 +6,7 @@ A model's evaluations lie in one folder: a folder per benchmark, and one page ov
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 import re
 from importlib.metadata import version
@@ -33,6 +34,8 @@ from vlmdpo.report import evaluations, figure_rows, model_card
 
 __all__ = ["run", "show"]
 
+_MAX_NAME = 80  # characters of a folder's name
+
 
 def run(config: EvalConfig) -> dict[str, Any]:
     """Ask and score one benchmark, or score a response file, and write the page of all.
@@ -49,7 +52,10 @@ def run(config: EvalConfig) -> dict[str, Any]:
     if config.kind == "lmms":
         from vlmdpo.commands import evaluate_lmms
 
-        return _with_page(config, evaluate_lmms.run(_in_its_folder(config)))
+        placed = _in_its_folder(config)
+        report = evaluate_lmms.run(placed)
+        _write(placed, report)
+        return _with_page(config, report)
     if config.kind == "amber":
         return eval_amber.evaluate(
             _as_amber(config), extend=_extended_amber, also_write=lambda r: _with_page(config, r)
@@ -81,6 +87,8 @@ def _in_its_folder(config: EvalConfig) -> EvalConfig:
         return config
     own = Path(config.benchmark).stem if config.kind == "a file" else config.benchmark
     name = re.sub(r"[^\w.-]+", "-", own).strip("-.")
+    if len(name) > _MAX_NAME:  # lmms-eval may be given many tasks
+        name = f"{name[:_MAX_NAME]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
     return dataclasses.replace(config, output_dir=config.output_dir / name)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlmdpo import ui
+from vlmdpo.benchmarks.base import SHARE
 from vlmdpo.commands import eval_amber_screen
 from vlmdpo.report import figure_rows
 from vlmdpo.report.evaluations import part_in_words
@@ -24,7 +25,8 @@ def show(report: dict[str, Any]) -> None:
 
 def _show_figures(report: dict[str, Any]) -> None:
     title = f"{report['title']} ({report['model']})"
-    note = f"Shares in per cent. Answers read by: {report['rule']}."
+    has_shares = any(about["unit"] == SHARE for about in report["figures"].values())
+    note = f"{'Shares in per cent. ' if has_shares else ''}Answers read by: {report['rule']}."
     _table(title, figure_rows.rows(report), report, note)
     for reading, rows in list(figure_rows.other_readings(report).items())[:1]:
         _table(f"{report['title']}, {reading}", _main_rows(rows), report, "All are in the report.")
@@ -89,6 +91,8 @@ def _show_comparison(comparison: dict[str, Any] | None) -> None:
 
 def _show_facts(role: str, facts: dict[str, Any]) -> None:
     """How long and repetitive answers are, and those that cannot be read."""
+    if facts["words"] is None:  # lmms-eval need not log answers
+        return
     said = (
         f"{role}: {facts['words']:.1f} words an answer, repetition {100 * facts['repetition']:.1f}%"
     )

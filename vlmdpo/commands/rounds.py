@@ -67,12 +67,12 @@ def _run_stage(config: RoundsConfig, folder: RoundsFolder, number: int, stage: s
             report = launch.run(name, settings)
         else:
             report = importlib.import_module(f"vlmdpo.commands.{stage}").run(settings)
-    _free_memory()
+    free_memory()
     outcome = {**outcome_of(stage, report), "elapsed_s": round(time.monotonic() - started, 1)}
     folder.keep(number, stage, outcome)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Let go of a stage's model: the next one loads it again, perhaps in processes of its own."""
     gc.collect()
     torch = sys.modules.get("torch")

@@ -14,10 +14,17 @@ from vlmdpo.errors import ConfigError
 class CompareConfig(RuntimeOptions, OutputOptions):
     """`vlmdpo compare`: a page on this machine with the answers of base and tuned side by side."""
 
+    eval: Path | None = option(
+        None,
+        "Folder that eval wrote for one benchmark; its changed answers are the first examples",
+        default_text="the latest that eval or eval-amber wrote for this adapter where they do by "
+        "default, if they have",
+        group="Data",
+    )
     amber: Path | None = option(
         None,
-        "Folder written by eval-amber; its changed answers are the first examples",
-        default_text="where eval-amber writes for this adapter, if it has",
+        "Folder written by eval-amber, likewise",
+        default_text="see --eval",
         group="Data",
     )
     examples: Path | None = option(

@@ -174,3 +174,5 @@ class EvalConfig(EvalAmberConfig):
             )
         if self.kind == "lmms" and self.answers is not None:
             raise ConfigError("--answers: lmms-eval scores its own answers; leave it out")
+        if self.kind == "lmms" and self.num_processes > 1:
+            raise ConfigError("--num-processes: lmms-eval runs as one process; leave it out")

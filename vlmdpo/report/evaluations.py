@@ -150,7 +150,9 @@ def part_in_words(part: Mapping[str, int]) -> str:
         for name in ("questions", "descriptions")
         if part[f"of_{name}"]
     )
-    return f"A part only: {' and '.join(halves)}, drawn by group and answer (seed {part['seed']})."
+    # lmms-eval takes the first ones.
+    how = f"drawn by group and answer (seed {part['seed']})" if "seed" in part else "the first ones"
+    return f"A part only: {' and '.join(halves)}, {how}."
 
 
 def _with_pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,22 +1,17 @@
-"""Examples to ask about: answers that changed in an evaluation, rows of the run, the user's own."""
+"""Examples to ask about: rows of the run, the user's own. Answers that changed are in `flips`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vlmdpo.benchmarks.image_folder import ImageFolder
 from vlmdpo.data import questions, store
 from vlmdpo.data.left_out import LeftOut
 from vlmdpo.data.reasons import BadImage
-from vlmdpo.errors import DataError
 from vlmdpo.report.html import evenly
 
-SCORES = "scores.json"
-_PER_SOURCE = 12  # examples of each source
+PER_SOURCE = 12  # examples of each source
 _MOST_OF_FILE = 200  # examples of the user's own file
 
 
@@ -27,38 +22,6 @@ class Example:
     image: Path
     question: str
     source: str
-
-
-def from_amber(folder: Path, image_folder: Path) -> list[Example]:
-    """Answers that changed between base and tuned in a folder of `eval-amber`. Raises DataError."""
-    try:
-        report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        flips = (report["comparison"] or {}).get("flips", [])
-        data, images = report["settings"]["data"], report["settings"]["images"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise DataError(
-            f"--amber: '{folder}' was not written by vlmdpo eval-amber: {problem}"
-        ) from problem
-    root = ImageFolder(Path(images or Path(data) / "image"), "AMBER") if data else None
-    return from_flips(evenly(flips, _PER_SOURCE), image_folder, root, "changed in eval-amber")
-
-
-def from_flips(
-    flips: Sequence[Any], folder: Path, images: ImageFolder | None, source: str
-) -> list[Example]:
-    """Questions about a benchmark's images, or the embedded set's. Missing images are left out."""
-    from vlmdpo.tiny import evaluation
-
-    examples = []
-    for number, flip in enumerate(flips):
-        try:
-            image = images.open(flip["image"]) if images else evaluation.draw_image(flip["image"])
-        except DataError:  # AMBER's images may have been moved since
-            continue
-        path = folder / f"changed-{number}.png"
-        image.save(path)
-        examples.append(Example(path, flip["question"], source))
-    return examples
 
 
 def from_run(adapter: Path, folder: Path) -> list[Example]:
@@ -72,7 +35,7 @@ def from_run(adapter: Path, folder: Path) -> list[Example]:
     split = "test" if store.has_test_split(data) else "train"
     rows = store.load(data, split)
     examples = []
-    for number in evenly(range(len(rows)), _PER_SOURCE):
+    for number in evenly(range(len(rows)), PER_SOURCE):
         row = rows[number]
         texts = [
             part["text"] for turn in row["prompt"] for part in turn["content"] if part.get("text")
