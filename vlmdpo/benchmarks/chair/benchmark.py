@@ -1,0 +1,212 @@
+"""CHAIR (Rohrbach et al., EMNLP 2018, arXiv 1809.02156) on images of COCO.
+
+A mention of one of COCO's 80 objects is hallucinated if neither a box nor a reference caption of
+the image has it. Each mention counts, repeated ones too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vlmdpo import ui
+from vlmdpo.benchmarks.base import (
+    ALL,
+    Asked,
+    Figure,
+    Published,
+    Question,
+    Ratio,
+    Responses,
+    Sheet,
+)
+from vlmdpo.benchmarks.chair import captions, coco, kept, mentions, pattern, truth, wordnet
+from vlmdpo.benchmarks.chair.coco import Coco
+from vlmdpo.benchmarks.chair.mentions import Caption, Scorer
+from vlmdpo.benchmarks.image_folder import ImageFolder
+from vlmdpo.config.evaluate import EvalConfig
+from vlmdpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SCORERS = {"pattern": pattern.make, "wordnet": wordnet.make}
+
+
+@dataclass(frozen=True)
+class Chair:
+    """Images to describe, and what is in them.
+
+    Attributes:
+        truths: by image id, the categories in it.
+    """
+
+    digest: str
+    descriptions: Sequence[Question]
+    scorer: Scorer
+    truths: Mapping[int, frozenset[str]]
+    folder: ImageFolder
+    notes: Sequence[str]
+    name: str = "chair"
+    main: tuple[str, str] = (ALL, "chair_i")
+    questions: Sequence[Question] = ()
+    # Every paper takes its own 500 images, so no row of figures can stand beside these.
+    published: Sequence[Published] = ()
+
+    @property
+    def title(self) -> str:
+        """With the scorer, whose figures are not the other's."""
+        return f"CHAIR ({self.scorer.name})"
+
+    @property
+    def rule(self) -> str:
+        """Whose rules find the objects."""
+        return self.scorer.rule
+
+    def open_image(self, name: str) -> Image.Image:
+        """The upright RGB image. Raises DataError."""
+        return self.folder.open(name)
+
+    def missing_images(self) -> list[str]:
+        """The names of missing images. Raises DataError if all of them, or the folder, are
+        missing.
+        """
+        return self.folder.missing([asked.image for asked in self.descriptions])
+
+    def is_settled(self, answer: str) -> bool:
+        """Never: any further word may be an object."""
+        return False
+
+    def read(self, asked: Asked, answer: str) -> str | None:
+        """The description as it is."""
+        return answer
+
+    def read_answers(self, path: Path) -> Responses:
+        """(image id, caption) of a file, in order, with repetitions. Raises DataError."""
+        return captions.read(path)
+
+    def score(self, responses: Responses) -> Sheet:
+        """CHAIRs, CHAIRi, recall and length of these captions. An id that is there twice counts
+        twice, its truth too.
+        """
+        image_of = {asked.id: asked.image for asked in self.descriptions}
+        found = [mentions.read(caption, self.scorer) for _, caption in responses]
+        truths = [self.truths[int(number)] for number, _ in responses]
+        invented = [_invented(one, truth) for one, truth in zip(found, truths, strict=True)]
+        return Sheet(
+            ids=[number for number, _ in responses],
+            images=[image_of[number] for number, _ in responses],
+            groups={ALL: _figures(found, truths, [len(words) for words in invented])},
+            details={
+                number: {
+                    "mentioned": [category for _, category in one.mentions],
+                    "hallucinated": [list(mention) for mention in words],
+                    "truth": sorted(truth),
+                }
+                for (number, _), one, words, truth in zip(
+                    responses, found, invented, truths, strict=True
+                )
+            },
+        )
+
+
+def _invented(caption: Caption, truth: frozenset[str]) -> list[tuple[str, str]]:
+    """The mentions of what is not in the image."""
+    return [mention for mention in caption.mentions if mention[1] not in truth]
+
+
+def _figures(
+    found: Sequence[Caption], truths: Sequence[frozenset[str]], num_invented: Sequence[int]
+) -> dict[str, Figure]:
+    """The figures of n captions."""
+    import numpy as np
+
+    named = [
+        len({category for _, category in one.mentions} & truth)
+        for one, truth in zip(found, truths, strict=True)
+    ]
+    ones = [1] * len(found)
+
+    def figure(part: Sequence[int], whole: Sequence[int], better: bool | None) -> Figure:
+        parts, wholes = np.asarray(part, dtype=int), np.asarray(whole, dtype=int)
+        return Figure((Ratio(parts, wholes),), more_is_better=better)
+
+    return {
+        "chair_s": figure([int(n > 0) for n in num_invented], ones, False),
+        "chair_i": figure(num_invented, [len(one.mentions) for one in found], False),
+        "recall": figure(named, [len(truth) for truth in truths], True),
+        "len": figure([one.words for one in found], ones, None),
+    }
+
+
+def load(config: EvalConfig) -> Chair:
+    """CHAIR over the images that are to be described, or over those of `--answers`.
+
+    Raises ConfigError, DataError, MissingDependencyError.
+    """
+    assert config.data is not None, "EvalConfig requires it"
+    if config.answers is not None and config.ids is not None:
+        raise ConfigError("--ids is for asking a model; --answers scores every caption of its file")
+    files = coco.find(config.data)
+    scorer = _SCORERS[config.scorer]()
+    digest = files.digest()
+    known = truth.read_coco(files, digest, scorer)
+    ids = _ids(config, known)
+    descriptions = tuple(
+        Question(i, known.names.get(i, str(i)), "" if config.answers else config.prompt)
+        for i in ids
+    )
+    return Chair(
+        kept.key({"coco": digest, "prompt": config.prompt}),
+        descriptions,
+        scorer,
+        truth.truths(ids, files, digest, known, scorer),
+        ImageFolder(config.images or config.data, "COCO"),
+        _notes(config, known, ids),
+    )
+
+
+def _ids(config: EvalConfig, known: Coco) -> list[int]:
+    """The ids of the images, each once."""
+    if config.answers is not None:
+        return [int(i) for i in dict.fromkeys(i for i, _ in captions.read(config.answers))]
+    if config.ids is None:
+        id_of = {name: i for i, name in known.names.items()}
+        return [id_of[name] for name in captions.draw(known.val, config.sample, config.seed)]
+    ids = captions.read_ids(config.ids)
+    unknown = [i for i in ids if i not in known.names]
+    if unknown:
+        raise DataError(
+            f"--ids: '{config.ids}' lists {ui.count(len(unknown), 'id')} of no image in COCO's "
+            f"train2014 or val2014, such as {unknown[0]}"
+        )
+    return ids
+
+
+def _notes(config: EvalConfig, known: Coco, ids: Sequence[int]) -> list[str]:
+    """What readers must know."""
+    notes = [
+        f"Objects are found by the scorer {config.scorer}; figures of the scorers pattern and "
+        "wordnet are not comparable."
+    ]
+    if config.answers is not None:
+        unknown = [i for i in ids if i not in known.names]
+        if unknown:
+            notes.append(
+                f"{ui.count(len(unknown), 'image id')} in '{config.answers}' "
+                f"{'is' if len(unknown) == 1 else 'are'} in none of COCO's files (such as "
+                f"{unknown[0]}): every object mentioned there counts as hallucinated, as in the "
+                "published scorers."
+            )
+        return notes
+    if config.ids is None:
+        few = f", which are all of this folder's {len(ids):,}" if len(ids) < config.sample else ""
+        notes.append(
+            f"The images are {len(ids):,} of val2014, drawn with seed {config.seed}{few}; papers "
+            "use other draws, so their figures are of other images."
+        )
+    return notes

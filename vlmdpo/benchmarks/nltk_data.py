@@ -1,0 +1,75 @@
+"""nltk's tokenizer, tagger and lemmatizer, with the data that each needs, tried before use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vlmdpo.errors import MissingDependencyError, install_command
+
+Tagged = list[tuple[str, str]]  # (token, tag of the Penn Treebank)
+PUNKT, TAGGER, WORDNET = DATA = ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What nltk does with words.
+
+    Attributes:
+        tokenize: the tokens of a text.
+        tag: (token, tag) of each token of a text.
+        lemma: of a word and its part of speech in WordNet: "n", "v", "a" or "r".
+    """
+
+    tokenize: Callable[[str], list[str]]
+    tag: Callable[[Sequence[str]], Tagged]
+    lemma: Callable[[str, str], str]
+
+
+def load(needed_for: str, *, instead: str) -> Tools:
+    """nltk's tools, after a try of each on a word.
+
+    Args:
+        needed_for: the option that needs them.
+        instead: the option that does without.
+
+    Raises MissingDependencyError with what is missing or damaged.
+    """
+    try:
+        import nltk
+        from nltk.stem import WordNetLemmatizer
+    except Exception as problem:
+        raise MissingDependencyError(
+            f"{needed_for} needs nltk, which cannot be imported ({reason(problem)}): "
+            f"{install_command('nltk')}; or use {instead}"
+        ) from problem
+    lemmatizer = WordNetLemmatizer()
+    tools = Tools(
+        nltk.word_tokenize, nltk.pos_tag, lambda word, part: lemmatizer.lemmatize(word, pos=part)
+    )
+    tries: dict[str, Callable[[], object]] = {
+        PUNKT: lambda: tools.tokenize("Two dogs. A cat."),
+        TAGGER: lambda: tools.tag(["dogs"]),
+        WORDNET: lambda: [tools.lemma("dogs", part) for part in "nvar"],
+    }
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except Exception as problem:  # a damaged file can raise anything
+            is_missing = isinstance(problem, LookupError) and "Resource" in str(problem)
+            state = "is not installed" if is_missing else f"is damaged ({reason(problem)})"
+            raise MissingDependencyError(
+                f"{needed_for} needs nltk's data '{name}', which {state}: "
+                f"{download()}; or use {instead}"
+            ) from problem
+    return tools
+
+
+def download() -> str:
+    """The command that gets the data, and again what is damaged."""
+    return f"python -m nltk.downloader {' '.join(DATA)}"
+
+
+def reason(problem: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
