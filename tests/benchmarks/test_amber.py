@@ -153,7 +153,7 @@ _QUERY = {"id": 5, "image": "a.png", "query": "Is it?"}
 )
 def test_data_that_does_not_join_is_refused(queries, annotations, says, tmp_path):
     with pytest.raises(DataError, match=says):
-        qs.load(_folder(tmp_path, queries, annotations), None)
+        qs.read(_folder(tmp_path, queries, annotations))
 
 
 @pytest.mark.parametrize(
@@ -228,14 +228,14 @@ def test_a_generative_half_that_does_not_join_is_refused(
     if safe is not None:
         (folder / "safe_words.txt").write_text(safe)
     with pytest.raises(DataError, match=says):
-        qs.load(folder, None)
-    assert len(qs.load(folder, None, generative=False).questions) == 1, (
+        qs.read(folder)
+    assert len(qs.read(folder, generative=False).questions) == 1, (
         "its other half can be used all the same"
     )
 
 
 def test_real_amber_has_the_defects_that_the_docs_name(amber_data):
-    benchmark = qs.load(amber_data, None)
+    benchmark = qs.read(amber_data)
     things = {description.image: description.truth for description in benchmark.descriptions}
     existence = [q for q in benchmark.questions if q.dimension == "Existence"]
     assert {q.truth for q in existence} == {"no"}

@@ -8,8 +8,8 @@ import types
 import pytest
 
 from vlmdpo.benchmarks.amber import generative as gen
-from vlmdpo.benchmarks.amber import nouns
-from vlmdpo.benchmarks.amber.questions import Description, Vocabulary, load
+from vlmdpo.benchmarks.amber import nouns, questions
+from vlmdpo.benchmarks.amber.questions import Description, Vocabulary
 from vlmdpo.errors import MissingDependencyError
 from vlmdpo.tiny import evaluation
 
@@ -99,7 +99,7 @@ def test_counts_follow_ambers_procedure():
 
 
 def test_counts_follow_ambers_procedure_on_its_own_vocabulary(amber_data):
-    vocabulary = load(amber_data, None).vocabulary
+    vocabulary = questions.read(amber_data).vocabulary
     assert (len(vocabulary.association), len(vocabulary.words), len(vocabulary.safe)) == (
         340,
         418,
@@ -243,7 +243,7 @@ def test_the_official_extractor_is_nltk_and_spacy(monkeypatch):
 
 
 def test_embedded_descriptions_are_scored_by_their_scenes(tmp_path, vlmdpo):
-    benchmark = load(evaluation.FOLDER, None)
+    benchmark = questions.read(evaluation.FOLDER)
     responses = [
         {
             "id": d.id,

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vlmdpo.benchmarks.amber import runner
+from vlmdpo.benchmarks import ask
 from vlmdpo.engine import generate
 from vlmdpo.engine.decode import OpenedImage
 from vlmdpo.tiny import evaluation
@@ -537,5 +537,5 @@ def test_an_adapter_of_another_model_is_refused(small, adapter, tmp_path, vlmdpo
 def test_an_adapter_on_the_vision_tower_is_noticed(adapter, tiny_model_parts):
     from vlmdpo.models.load import load_adapter, load_model
 
-    assert not runner.adapts_vision(tiny_model_parts[0])
-    assert not runner.adapts_vision(load_adapter(load_model("tiny", device="cpu"), adapter))
+    assert not ask.adapts_vision(tiny_model_parts[0])
+    assert not ask.adapts_vision(load_adapter(load_model("tiny", device="cpu"), adapter))

@@ -48,11 +48,11 @@ def test_what_cannot_be_asked_is_named(data, vlmdpo, monkeypatch):
     Image.new("RGB", (72, 72), third).save(folder / "image" / NAMES[2])
     monkeypatch.setattr(decode.OpenedImage, "_prompt", refusing)
     monkeypatch.setattr(
-        "vlmdpo.benchmarks.amber.runner.AmberRunner._refuses",
-        lambda runner, image, one: (
+        "vlmdpo.benchmarks.ask.Asking._refuses",
+        lambda asking, image, one: (
             image.getpixel((0, 0)) == third
-            and not runner._leave_out(
-                runner.outcome.bad_pictures, one.image, one.image, "too narrow"
+            and not asking._leave_out(
+                asking.outcome.bad_pictures, one.image, one.image, "too narrow"
             )
         ),
     )
@@ -72,12 +72,12 @@ def test_what_cannot_be_asked_is_named(data, vlmdpo, monkeypatch):
 def test_an_image_that_the_processor_refuses_is_recognized(data, vlmdpo, tiny_model_parts):
     from types import SimpleNamespace
 
-    from vlmdpo.benchmarks.amber.runner import AmberRunner, Outcome
+    from vlmdpo.benchmarks.ask import Asking, Outcome
 
-    runner = AmberRunner.__new__(AmberRunner)
-    runner.config, runner.outcome = SimpleNamespace(strict=False), Outcome("shared")
-    runner.processor = tiny_model_parts[1]
+    asking = Asking.__new__(Asking)
+    asking.config, asking.outcome = SimpleNamespace(strict=False), Outcome("shared")
+    asking.processor = tiny_model_parts[1]
     one = SimpleNamespace(image="a.png", text="why")
-    assert not runner._refuses(evaluation.draw_image(NAMES[0]), one)
-    assert runner._refuses("not an image", one)
-    assert list(runner.outcome.bad_pictures) == ["a.png"]
+    assert not asking._refuses(evaluation.draw_image(NAMES[0]), one)
+    assert asking._refuses("not an image", one)
+    assert list(asking.outcome.bad_pictures) == ["a.png"]

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from vlmdpo.benchmarks.amber.runner import adapts_vision
+from vlmdpo.benchmarks.ask import adapts_vision
 from vlmdpo.engine.decode import PromptTreeDecoder
 from vlmdpo.engine.generate import answer
 from vlmdpo.models.families import fallback_chat_template

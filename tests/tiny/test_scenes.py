@@ -61,7 +61,7 @@ def test_descriptions_are_judged_by_the_scene():
 
 
 def test_evaluation_set_is_ambers_layout_and_proportions():
-    benchmark = qs.load(evaluation.FOLDER, None)
+    benchmark = qs.read(evaluation.FOLDER)
     assert len(benchmark.questions) >= 1000
     counts = Counter((question.dimension, question.truth) for question in benchmark.questions)
     amber = {

@@ -160,7 +160,7 @@ class Asker:
 
     def _tree(self) -> PromptTreeDecoder:
         if self._decoder is None:
-            from vlmdpo.benchmarks.amber.runner import adapts_vision
+            from vlmdpo.benchmarks.ask import adapts_vision
             from vlmdpo.engine.decode import PromptTreeDecoder
 
             self._decoder = PromptTreeDecoder(

@@ -1,7 +1,8 @@
 """Answers on disk as they come, so that a stopped run loses none and runs never mix.
 
 During a run, each process appends to its own file in `partial/`. At the end they are joined into
-one `answers_<role>.json` per model, in AMBER's own form. `run.json` holds the run's identity.
+one `answers_<role>.json` per model, in AMBER's own form, whatever the benchmark. `run.json` holds
+the run's identity.
 
 This module knows nothing about models or scores.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmdpo.benchmarks.base import Id
 from vlmdpo.errors import DataError
 
 RUN = "run.json"
@@ -38,7 +40,7 @@ class AnswerStore:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], process: int = 0) -> None:
         self.folder = folder
-        self.by_role: dict[str, dict[int, str]] = {}
+        self.by_role: dict[str, dict[Id, str]] = {}
         check(folder, identity)
         try:
             create(folder)
@@ -60,11 +62,11 @@ class AnswerStore:
         for path in sorted((self.folder / PARTIAL).glob("*.jsonl")):
             self._read_partial(path)
 
-    def of(self, role: str) -> dict[int, str]:
+    def of(self, role: str) -> dict[Id, str]:
         """The answers of one model, by id."""
         return self.by_role.setdefault(role, {})
 
-    def put(self, role: str, answers: Iterable[tuple[int, str]]) -> None:
+    def put(self, role: str, answers: Iterable[tuple[Id, str]]) -> None:
         """Keep these (id, answer) pairs, and write them to disk at once."""
         try:
             for number, text in answers:
@@ -79,12 +81,12 @@ class AnswerStore:
         """Close this process's file."""
         self._file.close()
 
-    def join(self, order: Sequence[int], responses: Mapping[str, Mapping[int, str]]) -> None:
+    def join(self, order: Sequence[Id], responses: Mapping[str, Mapping[Id, str]]) -> None:
         """Write one file per model, and remove the partial ones. For one process, at the end.
 
         Args:
             order: ids in the order of the file; those without an answer are left out.
-            responses: by role and id, the response as AMBER's scorer takes it.
+            responses: by role and id, the response as the benchmark's scorer takes it.
         """
         for role, by_id in responses.items():
             entries = [
@@ -194,7 +196,7 @@ def _entries(path: Path, text: str, keys: Sequence[str] = ("said",)) -> list[dic
     try:
         entries: list[dict[str, Any]] = json.loads(text)
         is_valid = all(
-            isinstance(entry["id"], int) and all(isinstance(entry[key], str) for key in keys)
+            type(entry["id"]) in (int, str) and all(isinstance(entry[key], str) for key in keys)
             for entry in entries
         )
     except (ValueError, KeyError, TypeError) as problem:

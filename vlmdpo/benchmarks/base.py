@@ -37,7 +37,7 @@ class Asked(Protocol):
 
     @property
     def image(self) -> str:
-        """The name of the image, for `open_image`."""
+        """The name of the image, for `Benchmark.images`."""
 
     @property
     def text(self) -> str:
@@ -49,7 +49,7 @@ class Question:
     """A question with a known answer, or, of the truth "", something to describe.
 
     Attributes:
-        truth: the right answer, as `Benchmark.read` returns it.
+        truth: the right answer.
         group: what its figures are grouped by: a split, a kind of question.
     """
 
@@ -100,14 +100,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The scored answers of one model.
+    """The scored answers of one model to one task.
 
     Attributes:
         ids, images: (n,) of each response, in order.
         groups: by group and name, the figures that carry the benchmark's name. A group may hold
             more groups: `ours` holds those of another reading.
         right: (n,) whether the answer is right; None where answers are not right or wrong.
-        members: by group, (n,) the responses in it; of those that `right` is compared by.
+        members: by group, (n,) whether a response belongs to it; for the groups in which base
+            and tuned are compared answer by answer.
         is_repeat: (n,) whether the same question about the same image is there before, which tests
             of independent answers must not count again; None: none is.
         unread: ids of answers that are neither of the possible ones.
@@ -133,6 +134,16 @@ class Published:
     source: str
 
 
+class Images(Protocol):
+    """Where a benchmark's images come from. As text, the place, for messages."""
+
+    def open(self, name: str) -> Image.Image:
+        """The upright RGB image. Raises DataError."""
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of these names that are not there. Raises DataError if all are missing."""
+
+
 class Benchmark(Protocol):
     """A set of questions about images, and how answers to them are scored.
 
@@ -147,6 +158,7 @@ class Benchmark(Protocol):
         questions: short answers; those about one image are asked as one tree.
         descriptions: long answers.
         main: (group, figure) that stands for the benchmark where there is room for one.
+        images: of what is asked.
         notes: what readers must know of the data: its defects, and what is not comparable.
         published: figures to stand beside those of a whole run.
     """
@@ -166,30 +178,39 @@ class Benchmark(Protocol):
     @property
     def descriptions(self) -> Sequence[Asked]: ...
     @property
+    def images(self) -> Images: ...
+    @property
     def main(self) -> tuple[str, str]: ...
     @property
     def notes(self) -> Sequence[str]: ...
     @property
     def published(self) -> Sequence[Published]: ...
 
-    def open_image(self, name: str) -> Image.Image:
-        """The upright RGB image. Raises DataError."""
-
-    def missing_images(self) -> list[str]:
-        """Names of images that are not there. Raises DataError if all of them, or their folder,
-        are missing.
-        """
-
     def is_settled(self, answer: str) -> bool:
         """Whether nothing that may follow changes any figure, so that generation can stop."""
 
-    def read(self, asked: Asked, answer: str) -> str | None:
-        """What an answer says: comparable with the question's truth; None if it cannot be read.
-        Ours: it guesses nothing.
-        """
+    def read(self, asked: Asked, answer: str) -> str:
+        """What the benchmark's own scorer is given for an answer: the answer, or what it says."""
 
     def read_answers(self, path: Path) -> Responses:
         """The responses of a file in the benchmark's own form. Raises DataError."""
 
-    def score(self, responses: Responses) -> Sheet:
-        """The figures of these responses, whose ids are all of this benchmark."""
+    def score(self, responses: Responses) -> Sequence[Sheet]:
+        """The figures of these responses, whose ids are all of this benchmark: a sheet per task
+        that has responses. Groups have different names in all of them.
+        """
+
+
+def image_names(benchmark: Benchmark) -> tuple[str, ...]:
+    """The names of all images asked about, each once, in the order of the questions."""
+    return tuple(dict.fromkeys(one.image for one in everything_asked(benchmark)))
+
+
+def everything_asked(benchmark: Benchmark) -> tuple[Asked, ...]:
+    """All questions, then all descriptions."""
+    return (*benchmark.questions, *benchmark.descriptions)
+
+
+def ids(benchmark: Benchmark) -> set[Id]:
+    """The ids of everything asked."""
+    return {one.id for one in everything_asked(benchmark)}

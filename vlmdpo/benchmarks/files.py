@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmdpo.errors import DataError
 
+_BLOCK_BYTES = 1 << 20
 _NAMES = {int: "a whole number", str: "text"}
 
 
@@ -61,14 +62,18 @@ def require(entry: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> 
             )
 
 
-def digest(paths: Iterable[Path]) -> str:
-    """A hash of the names and contents of files. Raises DataError."""
+def digest(folder: Path, names: Iterable[str]) -> str:
+    """A hash of the names and contents of those of these files that are there. Raises DataError."""
     found = hashlib.sha256()
-    for path in paths:
-        found.update(path.name.encode())
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        found.update(name.encode())
         try:
             with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
         except OSError as problem:
             raise DataError(f"cannot read '{path}': {problem.strerror or problem}") from problem
     return found.hexdigest()[:16]

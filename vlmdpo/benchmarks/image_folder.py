@@ -1,8 +1,8 @@
-"""The folder that a benchmark's images are in."""
+"""Where a benchmark's images come from: a folder, or a drawing of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ class ImageFolder:
 
     path: Path
     of: str
+
+    def __str__(self) -> str:
+        return f"'{self.path}'"
 
     def open(self, name: str) -> Image.Image:
         """The upright RGB image. Raises DataError."""
@@ -55,3 +58,21 @@ class ImageFolder:
             if problem.reason == "missing_image":  # its links form a circle
                 return False
             raise DataError(f"image '{name}': {problem}") from problem
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """Images that are drawn by their names, so that none is ever missing."""
+
+    draw: Callable[[str], Image.Image]
+
+    def __str__(self) -> str:
+        return "the embedded images"
+
+    def open(self, name: str) -> Image.Image:
+        """The image."""
+        return self.draw(name)
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """None of them."""
+        return []

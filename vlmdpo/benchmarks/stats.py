@@ -65,12 +65,12 @@ class Bootstrap:
             self._group, weights=np.asarray(values, dtype=float), minlength=self._images
         )
 
-    def percentages(self, part: Values, whole: Values) -> Any:
-        """(draws,) 100 × the sum of `part` over the sum of `whole`; NaN where that is 0 / 0."""
+    def quotients(self, part: Values, whole: Values, scale: float = 1.0) -> Any:
+        """(draws,) `scale` × the sum of `part` over the sum of `whole`; NaN where that is 0 / 0."""
         import numpy as np
 
         with np.errstate(invalid="ignore", divide="ignore"):
-            return 100 * self.sums(part) / self.sums(whole)
+            return scale * self.sums(part) / self.sums(whole)
 
     @staticmethod
     def interval(values: Any) -> Interval | None:
@@ -85,8 +85,8 @@ class Bootstrap:
 
 
 def compare(
-    base_right: Sequence[bool],
-    tuned_right: Sequence[bool],
+    base_right: Values,
+    tuned_right: Values,
     image_of: Sequence[str],
     *,
     draws: int = DRAWS,
@@ -108,7 +108,7 @@ def compare(
     before, after = np.asarray(base_right, dtype=bool), np.asarray(tuned_right, dtype=bool)
     change = after.astype(float) - before.astype(float)
     bootstrap = Bootstrap(image_of, draws=draws, seed=seed)
-    interval = bootstrap.interval(bootstrap.percentages(change.tolist(), [1.0] * len(change)))
+    interval = bootstrap.interval(bootstrap.quotients(change, np.ones(len(change)), 100))
     assert interval is not None, "every draw has questions"
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
     p = float(binomtest(fixed, fixed + broken, 0.5).pvalue) if fixed + broken else 1.0

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlmdpo.benchmarks.amber.benchmark import Amber
 from vlmdpo.benchmarks.amber.published import beside_article, why_not_beside_article
-from vlmdpo.benchmarks.amber.questions import Benchmark
 from vlmdpo.benchmarks.amber.scores import COVERS
+from vlmdpo.benchmarks.base import Benchmark, Id
 from vlmdpo.benchmarks.verdict import verdict
 from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
@@ -49,7 +50,7 @@ def part_in_words(part: Mapping[str, int]) -> str:
 
 
 def page(
-    report: Mapping[str, Any], benchmark: Benchmark, answers: Mapping[str, Mapping[int, str]]
+    report: Mapping[str, Any], benchmark: Amber, answers: Mapping[str, Mapping[Id, str]]
 ) -> str:
     """The page as HTML, with reduced images embedded.
 
@@ -131,7 +132,7 @@ def _descriptions_headline(figures: Mapping[str, Any]) -> str:
 
 
 def _gallery(
-    report: Mapping[str, Any], benchmark: Benchmark, answers: Mapping[str, Mapping[int, str]]
+    report: Mapping[str, Any], benchmark: Amber, answers: Mapping[str, Mapping[Id, str]]
 ) -> list[dict[str, Any]]:
     """Answers that changed, good and bad in proportion; wrong answers if one model was asked."""
     if report["comparison"]:
@@ -173,6 +174,6 @@ def _thumbnails(benchmark: Benchmark) -> Callable[[str], str | None]:
 
 def _data_uri(benchmark: Benchmark, name: str) -> str | None:
     try:
-        return pages.thumbnail(benchmark.open_image(name))
+        return pages.thumbnail(benchmark.images.open(name))
     except DataError:  # scoring a response file needs no images
         return None

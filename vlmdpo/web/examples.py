@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmdpo.benchmarks.amber import questions as qs
+from vlmdpo.benchmarks.image_folder import ImageFolder
 from vlmdpo.data import questions, store
 from vlmdpo.data.left_out import LeftOut
 from vlmdpo.data.reasons import BadImage
@@ -39,16 +39,12 @@ def from_amber(folder: Path, image_folder: Path) -> list[Example]:
         raise DataError(
             f"--amber: '{folder}' was not written by vlmdpo eval-amber: {problem}"
         ) from problem
-    benchmark = (
-        qs.load(Path(data), Path(images) if images else Path(data) / "image", generative=False)
-        if data
-        else None
-    )
-    return from_flips(evenly(flips, _PER_SOURCE), image_folder, benchmark, "changed in eval-amber")
+    root = ImageFolder(Path(images or Path(data) / "image"), "AMBER") if data else None
+    return from_flips(evenly(flips, _PER_SOURCE), image_folder, root, "changed in eval-amber")
 
 
 def from_flips(
-    flips: Sequence[Any], folder: Path, benchmark: qs.Benchmark | None, source: str
+    flips: Sequence[Any], folder: Path, images: ImageFolder | None, source: str
 ) -> list[Example]:
     """Questions about a benchmark's images, or the embedded set's. Missing images are left out."""
     from vlmdpo.tiny import evaluation
@@ -56,11 +52,7 @@ def from_flips(
     examples = []
     for number, flip in enumerate(flips):
         try:
-            image = (
-                benchmark.open_image(flip["image"])
-                if benchmark
-                else evaluation.draw_image(flip["image"])
-            )
+            image = images.open(flip["image"]) if images else evaluation.draw_image(flip["image"])
         except DataError:  # AMBER's images may have been moved since
             continue
         path = folder / f"changed-{number}.png"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from PIL import Image
-
-from vlmdpo import ui
-from vlmdpo.data.images import BadImage, decode, inside, read, upright_rgb
+from vlmdpo.benchmarks import files
 from vlmdpo.errors import DataError
 
 # AMBER's type of a question → its dimension. Negative relations have the type "relation".
@@ -67,36 +62,25 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A set of questions and descriptions, and how to open its images.
+class AmberData:
+    """What an AMBER data folder holds.
 
-    `vocabulary` is None if the folder lacks the generative half; `is_amber` is whether this is all
-    of AMBER's public data; `digest` identifies the folder's content.
+    Attributes:
+        vocabulary: None if the folder lacks the generative half, or it was not wanted.
+        is_amber: whether this is all of AMBER's public data.
+        other_ids: annotated, but of a half that was not read; response files may contain them.
     """
 
-    name: str
     questions: tuple[Question, ...]
     descriptions: tuple[Description, ...]
     vocabulary: Vocabulary | None
-    open_image: Callable[[str], Image.Image]
     is_amber: bool
     digest: str
-    # Annotated, but of a half that was not read; response files may contain them.
     other_ids: frozenset[int] = frozenset()
 
-    @property
-    def asked(self) -> tuple[Question | Description, ...]:
-        """All questions, then all descriptions."""
-        return (*self.questions, *self.descriptions)
 
-    @property
-    def image_names(self) -> tuple[str, ...]:
-        """The names of all images asked about, each once, in the order of the questions."""
-        return tuple(dict.fromkeys(asked.image for asked in self.asked))
-
-
-def load(folder: Path, images: Path | None, *, generative: bool = True) -> Benchmark:
-    """Load an AMBER data folder, with its generative half if it has one and it is wanted.
+def read(folder: Path, *, generative: bool = True) -> AmberData:
+    """Read an AMBER data folder, with its generative half if it has one and it is wanted.
 
     Raises DataError if questions and annotations do not join.
     """
@@ -118,26 +102,12 @@ def load(folder: Path, images: Path | None, *, generative: bool = True) -> Bench
         descriptions = tuple(
             _description(folder, query, by_id.get(query["id"]), vocabulary) for query in asked
         )
-    name = "AMBER" if is_amber else folder.resolve().name
-    asked_ids = {question.id for question in questions} | {
-        description.id for description in descriptions
-    }
+    asked_ids = {one.id for one in questions} | {one.id for one in descriptions}
     if len(asked_ids) < len(questions) + len(descriptions):
         raise DataError(f"'{folder}': two questions have the same id")
-    open_image = _opener(images or folder / "image")
     others = frozenset(by_id) - asked_ids
-    return Benchmark(
-        name, questions, descriptions, vocabulary, open_image, is_amber, _digest(folder), others
-    )
-
-
-def _digest(folder: Path) -> str:
-    """A hash of all files of the data, whichever half was read."""
-    digest = hashlib.sha256()
-    for name in _FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()[:16]
+    digest = files.digest(folder, _FILES)  # whichever half was read
+    return AmberData(questions, descriptions, vocabulary, is_amber, digest, others)
 
 
 def _question(
@@ -189,48 +159,13 @@ def _is_words(value: Any) -> TypeGuard[list[str]]:
 
 
 def _vocabulary(folder: Path) -> Vocabulary:
-    association = _read_json(folder / "relation.json")
+    association = files.read_json(folder / "relation.json")
     if not isinstance(association, dict) or not all(
         _is_words(words) for words in association.values()
     ):
         raise DataError(f"'{folder / 'relation.json'}' must hold a JSON object of lists of words")
-    safe = _read_text(folder / "safe_words.txt").split("\n")
+    safe = files.read_text(folder / "safe_words.txt").split("\n")
     return Vocabulary({word: tuple(words) for word, words in association.items()}, frozenset(safe))
-
-
-def _opener(folder: Path) -> Callable[[str], Image.Image]:
-    def open_image(name: str) -> Image.Image:
-        try:
-            return upright_rgb(decode(read(name, folder)))
-        except BadImage as problem:
-            raise DataError(f"image '{folder / name}' cannot be read: {problem}") from problem
-
-    return open_image
-
-
-def missing_images(benchmark: Benchmark, folder: Path) -> list[str]:
-    """The names of missing images. Raises DataError if all of them, or the folder, are missing."""
-    if not folder.is_dir():
-        raise DataError(
-            f"folder '{folder}' of AMBER's images does not exist; name it with --images DIR"
-        )
-    missing = [name for name in benchmark.image_names if not _exists(folder, name)]
-    if len(missing) == len(benchmark.image_names):
-        raise DataError(
-            f"'{folder}' lacks all of {ui.count(len(missing), 'image')} ({missing[0]} ...); name "
-            "their "
-            "folder with --images DIR"
-        )
-    return missing
-
-
-def _exists(folder: Path, name: str) -> bool:
-    try:
-        return inside(folder, name).is_file()
-    except BadImage as problem:
-        if problem.reason == "missing_image":  # its links form a circle
-            return False
-        raise DataError(f"image '{name}': {problem}") from problem
 
 
 def read_responses(path: Path) -> list[tuple[int, str]]:
@@ -249,24 +184,8 @@ def read_responses(path: Path) -> list[tuple[int, str]]:
     return responses
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(
-            f"cannot read '{path}': {getattr(problem, 'strerror', None) or problem}"
-        ) from problem
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as problem:  # the latter: nested too deeply
-        raise DataError(f"'{path}' is not valid JSON: {problem}") from problem
-
-
 def _read_list(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    loaded = _read_json(path)
+    loaded = files.read_json(path)
     if not isinstance(loaded, list):
         raise DataError(f"'{path}' must hold a JSON list of objects with {', '.join(keys)}")
     kinds = {"id": int, "image": str, "query": str, "type": str}

@@ -35,7 +35,7 @@ class AmberTruth:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._data = questions.load(folder, None)
+        self._data = questions.read(folder)
         if self._data.is_amber:
             ui.warn(
                 f"--truth: '{folder}' is AMBER itself: pairs made with it teach its answers, and "

@@ -1,7 +1,8 @@
-"""Ask a model all of AMBER: questions grouped by image, descriptions in batches.
+"""Ask a model all of a benchmark: questions grouped by image, descriptions in batches.
 
-Base and tuned look at an image one after the other, so that what they share is computed once.
-Answers are kept as they come.
+Base and tuned look at an image one after the other, so that what they share is computed once. The
+same question about the same image is asked once, however often a benchmark has it. Answers are kept
+as they come. Nothing here knows which benchmark it is, or a score.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from vlmdpo import ui
-from vlmdpo.benchmarks.amber.questions import Benchmark, Description, Question
 from vlmdpo.benchmarks.answers import AnswerStore
-from vlmdpo.benchmarks.verdict import is_settled
+from vlmdpo.benchmarks.base import Asked, Benchmark, Id, image_names
 from vlmdpo.config import EvalAmberConfig
 from vlmdpo.data.reasons import BadImage, BadRow, foreign
 from vlmdpo.errors import DataError
@@ -28,7 +28,7 @@ _OPEN_BATCHES = 4  # batches of descriptions whose images are open at a time, to
 _VLLM_BATCHES = 8  # batches handed to vLLM at a time
 _VERIFIED_IMAGES = 4  # images whose questions are first asked through both engines
 
-Asked = TypeVar("Asked", Question, Description)
+Some = TypeVar("Some", bound=Asked)
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Outcome:
     engine: str
     reason: str = ""
     bad_pictures: dict[str, str] = field(default_factory=dict)
-    bad_questions: dict[int, str] = field(default_factory=dict)
+    bad_questions: dict[Id, str] = field(default_factory=dict)
 
 
-class AmberRunner:
+class Asking:
     """One run: a model, what it is asked, and where its answers go.
 
     Args:
@@ -70,8 +70,8 @@ class AmberRunner:
         self.config, self.benchmark = config, benchmark
         self.model, self.processor = model, processor
         self.roles, self.answers = roles, answers
-        self.image_names = benchmark.image_names[share[0] :: share[1]]
-        self.stop_when = None if config.strict else is_settled
+        self.image_names = image_names(benchmark)[share[0] :: share[1]]
+        self.stop_when = None if config.strict else benchmark.is_settled
         self.outcome = outcome
 
     def run(self) -> Outcome:
@@ -88,7 +88,7 @@ class AmberRunner:
             self._ask_descriptions(descriptions)
         return self.outcome
 
-    def _unanswered(self, role: str, asked: Sequence[Asked]) -> list[Asked]:
+    def _unanswered(self, role: str, asked: Sequence[Some]) -> list[Some]:
         answered, bad = self.answers.of(role), self.outcome
         return [
             one
@@ -98,7 +98,7 @@ class AmberRunner:
             )
         ]
 
-    def _check_texts(self, asked: Sequence[Question | Description]) -> None:
+    def _check_texts(self, asked: Sequence[Asked]) -> None:
         """Remember the questions that the model's prompts cannot hold. Raises DataError with
         `strict`.
         """
@@ -124,7 +124,7 @@ class AmberRunner:
         bad[key] = reason
         ui.warn(f"{name} cannot be asked: {reason}; it stays unanswered")
 
-    def _refuses(self, image: Image.Image, asked: Question | Description) -> bool:
+    def _refuses(self, image: Image.Image, asked: Asked) -> bool:
         """Whether the processor cannot take an image, which is then remembered as unreadable."""
         from vlmdpo.models.rendering import render_question
 
@@ -146,7 +146,7 @@ class AmberRunner:
         if name in self.outcome.bad_pictures:
             return None
         try:
-            return self.benchmark.open_image(name)
+            return self.benchmark.images.open(name)
         except DataError as problem:
             if self.config.strict:
                 raise
@@ -161,8 +161,8 @@ class AmberRunner:
         with self.model.disable_adapter() if is_base else contextlib.nullcontext():
             yield self.model
 
-    def _ask_questions(self, questions: Sequence[Question]) -> None:
-        groups: dict[str, list[Question]] = {}
+    def _ask_questions(self, questions: Sequence[Asked]) -> None:
+        groups: dict[str, list[Asked]] = {}
         for question in questions:
             groups.setdefault(question.image, []).append(question)
         counts = {
@@ -185,7 +185,7 @@ class AmberRunner:
                 bar.advance(counts[name])
 
     def _ask_about(
-        self, image: Image.Image, group: Sequence[Question], decoder: PromptTreeDecoder | None
+        self, image: Image.Image, group: Sequence[Asked], decoder: PromptTreeDecoder | None
     ) -> None:
         """Ask base and tuned the group's unanswered questions about one image."""
         with decoder.open(image) if decoder is not None else contextlib.nullcontext() as opened:
@@ -193,14 +193,14 @@ class AmberRunner:
                 unanswered = self._unanswered(role, group)
                 if not unanswered:
                     continue
-                texts = [question.text for question in unanswered]
+                texts = list(dict.fromkeys(question.text for question in unanswered))
                 with self._model_as(role) as model:
                     if opened is not None:
                         answers = self._answer_opened(opened, texts)
                     else:
                         answers = self._answer_plainly(model, image, texts)
-                ids = (question.id for question in unanswered)
-                self.answers.put(role, zip(ids, answers, strict=True))
+                answer_to = dict(zip(texts, answers, strict=True))
+                self.answers.put(role, ((q.id, answer_to[q.text]) for q in unanswered))
 
     def _answer_opened(self, opened: Any, texts: Sequence[str]) -> list[str]:
         answers: list[str] = opened.answer(
@@ -222,7 +222,7 @@ class AmberRunner:
             answers += answer(model, self.processor, images, batch, self.config.max_new_tokens)
         return answers
 
-    def _verified_decoder(self, groups: dict[str, list[Question]]) -> PromptTreeDecoder | None:
+    def _verified_decoder(self, groups: dict[str, list[Asked]]) -> PromptTreeDecoder | None:
         """The decoder that shares image and prompt; None if its answers differ from plain ones."""
         from vlmdpo.engine.decode import PromptTreeDecoder
 
@@ -242,7 +242,7 @@ class AmberRunner:
         ui.warn(f"{disagreement}; continuing with the plain engine")
         return None
 
-    def _disagreement(self, decoder: PromptTreeDecoder, groups: dict[str, list[Question]]) -> str:
+    def _disagreement(self, decoder: PromptTreeDecoder, groups: dict[str, list[Asked]]) -> str:
         """The first difference between shared and plain answers, or "". Asks `--verify` questions
         about images from all over the set.
         """
@@ -270,20 +270,20 @@ class AmberRunner:
         return ""
 
     def _differing_answer(
-        self, model: Any, image: Image.Image, question: Question, shared: str
+        self, model: Any, image: Image.Image, question: Asked, shared: str
     ) -> str | None:
         """The plain answer if it differs from the shared one by more than rounding, else None."""
         from vlmdpo.engine.generate import answer, is_near_tie
 
         tokens = self.config.max_new_tokens
         [plain] = answer(model, self.processor, [image], [question.text], tokens)
-        was_cut = self.stop_when is not None and is_settled(shared)
+        was_cut = self.stop_when is not None and self.stop_when(shared)
         is_same = plain.startswith(shared) if was_cut else plain == shared
         if is_same or is_near_tie(model, self.processor, image, question.text, tokens):
             return None
         return plain
 
-    def _ask_descriptions(self, descriptions: Sequence[Description]) -> None:
+    def _ask_descriptions(self, descriptions: Sequence[Asked]) -> None:
         total = sum(len(self._unanswered(role, descriptions)) for role in self.roles)
         if not total:
             return
@@ -302,7 +302,7 @@ class AmberRunner:
                     self._describe(role, [pair for pair in opened if pair[0].id in ids], bar)
 
     def _describe(
-        self, role: str, opened: Sequence[tuple[Description, Image.Image]], bar: ui.Bar
+        self, role: str, opened: Sequence[tuple[Asked, Image.Image]], bar: ui.Bar
     ) -> None:
         from vlmdpo.engine.generate import answer
 
@@ -324,8 +324,8 @@ class AmberRunner:
             self.answers.put(role, zip((d.id for d in batch), answers, strict=True))
             bar.advance(len(batch))
 
-    def _ask_vllm(self, questions: Sequence[Question], descriptions: Sequence[Description]) -> None:
-        from vlmdpo.benchmarks.amber import vllm_check
+    def _ask_vllm(self, questions: Sequence[Asked], descriptions: Sequence[Asked]) -> None:
+        from vlmdpo.benchmarks import vllm_check
         from vlmdpo.engine.vllm import generator_for
 
         config = self.config
@@ -339,7 +339,7 @@ class AmberRunner:
             self._generate(generator, role, questions, config.max_new_tokens)
             self._generate(generator, role, descriptions, config.max_description_tokens)
 
-    def _sample(self, questions: Sequence[Question]) -> list[tuple[Question, Image.Image]]:
+    def _sample(self, questions: Sequence[Asked]) -> list[tuple[Asked, Image.Image]]:
         """The `--verify` questions to compare engines with, from all over the unanswered ones."""
         unanswered = [q for q in questions if any(self._unanswered(r, [q]) for r in self.roles)]
         count = min(len(unanswered), -(-self.config.verify // len(self.roles)))

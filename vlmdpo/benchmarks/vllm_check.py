@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmdpo import ui
-from vlmdpo.benchmarks.amber.questions import Question
+from vlmdpo.benchmarks.base import Asked
 from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import ModelError
 from vlmdpo.models.configured import configured_model
@@ -35,7 +35,7 @@ class PlainAnswer:
     """
 
     role: str
-    question: Question
+    question: Asked
     image: Image.Image
     answer: str
     is_near_tie: bool
@@ -45,7 +45,7 @@ def plain_answers(
     config: EvalAmberConfig,
     processor: Processor,
     roles: Sequence[str],
-    samples: Sequence[tuple[Question, Image.Image]],
+    samples: Sequence[tuple[Asked, Image.Image]],
 ) -> list[PlainAnswer]:
     """The answers of the plain engine, whose model is loaded here and freed again."""
     if not samples:
