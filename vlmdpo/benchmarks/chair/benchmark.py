@@ -6,18 +6,16 @@ the image has it. Each mention counts, repeated ones too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from vlmdpo import ui
 from vlmdpo.benchmarks.base import (
     ALL,
     Asked,
     Figure,
+    Images,
     Published,
     Question,
     Ratio,
@@ -28,11 +26,8 @@ from vlmdpo.benchmarks.chair import captions, coco, kept, mentions, pattern, tru
 from vlmdpo.benchmarks.chair.coco import Coco
 from vlmdpo.benchmarks.chair.mentions import Caption, Scorer
 from vlmdpo.benchmarks.image_folder import ImageFolder
-from vlmdpo.config.evaluate import EvalConfig
+from vlmdpo.config import EvalConfig
 from vlmdpo.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _SCORERS = {"pattern": pattern.make, "wordnet": wordnet.make}
 
@@ -46,16 +41,16 @@ class Chair:
     """
 
     digest: str
-    descriptions: Sequence[Question]
+    descriptions: tuple[Question, ...]
     scorer: Scorer
     truths: Mapping[int, frozenset[str]]
-    folder: ImageFolder
-    notes: Sequence[str]
+    images: Images
+    notes: tuple[str, ...]
     name: str = "chair"
     main: tuple[str, str] = (ALL, "chair_i")
-    questions: Sequence[Question] = ()
+    questions: tuple[Question, ...] = ()
     # Every paper takes its own 500 images, so no row of figures can stand beside these.
-    published: Sequence[Published] = ()
+    published: tuple[Published, ...] = ()
 
     @property
     def title(self) -> str:
@@ -67,21 +62,11 @@ class Chair:
         """Whose rules find the objects."""
         return self.scorer.rule
 
-    def open_image(self, name: str) -> Image.Image:
-        """The upright RGB image. Raises DataError."""
-        return self.folder.open(name)
-
-    def missing_images(self) -> list[str]:
-        """The names of missing images. Raises DataError if all of them, or the folder, are
-        missing.
-        """
-        return self.folder.missing([asked.image for asked in self.descriptions])
-
     def is_settled(self, answer: str) -> bool:
         """Never: any further word may be an object."""
         return False
 
-    def read(self, asked: Asked, answer: str) -> str | None:
+    def read(self, asked: Asked, answer: str) -> str:
         """The description as it is."""
         return answer
 
@@ -89,10 +74,13 @@ class Chair:
         """(image id, caption) of a file, in order, with repetitions. Raises DataError."""
         return captions.read(path)
 
-    def score(self, responses: Responses) -> Sheet:
-        """CHAIRs, CHAIRi, recall and length of these captions. An id that is there twice counts
-        twice, its truth too.
+    def score(self, responses: Responses) -> Sequence[Sheet]:
+        """One sheet: CHAIRs, CHAIRi, recall and length. An id that is there twice counts twice, its
+        truth too.
         """
+        return [self._sheet(responses)] if responses else []
+
+    def _sheet(self, responses: Responses) -> Sheet:
         image_of = {asked.id: asked.image for asked in self.descriptions}
         found = [mentions.read(caption, self.scorer) for _, caption in responses]
         truths = [self.truths[int(number)] for number, _ in responses]
@@ -187,7 +175,7 @@ def _ids(config: EvalConfig, known: Coco) -> list[int]:
     return ids
 
 
-def _notes(config: EvalConfig, known: Coco, ids: Sequence[int]) -> list[str]:
+def _notes(config: EvalConfig, known: Coco, ids: Sequence[int]) -> tuple[str, ...]:
     """What readers must know."""
     notes = [
         f"Objects are found by the scorer {config.scorer}; figures of the scorers pattern and "
@@ -202,11 +190,11 @@ def _notes(config: EvalConfig, known: Coco, ids: Sequence[int]) -> list[str]:
                 f"{unknown[0]}): every object mentioned there counts as hallucinated, as in the "
                 "published scorers."
             )
-        return notes
+        return tuple(notes)
     if config.ids is None:
         few = f", which are all of this folder's {len(ids):,}" if len(ids) < config.sample else ""
         notes.append(
             f"The images are {len(ids):,} of val2014, drawn with seed {config.seed}{few}; papers "
             "use other draws, so their figures are of other images."
         )
-    return notes
+    return tuple(notes)

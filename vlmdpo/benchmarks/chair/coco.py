@@ -50,7 +50,8 @@ class CocoFiles:
 
     def digest(self) -> str:
         """Identifies the content of all four. Takes some seconds. Raises DataError."""
-        return files.digest([*self.instances.values(), *self.captions.values()])
+        paths = [*self.instances.values(), *self.captions.values()]
+        return files.digest(paths[0].parent, [path.name for path in paths])
 
     def read(self, known_categories: Iterable[str]) -> Coco:
         """The images and boxes of both splits.
