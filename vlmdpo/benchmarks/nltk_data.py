@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vlmdpo.errors import MissingDependencyError, install_command
 
 Tagged = list[tuple[str, str]]  # (token, tag of the Penn Treebank)
-PUNKT, TAGGER, WORDNET = DATA = ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet")
+PUNKT, TAGGER, WORDNET = ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet")
+_DOWNLOAD = f"python -m nltk.downloader {PUNKT} {TAGGER} {WORDNET}"  # again what is damaged, too
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,36 +41,33 @@ def load(needed_for: str, *, instead: str) -> Tools:
     try:
         import nltk
         from nltk.stem import WordNetLemmatizer
+        from nltk.tag.perceptron import PerceptronTagger
     except Exception as problem:
         raise MissingDependencyError(
             f"{needed_for} needs nltk, which cannot be imported ({reason(problem)}): "
             f"{install_command('nltk')}; or use {instead}"
         ) from problem
-    lemmatizer = WordNetLemmatizer()
-    tools = Tools(
-        nltk.word_tokenize, nltk.pos_tag, lambda word, part: lemmatizer.lemmatize(word, pos=part)
-    )
-    tries: dict[str, Callable[[], object]] = {
-        PUNKT: lambda: tools.tokenize("Two dogs. A cat."),
-        TAGGER: lambda: tools.tag(["dogs"]),
-        WORDNET: lambda: [tools.lemma("dogs", part) for part in "nvar"],
-    }
-    for name, attempt in tries.items():
+
+    def usable(name: str, attempt: Callable[[], T]) -> T:
         try:
-            attempt()
+            return attempt()
         except Exception as problem:  # a damaged file can raise anything
             is_missing = isinstance(problem, LookupError) and "Resource" in str(problem)
-            state = "is not installed" if is_missing else f"is damaged ({reason(problem)})"
+            state = "is not installed" if is_missing else f"cannot be used ({reason(problem)})"
             raise MissingDependencyError(
-                f"{needed_for} needs nltk's data '{name}', which {state}: "
-                f"{download()}; or use {instead}"
+                f"{needed_for} needs nltk's data '{name}', which {state}: {_DOWNLOAD}; or use "
+                f"{instead}"
             ) from problem
-    return tools
 
-
-def download() -> str:
-    """The command that gets the data, and again what is damaged."""
-    return f"python -m nltk.downloader {' '.join(DATA)}"
+    lemmatizer = WordNetLemmatizer()
+    usable(PUNKT, lambda: nltk.word_tokenize("Two dogs. A cat."))
+    # What nltk.pos_tag uses; before nltk 3.10 that loads it anew for every text.
+    tagger = usable(TAGGER, PerceptronTagger)
+    usable(TAGGER, lambda: tagger.tag(["dogs"]))
+    usable(WORDNET, lambda: [lemmatizer.lemmatize("dogs", pos=part) for part in "nvar"])
+    return Tools(
+        nltk.word_tokenize, tagger.tag, lambda word, part: lemmatizer.lemmatize(word, pos=part)
+    )
 
 
 def reason(problem: Exception) -> str:
