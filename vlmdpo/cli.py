@@ -51,11 +51,13 @@ _ONE_WAY = {
     *("json", "quiet", "yes", "overwrite", "resume", "compare", "doctor", "streaming", "merge"),
     *("dry_run", "share", "open", "data_of_another_model"),
 }
+_EVALUATIONS = ("eval", "eval-amber")
 _AGAIN_S = 0.05  # until an interrupt that was dropped is raised again
 # Options whose values are known, for the shell's completion.
 _VALUES: dict[str, Iterable[str]] = {
     "model": registry.ENTRIES,
     "recipe": named_recipes.NAMES,
+    "benchmark": cf.BENCHMARKS,
     "dataset": ("scenes", "rlaif-v"),
     "dtype": cf.DTYPES,
     "attn_implementation": cf.ATTENTIONS,
@@ -320,7 +322,7 @@ def _interrupted(arguments: list[str]) -> str:
     if not name or not COMMANDS[name].kept or not writes:
         return "interrupted"
     # Of an evaluation, --overwrite would remove the answers.
-    again = [one for one in arguments if one != "--overwrite" or name != "eval-amber"]
+    again = [one for one in arguments if one != "--overwrite" or name not in _EVALUATIONS]
     return f"interrupted: {COMMANDS[name].kept}; continue with: {shlex.join(['vlmdpo', *again])}"
 
 

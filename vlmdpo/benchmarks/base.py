@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Id: TypeAlias = int | str
 Responses: TypeAlias = "Sequence[tuple[Id, str]]"  # (id, answer); an id may occur twice
 ALL = "all"  # the group of everything
+SHARE, PER_CENT = "share", "percent"  # units of figures
 
 
 class Asked(Protocol):
@@ -76,13 +77,18 @@ class Figure:
         ratios: none for a figure that gets no interval.
         more_is_better: None for a figure that is neither good nor bad, as a length.
         value: as the benchmark's own scorer rounds it; None: what the quotients give.
-        scale: 100 where the figure is in per cent.
+        unit: "share", of 1; "percent"; or what is counted, such as "words".
     """
 
     ratios: tuple[Ratio, ...]
     more_is_better: bool | None = True
     value: float | None = None
-    scale: float = 1.0
+    unit: str = SHARE
+
+    @property
+    def scale(self) -> float:
+        """What quotients are multiplied by."""
+        return 100.0 if self.unit == PER_CENT else 1.0
 
     @property
     def number(self) -> float | None:

@@ -55,6 +55,7 @@ def summarize(
         "coverage": min(facts["coverage"] for facts in models.values()),
         "unread": sum(facts["unread"] for facts in models.values()),
         "comparison": None,
+        "figures": about_figures([sheet for some in sheets.values() for sheet in some]),
         "notes": list(benchmark.notes),
         "published": [
             {"model": row.model, "figures": dict(row.figures), "source": row.source}
@@ -78,6 +79,15 @@ def intervals(sheets: Sequence[Sheet]) -> dict[str, Any]:
         lambda figure, bootstrap: bootstrap.interval(draws(figure, bootstrap)),
         only_ratios=True,
     )
+
+
+def about_figures(sheets: Sequence[Sheet]) -> dict[str, Any]:
+    """By name, the unit of a figure, and whether more of it is better (None: neither)."""
+    return {
+        name: {"unit": figure.unit, "more_is_better": figure.more_is_better}
+        for sheet in sheets
+        for _, name, figure in _flat(sheet.groups)
+    }
 
 
 def draws(figure: Figure, bootstrap: Bootstrap) -> Any:
@@ -127,12 +137,13 @@ def _facts(benchmark: Benchmark, given: Responses, sheets: Sequence[Sheet]) -> d
             {"id": number, "answer": text_of[number][:_MAX_CHARACTERS]}
             for number in unread[:_EXAMPLES]
         ],
-        "words": _mean([len(text.split()) for _, text in given]),
-        "repetition": _mean([repetition(text) for _, text in given]),
+        "words": mean([len(text.split()) for _, text in given]),
+        "repetition": mean([repetition(text) for _, text in given]),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """The arithmetic mean; None of nothing."""
     return sum(values) / len(values) if values else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -41,10 +42,24 @@ def run(config: EvalAmberConfig) -> dict[str, Any]:
 
     Raises ConfigError, DataError, ModelError, MissingDependencyError.
     """
+    return evaluate(config, extend=lambda report, _: report, also_write=lambda report: report)
+
+
+def evaluate(
+    config: EvalAmberConfig,
+    extend: Callable[[dict[str, Any], Answers], dict[str, Any]],
+    also_write: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """See `run`.
+
+    Args:
+        extend: called with the report and the answers; returns the report that is written.
+        also_write: called with the report, in the process that has written it.
+    """
     whole = _benchmark(config)
     asked = _select(config, whole)
     if config.answers is not None:
-        return _score_file(config, config.answers, whole, asked)
+        return also_write(_score_file(config, config.answers, whole, asked, extend))
     if asked.descriptions and config.extractor == "official":
         asked.extractor()  # fails now rather than after an hour of asking
     if config.output_dir is None:
@@ -52,11 +67,12 @@ def run(config: EvalAmberConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, output_dir=folder)
 
     def report_on(settings: EvalAmberConfig, answers: Answers) -> dict[str, Any]:
-        return _report(settings, whole, asked, answers)
+        return extend(_report(settings, whole, asked, answers), answers)
 
     def write(settings: EvalAmberConfig, report: dict[str, Any], answers: Answers) -> None:
         _write(settings, asked, report, answers)
         _update_model_card(settings, report)
+        also_write(report)
 
     return ask_and_report(config, whole, asked, report_on, write)
 
@@ -87,7 +103,13 @@ def _select(config: EvalAmberConfig, whole: Amber) -> Amber:
     )
 
 
-def _score_file(config: EvalAmberConfig, path: Path, whole: Amber, asked: Amber) -> dict[str, Any]:
+def _score_file(
+    config: EvalAmberConfig,
+    path: Path,
+    whole: Amber,
+    asked: Amber,
+    extend: Callable[[dict[str, Any], Answers], dict[str, Any]],
+) -> dict[str, Any]:
     """Score `--answers` as it stands."""
     responses = whole.read_answers(path)
     identity = {"answers": str(path), "data_digest": asked.digest}
@@ -102,7 +124,7 @@ def _score_file(config: EvalAmberConfig, path: Path, whole: Amber, asked: Amber)
                 "folder?"
             )
     answers = Answers({"base": responses}, {"base": dict(responses)}, {})
-    report = _report(config, whole, asked, answers)
+    report = extend(_report(config, whole, asked, answers), answers)
     if config.output_dir is not None:
         answer_files.create(config.output_dir)
         answer_files.write_json(config.output_dir / answer_files.RUN, identity)

@@ -49,6 +49,14 @@ COMMANDS = {
         "use a smaller --batch-size, smaller images, or --dtype bfloat16",
         "the answers so far are kept",
     ),
+    "eval": Command(
+        cf.EvalConfig,
+        "vlmdpo.commands.evaluate",
+        "Score any benchmark, or your own questions, base beside tuned.",
+        "vlmdpo eval --benchmark pope --data POPE --images val2014 --adapter DIR",
+        "use a smaller --batch-size or --dtype bfloat16; finished answers are kept",
+        "the answers so far are kept",
+    ),
     "eval-amber": Command(
         cf.EvalAmberConfig,
         "vlmdpo.commands.eval_amber",

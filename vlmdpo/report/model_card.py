@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlmdpo.models.registry import hub_id
+from vlmdpo.report import figure_rows
 from vlmdpo.report.amber_page import as_cell, span
 from vlmdpo.report.html import environment
 
 CARD, REPORT, RECIPE, AMBER = "README.md", "train_report.json", "recipe.yaml", "amber.json"
+EVALUATIONS = "evaluations.json"  # beside it: the reports of other benchmarks, without answers
+_KEPT = (
+    *("benchmark", "title", "rule", "scores", "intervals", "figures", "comparison", "models"),
+    *("coverage", "notes", "versions"),
+)
 _FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Action", "Relation")
 
 
@@ -38,6 +44,7 @@ def text(folder: Path, *, merged: bool) -> str:
         if (folder / AMBER).is_file()
         else None
     )
+    others = _evaluations(folder)
     base = _public(report["model"])
     data = _public(report["dataset"])
     standalone = merged or not recipe["lora"]
@@ -59,12 +66,20 @@ def text(folder: Path, *, merged: bool) -> str:
         standalone=standalone,
         curves=report["curves"] and Path(report["curves"]).name,
         amber=amber,
+        others=[{"report": one, "rows": figure_rows.rows(one)} for one in others],
         figures=[
             name
             for name in _FIGURES
             if amber and any(name in table for table in amber["scores"].values())
         ],
     )
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What `keep_evaluation` has put into a folder."""
+    path = folder / EVALUATIONS
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return list(kept.values())
 
 
 def _public(name: str) -> str:
@@ -89,18 +104,36 @@ def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
 
     Returns False if the folder was not written by `vlmdpo train`. Raises OSError.
     """
-    if not (folder / REPORT).is_file() or not (folder / RECIPE).is_file():
-        return False
-    kept = {
-        name: report[name]
-        for name in ("data", "is_amber", "scores", "comparison", "coverage", "versions")
-    }
+    names = ("data", "is_amber", "scores", "comparison", "coverage", "versions")
+    return _keep(folder, AMBER, _without_flips(report, names))
+
+
+def keep_evaluation(folder: Path, report: Mapping[str, Any]) -> bool:
+    """Put the figures of a benchmark into an adapter's folder, in the place of earlier ones of the
+    same benchmark, and rewrite its card.
+
+    Returns False if the folder was not written by `vlmdpo train`. Raises OSError.
+    """
+    kept = {one["benchmark"]: one for one in _evaluations(folder)}
+    kept[report["benchmark"]] = _without_flips(report, _KEPT)
+    return _keep(folder, EVALUATIONS, kept)
+
+
+def _without_flips(report: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """These parts of a report; the card has no answers."""
+    kept = {name: report[name] for name in names}
     if kept["comparison"]:
         kept["comparison"] = {
             name: value for name, value in kept["comparison"].items() if name != "flips"
         }
-    part = folder / f".{AMBER}.partial"
-    part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
-    part.replace(folder / AMBER)
+    return kept
+
+
+def _keep(folder: Path, name: str, content: Mapping[str, Any]) -> bool:
+    if not (folder / REPORT).is_file() or not (folder / RECIPE).is_file():
+        return False
+    part = folder / f".{name}.partial"
+    part.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    part.replace(folder / name)
     write(folder)
     return True

@@ -15,6 +15,7 @@ from vlmdpo.benchmarks.amber import nouns, published, questions
 from vlmdpo.benchmarks.amber.questions import Description, Question, Vocabulary
 from vlmdpo.benchmarks.amber.scores import COVERS, score
 from vlmdpo.benchmarks.base import (
+    PER_CENT,
     Asked,
     Figure,
     Images,
@@ -28,7 +29,6 @@ from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
 
 FEWER_IS_BETTER = ("chair", "hal", "cog")
-_PER_CENT = 100
 _FIGURES = ("accuracy", "precision", "recall", "f1")
 
 
@@ -111,7 +111,7 @@ class Amber:
                         (ratio,),
                         more_is_better=name not in FEWER_IS_BETTER,
                         value=values[name],
-                        scale=_PER_CENT,
+                        unit=PER_CENT,
                     )
                     for name, ratio in _generative_ratios(counts).items()
                 }
@@ -147,7 +147,7 @@ def _yes_no_sheet(asked: Mapping[int, Question], verdicts: Sequence[tuple[int, s
             figure: Figure(
                 (ratios[figure],) if figure in ratios else (),
                 value=figures[figure],
-                scale=_PER_CENT,
+                unit=PER_CENT,
             )
             for figure in _FIGURES
         }
