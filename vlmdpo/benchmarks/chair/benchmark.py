@@ -119,15 +119,16 @@ def _figures(
     ]
     ones = [1] * len(found)
 
-    def figure(part: Sequence[int], whole: Sequence[int], better: bool | None) -> Figure:
-        parts, wholes = np.asarray(part, dtype=int), np.asarray(whole, dtype=int)
-        return Figure((Ratio(parts, wholes),), more_is_better=better)
+    def quotient(part: Sequence[int], whole: Sequence[int]) -> tuple[Ratio]:
+        return (Ratio(np.asarray(part, dtype=int), np.asarray(whole, dtype=int)),)
 
+    mentioned = [len(one.mentions) for one in found]
+    with_invented = [int(number > 0) for number in num_invented]
     return {
-        "chair_s": figure([int(n > 0) for n in num_invented], ones, False),
-        "chair_i": figure(num_invented, [len(one.mentions) for one in found], False),
-        "recall": figure(named, [len(truth) for truth in truths], True),
-        "len": figure([one.words for one in found], ones, None),
+        "chair_s": Figure(quotient(with_invented, ones), more_is_better=False),
+        "chair_i": Figure(quotient(num_invented, mentioned), more_is_better=False),
+        "recall": Figure(quotient(named, [len(truth) for truth in truths])),
+        "len": Figure(quotient([one.words for one in found], ones), None, unit="words"),
     }
 
 
@@ -177,24 +178,20 @@ def _ids(config: EvalConfig, known: Coco) -> list[int]:
 
 def _notes(config: EvalConfig, known: Coco, ids: Sequence[int]) -> tuple[str, ...]:
     """What readers must know."""
-    notes = [
-        f"Objects are found by the scorer {config.scorer}; figures of the scorers pattern and "
-        "wordnet are not comparable."
-    ]
+    notes = [f"objects are found by the scorer {config.scorer}, whose figures are not the other's"]
     if config.answers is not None:
         unknown = [i for i in ids if i not in known.names]
         if unknown:
             notes.append(
                 f"{ui.count(len(unknown), 'image id')} in '{config.answers}' "
                 f"{'is' if len(unknown) == 1 else 'are'} in none of COCO's files (such as "
-                f"{unknown[0]}): every object mentioned there counts as hallucinated, as in the "
-                "published scorers."
+                f"{unknown[0]}); every object mentioned there counts as hallucinated, as in the "
+                "published scorers"
             )
-        return tuple(notes)
-    if config.ids is None:
+    elif config.ids is None:
         few = f", which are all of this folder's {len(ids):,}" if len(ids) < config.sample else ""
         notes.append(
-            f"The images are {len(ids):,} of val2014, drawn with seed {config.seed}{few}; papers "
-            "use other draws, so their figures are of other images."
+            f"the images are {len(ids):,} of val2014, drawn with seed {config.seed}{few}; papers "
+            "draw others, so their figures are of other images"
         )
     return tuple(notes)

@@ -6,6 +6,7 @@ is damaged is reported, not used, and written anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ def read(name: str) -> dict[str, Any] | None:
     path = cache_folder() / name
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: writing it will say so
         return None
     except (OSError, UnicodeDecodeError) as problem:
         _not_used(path, getattr(problem, "strerror", None) or str(problem))
@@ -60,7 +61,8 @@ def write(name: str, content: Mapping[str, Any]) -> None:
         partial.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
         partial.replace(path)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as full or unwritable as it was a moment ago
+            partial.unlink()
         ui.warn(
             f"what was read from COCO's files is not kept: cannot write '{path}': "
             f"{problem.strerror or problem}; name another folder with {FOLDER}"

@@ -43,7 +43,7 @@ def sentences(text: str) -> list[str]:
     """
     found, start = [], 0
     for end in _SENTENCE_END.finditer(text):
-        if not _ABBREVIATION.search(text, start, end.start() + 1):
+        if not _ABBREVIATION.search(text[start : end.start() + 1]):
             found.append(text[start : end.end()].strip())
             start = end.end()
     return [*found, text[start:].strip()]
