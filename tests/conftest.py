@@ -84,6 +84,15 @@ def amber_data():
 
 
 @pytest.fixture(scope="session")
+def benchmark_data():
+    """POPE's and CHAIR's data with figures of their own scorers, named by VLMDPO_BENCHMARK_DATA."""
+    folder = os.environ.get("VLMDPO_BENCHMARK_DATA")
+    if not folder:
+        pytest.skip("VLMDPO_BENCHMARK_DATA names no folder with benchmarks' public data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_model_parts():
     """The embedded model and processor, loaded once."""
     import torch

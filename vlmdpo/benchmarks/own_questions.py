@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.benchmarks import files, yes_no
 from vlmdpo.benchmarks.base import (
     ALL,
@@ -191,8 +192,8 @@ def _read_answers(path: Path, questions: Sequence[OwnQuestion]) -> Responses:
     by_order = not any(isinstance(row, dict) and "id" in row for _, row in rows)
     if by_order and len(rows) != len(questions):
         raise DataError(
-            f"'{path}' has {len(rows):,} answers without id, and there are {len(questions):,} "
-            "questions: which is the answer to which cannot be told"
+            f"'{path}' has {ui.count(len(rows), 'answer')} without id, and there are "
+            f"{ui.count(len(questions), 'question')}: which is the answer to which cannot be told"
         )
     found: list[tuple[Id, str]] = []
     for (place, row), question in zip(rows, questions if by_order else rows, strict=True):

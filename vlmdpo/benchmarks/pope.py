@@ -10,12 +10,12 @@ them under "ours".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmdpo.benchmarks import pope_files, yes_no
-from vlmdpo.benchmarks.base import ALL, Asked, Figure, Images, Published, Question, Responses, Sheet
+from vlmdpo.benchmarks.base import ALL, Asked, Images, Published, Question, Responses, Sheet
 from vlmdpo.benchmarks.image_folder import ImageFolder
 from vlmdpo.config import EvalConfig
 
@@ -62,11 +62,7 @@ def repope_rule(answer: str) -> str | None:
     return next((word for word in ("yes", "no") if word in answer.lower()), None)
 
 
-# By benchmark: the rule of its scorer, and whose it is.
-_RULES: Mapping[str, tuple[Callable[[str], str | None], str]] = {
-    "pope": (evaluate_py, "POPE's evaluate.py"),
-    "repope": (repope_rule, "RePOPE's scorer"),
-}
+_RULES = {"pope": "POPE's evaluate.py", "repope": "RePOPE's scorer"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class Pope:
     @property
     def rule(self) -> str:
         """Whose rule reads the answers."""
-        return _RULES[self.name][1]
+        return _RULES[self.name]
 
     @property
     def main(self) -> tuple[str, str]:
@@ -130,42 +126,29 @@ class Pope:
         """
         import numpy as np
 
+        is_pope = self.name == "pope"
+        rule, other = (evaluate_py, repope_rule) if is_pope else (repope_rule, evaluate_py)
         asked = {question.id: question for question in self.questions}
-        answered = [asked[number] for number, _ in responses]
-        counts = yes_no.first([q.id for q in answered], last=self.name == "repope")
-        groups = np.array([q.group for q in answered])
-        truths = [q.truth for q in answered]
-        rule = _RULES[self.name][0]
-        readings = {
-            name: [read(text) for _, text in responses]
-            for name, read in (("", rule), (yes_no.OURS, yes_no.read_ours))
-        }
-        splits = [split for split in self.splits if (groups == split).any()]
-        members = {split: counts & (groups == split) for split in splits}
-        official: dict[str, Mapping[str, Figure]] = {}
-        ours: dict[str, Mapping[str, Figure]] = {}
-        for split, where in members.items():
-            ratio_of = groups == split if self.name == "pope" else None
-            official[split] = yes_no.figures(
-                readings[""], truths, where, counts_unread=False, yes_ratio_of=ratio_of
-            )
-            ours[split] = yes_no.figures(readings[yes_no.OURS], truths, where, counts_unread=True)
-        if len(splits) > 1:
-            official[ALL], ours[ALL] = yes_no.mean_over(official), yes_no.mean_over(ours)
-            members[ALL] = counts
+        answered = [(asked[number], text) for number, text in responses]
+        counted = yes_no.first([number for number, _ in responses], last=not is_pope)
+        last = yes_no.first([number for number, _ in responses], last=True)
+        official = yes_no.by_group(answered, rule, counted, yes_ratio_of_all=is_pope)
+        ours = yes_no.by_group(answered, yes_no.read_ours, counted, counts_unread=True)
+        splits = np.array([question.group for question, _ in answered])
+        members = {split: counted & (splits == split) for split in official if split != ALL}
         return [
             Sheet(
-                ids=[q.id for q in answered],
-                images=[q.image for q in answered],
-                groups={**official, yes_no.OURS: ours},
-                right=np.array([r == t for r, t in zip(readings[""], truths, strict=True)]),
-                members=members,
-                is_repeat=~yes_no.first([(q.image, q.text) for q in answered]),
-                unread=[
-                    q.id
-                    for q, reading in zip(answered, readings[yes_no.OURS], strict=True)
-                    if reading is None
-                ],
+                ids=[number for number, _ in responses],
+                images=[question.image for question, _ in answered],
+                groups={
+                    **official,
+                    yes_no.OURS: ours,
+                    other.__name__: yes_no.by_group(answered, other, last),
+                },
+                right=np.array([rule(text) == question.truth for question, text in answered]),
+                members={**members, **({ALL: counted} if ALL in official else {})},
+                is_repeat=~yes_no.first([(q.image, q.text) for q, _ in answered]),
+                unread=[q.id for q, text in answered if yes_no.read_ours(text) is None],
             )
         ]
 

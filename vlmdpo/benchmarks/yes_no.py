@@ -5,10 +5,10 @@ Shapes: n answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vlmdpo.benchmarks.base import Figure, Ratio
+from vlmdpo.benchmarks.base import ALL, Figure, Question, Ratio
 from vlmdpo.benchmarks.verdict import verdict
 
 if TYPE_CHECKING:
@@ -67,6 +67,40 @@ def _harmonic_mean(precision: float | None, recall: float | None) -> float | Non
     if precision is None or recall is None or not precision + recall:
         return None
     return 2 * precision * recall / (precision + recall)
+
+
+def by_group(
+    answered: Sequence[tuple[Question, str]],
+    read: Callable[[str], str | None],
+    counted: Numbers,
+    *,
+    counts_unread: bool = False,
+    yes_ratio_of_all: bool = False,
+) -> dict[str, Mapping[str, Figure]]:
+    """By the questions' groups, and, of several, their mean: see `figures`.
+
+    Args:
+        answered: n questions, with the answers in the model's own words.
+        read: what an answer says.
+        counted: (n,) which answers count.
+        yes_ratio_of_all: whether the ratio of yes is of all answers, counted or not.
+    """
+    import numpy as np
+
+    said = [read(text) for _, text in answered]
+    truths = [question.truth for question, _ in answered]
+    groups = np.array([question.group for question, _ in answered])
+    found: dict[str, Mapping[str, Figure]] = {
+        group: figures(
+            said,
+            truths,
+            counted & (groups == group),
+            counts_unread=counts_unread,
+            yes_ratio_of=groups == group if yes_ratio_of_all else None,
+        )
+        for group in dict.fromkeys(question.group for question, _ in answered)
+    }
+    return {**found, ALL: mean_over(found)} if len(found) > 1 else found
 
 
 def mean_over(splits: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:

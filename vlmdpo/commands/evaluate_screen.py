@@ -26,9 +26,8 @@ def _show_figures(report: dict[str, Any]) -> None:
     title = f"{report['title']} ({report['model']})"
     note = f"Shares in per cent. Answers read by: {report['rule']}."
     _table(title, figure_rows.rows(report), report, note)
-    if ours := figure_rows.rows_of_ours(report):
-        note = "Read by vlmdpo: an answer that does not begin with yes or no is wrong."
-        _table(f"{report['title']}, read by vlmdpo", _main_rows(ours), report, note)
+    for reading, rows in list(figure_rows.other_readings(report).items())[:1]:
+        _table(f"{report['title']}, {reading}", _main_rows(rows), report, "All are in the report.")
     _show_comparison(report["comparison"])
     for role, facts in report["models"].items():
         _show_facts(role, facts)

@@ -115,7 +115,7 @@ def _context(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {
             "report": report,
             "rows": figure_rows.rows(report),
-            "ours": figure_rows.rows_of_ours(report),
+            "readings": figure_rows.other_readings(report),
             "roles": list(report["scores"]),
             "part": part_in_words(report["part"]) if report["part"] else "",
             "flips": len((report["comparison"] or {}).get("flips", [])),

@@ -7,7 +7,7 @@ have keys of their own, are first brought into the form of the others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlmdpo.benchmarks.base import ALL, PER_CENT, SHARE
@@ -19,6 +19,12 @@ _LABELS = {
     **{"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog"},
 }
 _FEWER_IS_BETTER = ("chair", "hal", "cog")  # of AMBER's
+# The groups that hold the figures of another reading of the answers.
+_READINGS = {
+    OURS: "read by vlmdpo (an answer that does not begin with yes or no is wrong)",
+    "evaluate_py": "read by the rule of POPE's evaluate.py",
+    "repope_rule": "read by the rule of RePOPE's scorer",
+}
 BETTER, WORSE = "improvement", "decline"
 
 
@@ -56,16 +62,18 @@ class Row:
 
 def rows(report: Mapping[str, Any]) -> list[Row]:
     """Every figure under the benchmark's own names, in the order of the report."""
-    return [row for row in _all_rows(report) if not row.group.startswith(f"{OURS}/")]
+    return [row for row in _all_rows(report) if "/" not in row.group]
 
 
-def rows_of_ours(report: Mapping[str, Any]) -> list[Row]:
-    """The figures by our reading of the answers, where the benchmark has another; else none."""
-    return [
-        Row(row.group.removeprefix(f"{OURS}/"), row.figure, row.roles, row.change, row.verdict)
-        for row in _all_rows(report)
-        if row.group.startswith(f"{OURS}/")
-    ]
+def other_readings(report: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """By what they are, the figures of other readings of the same answers, ours first."""
+    found: dict[str, list[Row]] = {}
+    for row in _all_rows(report):
+        reading, _, group = row.group.partition("/")
+        if group:
+            shown = replace(row, group=group)
+            found.setdefault(_READINGS.get(reading, reading), []).append(shown)
+    return found
 
 
 def _all_rows(report: Mapping[str, Any]) -> Iterator[Row]:
