@@ -239,11 +239,14 @@ def test_ids_that_are_none_are_refused(data, tmp_path, text, said):
         load(data, ids=tmp_path / "ids")
 
 
-def test_ids_choose_nothing_in_a_file_of_answers(data, tmp_path):
+def test_choices_of_images_that_would_have_no_effect_are_refused(data, tmp_path):
     (tmp_path / "ids").write_text("1")
     answers = write_captions(tmp_path / "a.jsonl", [(1, "A dog.")])
-    with pytest.raises(ConfigError, match="--answers scores every caption"):
-        load(data, ids=tmp_path / "ids", answers=answers)
+    for choice in ({"ids": tmp_path / "ids"}, {"sample": 1}, {"seed": 3}):
+        with pytest.raises(ConfigError, match="--answers scores every caption"):
+            load(data, answers=answers, **choice)
+    with pytest.raises(ConfigError, match="--seed draws images, but --ids names them"):
+        load(data, ids=tmp_path / "ids", seed=3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import nltk
 import pytest
 
 from tests.support import nltk_data as tiny
@@ -36,6 +37,7 @@ def test_nltks_own_tools_work_with_the_data(data):
     ]
     assert tools.tag(["running", "dogs"]) == [("running", "VBG"), ("dogs", "NN")]
     assert [tools.lemma("dogs", "n"), tools.lemma("running", "v")] == ["dog", "run"]
+    assert tools.facts == {"nltk": nltk.__version__, "WordNet": "3.0"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,11 +22,13 @@ class Tools:
         tokenize: the tokens of a text.
         tag: (token, tag) of each token of a text.
         lemma: of a word and its part of speech in WordNet: "n", "v", "a" or "r".
+        facts: the versions of nltk and of WordNet.
     """
 
     tokenize: Callable[[str], list[str]]
     tag: Callable[[Sequence[str]], Tagged]
     lemma: Callable[[str, str], str]
+    facts: Mapping[str, str]
 
 
 def load(needed_for: str, *, instead: str) -> Tools:
@@ -66,7 +68,10 @@ def load(needed_for: str, *, instead: str) -> Tools:
     usable(TAGGER, lambda: tagger.tag(["dogs"]))
     usable(WORDNET, lambda: [lemmatizer.lemmatize("dogs", pos=part) for part in "nvar"])
     return Tools(
-        nltk.word_tokenize, tagger.tag, lambda word, part: lemmatizer.lemmatize(word, pos=part)
+        nltk.word_tokenize,
+        tagger.tag,
+        lambda word, part: lemmatizer.lemmatize(word, pos=part),
+        {"nltk": nltk.__version__, "WordNet": nltk.corpus.wordnet.get_version()},
     )
 
 

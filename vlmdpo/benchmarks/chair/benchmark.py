@@ -6,6 +6,7 @@ the image has it. Each mention counts, repeated ones too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +139,7 @@ def load(config: EvalConfig) -> Chair:
     Raises ConfigError, DataError, MissingDependencyError.
     """
     assert config.data is not None, "EvalConfig requires it"
-    if config.answers is not None and config.ids is not None:
-        raise ConfigError("--ids is for asking a model; --answers scores every caption of its file")
+    _check_choice(config)
     files = coco.find(config.data)
     scorer = _SCORERS[config.scorer]()
     digest = files.digest()
@@ -157,6 +157,18 @@ def load(config: EvalConfig) -> Chair:
         ImageFolder(config.images or config.data, "COCO"),
         _notes(config, known, ids),
     )
+
+
+def _check_choice(config: EvalConfig) -> None:
+    """Raise ConfigError where what chooses the images would have no effect."""
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name in ("ids", "sample", "seed") if getattr(config, name) != default[name]]
+    if config.answers is not None and given:
+        raise ConfigError(
+            f"--{given[0]} is for asking a model; --answers scores every caption of its file"
+        )
+    if config.ids is not None and given != ["ids"]:
+        raise ConfigError(f"--{given[1]} draws images, but --ids names them; give one of the two")
 
 
 def _ids(config: EvalConfig, known: Coco) -> list[int]:

@@ -21,6 +21,7 @@ def make() -> Scorer:
     """The scorer "pattern"."""
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
+    nltk = version("nltk")
     tokenize = NLTKWordTokenizer().tokenize
     word_list = words.load()
 
@@ -30,10 +31,10 @@ def make() -> Scorer:
 
     return Scorer(
         "pattern",
-        "CHAIR's original rules: words made singular as the library pattern does",
+        f"CHAIR's original rules: words made singular as the library pattern does (nltk {nltk})",
         singular_words,
         word_list,
-        {"nltk": version("nltk")},
+        {"nltk": nltk},
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from vlmdpo.benchmarks import nltk_data
 from vlmdpo.benchmarks.chair import words
 from vlmdpo.benchmarks.chair.mentions import Scorer
@@ -22,8 +20,9 @@ def make() -> Scorer:
 
     return Scorer(
         "wordnet",
-        "OPERA's rules: nltk's part of speech, and WordNet's lemma for it",
+        "OPERA's rules: nltk's part of speech, and WordNet's lemma for it "
+        f"(nltk {tools.facts['nltk']}, WordNet {tools.facts['WordNet']})",
         lemmas,
         words.load(),
-        {"nltk": version("nltk")},
+        tools.facts,
     )
