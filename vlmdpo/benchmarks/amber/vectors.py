@@ -33,11 +33,19 @@ def load() -> tuple[Any, dict[str, Any]]:
     try:
         pipeline = spacy.load(MODEL)
         facts = _facts(pipeline)
+        _check(facts)
         similar_words(pipeline, ("dog", "cat"))
+    except MissingDependencyError:
+        raise
     except Exception as problem:  # a damaged model raises anything
         raise _unusable(
             f"spaCy's model {MODEL}, which cannot be loaded ({reason(problem)}): {_DOWNLOAD}"
         ) from problem
+    return pipeline, facts
+
+
+def _check(facts: Mapping[str, Any]) -> None:
+    """Raise MissingDependencyError if this is another model."""
     found = (facts["name"], facts["width"])
     if found != (MODEL, _WIDTH) or facts["vectors"] < _FEWEST_VECTORS:
         raise _unusable(
@@ -45,7 +53,6 @@ def load() -> tuple[Any, dict[str, Any]]:
             f"{facts['version']} with {facts['vectors']:,} vectors of {facts['width']} numbers, "
             f"not {_FEWEST_VECTORS:,} or more of {_WIDTH}: remove it, and {_DOWNLOAD}"
         )
-    return pipeline, facts
 
 
 def _facts(pipeline: Any) -> dict[str, Any]:
