@@ -17,14 +17,15 @@ quick-tests: $(INSTALLED)
 test: $(INSTALLED)  ## the test suite, on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-# What decides whether a library is new enough: exact log-probs, training, asking, saving, and the list
-# of private interfaces.
+# What decides whether a library is new enough: exact log-probs, training, asking, saving, nltk's tools,
+# and the list of private interfaces.
 OLDEST_TESTS := tests/engine/test_forward.py tests/engine/test_decode.py tests/training/test_trl_contract.py \
 	tests/commands/test_train.py::test_a_run_leaves_everything_behind \
 	tests/commands/test_train.py::test_the_adapter_answers_through_infer_and_eval \
 	tests/commands/test_train.py::test_full_fine_tuning_moves_every_part \
 	tests/commands/test_train.py::test_stock_and_shared_log_the_same \
-	tests/commands/test_export.py::test_a_merged_model_answers_as_base_and_adapter
+	tests/commands/test_export.py::test_a_merged_model_answers_as_base_and_adapter \
+	tests/benchmarks/test_nltk_data.py tests/benchmarks/test_chair.py
 
 test-oldest: .venv-oldest/.installed  ## a part of the suite, with the oldest versions that pyproject.toml promises
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -W default $(OLDEST_TESTS)

@@ -49,8 +49,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
-    """Commands write into the working folder; each test gets its own."""
+    """Commands write into the working folder and a cache; each test gets its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLMDPO_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True)

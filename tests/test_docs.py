@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import vlmdpo as package
-from tests.support import options
+from tests.support import coco, options
 from vlmdpo import cli, config
 from vlmdpo.commands import compare
 from vlmdpo.errors import nearest
@@ -150,6 +150,9 @@ def place(tmp_path_factory):
     asked = ("Is there a moon?", "Describe this image.")
     lines = [{"id": n, "image": "photo.jpg", "question": one} for n, one in enumerate(asked)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    coco.write(folder / "coco" / "annotations", {1: (["dog"], ["A dog."]), 2: (["cat"], [])})
+    coco.draw_images(folder / "coco" / "val2014", [1, 2])
+    (folder / "captions.jsonl").write_text('{"image_id": 1, "caption": "A cat."}')
     (folder / "photos").symlink_to(folder / "AMBER" / "image")
     (folder / "prompts.txt").write_text("Describe this image.\n")
     (folder / "examples").symlink_to(ROOT / "examples")

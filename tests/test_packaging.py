@@ -91,7 +91,14 @@ def test_sdist_holds_every_file_of_the_package(built):
     files, sdist, _, _ = built
     assert files <= sdist
     assert {"README.md", "LICENSE", "pyproject.toml"} <= sdist
+    assert "vlmdpo/benchmarks/chair/LICENSE.txt" in sdist
     assert not [name for name in sdist if "__pycache__" in name]
+
+
+def test_wheel_holds_the_licence_of_chairs_words_among_its_own(built):
+    _, _, _, wheel = built
+    licences = {name.split("/licenses/")[1] for name in wheel if "/licenses/" in name}
+    assert licences == {"LICENSE", "vlmdpo/benchmarks/chair/LICENSE.txt"}
 
 
 def test_the_citation_and_the_changelog_name_this_version():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmdpo.api.asking import Asker, answer
     from vlmdpo.api.calls import estimate, evaluate, prepare
-    from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, PrepareConfig
+    from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, EvalConfig, PrepareConfig
     from vlmdpo.errors import (
         ConfigError,
         DataError,
@@ -36,6 +36,7 @@ __all__ = [
     "EndpointError",
     "EstimateMemoryConfig",
     "EvalAmberConfig",
+    "EvalConfig",
     "Interrupted",
     "MemoryBudgetError",
     "MissingDependencyError",
@@ -54,7 +55,9 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("Asker", "answer"), "vlmdpo.api.asking"),
     **dict.fromkeys(("estimate", "evaluate", "prepare"), "vlmdpo.api.calls"),
-    **dict.fromkeys(("EstimateMemoryConfig", "EvalAmberConfig", "PrepareConfig"), "vlmdpo.config"),
+    **dict.fromkeys(
+        ("EstimateMemoryConfig", "EvalAmberConfig", "EvalConfig", "PrepareConfig"), "vlmdpo.config"
+    ),
     "PairTrainer": "vlmdpo.training.trainer",
 }
 

@@ -4,11 +4,13 @@ import json
 import random
 import sys
 import types
+import warnings
 
 import pytest
 
+from tests.support import nltk_data
 from vlmdpo.benchmarks.amber import generative as gen
-from vlmdpo.benchmarks.amber import nouns, questions
+from vlmdpo.benchmarks.amber import nouns, questions, vectors
 from vlmdpo.benchmarks.amber.questions import Description, Vocabulary
 from vlmdpo.errors import MissingDependencyError
 from vlmdpo.tiny import evaluation
@@ -180,14 +182,25 @@ def test_the_lexicon_finds_nouns_by_their_lemma():
     assert extractor.similar("dog") == {"dog"}
 
 
-def test_the_official_extractor_says_how_to_get_it(monkeypatch, vlmdpo):
-    monkeypatch.setitem(sys.modules, "nltk", None)
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'nltk>=.*' 'spacy>="):
-        nouns.make("official", {"dog"})
-    code, out, err = vlmdpo("eval-amber", "--extractor", "official")
-    assert (code, out) == (6, "")
-    assert "python -m spacy download en_core_web_lg" in err
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A dog can be seen; one can also clearly see a can.", ["dog", "can"]),
+        ("Can you see the can of cola? A bird can fly.", ["can", "cola", "bird"]),
+        ("A trash can near the door, a can opener, cans.", ["can", "door", "can", "opener", "can"]),
+        ("He leaves the house. The train leaves the city.", ["house", "train"]),
+        ("Leaves on the ground, and green leaves. The sky.", ["leave", "ground", "leave", "sky"]),
+        ("Trees line the street; a man watches the sea.", ["tree", "street", "man", "sea"]),
+        ("They drink juice. A watch, two watches.", ["juice", "watch", "watch"]),
+        ("With boats the people ... feeding ducks the bread", ["boat", "people", "duck", "bread"]),
+    ],
+)
+def test_the_lexicon_leaves_out_plain_verbs(text, found):
+    vocabulary = (
+        "dog can cola bird door opener house train leave ground sky tree line street man watch sea "
+        "drink juice boat people duck bread"
+    )
+    assert nouns.make("lexicon", vocabulary.split()).nouns(text) == found
 
 
 class Doc:
@@ -197,49 +210,145 @@ class Doc:
         self.vector = vector
 
     def similarity(self, other):
+        if not any(self.vector) or not any(other.vector):
+            warnings.warn("[W008] Evaluating Doc.similarity based on empty vectors.", stacklevel=2)
+            return 0.0
         return sum(a * b for a, b in zip(self.vector, other.vector, strict=True))
 
 
+class Pipeline:
+    """A stand-in for spaCy's en_core_web_lg, whose vectors are these; all others are empty."""
+
+    def __init__(self, vectors, rows=342_918, name="core_web_lg", width=300):
+        self.vectors, self.asked = vectors, []
+        self.meta = {"lang": "en", "name": name, "version": "3.8.0"}
+        table = types.SimpleNamespace(shape=(rows, width), n_keys=684_830)
+        self.vocab = types.SimpleNamespace(vectors=table)
+
+    def make_doc(self, word):
+        self.asked.append(word)
+        return Doc(self.vectors.get(word, (0.0, 0.0)))
+
+
+def with_spacy(monkeypatch, load):
+    spacy = types.ModuleType("spacy")
+    spacy.load = load
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+
+
+def refuse(problem):
+    def load(_):
+        raise problem
+
+    return load
+
+
 def test_similarity_is_computed_once_for_each_pair_and_read_from_a_table():
-    vectors = {"sea": (1.0, 0.0), "ocean": (0.9, 0.436), "lake": (0.6, 0.8), "dog": (0.0, 1.0)}
-    asked = []
-
-    class Pipeline:
-        def make_doc(self, word):
-            asked.append(word)
-            return Doc(vectors[word])
-
-    table = nouns.similar_words(Pipeline(), vectors)
-    assert sorted(asked) == sorted(vectors), "each word is looked up once"
+    pipeline = Pipeline(
+        {"sea": (1.0, 0.0), "ocean": (0.9, 0.436), "lake": (0.6, 0.8), "dog": (0.0, 1.0)}
+    )
+    words = [*pipeline.vectors, "doghole"]  # which has no vector
+    table = vectors.similar_words(pipeline, words)
+    assert sorted(pipeline.asked) == sorted(words), "each word is looked up once"
     assert table["sea"] == {"sea", "ocean"}
     assert table["lake"] == {"lake", "ocean"}  # 0.9 * 0.6 + 0.436 * 0.8 = 0.889
     assert table["dog"] == {"dog"}  # 0.8 itself is not above 0.8
+    assert table["doghole"] == set()
 
 
-def test_the_official_extractor_is_nltk_and_spacy(monkeypatch):
-    nltk = types.ModuleType("nltk")
-    nltk.data = types.SimpleNamespace(find=lambda path: path)
-    nltk.word_tokenize = str.split
-    nltk.pos_tag = lambda words: [
-        (word, "NNS" if word.endswith("s") else "NN" if word == "dog" else "VB") for word in words
-    ]
-    stem = types.ModuleType("nltk.stem")
-    stem.WordNetLemmatizer = lambda: types.SimpleNamespace(
-        lemmatize=lambda word: word.removesuffix("s")
+def test_spacy_is_said_to_be_missing_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(MissingDependencyError, match=r"imported .*: pip install .*'spacy>="):
+        vectors.load()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [OSError("[E050] Can't find model"), ValueError("numpy.dtype size changed"), KeyError("x")],
+    ids=lambda problem: type(problem).__name__,
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(problem, monkeypatch):
+    with_spacy(monkeypatch, refuse(problem))
+    with pytest.raises(MissingDependencyError) as caught:
+        vectors.load()
+    assert "python -m spacy download en_core_web_lg; or use --extractor lexicon" in str(
+        caught.value
     )
-    spacy = types.ModuleType("spacy")
-    spacy.load = lambda name: types.SimpleNamespace(
-        make_doc=lambda word: Doc((float(name == "en_core_web_lg"),))
+
+
+@pytest.mark.parametrize("problem", ["ValueError('numpy.dtype size changed')", "SystemError('x')"])
+def test_a_spacy_that_cannot_be_imported_is_one_line(problem, tmp_path, monkeypatch):
+    (tmp_path / "spacy.py").write_text(f"raise {problem}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "spacy", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"cannot be imported \((Value|System)Error"):
+        vectors.load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": 20_000}, "en_core_web_lg 3.8.0 with 20,000 vectors of 300 numbers"),
+        ({"name": "core_web_md"}, "en_core_web_md 3.8.0 with 342,918 vectors"),
+        ({"width": 96}, "342,918 vectors of 96 numbers"),
+        ({"rows": 0, "width": 0}, "0 vectors of 0 numbers"),
+    ],
+    ids=str,
+)
+def test_another_model_by_that_name_is_refused(changes, said, monkeypatch):
+    """A folder of that name in the working directory is loaded as readily."""
+    with_spacy(monkeypatch, lambda _: Pipeline({}, **changes))
+    with pytest.raises(MissingDependencyError, match=said):
+        vectors.load()
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """nltk with data of a few words, and a stand-in for spaCy."""
+    folder = nltk_data.write(
+        tmp_path / "nltk_data",
+        tags={"run": "VB", "dog": "NN", "cats": "NNS", "boats": "NNS"},
+        lemmas={"noun": ["dog", "cat", "boat", "run"]},
     )
-    for name, module in (("nltk", nltk), ("nltk.stem", stem), ("spacy", spacy)):
-        monkeypatch.setitem(sys.modules, name, module)
+    with_spacy(monkeypatch, lambda _: Pipeline({"dog": (1.0, 0.0), "cat": (1.0, 0.0)}))
+    with nltk_data.used(folder):
+        yield folder
+
+
+def test_the_official_extractor_is_nltk_and_spacy(official):
     extractor = nouns.make("official", {"dog", "cat", "run"})
-    assert extractor.nouns("dog cats run boats") == [
-        "dog",
-        "cat",
-    ]  # a verb is no noun, and boat is not in the vocabulary
-    assert extractor.similar("dog") == {"dog", "cat", "run"}
+    # A verb is no noun, and boat is not in the vocabulary.
+    assert extractor.nouns("dog cats run boats") == ["dog", "cat"]
+    assert extractor.similar("dog") == {"dog", "cat"}
     assert extractor.name == "official"
+    assert extractor.facts == {
+        **{"name": "en_core_web_lg", "version": "3.8.0"},
+        **{"keys": 684_830, "vectors": 342_918, "width": 300},
+    }
+
+
+def test_the_report_names_the_model_of_the_official_extractor(official, tmp_path, vlmdpo):
+    described = questions.read(evaluation.FOLDER).descriptions[0]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": described.id, "response": "A dog."}]))
+    code, out, _ = vlmdpo(
+        *("eval-amber", "--extractor", "official", "--answers", tmp_path / "a.json", "--json")
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert report["scores"]["base"]["Generative"]["extractor"] == "official"
+    assert report["extractor_model"]["vectors"] == 342_918
+
+
+def test_nothing_is_asked_where_the_extractor_cannot_work(official, vlmdpo, monkeypatch):
+    (official / "corpora" / "wordnet" / "index.noun").unlink()
+    monkeypatch.setattr(
+        "vlmdpo.commands.eval_amber.ask_and_report", lambda *_: pytest.fail("it asked")
+    )
+    code, out, err = vlmdpo("eval-amber", "--extractor", "official")
+    assert (code, out) == (6, "")
+    assert "--extractor official needs nltk's data 'wordnet'" in err
+    assert "--extractor lexicon" in err
+    assert "Traceback" not in err
 
 
 def test_embedded_descriptions_are_scored_by_their_scenes(tmp_path, vlmdpo):

@@ -10,7 +10,8 @@ import importlib
 from typing import Any, TypeVar
 
 from vlmdpo import ui
-from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, PrepareConfig
+from vlmdpo.commands.table import COMMANDS
+from vlmdpo.config import EstimateMemoryConfig, EvalAmberConfig, EvalConfig, PrepareConfig
 from vlmdpo.errors import (
     ConfigError,
     MemoryBudgetError,
@@ -19,7 +20,7 @@ from vlmdpo.errors import (
 )
 from vlmdpo.models.option_layers import config_of
 
-Config = TypeVar("Config", PrepareConfig, EstimateMemoryConfig, EvalAmberConfig)
+Config = TypeVar("Config", PrepareConfig, EstimateMemoryConfig, EvalAmberConfig, EvalConfig)
 
 
 def prepare(config: PrepareConfig | None = None, /, **options: Any) -> dict[str, Any]:
@@ -59,21 +60,28 @@ def estimate(config: EstimateMemoryConfig | None = None, /, **options: Any) -> d
     return _run("estimate-memory", EstimateMemoryConfig, config, options)
 
 
-def evaluate(config: EvalAmberConfig | None = None, /, **options: Any) -> dict[str, Any]:
-    """Ask and score AMBER's questions, as `vlmdpo eval-amber` does, in this process.
+def evaluate(
+    config: EvalAmberConfig | EvalConfig | None = None, /, **options: Any
+) -> dict[str, Any]:
+    """Ask and score AMBER's questions, as `vlmdpo eval-amber` does, or, with `benchmark`, those of
+    any benchmark, as `vlmdpo eval` does. In this process.
 
     Args:
-        config: all options; None to give them by keyword.
+        config: all options, an `EvalConfig` for any benchmark; None to give them by keyword.
         options: fields of `EvalAmberConfig`, such as model="llava-1.5-7b", adapter="adapter",
-            data="AMBER/data", limit=200.
+            data="AMBER/data", limit=200; with benchmark="pope" or another, of `EvalConfig`.
 
-    Returns the report of `--json`: `scores` {`base` and/or `tuned`: {dimension: {`accuracy`,
+    Returns the report of `--json`. Of `eval`: `scores` {`base` and/or `tuned`: {split or `all`:
+    {figure: value}}}, `intervals` with the same keys, `coverage`, `unread`, `comparison`. Of
+    `eval-amber`: `scores` {`base` and/or `tuned`: {dimension: {`accuracy`,
     `precision`, `recall`, `f1`}, `Generative`: {`chair`, `cover`, `hal`, `cog`}}}, `coverage`,
     `unparsed`, with base and tuned also `comparison` {`delta_accuracy`, `ci95`, `mcnemar_p`}.
 
     Raises ConfigError (also for more than one process), DataError, ModelError, MemoryBudgetError,
     MissingDependencyError.
     """
+    if isinstance(config, EvalConfig) or "benchmark" in options:
+        return _run("eval", EvalConfig, config, options)
     return _run("eval-amber", EvalAmberConfig, config, options)
 
 
@@ -93,7 +101,7 @@ def _run(
             "num_processes: a function runs in the process that calls it; use the command line, or "
             "start the script with accelerate launch"
         )
-    module = importlib.import_module(f"vlmdpo.commands.{command.replace('-', '_')}")
+    module = importlib.import_module(COMMANDS[command].module)
     with ui.unattended(quiet=config.quiet, yes=config.yes):
         try:
             report: dict[str, Any] = module.run(config)

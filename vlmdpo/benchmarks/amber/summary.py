@@ -57,6 +57,8 @@ def summarize(
         "coverage": min(facts["coverage"] for facts in models.values()),
         "unparsed": sum(facts["unparsed"] for facts in models.values()),
     }
+    if any(texts.values()) and benchmark.extractor().facts:
+        report["extractor_model"] = dict(benchmark.extractor().facts)
     if len(responses) == 2 and all(verdicts.values()):
         report["comparison"] = _comparison(benchmark, verdicts, answers)
     if len(responses) == 2 and all(texts.values()):
