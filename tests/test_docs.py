@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import vlmdpo as package
-from tests.support import coco, options
+from tests.support import coco, options, pope_data
 from vlmdpo import cli, config
 from vlmdpo.commands import compare
 from vlmdpo.errors import nearest
@@ -121,7 +121,8 @@ def _small(words):
     elif command == "estimate-memory" and "--dataset" in words:
         made += ["--fast"]
     elif command == "eval":
-        made += ["--limit", "3", "--overwrite"]
+        few = ["--limit", "3", "--max-description-tokens", "8"]
+        made += [*([] if "--answers" in words else few), "--overwrite"]
     elif command == "eval-amber":
         made += [*([] if "--answers" in words else _SMALLER[command]), "--overwrite"]
     elif command == "make-pairs":
@@ -148,11 +149,12 @@ def place(tmp_path_factory):
     answers = [{"id": number, "response": "No"} for number in range(101, 120)]
     (folder / "answers.json").write_text(json.dumps(answers))
     asked = ("Is there a moon?", "Describe this image.")
-    lines = [{"id": n, "image": "photo.jpg", "question": one} for n, one in enumerate(asked)]
+    answer = {"answer": "yes", "choices": ["yes", "a moon"]}
+    lines = [
+        {"id": n, "image": "photo.jpg", "question": one, **answer} for n, one in enumerate(asked)
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    coco.write(folder / "coco" / "annotations", {1: (["dog"], ["A dog."]), 2: (["cat"], [])})
-    coco.draw_images(folder / "coco" / "val2014", [1, 2])
-    (folder / "captions.jsonl").write_text('{"image_id": 1, "caption": "A cat."}')
+    _write_benchmarks(folder)
     (folder / "photos").symlink_to(folder / "AMBER" / "image")
     (folder / "prompts.txt").write_text("Describe this image.\n")
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -176,6 +178,19 @@ def place(tmp_path_factory):
         for name in names if file.parent != folder / "my" / "images" else ():
             shutil.copy(folder / "my" / "images" / name, file.parent)
     return folder
+
+
+def _write_benchmarks(folder):
+    """POPE, RePOPE and COCO, about the same two images."""
+    coco.write(folder / "coco" / "annotations", {1: (["dog"], ["A dog."]), 2: (["cat"], [])})
+    pictures = coco.draw_images(folder / "coco" / "val2014", [1, 2])
+    (folder / "captions.jsonl").write_text('{"image_id": 1, "caption": "A cat."}')
+    for name in ("annotations", "val2014"):
+        (folder / name).symlink_to(folder / "coco" / name)
+    images = sorted(path.name for path in pictures.iterdir())
+    for name in ("pope", "repope"):
+        pope_data.write(folder / name.upper(), images, name=name)
+    pope_data.answers(folder / "answers.jsonl", ["yes"] * 6 * len(images))
 
 
 @pytest.fixture
