@@ -127,7 +127,8 @@ def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch)
         == 0
     )
     assert cli.run(["train", "--model", "idefics2-8b"]) == 0
-    (tiny, hint), (full, no_hint) = seen
+    assert cli.run(["eval", "--benchmark", "mine.jsonl"]) == 0
+    (tiny, hint), (full, no_hint), (_, not_scenes) = seen
     assert (tiny.beta, tiny.learning_rate, tiny.lora_r, tiny.set) == (
         0.3,
         5e-4,
@@ -141,7 +142,7 @@ def test_layers_flags_over_recipe_over_model_over_default(tmp_path, monkeypatch)
         full.peak_learning_rate,
     ) == (2, 32, 5e-5)
     assert "vlmdpo train --model idefics2-8b" in hint
-    assert no_hint == ""
+    assert no_hint == not_scenes == ""
 
 
 @pytest.mark.parametrize(

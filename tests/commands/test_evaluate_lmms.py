@@ -136,6 +136,13 @@ def test_an_unknown_task_is_found_before_a_model_is_loaded(calls):
     assert len(read_calls(calls)) == 1
 
 
+def test_a_folder_named_like_the_task_would_be_taken_for_it(calls):
+    Path("mme").mkdir()
+    with pytest.raises(ConfigError, match="'mme' for the folder of that name"):
+        _run(benchmark="lmms:mme")
+    assert read_calls(calls) == []
+
+
 @pytest.mark.parametrize(
     ("said", "kind"),
     [

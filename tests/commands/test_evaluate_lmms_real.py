@@ -61,8 +61,9 @@ def test_a_made_up_task_is_scored_for_base_and_tuned():
     (folder / "moons.yaml").write_text(_TASK.replace("DOCUMENTS", str(documents)))
     (folder / "moons.py").write_text(_FUNCTIONS)
     more = shlex.join(["--include_path", str(folder)])
-    config = {"adapter": SHIPPED, "device": "cpu", "lmms_args": more, "output_dir": Path("out")}
-    report = evaluate_lmms.run(EvalConfig(benchmark="lmms:moons", **config))
+    config = {"adapter": SHIPPED, "device": "cpu", "lmms_args": more}
+    moons = EvalConfig(benchmark="lmms:moons", **config, output_dir=Path("out"))
+    report = evaluate_lmms.run(moons)
     for role in ("base", "tuned"):
         assert 0 <= report["scores"][role]["moons"]["right"] <= 1
         assert report["models"][role]["answered"] == report["questions"] == 8
@@ -71,4 +72,4 @@ def test_a_made_up_task_is_scored_for_base_and_tuned():
     assert figure["delta"] == scores[1] - scores[0]
     assert figure["fixed"] - figure["broken"] == pytest.approx(8 * figure["delta"])
     with pytest.raises(ConfigError, match=r"no task 'moon'\. Did you mean 'moons'\?"):
-        evaluate_lmms.run(EvalConfig(benchmark="lmms:moon", **config))
+        evaluate_lmms.run(EvalConfig(benchmark="lmms:moon", **config, output_dir=Path("other")))

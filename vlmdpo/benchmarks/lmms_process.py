@@ -60,6 +60,11 @@ def check_tasks(tasks: Sequence[str], arguments: Sequence[str] = ()) -> None:
 
     Raises DataError if lmms-eval cannot be started.
     """
+    if Path(",".join(tasks)).is_dir():  # it would look for tasks in there, and find none
+        raise ConfigError(
+            f"--benchmark: lmms-eval takes '{','.join(tasks)}' for the folder of that name here; "
+            "start in another folder"
+        )
     found = subprocess.run(
         [sys.executable, "-m", PACKAGE, *arguments, "--tasks", "list"],
         stdin=subprocess.DEVNULL,
