@@ -34,41 +34,32 @@ CONTENT = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_entries_are_those_of_a_json_parser_wherever_the_buffer_ends(
-    chunk, indent, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+def test_entries_are_those_of_a_json_parser(indent, tmp_path):
     text = json.dumps(CONTENT, indent=indent, ensure_ascii=False)
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     names = ("images", "annotations", "empty")
     assert list(json_stream.entries(tmp_path / "a.json", names)) == [
-        (name, number, entry)
-        for name in CONTENT
-        if name in names
-        for number, entry in enumerate(CONTENT[name])
+        (name, number, entry) for name in names for number, entry in enumerate(CONTENT[name])
     ]
 
 
-def test_a_file_cut_short_anywhere_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "_CHUNK", 16)
+def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     text = json.dumps(CONTENT)
     for end in range(len(text)):
         (tmp_path / "a.json").write_text(text[:end])
-        with pytest.raises(DataError, match="not valid JSON, or cut short, at character"):
+        with pytest.raises(DataError, match="not valid JSON, or cut short"):
             list(json_stream.entries(tmp_path / "a.json", ["images"]))
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a": 1,}', '{"a" 1}', '{"images": [1 2]}', '{"a": [}'])
-def test_what_is_no_json_object_is_refused(text, tmp_path):
-    (tmp_path / "a.json").write_text(text)
+@pytest.mark.parametrize("text", ['{"a": 1,}', '{"a" 1}', '{"images": [1 2]}', '{"a": [}', "\xff"])
+def test_what_is_no_json_is_refused(text, tmp_path):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match="not valid JSON"):
         list(json_stream.entries(tmp_path / "a.json", ["images"]))
 
 
-def test_a_large_file_is_never_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "_CHUNK", 1 << 15)
+def test_a_large_file_is_never_in_memory(tmp_path):
     entry = json.dumps({"image_id": 1, "category_id": 2, "segmentation": [[1.25] * 200]})
     path = tmp_path / "a.json"
     path.write_text(f'{{"annotations": [{", ".join([entry] * 1500)}]}}')

@@ -192,6 +192,7 @@ def unlisted_replacements(module, tree):
                 yield f"{module}:{node.lineno}: {ast.unparse(node)}"
 
 
+FOLDERS = {"XDG_CACHE_HOME"}  # a standard of freedesktop.org
 THREADS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # documented by OpenMP and GCC
 
 
@@ -208,7 +209,7 @@ def unlisted_variables(module, tree):
         elif isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "os.environ":
             name = node.left
         named = name.value if isinstance(name, ast.Constant) else "VLMDPO_"
-        if not named.startswith("VLMDPO_") and named not in LISTED | THREADS:
+        if not named.startswith("VLMDPO_") and named not in LISTED | THREADS | FOLDERS:
             yield f"{module}:{node.lineno}: {named}"
 
 

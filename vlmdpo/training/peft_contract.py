@@ -59,7 +59,7 @@ ACCELERATE = (
 
 PEFT = (
     *classes(
-        "benchmarks/amber/runner",
+        "benchmarks/ask",
         "peft.tuners.tuners_utils.BaseTunerLayer",
         "peft.utils.other.AuxiliaryTrainingWrapper",
         why="tell whether an adapter changes what image features are made of",

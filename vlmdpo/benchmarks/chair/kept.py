@@ -1,4 +1,4 @@
-"""What was read from COCO's files, kept in a cache folder: reading them takes most of a minute.
+"""What was read from COCO's files, kept in a cache folder: reading them takes minutes.
 
 Files are named by a digest of what they were made from, and hold one of their own content. One that
 is damaged is reported, not used, and written anew.
