@@ -190,7 +190,7 @@ def _write_benchmarks(folder):
     images = sorted(path.name for path in pictures.iterdir())
     for name in ("pope", "repope"):
         pope_data.write(folder / name.upper(), images, name=name)
-    pope_data.answers(folder / "answers.jsonl", ["yes"] * 6 * len(images))
+    pope_data.answers(folder / "popular.jsonl", ["yes"] * 6 * len(images))
 
 
 @pytest.fixture
