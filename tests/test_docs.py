@@ -43,6 +43,7 @@ _NOT_HERE = {
     "--gpu",
     "--quantization",
 }
+CHANGED = "outputs/changed"  # an evaluation in which answers changed
 _SMALLER = {
     "prepare": ["--limit", "40"],
     "train": ["--max-steps", "2"],
@@ -107,6 +108,8 @@ def _small(words):
             made += [word, *_REPLACED[word]] if _REPLACED[word] else []
         elif word == "--dataset" and (value := next(rest)):
             made += [word, "scenes" if value == "rlaif-v" and not plain else value]
+        elif word == "--amber" and next(rest):  # others write there too, with fewer answers
+            made += [word, CHANGED]
         elif word in _NOT_HERE and not plain:
             next(rest)
         else:
@@ -230,7 +233,7 @@ def runs(place):
             shutil.copytree(first, name)
         # Two steps change no answer, and `compare` shows those that changed.
         shutil.copy(compare.SHIPPED / "adapter_model.safetensors", first)
-        few = ["--dimension", "existence", "--limit", "40", "-q"]
+        few = ["--dimension", "existence", "--limit", "40", "-q", "--output-dir", CHANGED]
         assert cli.run(["eval-amber", "--adapter", first, *few]) == 0
     finally:
         os.chdir(here)
