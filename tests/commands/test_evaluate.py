@@ -166,6 +166,7 @@ def test_a_response_file_is_scored_without_a_model(place, vlmdpo):
     assert code == 0
     assert "POPE, random" in out
     assert "Answers read by: POPE's evaluate.py." in out
+    assert "for comparison, always yes: accuracy 50.0, F1 66.7" in out
     _, err = run(vlmdpo, *command, "--output-dir", "out/pope/scores.json", code=3)
     assert "cannot write 'out/pope/scores.json/pope': Not a directory" in err
 

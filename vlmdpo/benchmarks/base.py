@@ -164,6 +164,8 @@ class Benchmark(Protocol):
         questions: short answers; those about one image are asked as one tree.
         descriptions: long answers.
         main: (group, figure) that stands for the benchmark where there is room for one.
+        baseline: the answer whose figures, given to every question, stand beside a model's; ""
+            where no answer makes sense.
         images: of what is asked.
         notes: what readers must know of the data: its defects, and what is not comparable.
         published: figures to stand beside those of a whole run.
@@ -187,6 +189,8 @@ class Benchmark(Protocol):
     def images(self) -> Images: ...
     @property
     def main(self) -> tuple[str, str]: ...
+    @property
+    def baseline(self) -> str: ...
     @property
     def notes(self) -> Sequence[str]: ...
     @property

@@ -56,10 +56,14 @@ class OwnQuestions:
     notes: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
 
+    @property
+    def baseline(self) -> str:
+        """Always yes, in a file that asks for nothing else than yes and no."""
+        return "yes" if all(question.choices == _YES_NO for question in self.questions) else ""
+
     def is_settled(self, answer: str) -> bool:
         """Whether Yes or No is said, in a file that asks for nothing else."""
-        only_yes_no = all(question.choices == _YES_NO for question in self.questions)
-        return only_yes_no and is_settled(answer)
+        return bool(self.baseline) and is_settled(answer)
 
     def read(self, asked: Asked, answer: str) -> str:
         """The answer as it is."""

@@ -83,6 +83,7 @@ class Pope:
     published: tuple[Published, ...] = ()
     suffix: str = ""
     descriptions: tuple[Question, ...] = ()
+    baseline: str = "yes"
 
     @property
     def splits(self) -> tuple[str, ...]:

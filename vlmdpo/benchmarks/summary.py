@@ -55,6 +55,7 @@ def summarize(
         "coverage": min(facts["coverage"] for facts in models.values()),
         "unread": sum(facts["unread"] for facts in models.values()),
         "comparison": None,
+        "baseline": _baseline(benchmark),
         "figures": about_figures([sheet for some in sheets.values() for sheet in some]),
         "notes": list(benchmark.notes),
         "published": [
@@ -65,6 +66,14 @@ def summarize(
     if len(given) == 2 and all(given.values()):
         report["comparison"] = _comparison(benchmark, asked, given, answers)
     return report
+
+
+def _baseline(benchmark: Benchmark) -> dict[str, Any] | None:
+    """The figures of giving the benchmark's baseline answer to every question."""
+    if not benchmark.baseline or not benchmark.questions:
+        return None
+    same = [(question.id, benchmark.baseline) for question in benchmark.questions]
+    return {"answer": benchmark.baseline, "scores": scores(benchmark.score(same))}
 
 
 def scores(sheets: Sequence[Sheet]) -> dict[str, Any]:

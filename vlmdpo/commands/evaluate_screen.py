@@ -30,6 +30,8 @@ def _show_figures(report: dict[str, Any]) -> None:
     _table(title, figure_rows.rows(report), report, note)
     for reading, rows in list(figure_rows.other_readings(report).items())[:1]:
         _table(f"{report['title']}, {reading}", _main_rows(rows), report, "All are in the report.")
+    if baseline := figure_rows.baseline_in_words(report):
+        ui.result(f"for comparison, {baseline}")
     _show_comparison(report["comparison"])
     for role, facts in report["models"].items():
         _show_facts(role, facts)

@@ -117,6 +117,7 @@ def _context(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "rows": figure_rows.rows(report),
             "readings": figure_rows.other_readings(report),
             "roles": list(report["scores"]),
+            "baseline": figure_rows.baseline_in_words(report),
             "part": part_in_words(report["part"]) if report["part"] else "",
             "flips": len((report["comparison"] or {}).get("flips", [])),
         }

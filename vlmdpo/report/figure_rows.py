@@ -135,6 +135,20 @@ def span(interval: Sequence[float] | None, unit: str, *, sign: bool = False) -> 
     return " to ".join(number(end, unit, sign=sign) for end in interval)
 
 
+def baseline_in_words(report: Mapping[str, Any]) -> str:
+    """What always giving the same answer would score, of the main group; "" without a baseline."""
+    baseline = report.get("baseline")
+    if not baseline:
+        return ""
+    figures = baseline["scores"][report["main"][0]]
+    shown = (
+        f"{_LABELS.get(name, name)} {number(figures[name], report['figures'][name]['unit'])}"
+        for name in ("accuracy", "f1")
+        if name in figures
+    )
+    return f"always {baseline['answer']}: {', '.join(shown)}"
+
+
 def changes_in_words(report: Mapping[str, Any], verdict: str) -> list[str]:
     """The changes of this verdict, each as a phrase: "all, accuracy: +1.2 (+0.4 to +2.0)"."""
     return [

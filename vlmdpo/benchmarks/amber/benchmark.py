@@ -58,6 +58,7 @@ class Amber:
     name: str = "amber"
     rule: str = "AMBER's own scorer"
     main: tuple[str, str] = ("Discriminative", "accuracy")
+    baseline: str = "No"
 
     @property
     def notes(self) -> Sequence[str]:

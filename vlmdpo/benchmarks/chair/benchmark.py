@@ -49,6 +49,7 @@ class Chair:
     notes: tuple[str, ...]
     name: str = "chair"
     main: tuple[str, str] = (ALL, "chair_i")
+    baseline: str = ""
     questions: tuple[Question, ...] = ()
     # Every paper takes its own 500 images, so no row of figures can stand beside these.
     published: tuple[Published, ...] = ()
