@@ -31,7 +31,7 @@ import torch
 from _cases import measure_each
 from _measure import counted_flops, medians, timed, versions
 from _train_shapes import Shape
-from eval_amber import CASES as SHAPES
+from eval_amber import CASES as ASKED
 from eval_amber import measured_share, questions_of, toy
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +45,7 @@ _NEVER = -100  # an end token that no model gives
 _NEARLY_GREEDY = 1e-6
 _WANTED = (2.5, 1.0)  # speed-ups of LLaVA's and Idefics2's proportions
 CASES = tuple(
-    (shape, prompt, wanted) for (shape, prompt, _), wanted in zip(SHAPES[:2], _WANTED, strict=True)
+    (case.shape, case.prompt, wanted) for case, wanted in zip(ASKED[:2], _WANTED, strict=True)
 )
 
 

@@ -342,6 +342,7 @@ def test_sigterm_keeps_a_checkpoint(data):
     settings = ["--dataset", "data", "--output-dir", "out", "--num-processes", 2]
     settings += ["--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2]
     settings += ["--num-train-epochs", 500, "--device", "cpu", "--logging-steps", 1]
+    settings += ["--sample-every", 0]
     run = _launched("train", *settings)
     ranks = _training("out", run)
     assert len(ranks) == 2

@@ -83,6 +83,7 @@ def test_a_simulated_step_peaks_like_a_measured_one():
 @pytest.mark.parametrize("engine", ["shared", "stock"])
 def test_shallow_copies_give_the_whole_models_peak(engine):
     shape = arch.load_architecture("smolvlm-256m")
+    shape = dataclasses.replace(shape, config=arch.make_shallow(shape.config, 8, 6))
     config = TrainConfig(engine=engine, per_device_train_batch_size=1, bf16=True)
     rows = synthetic_rows(shape.processor, Workload((256, 192), 1, 30, 60, 40), 1)
     quick = estimate_peak(shape, config, rows, dtype=torch.bfloat16)
@@ -202,31 +203,10 @@ def estimate(vlmdpo, *arguments, code=0):
     return json.loads(out) if code == 0 else " ".join(err.split())
 
 
-SMALL = [
-    "--model",
-    "smolvlm-256m",
-    "--dtype",
-    "bfloat16",
-    "--lora",
-    "--answer-tokens",
-    "40",
-    "--image-size",
-    "256x192",
-]
-
-
 @pytest.mark.drawn
 def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
-    report = estimate(
-        vlmdpo,
-        *SMALL,
-        "--gpu",
-        "4GiB",
-        "--plot",
-        tmp_path / "bars.png",
-        "--gradient-accumulation-steps",
-        "4",
-    )
+    plot = ["--plot", tmp_path / "bars.png", "--gradient-accumulation-steps", "4"]
+    report = estimate(vlmdpo, "--lora", "--gpu", "4GiB", *plot)
     assert report["verdict"] == "fits"
     assert (
         report["peak_bytes"] == max(report["phases"].values()) > report["allocated"]["total_bytes"]
@@ -237,9 +217,8 @@ def test_a_verdict_a_plan_and_a_plot(tmp_path, vlmdpo):
     assert "CUDA context and workspaces" in report["unvalidated"]
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.width > 800
-    larger = estimate(
-        vlmdpo, *SMALL, "--per-device-train-batch-size", str(plan["per_device_train_batch_size"])
-    )
+    batch = ["--per-device-train-batch-size", plan["per_device_train_batch_size"]]
+    larger = estimate(vlmdpo, "--lora", *batch)
     assert larger["peak_bytes"] == pytest.approx(plan["peak_bytes"], rel=1e-6), (
         "the plan's peak is that batch's own"
     )
@@ -330,14 +309,14 @@ def test_pairs_per_prompt_is_reported_and_lowers_the_formulas_peak(images, vlmdp
 
 
 def test_a_simulated_step_computes_a_shared_prompt_once(vlmdpo):
-    asked = ["--lora", "--per-device-train-batch-size", "8", "--prompt-tokens", "100"]
+    asked = ["--lora", "--per-device-train-batch-size", "4", "--prompt-tokens", "100"]
     asked += ["--answer-tokens", "10"]
-    one, two, eight = (
+    one, two, four = (
         estimate(vlmdpo, *asked, "--pairs-per-prompt", pairs)["phases"]["backward"]
-        for pairs in ("1", "2", "8")
+        for pairs in ("1", "2", "4")
     )
-    assert one > two > eight
-    stock = estimate(vlmdpo, *asked, "--pairs-per-prompt", "8", "--engine", "stock")
+    assert one > two > four
+    stock = estimate(vlmdpo, *asked, "--pairs-per-prompt", "4", "--engine", "stock")
     assert stock["phases"]["backward"] > one
 
 

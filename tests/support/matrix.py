@@ -222,7 +222,7 @@ def _asking(base: dict[str, str]) -> dict[str, str]:
     tuned = {"adapter": Path("lora"), **base}
     Image.new("RGB", (40, 30), "red").save("x.png")
     said = infer.run(InferConfig(image=Path("x.png"), question="What?", max_new_tokens=4, **tuned))
-    few = {"limit": 4, "verify": 2, "batch_size": 4}
+    few = {"limit": 2, "verify": 2, "batch_size": 4}
     few |= {"max_new_tokens": 3, "max_description_tokens": 3}
     asked = eval_amber.run(EvalAmberConfig(output_dir=Path("amber"), **few, **tuned))
     shared = asked["engine"] == "shared" and not asked["fallback_reason"]

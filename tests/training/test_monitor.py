@@ -5,6 +5,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -338,7 +340,14 @@ def test_memory_is_shown_beside_its_estimate():
     assert re.fullmatch(r"process \d+\.\d\d GiB, tensors estimated 0\.75", shown)
 
 
-def test_an_estimate_that_fails_is_a_warning(capfd, scenes):
+def test_an_estimate_that_fails_is_a_warning(capfd, monkeypatch):
+    """A real process, of a moment: test_auto_batch has one of `estimate-memory` fail."""
+    fails = "raise SystemExit('error: \\'nowhere\\' is not a\\n       folder; run vlmdpo prepare')"
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        "vlmdpo.training.memory_forecast.subprocess.Popen",
+        lambda command, **options: start([sys.executable, "-S", "-c", fails], **options),
+    )
     made = memory_forecast.MemoryForecast(TrainConfig(), Path("nowhere"), "bfloat16")
     try:
         made.wait_or_warn()

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from vlmdpo import ui
 from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.benchmarks import registry
 from vlmdpo.benchmarks.amber import benchmark as amber
 from vlmdpo.benchmarks.amber.benchmark import Amber
 from vlmdpo.benchmarks.amber.scores import COVERS
 from vlmdpo.benchmarks.amber.summary import summarize
-from vlmdpo.benchmarks.base import ids
+from vlmdpo.benchmarks.base import Responses, ids
 from vlmdpo.benchmarks.image_folder import DrawnImages
-from vlmdpo.benchmarks.sampling import SEED, stratified
-from vlmdpo.benchmarks.stats import DRAWS
-from vlmdpo.commands.ask_benchmark import (
-    Answers,
-    ask_and_report,
-    asked_model,
-    check_output,
-    output_folder,
-)
+from vlmdpo.benchmarks.sampling import stratified
+from vlmdpo.commands.ask_benchmark import Answers, ask_and_report, asked_model, output_folder
 from vlmdpo.commands.eval_amber_screen import PAGE, show
-from vlmdpo.config import PER_CALL, EvalAmberConfig, recipes
+from vlmdpo.commands.reporting import (
+    how_obtained,
+    model_of,
+    part_of,
+    put_on_card,
+    require_answers,
+    score_file,
+)
+from vlmdpo.config import EvalAmberConfig
 from vlmdpo.errors import DataError
 from vlmdpo.report import amber_page, model_card
 
@@ -58,22 +56,23 @@ def evaluate(
     """
     whole = _benchmark(config)
     asked = _select(config, whole)
-    if config.answers is not None:
-        return also_write(_score_file(config, config.answers, whole, asked, extend))
-    if asked.descriptions and config.extractor == "official":
-        asked.extractor()  # fails now rather than after an hour of asking
-    if config.output_dir is None:
-        folder = Path("outputs") / "amber" / f"{whole.title}-{asked_model(config)}"
-        config = dataclasses.replace(config, output_dir=folder)
 
     def report_on(settings: EvalAmberConfig, answers: Answers) -> dict[str, Any]:
         return extend(_report(settings, whole, asked, answers), answers)
 
     def write(settings: EvalAmberConfig, report: dict[str, Any], answers: Answers) -> None:
         _write(settings, asked, report, answers)
-        _update_model_card(settings, report)
         also_write(report)
 
+    if config.answers is not None:
+        responses = _responses(config.answers, whole)
+        identity = {"answers": str(config.answers), "data_digest": asked.digest}
+        return score_file(config, responses, identity, report_on, write)
+    if asked.descriptions and config.extractor == "official":
+        asked.extractor()  # fails now rather than after an hour of asking
+    if config.output_dir is None:
+        folder = Path("outputs") / "amber" / f"{whole.title}-{asked_model(config)}"
+        config = dataclasses.replace(config, output_dir=folder)
     return ask_and_report(config, whole, asked, report_on, write)
 
 
@@ -103,19 +102,9 @@ def _select(config: EvalAmberConfig, whole: Amber) -> Amber:
     )
 
 
-def _score_file(
-    config: EvalAmberConfig,
-    path: Path,
-    whole: Amber,
-    asked: Amber,
-    extend: Callable[[dict[str, Any], Answers], dict[str, Any]],
-) -> dict[str, Any]:
-    """Score `--answers` as it stands."""
+def _responses(path: Path, whole: Amber) -> Responses:
+    """The responses of `--answers`. Raises DataError for an id that the data do not have."""
     responses = whole.read_answers(path)
-    identity = {"answers": str(path), "data_digest": asked.digest}
-    if config.output_dir is not None:
-        check_output(config)
-        answer_files.check(config.output_dir, identity)
     known = ids(whole) | whole.other_ids
     for number, _ in responses:
         if number not in known:
@@ -123,81 +112,30 @@ def _score_file(
                 f"'{path}': there is no question {number} in {whole.title}; is --data the right "
                 "folder?"
             )
-    answers = Answers({"base": responses}, {"base": dict(responses)}, {})
-    report = extend(_report(config, whole, asked, answers), answers)
-    if config.output_dir is not None:
-        answer_files.create(config.output_dir)
-        answer_files.write_json(config.output_dir / answer_files.RUN, identity)
-        _write(config, asked, report, answers)
-    return report
+    return responses
 
 
 def _report(
     config: EvalAmberConfig, whole: Amber, asked: Amber, answers: Answers
 ) -> dict[str, Any]:
-    answered = {number for by_id in answers.responses.values() for number, _ in by_id}
-    if not answered & ids(asked):
-        who = f"'{config.answers}' answers" if config.answers is not None else "the model answered"
-        raise DataError(f"{who} none of the questions of {asked.title}")
-    names = ("vlmdpo", "torch", "transformers", "peft")
+    require_answers(config, asked, answers)
+    model, adapter = model_of(config)
+    everything = _select(dataclasses.replace(config, limit=None), whole)
     return {
         "data": asked.title,
         "is_amber": asked.is_amber,
-        "part": _part(config, whole, asked),
-        "model": config.model if config.answers is None else str(config.answers),
-        "adapter": str(config.adapter) if config.adapter else None,
+        "part": part_of(asked, everything),
+        "model": model,
+        "adapter": adapter,
         **summarize(asked, answers.responses, answers.in_own_words),
-        "engine": None,
-        "fallback_reason": None,
-        "bad_pictures": {},
-        "bad_questions": {},
-        **answers.facts,
-        "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
-        "bootstrap": {"draws": DRAWS, "seed": 0, "over": "pictures"},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in names},
-        },
-        **({"output_dir": str(config.output_dir)} if config.output_dir else {}),
-    }
-
-
-def _part(config: EvalAmberConfig, whole: Amber, asked: Amber) -> dict[str, int] | None:
-    """How much of the data `--limit` left, or None if it left all."""
-    everything = _select(dataclasses.replace(config, limit=None), whole)
-    if all(
-        len(part) == len(of)
-        for part, of in (
-            (asked.questions, everything.questions),
-            (asked.descriptions, everything.descriptions),
-        )
-    ):
-        return None
-    return {
-        "questions": len(asked.questions),
-        "of_questions": len(everything.questions),
-        "descriptions": len(asked.descriptions),
-        "of_descriptions": len(everything.descriptions),
-        "seed": SEED,
+        **how_obtained(config, answers, drawn="pictures"),
     }
 
 
 def _write(config: EvalAmberConfig, asked: Amber, report: dict[str, Any], answers: Answers) -> None:
-    """scores.json, report.md and report.html."""
+    """scores.json, report.md and report.html; with an adapter, the scores on its card."""
     folder = output_folder(config)
     answer_files.write_json(folder / SCORES, report)
     answer_files.write_text(folder / MARKDOWN, amber_page.markdown(report))
     answer_files.write_text(folder / PAGE, amber_page.page(report, asked, answers.in_own_words))
-
-
-def _update_model_card(config: EvalAmberConfig, report: dict[str, Any]) -> None:
-    """Put the scores on the adapter's card. A folder that cannot be written gets a warning."""
-    if config.adapter is None or config.limit is not None:
-        return  # a part of the questions says too little for a card
-    try:
-        model_card.keep_amber(config.adapter, report)
-    except OSError as problem:
-        ui.warn(
-            f"the scores are not on the adapter's card: cannot write '{config.adapter}': "
-            f"{problem.strerror}"
-        )
+    put_on_card(config, lambda adapter: model_card.keep_amber(adapter, report))

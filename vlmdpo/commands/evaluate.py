@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmdpo import ui
 from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.benchmarks import registry, summary
-from vlmdpo.benchmarks.base import Benchmark, everything_asked, ids
-from vlmdpo.benchmarks.sampling import SEED, stratified
-from vlmdpo.benchmarks.stats import DRAWS
+from vlmdpo.benchmarks.base import Benchmark
+from vlmdpo.benchmarks.sampling import stratified
 from vlmdpo.commands import eval_amber
-from vlmdpo.commands.ask_benchmark import (
-    Answers,
-    ask_and_report,
-    asked_model,
-    check_output,
-    output_folder,
-)
+from vlmdpo.commands.ask_benchmark import Answers, ask_and_report, asked_model, output_folder
 from vlmdpo.commands.evaluate_screen import show
-from vlmdpo.config import PER_CALL, EvalAmberConfig, EvalConfig, recipes
-from vlmdpo.errors import DataError
+from vlmdpo.commands.reporting import (
+    how_obtained,
+    model_of,
+    part_of,
+    put_on_card,
+    require_answers,
+    score_file,
+)
+from vlmdpo.config import EvalAmberConfig, EvalConfig
 from vlmdpo.report import evaluations, figure_rows, model_card
 
 __all__ = ["run", "show"]
@@ -48,7 +45,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         )
     if config.output_dir is not None:
         # Said before an hour of asking.
-        evaluations.read_all(config.output_dir, config.include, _model_of(config))
+        evaluations.read_all(config.output_dir, config.include, model_of(config))
     if config.kind == "lmms":
         from vlmdpo.commands import evaluate_lmms
 
@@ -62,8 +59,6 @@ def run(config: EvalConfig) -> dict[str, Any]:
         )
     whole = registry.load(config.kind, config)
     asked = _limited(config, whole)
-    if config.answers is not None:
-        return _score_file(config, config.answers, whole, asked)
 
     def report_on(settings: EvalConfig, answers: Answers) -> dict[str, Any]:
         return _report(settings, whole, asked, answers)
@@ -72,13 +67,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
         _write(settings, report)
         _with_page(config, report)
 
-    return ask_and_report(_in_its_folder(config), whole, asked, report_on, write)
-
-
-def _model_of(config: EvalConfig) -> tuple[str, str | None]:
-    """What is evaluated, as reports name it: the model (or file of answers) and its adapter."""
-    model = config.model if config.answers is None else str(config.answers)
-    return model, str(config.adapter) if config.adapter else None
+    placed = _in_its_folder(config)
+    if config.answers is None:
+        return ask_and_report(placed, whole, asked, report_on, write)
+    identity = {"answers": str(config.answers), "data_digest": whole.digest}
+    identity["benchmark"] = config.benchmark
+    return score_file(placed, whole.read_answers(config.answers), identity, report_on, write)
 
 
 def _in_its_folder(config: EvalConfig) -> EvalConfig:
@@ -127,35 +121,11 @@ def _limited(config: EvalConfig, whole: Benchmark) -> Benchmark:
     )
 
 
-def _score_file(
-    config: EvalConfig, path: Path, whole: Benchmark, asked: Benchmark
-) -> dict[str, Any]:
-    """Score `--answers` as it stands."""
-    responses = whole.read_answers(path)
-    answers = Answers({"base": responses}, {"base": dict(responses)}, {})
-    placed = _in_its_folder(config)
-    if placed.output_dir is None:
-        return _report(config, whole, asked, answers)
-    identity = {"answers": str(path), "data_digest": whole.digest, "benchmark": config.benchmark}
-    check_output(placed)
-    answer_files.check(placed.output_dir, identity)
-    report = _report(placed, whole, asked, answers)
-    answer_files.create(placed.output_dir)
-    answer_files.write_json(placed.output_dir / answer_files.RUN, identity)
-    _write(placed, report)
-    return _with_page(config, report)
-
-
 def _report(
     config: EvalConfig, whole: Benchmark, asked: Benchmark, answers: Answers
 ) -> dict[str, Any]:
-    answered = {number for given in answers.responses.values() for number, _ in given}
-    if not answered & ids(asked):
-        who = f"'{config.answers}' answers" if config.answers is not None else "the model answered"
-        raise DataError(f"{who} none of the questions of {asked.title}")
-    model, adapter = _model_of(config)
-    names = ("vlmdpo", "torch", "transformers", "peft")
-    whole_run = len(everything_asked(asked)) == len(everything_asked(whole))
+    require_answers(config, asked, answers)
+    model, adapter = model_of(config)
     report = {
         "benchmark": config.benchmark,
         "title": asked.title,
@@ -163,58 +133,28 @@ def _report(
         "data_digest": asked.digest,
         "model": model,
         "adapter": adapter,
-        "part": None if whole_run else _part(whole, asked),
+        "part": part_of(asked, whole),
         **summary.summarize(asked, answers.responses, answers.in_own_words),
         "main": list(asked.main),
-        "engine": None,
-        "fallback_reason": None,
-        "bad_pictures": {},
-        "bad_questions": {},
-        **answers.facts,
-        "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
-        "bootstrap": {"draws": DRAWS, "seed": 0, "over": "images"},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in names},
-        },
-        **({"output_dir": str(config.output_dir)} if config.output_dir else {}),
+        **how_obtained(config, answers, drawn="images"),
     }
-    if not whole_run or report["coverage"] < 1:
+    if report["part"] or report["coverage"] < 1:
         report["published"] = []  # they are of whole runs
     return report
 
 
-def _part(whole: Benchmark, asked: Benchmark) -> dict[str, int]:
-    """How much of the data `--limit` left."""
-    return {
-        "questions": len(asked.questions),
-        "of_questions": len(whole.questions),
-        "descriptions": len(asked.descriptions),
-        "of_descriptions": len(whole.descriptions),
-        "seed": SEED,
-    }
-
-
 def _write(config: EvalConfig, report: dict[str, Any]) -> None:
-    """The benchmark's own folder: scores.json, report.md and report.html."""
+    """The benchmark's own folder: scores.json, report.md, report.html; the adapter's card."""
     folder = output_folder(config)
     answer_files.write_json(folder / evaluations.SCORES, report)
     evaluations.write_pages(folder, [report])
-    if config.adapter is None or config.limit is not None:
-        return  # a part of the questions says too little for a card
-    try:
-        model_card.keep_evaluation(config.adapter, report)
-    except OSError as problem:
-        ui.warn(
-            f"the scores are not on the adapter's card: cannot write '{config.adapter}': "
-            f"{problem.strerror}"
-        )
+    put_on_card(config, lambda adapter: model_card.keep_evaluation(adapter, report))
 
 
 def _with_page(config: EvalConfig, report: dict[str, Any]) -> dict[str, Any]:
     """Write the page of all evaluations of the model, and name it in the report."""
     if config.output_dir is not None:
-        found = evaluations.read_all(config.output_dir, config.include, _model_of(config))
+        found = evaluations.read_all(config.output_dir, config.include, model_of(config))
         evaluations.write_pages(config.output_dir, found)
         report["page"] = str(config.output_dir / evaluations.PAGE)
     return report
