@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo docs check quick-tests test test-oldest lint format wheel clean
+.PHONY: demo docs check quick-tests test test-all test-oldest lint format wheel clean
 
 demo: $(INSTALLED)  ## prepare, estimate, train, infer and evaluate, offline, in some minutes
 	$(BIN)/vlmdpo demo
@@ -14,7 +14,10 @@ check: $(INSTALLED)  ## lint, and the tests that take a moment: under 90 seconds
 quick-tests: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test: $(INSTALLED)  ## the test suite, on up to four cores
+test: $(INSTALLED)  ## the test suite, on up to four cores, but for further instances of the same checks
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not exhaustive"
+
+test-all: $(INSTALLED)  ## those too: every family, every arrangement of processes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # What decides whether a library is new enough: exact log-probs, training, asking, saving, nltk's tools,

@@ -38,13 +38,34 @@ def pytest_runtest_setup(item):
         gc.freeze()
 
 
+# One family for each way in which models differ: tiles, several tokens or tiles an image, M-RoPE,
+# sliding windows, bidirectional prefixes, recurrent layers, token types, thumbnails.
+_REPRESENTATIVE = {
+    *("idefics2", "llava", "llava_next", "qwen2_5_vl", "qwen3_5", "gemma3", "paligemma", "gemma4"),
+    *("internvl", "minicpm_v"),
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "exhaustive: more instances of what another test covers; `make test` leaves them out, "
+        "`make test-all` has them",
+    )
+
+
 def pytest_collection_modifyitems(items):
-    """Of the tests that run for every family, only those of Idefics2 are quick."""
+    """Of the tests that run for every family, only those of Idefics2 are quick; the whole table of
+    families is exhaustive.
+    """
     for item in items:
         parameters = getattr(item, "callspec", None)
         family = parameters.params.get("family") if parameters else None
         if isinstance(family, str) and family != "idefics2":
             item.add_marker(pytest.mark.slow)
+        small = getattr(family, "small", None)
+        if item.path.name == "test_matrix.py" and small not in _REPRESENTATIVE:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from tests.support.ranks import FSDP2, run_groups
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.exhaustive
 def test_an_adapter_trains_on_alike_in_every_arrangement(vlmdpo):
     code, _, err = vlmdpo("prepare", "--limit", "16", "--output-dir", "data")
     assert code == 0, err

@@ -80,7 +80,7 @@ def test_a_simulated_step_peaks_like_a_measured_one():
         assert case["predicted_bytes"] > 1e7
 
 
-@pytest.mark.parametrize("engine", ["shared", "stock"])
+@pytest.mark.parametrize("engine", ["shared", pytest.param("stock", marks=pytest.mark.exhaustive)])
 def test_shallow_copies_give_the_whole_models_peak(engine):
     shape = arch.load_architecture("smolvlm-256m")
     shape = dataclasses.replace(shape, config=arch.make_shallow(shape.config, 8, 6))
@@ -448,6 +448,7 @@ def test_a_simulated_gpu_needs_more_for_norms(checkpointing):
     assert on_gpu.peak > on_cpu.peak
 
 
+@pytest.mark.exhaustive
 def test_a_deep_model_is_on_the_lines_of_its_shallow_copies():
     """Qwen3-VL too, whose vision tower has layers of two kinds."""
     shape = arch.load_architecture("qwen3-vl-2b")

@@ -115,6 +115,11 @@ def _lines(name):
     return [json.loads(line) for line in Path(f"out/{name}.jsonl").read_text().splitlines()]
 
 
+def _also(*values):
+    """Those findings are tested on made-up curves too."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
     ("kind", "steps", "settings", "names"),
     [
@@ -122,9 +127,12 @@ def _lines(name):
         ("scenes", 24, ("--learning-rate", "5e-4", "--loss-type", "sigmoid,sft"), ["learning"]),
         ("scenes", 8, ("--learning-rate", "1e-9"), ["not_moving"]),
         ("scenes", 12, ("--learning-rate", "1e-2", "--beta", "2", *_STEADY), ["diverged"]),
-        ("coins.jsonl", 16, ("--learning-rate", "1e-2", *_STEADY), ["accuracy_at_chance"]),
-        ("alike.jsonl", 12, ("--learning-rate", "4e-3", *_STEADY), ["both_fall"]),
-        ("likely.jsonl", 12, ("--learning-rate", "3e-4"), ["only_rejected_falls", "nothing_left"]),
+        _also("coins.jsonl", 16, ("--learning-rate", "1e-2", *_STEADY), ["accuracy_at_chance"]),
+        _also("alike.jsonl", 12, ("--learning-rate", "4e-3", *_STEADY), ["both_fall"]),
+        _also(
+            *("likely.jsonl", 12, ("--learning-rate", "3e-4")),
+            ["only_rejected_falls", "nothing_left"],
+        ),
         ("few", 40, ("--learning-rate", "4e-3", "--eval-steps", "4"), ["overfits"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -160,6 +168,30 @@ def test_each_kind_of_run_gets_its_diagnosis(
         assert re.search(r"\d", finding["seen"]), "what was seen has its numbers"
         assert finding["tries"]
         assert finding["title"] in Path("out/run.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "margin", "chosen", "names"),
+    [
+        (0.69, 0.5, 0.0, 1.0, ["accuracy_at_chance"]),
+        (0.5, 0.9, 1.0, -2.0, ["both_fall"]),
+        (0.5, 0.9, 1.0, 0.0, ["only_rejected_falls"]),
+        (0.05, 1.0, 4.0, 0.0, ["only_rejected_falls", "nothing_left"]),
+    ],
+)
+def test_what_rewards_say(loss, accuracy, margin, chosen, names):
+    lines = [
+        {
+            "step": step,
+            "loss": loss,
+            "rewards/accuracies": accuracy,
+            "rewards/margins": margin * step / 12,
+            "rewards/chosen": chosen * step / 12,
+            "rewards/rejected": (chosen - margin) * step / 12,
+        }
+        for step in range(1, 13)
+    ]
+    assert [finding.name for finding in diagnose(lines, learning_rate=1e-6, beta=0.1)] == names
 
 
 def test_other_losses_are_judged_by_their_start():
