@@ -226,3 +226,14 @@ def test_evaluation_compares_it_with_the_plain_engine(fake, some_questions, vlmd
     code, _, err = vlmdpo(*some_questions, "--verify", 3, "--overwrite")
     assert code == 4
     assert "is answered 'Wrong.' by vLLM and" in err
+
+
+def test_an_evaluation_asks_vllm_the_same_question_once(fake, tmp_path, vlmdpo):
+    evaluation.draw_image("SCENE_1.png").save(tmp_path / "1.png")
+    row = {"image": "1.png", "question": "Is there a moon?", "answer": "no"}
+    (tmp_path / "own.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    asked = ["eval", "--json", "--benchmark", tmp_path / "own.jsonl", "--engine", "vllm"]
+    code, out, err = vlmdpo(*asked, "--verify", 0, "--max-new-tokens", 4)
+    assert code == 0, err
+    assert [len(one["prompts"]) for one in fake.asked] == [1]
+    assert json.loads(out)["models"]["base"]["answered"] == 3

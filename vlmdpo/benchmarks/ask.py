@@ -349,20 +349,24 @@ class Asking:
     def _generate(
         self, generator: Any, role: str, asked: Sequence[Asked], max_new_tokens: int
     ) -> None:
-        unanswered = self._unanswered(role, asked)
+        same: dict[tuple[str, str], list[Asked]] = {}  # asked once
+        for one in self._unanswered(role, asked):
+            same.setdefault((one.image, one.text), []).append(one)
+        groups = list(same.values())
         window = _VLLM_BATCHES * self.config.batch_size
-        with ui.progress(f"ask {role}", len(unanswered), unit="questions") as bar:
-            for start in range(0, len(unanswered), window):
-                some = unanswered[start : start + window]
+        with ui.progress(f"ask {role}", sum(map(len, groups)), unit="questions") as bar:
+            for start in range(0, len(groups), window):
+                some = groups[start : start + window]
                 opened = [
-                    (one, image)
-                    for one in some
-                    if (image := self._open_image(one.image)) is not None
+                    (group, image)
+                    for group in some
+                    if (image := self._open_image(group[0].image)) is not None
                 ]
-                texts, images = [one.text for one, _ in opened], [image for _, image in opened]
+                texts, images = [group[0].text for group, _ in opened], [i for _, i in opened]
                 answers = generator.generate(images, texts, max_new_tokens, tuned=role == "tuned")
-                self.answers.put(role, zip((one.id for one, _ in opened), answers, strict=True))
-                bar.advance(len(some))
+                for (group, _), text in zip(opened, answers, strict=True):
+                    self.answers.put(role, [(one.id, text) for one in group])
+                bar.advance(sum(map(len, some)))
 
 
 def adapts_vision(model: Any) -> bool:
