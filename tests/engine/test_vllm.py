@@ -19,7 +19,7 @@ from vlmdpo.engine.sampling import GREEDY, Sampling
 from vlmdpo.errors import MemoryBudgetError, MissingDependencyError, ModelError
 from vlmdpo.models.load import load_model, load_processor
 from vlmdpo.models.rendering import render_question
-from vlmdpo.tiny import random_models
+from vlmdpo.tiny import evaluation, random_models
 
 IMAGE = Image.new("RGB", (64, 48), "navy")
 SETTINGS = {"revision": None, "dtype": "auto", "trust_remote_code": False}
