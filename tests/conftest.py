@@ -38,12 +38,13 @@ def pytest_runtest_setup(item):
         gc.freeze()
 
 
-# One family for each way in which models differ: tiles, several tokens or tiles an image, M-RoPE,
-# sliding windows, bidirectional prefixes, recurrent layers, token types, thumbnails.
+# One family for each way in which models differ: image tokens from a connector, tiles, M-RoPE,
+# recurrent layers, sliding windows, bidirectional prefixes, processors that pack images.
 _REPRESENTATIVE = {
-    *("idefics2", "llava", "llava_next", "qwen2_5_vl", "qwen3_5", "gemma3", "paligemma", "gemma4"),
-    *("internvl", "minicpm_v"),
+    *("idefics2", "llava", "llava_next", "qwen2_5_vl", "qwen3_5", "gemma3", "paligemma"),
+    "minicpm_v",
 }
+_EVERY_FAMILY = ("test_matrix.py", "test_pretended_gpu.py")  # tests that run for all of them
 
 
 def pytest_configure(config):
@@ -63,8 +64,8 @@ def pytest_collection_modifyitems(items):
         family = parameters.params.get("family") if parameters else None
         if isinstance(family, str) and family != "idefics2":
             item.add_marker(pytest.mark.slow)
-        small = getattr(family, "small", None)
-        if item.path.name == "test_matrix.py" and small not in _REPRESENTATIVE:
+        name = getattr(family, "small", family)
+        if name and item.path.name in _EVERY_FAMILY and name not in _REPRESENTATIVE:
             item.add_marker(pytest.mark.exhaustive)
 
 
