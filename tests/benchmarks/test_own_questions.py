@@ -61,7 +61,7 @@ def test_figures_are_by_group(tmp_path):
     assert summary.scores([sheet]) == {
         "all": {"accuracy": 0.5, "f1": pytest.approx(2 / 3), "yes_ratio": pytest.approx(2 / 3)},
         "presence": {"accuracy": 0.5, "f1": pytest.approx(2 / 3), "yes_ratio": 1.0},
-        "colour": {"accuracy": 1.0},
+        "colour": {"accuracy": 1.0, "f1": None},
     }
     assert sheet.unread == [5]
     assert not benchmark.is_settled("Yes, ")  # colours may follow

@@ -92,7 +92,8 @@ class OwnQuestions:
         truths = [q.truth for q in answered]
         figures: dict[str, dict[str, Figure]] = {}
         for name, where in members.items():
-            figures[name] = {"accuracy": Figure((Ratio(where & right, where),))}
+            # F1 is of yes; without yes/no questions it is undefined.
+            figures[name] = {"accuracy": Figure((Ratio(where & right, where),)), "f1": Figure(())}
             if (where & is_yes_no).any():
                 of_yes = yes_no.figures(said, truths, where & is_yes_no, counts_unread=True)
                 figures[name] |= {key: of_yes[key] for key in ("f1", "yes_ratio")}
