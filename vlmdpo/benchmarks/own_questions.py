@@ -153,6 +153,13 @@ def load(config: EvalConfig) -> OwnQuestions:
 def _question(row: Mapping[str, Any], line: int, where: str, suffix: str) -> OwnQuestion:
     """One line's question. Raises DataError."""
     files.require(row, {"image": str, "question": str, "answer": str}, where)
+    group = row.get("group", ALL)
+    if not isinstance(group, str):
+        raise DataError(f"{where}: group must be text, not {str(group)[:80]}")
+    texts = {"image": row["image"], "question": row["question"], "group": group}
+    for key, text in texts.items():
+        if not text.strip():
+            raise DataError(f"{where}: {key} is empty")
     number = row.get("id", line)
     if type(number) not in (int, str):
         raise DataError(f"{where}: id must be a number or text, not {str(number)[:80]}")
@@ -163,9 +170,6 @@ def _question(row: Mapping[str, Any], line: int, where: str, suffix: str) -> Own
             f"{where}: answer {row['answer'][:80]!r} is none of {', '.join(choices)}"
             + ("" if "choices" in row else "; name other answers with choices")
         )
-    group = row.get("group", ALL)
-    if not isinstance(group, str):
-        raise DataError(f"{where}: group must be text, not {str(group)[:80]}")
     return OwnQuestion(number, row["image"], row["question"] + suffix, truth, group, choices)
 
 

@@ -136,7 +136,7 @@ def _score_file(
     placed = _in_its_folder(config)
     if placed.output_dir is None:
         return _report(config, whole, asked, answers)
-    identity = {"answers": str(path), "data_digest": whole.digest, "benchmark": config.benchmark}
+    identity = {"answers": str(path), "data_digest": whole.digest, "benchmark": config.kind}
     check_output(placed)
     answer_files.check(placed.output_dir, identity)
     report = _report(placed, whole, asked, answers)

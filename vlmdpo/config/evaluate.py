@@ -23,6 +23,7 @@ _FILES = {
 # Options that only some benchmarks know.
 _ONLY = {
     **dict.fromkeys(("task", "dimension", "extractor", "strict"), ("amber",)),
+    "data": ("amber", "pope", "repope", "chair"),
     "split": ("pope", "repope"),
     **dict.fromkeys(("scorer", "sample", "seed", "ids", "prompt"), ("chair",)),
     "suffix": ("pope", "repope", "a file"),
@@ -162,8 +163,8 @@ class EvalConfig(EvalAmberConfig):
     def _check_kind(self) -> None:
         if self.kind == "a file" and not Path(self.benchmark).suffix:
             raise ConfigError(
-                f"--benchmark: there is no benchmark '{self.benchmark}'"
-                f"{nearest(self.benchmark, BENCHMARKS)}; choose {', '.join(BENCHMARKS)}, "
+                f"--benchmark: there is no benchmark '{self.benchmark}'."
+                f"{nearest(self.benchmark, BENCHMARKS)} Choose {', '.join(BENCHMARKS)}, "
                 f"{LMMS}TASK, or name a JSONL file of questions"
             )
         if self.kind in ("pope", "repope", "chair") and self.data is None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vlmdpo.benchmarks.answers import write_text
 from vlmdpo.benchmarks.base import Images
 from vlmdpo.benchmarks.image_folder import DrawnImages, ImageFolder
@@ -17,6 +19,8 @@ from vlmdpo.report import html as pages
 from vlmdpo.report.amber_page import as_cell
 
 SCORES, PAGE, MARKDOWN = "scores.json", "report.html", "report.md"
+# What a report raises that is no report.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, TemplateError)
 _GALLERY = 12  # changed answers of a benchmark that are shown; scores.json has all
 
 
@@ -54,18 +58,28 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / SCORES
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return figure_rows.in_common_form(report)
+        report = figure_rows.in_common_form(json.loads(path.read_text(encoding="utf-8")))
+        _check(report)
+        return report
     except OSError as problem:
         raise DataError(
             f"'{folder}' holds no results of vlmdpo eval: cannot read '{path}': "
             f"{problem.strerror or problem}"
         ) from problem
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except _DAMAGED as problem:
         raise DataError(
             f"'{path}' is damaged, or not of vlmdpo eval ({type(problem).__name__}: {problem}); "
-            "remove it, or evaluate again"
+            "remove it, then evaluate again"
         ) from problem
+
+
+def _check(report: Mapping[str, Any]) -> None:
+    """Fail, in any way, on a report that no page could be made of."""
+    markdown([report])
+    images_of(report)
+    pages.by_difference(report["settings"], EvalConfig)
+    for flip in (report["comparison"] or {}).get("flips", []):
+        flip["image"], flip["id"], flip["fixed"], flip["base"], flip["tuned"]
 
 
 def _is_same(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
