@@ -129,6 +129,7 @@ def test_the_mean_is_over_splits_and_intervals_draw_images(tmp_path):
     assert found["ours"]["all"]["accuracy"] == pytest.approx(2.5 / 3)
     [sheet] = benchmark.score(wrong_in_popular)
     assert set(sheet.images) == set(IMAGES)
+    assert sheet.details["popular/2"] == {"read": "yes"}
     # Three yes questions and one no question an image are in several splits.
     assert sheet.is_repeat.sum() == len(IMAGES) * 2 * 4
     low, high = summary.intervals([sheet])["all"]["accuracy"]

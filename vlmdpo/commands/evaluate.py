@@ -48,7 +48,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
         )
     if config.output_dir is not None:
         # Said before an hour of asking.
-        evaluations.read_all(config.output_dir, config.include, _model_of(config))
+        replaced = _in_its_folder(config).output_dir if config.overwrite else None
+        evaluations.read_all(config.output_dir, config.include, _model_of(config), replaced)
     if config.kind == "lmms":
         from vlmdpo.commands import evaluate_lmms
 
@@ -86,7 +87,7 @@ def _in_its_folder(config: EvalConfig) -> EvalConfig:
     if config.output_dir is None:
         return config
     own = Path(config.benchmark).stem if config.kind == "a file" else config.benchmark
-    name = re.sub(r"[^\w.-]+", "-", own).strip("-.")
+    name = re.sub(r"[^\w.-]+", "-", own).strip("-.") or "questions"
     if len(name) > _MAX_NAME:  # lmms-eval may be given many tasks
         name = f"{name[:_MAX_NAME]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
     return dataclasses.replace(config, output_dir=config.output_dir / name)

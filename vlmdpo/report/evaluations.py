@@ -25,7 +25,10 @@ _GALLERY = 12  # changed answers of a benchmark that are shown; scores.json has 
 
 
 def read_all(
-    folder: Path, include: Sequence[Path], model: tuple[str, str | None]
+    folder: Path,
+    include: Sequence[Path],
+    model: tuple[str, str | None],
+    replaced: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The reports of the benchmarks in a folder, and of other folders, in the common form.
 
@@ -33,12 +36,13 @@ def read_all(
         folder: of one model's evaluations; may be absent.
         include: folders with a scores.json of their own.
         model: (model, adapter) that all of them must be of.
+        replaced: a folder that is left out, because a new evaluation will take its place.
 
     Raises DataError for a damaged report, and for one of another model.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{SCORES}"))
     reports = []
-    for one in (*found, *include):
+    for one in (*(path for path in found if path != replaced), *include):
         report = read(one)
         theirs = (report["model"], report["adapter"])
         if not _is_same(theirs, model):
@@ -69,7 +73,7 @@ def read(folder: Path) -> dict[str, Any]:
     except _DAMAGED as problem:
         raise DataError(
             f"'{path}' is damaged, or not of vlmdpo eval ({type(problem).__name__}: {problem}); "
-            "remove it, then evaluate again"
+            "remove it, or evaluate again with --overwrite"
         ) from problem
 
 
@@ -131,6 +135,9 @@ def _context(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "rows": figure_rows.rows(report),
             "readings": figure_rows.other_readings(report),
             "roles": list(report["scores"]),
+            "published": [
+                (row, figure_rows.published_in_words(report, row)) for row in report["published"]
+            ],
             "part": part_in_words(report["part"]) if report["part"] else "",
             "flips": len((report["comparison"] or {}).get("flips", [])),
         }

@@ -157,6 +157,16 @@ def changes_in_words(report: Mapping[str, Any], verdict: str) -> list[str]:
     ]
 
 
+def published_in_words(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """A published row's figures in the units of the table beside it: "random F1 87.3"."""
+    found = []
+    for place, value in row["figures"].items():
+        group, _, name = place.rpartition("/")
+        shown = number(value, report["figures"][name]["unit"])
+        found.append(f"{group} {_LABELS.get(name, name)} {shown}".strip())
+    return ", ".join(found)
+
+
 def in_common_form(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report of `vlmdpo eval` as it is; one of `vlmdpo eval-amber` in the same form."""
     if "figures" in report:
