@@ -115,6 +115,7 @@ def test_answers_in_both_forms(tmp_path):
     for text, says in (
         ('{"answer": "Yes"}\n', "has 1 answer without id, and there are 2 questions"),
         ('{"id": 7, "answer": "Yes"}\n', "there is no question 7"),
+        ('{"id": 1, "answer": "Yes"}\n{"id": 1, "answer": "No"}', "question 1 is answered twice"),
         ('{"id": 1, "answer": "Yes"}\n{"answer": "No"}\n', "line 2 must be a JSON object with id"),
         ("[5, 6]", "must be a JSON object"),
     ):

@@ -210,6 +210,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         load(tmp_path / "nowhere")
     folder = pope_data.write(tmp_path / "pope", IMAGES)
     popular = folder / "coco_pope_popular.json"
+    with pytest.raises(DataError, match="is a file; name its folder"):
+        load(popular)
     popular.rename(folder / "my-popular.jsonl")
     assert len(load(folder).questions) == 36
     (folder / "a-popular.json").write_text("")

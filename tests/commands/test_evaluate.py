@@ -200,6 +200,7 @@ def test_published_figures_stand_beside_whole_runs_only(benchmark_data, vlmdpo):
             "--answers holds the answers to one split of pope; name it with --split",
         ),
         ({"benchmark": "q.jsonl", "data": Path("x")}, "--data is for --benchmark amber or pope or"),
+        ({"benchmark": "chair", "data": Path("x"), "prompt": " "}, "--prompt is empty"),
         ({"benchmark": "lmms:mme", "answers": Path("a")}, "lmms-eval scores its own answers"),
         ({"benchmark": "pope", "data": Path("x"), "split": ("rare",)}, "--split"),
     ],

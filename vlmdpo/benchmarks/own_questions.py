@@ -200,6 +200,7 @@ def _read_answers(path: Path, questions: Sequence[OwnQuestion]) -> Responses:
             f"{ui.count(len(questions), 'question')}: which is the answer to which cannot be told"
         )
     found: list[tuple[Id, str]] = []
+    answered: set[Id] = set()
     for (place, row), question in zip(rows, questions if by_order else rows, strict=True):
         where = f"'{path}' {place}"
         if not isinstance(row, dict) or not (by_order or "id" in row):
@@ -208,5 +209,8 @@ def _read_answers(path: Path, questions: Sequence[OwnQuestion]) -> Responses:
         number = question.id if isinstance(question, OwnQuestion) else row["id"]
         if number not in known:
             raise DataError(f"{where}: there is no question {number!r}")
+        if number in answered:
+            raise DataError(f"{where}: question {number!r} is answered twice")
+        answered.add(number)
         found.append((number, row[key]))
     return found

@@ -149,6 +149,8 @@ class EvalConfig(EvalAmberConfig):
     def _check(self) -> None:
         require_at_least(self, 1, "sample")
         require_choice(self.scorer, SCORERS, "scorer")
+        if not self.prompt.strip():
+            raise ConfigError("--prompt is empty; say what the model is asked for")
         for name in self.split:
             require_choice(name, SPLITS, "split")
         self._check_kind()
