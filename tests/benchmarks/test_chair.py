@@ -195,6 +195,8 @@ def test_ids_in_no_file_are_counted_and_said(data, tmp_path):
     assert figures(scored(chair, chair.read_answers(answers)))["chair_i"] == 2 / 3
     assert chair.notes[1].startswith(f"1 image id in '{answers}' is in none of COCO's files")
     assert [one.id for one in chair.descriptions] == [77, 1]
+    with pytest.raises(DataError, match=r"no id in .* is of an image in COCO.s .*such as 77"):
+        load(data, answers=write_captions(tmp_path / "a.jsonl", [(77, "A dog."), (78, "Cats.")]))
 
 
 def test_images_are_drawn_by_seed_and_a_smaller_draw_lies_in_a_larger(tmp_path):

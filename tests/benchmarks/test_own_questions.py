@@ -83,6 +83,9 @@ def test_figures_are_by_group(tmp_path):
         ),
         ({"image": "1", "question": "A?", "answer": "red", "choices": "red"}, "a list of texts"),
         ({"image": "1", "question": "A?", "answer": "no", "group": 3}, "group must be text"),
+        ({"image": "1", "question": "A?", "answer": "no", "group": " "}, "group is empty"),
+        ({"image": "", "question": "A?", "answer": "no"}, "image is empty"),
+        ({"image": "1", "question": " ", "answer": "no"}, "question is empty"),
         ({"image": "1", "question": "A?", "answer": "no", "id": 1.5}, "id must be a number or"),
         ("nonsense", "line 1 is not valid JSON"),
     ],
@@ -112,6 +115,7 @@ def test_answers_in_both_forms(tmp_path):
     for text, says in (
         ('{"answer": "Yes"}\n', "has 1 answer without id, and there are 2 questions"),
         ('{"id": 7, "answer": "Yes"}\n', "there is no question 7"),
+        ('{"id": 1, "answer": "Yes"}\n{"id": 1, "answer": "No"}', "question 1 is answered twice"),
         ('{"id": 1, "answer": "Yes"}\n{"answer": "No"}\n', "line 2 must be a JSON object with id"),
         ("[5, 6]", "must be a JSON object"),
     ):

@@ -129,6 +129,7 @@ def test_the_mean_is_over_splits_and_intervals_draw_images(tmp_path):
     assert found["ours"]["all"]["accuracy"] == pytest.approx(2.5 / 3)
     [sheet] = benchmark.score(wrong_in_popular)
     assert set(sheet.images) == set(IMAGES)
+    assert sheet.details["popular/2"] == {"read": "yes"}
     # Three yes questions and one no question an image are in several splits.
     assert sheet.is_repeat.sum() == len(IMAGES) * 2 * 4
     low, high = summary.intervals([sheet])["all"]["accuracy"]
@@ -209,6 +210,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         load(tmp_path / "nowhere")
     folder = pope_data.write(tmp_path / "pope", IMAGES)
     popular = folder / "coco_pope_popular.json"
+    with pytest.raises(DataError, match="is a file; name its folder"):
+        load(popular)
     popular.rename(folder / "my-popular.jsonl")
     assert len(load(folder).questions) == 36
     (folder / "a-popular.json").write_text("")

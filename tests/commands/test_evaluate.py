@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from tests.commands.test_eval_amber import adapter, small  # noqa: F401 - fixtures
+from tests.conftest import unfolded
 from tests.support import pope_data
 from vlmdpo.benchmarks import registry
+from vlmdpo.benchmarks.answers import AnswerStore
+from vlmdpo.benchmarks.stats import compare
 from vlmdpo.commands import evaluate
 from vlmdpo.commands.ask_benchmark import Answers
 from vlmdpo.config import EvalConfig
 from vlmdpo.engine.decode import OpenedImage
-from vlmdpo.errors import ConfigError
-from vlmdpo.report import evaluations, model_card
+from vlmdpo.errors import ConfigError, DataError
+from vlmdpo.report import evaluations, figure_rows, model_card
 from vlmdpo.tiny import evaluation
 
 IMAGES = ("SCENE_1.png", "SCENE_2.png")
@@ -178,13 +181,17 @@ def test_published_figures_stand_beside_whole_runs_only(benchmark_data, vlmdpo):
     right = [(question.id, question.truth) for question in whole.questions]
     for responses, published in ((right, 2), (right[:-1], 0)):
         answers = Answers({"base": responses}, {"base": dict(responses)}, {})
-        assert len(evaluate._report(config, whole, whole, answers)["published"]) == published
+        report = evaluate._report(config, whole, whole, answers)
+        assert len(report["published"]) == published
+        for row in report["published"][:1]:  # in the table's unit
+            shown = figure_rows.published_in_words(report, row)
+            assert shown == "random F1 87.3, popular F1 86.1, adversarial F1 84.2"
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"benchmark": "popes"}, "there is no benchmark 'popes' Did you mean 'pope'?"),
+        ({"benchmark": "popes"}, "there is no benchmark 'popes'. Did you mean 'pope'?"),
         ({"benchmark": "pope"}, "--benchmark pope needs --data DIR: the folder of coco_pope_rand"),
         ({"benchmark": "chair", "data": Path("x"), "split": ("random",)}, "--split is for --bench"),
         ({"split": ("random",)}, "--split is for --benchmark pope or repope, not amber"),
@@ -193,6 +200,8 @@ def test_published_figures_stand_beside_whole_runs_only(benchmark_data, vlmdpo):
             {"benchmark": "pope", "data": Path("x"), "answers": Path("a")},
             "--answers holds the answers to one split of pope; name it with --split",
         ),
+        ({"benchmark": "q.jsonl", "data": Path("x")}, "--data is for --benchmark amber or pope or"),
+        ({"benchmark": "chair", "data": Path("x"), "prompt": " "}, "--prompt is empty"),
         ({"benchmark": "lmms:mme", "answers": Path("a")}, "lmms-eval scores its own answers"),
         ({"benchmark": "pope", "data": Path("x"), "split": ("rare",)}, "--split"),
     ],
@@ -221,6 +230,76 @@ def test_text_of_models_and_data_is_escaped(place, vlmdpo):
     assert "<script>" not in html + text
     assert "<i>" not in html + text
     assert "&lt;script&gt;" in html
+
+
+def score_own(vlmdpo, rows, *arguments, code=0):
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("answers.json").write_text(
+        json.dumps([{"id": 1 + i, "response": "Yes"} for i in range(len(rows))])
+    )
+    command = ("--benchmark", "own.jsonl", "--answers", "answers.json", *arguments)
+    return run(vlmdpo, *command, code=code)
+
+
+def asked_of(*images, group="all"):
+    return [
+        {"image": image, "question": "Is it?", "answer": "yes", "group": group} for image in images
+    ]
+
+
+def test_a_group_may_be_named_with_a_stroke(vlmdpo):
+    report, _ = score_own(vlmdpo, asked_of("a.png", "b.png", group="left/right"))
+    assert [row.group for row in figure_rows.rows(report)] == ["all"] * 3 + ["left/right"] * 3
+    assert figure_rows.other_readings(report) == {}
+
+
+def test_one_image_has_no_interval_and_shows_no_difference(vlmdpo):
+    report, _ = score_own(vlmdpo, asked_of("a.png", "a.png"))
+    assert report["scores"]["base"]["all"]["accuracy"] == 1
+    assert report["intervals"]["base"]["all"]["accuracy"] is None
+    worst, best = (False, False), (True, True)
+    found = compare(worst, best, ["a.png", "a.png"])
+    assert (found.delta_accuracy, found.ci95) == (100, (-100, 100))
+
+
+def test_no_escape_sequence_is_in_markdown(vlmdpo):
+    score_own(vlmdpo, asked_of("a.png", group="x\x1b[2J"), "--output-dir", "out")
+    assert "\x1b" not in Path("out/report.md").read_text()
+
+
+def test_other_results_are_shown_on_the_same_page(vlmdpo):
+    rows = asked_of("a.png")
+    score_own(vlmdpo, rows, "--output-dir", "one")
+    shutil.move("one/own", "elsewhere")
+    report, _ = score_own(vlmdpo, rows, "--output-dir", "two", "--include", "elsewhere")
+    assert report["settings"]["include"] == ["elsewhere"]
+    assert Path("two/report.html").read_text().count("<h2>own</h2>") == 2
+    # The same file by another path is no other run.
+    again = ("--benchmark", Path("own.jsonl").resolve(), "--answers", "answers.json")
+    run(vlmdpo, *again, "--output-dir", "two")
+
+
+@pytest.mark.parametrize(
+    "damage", [{"model": ...}, {"comparison": {"figures": {}, "flips": [1]}}, {"models": {}}]
+)
+def test_a_damaged_report_is_named_before_anything_is_asked(damage, vlmdpo):
+    score_own(vlmdpo, asked_of("a.png"), "--output-dir", "out")
+    path = Path("out/own/scores.json")
+    report = {**json.loads(path.read_text()), **damage}
+    path.write_text(json.dumps({key: value for key, value in report.items() if value is not ...}))
+    _, err = score_own(vlmdpo, asked_of("a.png"), "--output-dir", "out", code=3)
+    assert "'out/own/scores.json' is damaged, or not of vlmdpo eval" in unfolded(err)
+    score_own(vlmdpo, asked_of("a.png"), "--output-dir", "out", "--overwrite")
+
+
+def test_a_full_disk_is_named_when_answers_are_closed(tmp_path):
+    store = AnswerStore(tmp_path / "out", {})
+    store.close()
+    store._file = open("/dev/full", "ab")  # noqa: SIM115 - the store closes it
+    with pytest.raises(DataError, match="No space left on device"):
+        store.put("base", [(1, "Yes")])
+    with pytest.raises(DataError, match="No space left on device"):
+        store.close()
 
 
 def test_a_folder_of_other_results_is_refused(place):

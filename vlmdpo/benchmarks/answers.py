@@ -78,8 +78,11 @@ class AnswerStore:
             raise _cannot_write(self.folder, problem) from problem
 
     def close(self) -> None:
-        """Close this process's file."""
-        self._file.close()
+        """Close this process's file. Raises DataError where what is left cannot be written."""
+        try:
+            self._file.close()
+        except OSError as problem:
+            raise _cannot_write(self.folder, problem) from problem
 
     def join(self, order: Sequence[Id], responses: Mapping[str, Mapping[Id, str]]) -> None:
         """Write one file per model, and remove the partial ones. For one process, at the end.

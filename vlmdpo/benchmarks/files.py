@@ -62,6 +62,14 @@ def require(entry: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> 
             )
 
 
+def require_folder(path: Path, hint: str = "") -> None:
+    """Raise DataError, with this hint, where `--data` is no folder."""
+    if path.is_file():
+        raise DataError(f"--data: '{path}' is a file; name its folder{hint}")
+    if not path.is_dir():
+        raise DataError(f"--data: folder '{path}' does not exist{hint}")
+
+
 def digest(folder: Path, names: Iterable[str]) -> str:
     """A hash of the names and contents of those of these files that are there. Raises DataError."""
     found = hashlib.sha256()

@@ -310,6 +310,8 @@ def _interval_of_mean(values: Sequence[float], images: Sequence[str]) -> Interva
     """The 95% bootstrap interval over images of a mean; in blocks, since tasks may be large."""
     import numpy as np
 
+    if len(set(images)) == 1:
+        return None
     ones = [1.0] * len(values)
     block = max(1, min(DRAWS, _MAX_COUNTS // len(set(images))))
     drawn = []

@@ -158,6 +158,13 @@ def load(config: EvalConfig) -> OwnQuestions:
 def _question(row: Mapping[str, Any], line: int, where: str, suffix: str) -> OwnQuestion:
     """One line's question. Raises DataError."""
     files.require(row, {"image": str, "question": str, "answer": str}, where)
+    group = row.get("group", ALL)
+    if not isinstance(group, str):
+        raise DataError(f"{where}: group must be text, not {str(group)[:80]}")
+    texts = {"image": row["image"], "question": row["question"], "group": group}
+    for key, text in texts.items():
+        if not text.strip():
+            raise DataError(f"{where}: {key} is empty")
     number = row.get("id", line)
     if type(number) not in (int, str):
         raise DataError(f"{where}: id must be a number or text, not {str(number)[:80]}")
@@ -168,9 +175,6 @@ def _question(row: Mapping[str, Any], line: int, where: str, suffix: str) -> Own
             f"{where}: answer {row['answer'][:80]!r} is none of {', '.join(choices)}"
             + ("" if "choices" in row else "; name other answers with choices")
         )
-    group = row.get("group", ALL)
-    if not isinstance(group, str):
-        raise DataError(f"{where}: group must be text, not {str(group)[:80]}")
     return OwnQuestion(number, row["image"], row["question"] + suffix, truth, group, choices)
 
 
@@ -201,6 +205,7 @@ def _read_answers(path: Path, questions: Sequence[OwnQuestion]) -> Responses:
             f"{ui.count(len(questions), 'question')}: which is the answer to which cannot be told"
         )
     found: list[tuple[Id, str]] = []
+    answered: set[Id] = set()
     for (place, row), question in zip(rows, questions if by_order else rows, strict=True):
         where = f"'{path}' {place}"
         if not isinstance(row, dict) or not (by_order or "id" in row):
@@ -209,5 +214,8 @@ def _read_answers(path: Path, questions: Sequence[OwnQuestion]) -> Responses:
         number = question.id if isinstance(question, OwnQuestion) else row["id"]
         if number not in known:
             raise DataError(f"{where}: there is no question {number!r}")
+        if number in answered:
+            raise DataError(f"{where}: question {number!r} is answered twice")
+        answered.add(number)
         found.append((number, row[key]))
     return found

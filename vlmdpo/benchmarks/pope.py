@@ -150,6 +150,7 @@ class Pope:
                 members={**members, **({ALL: counted} if ALL in official else {})},
                 is_repeat=~yes_no.first([(q.image, q.text) for q, _ in answered]),
                 unread=[q.id for q, text in answered if yes_no.read_ours(text) is None],
+                details={q.id: {"read": rule(text) or "neither"} for q, text in answered},
             )
         ]
 

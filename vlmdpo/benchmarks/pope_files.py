@@ -52,8 +52,7 @@ def read(folder: Path, kind: str, splits: Sequence[str]) -> Found:
 
     Raises DataError.
     """
-    if not folder.is_dir():
-        raise DataError(f"--data: folder '{folder}' does not exist")
+    files.require_folder(folder)
     wanted = [split for split in SPLITS if split in splits] or list(SPLITS)
     questions: list[Question] = []
     notes: list[str] = []

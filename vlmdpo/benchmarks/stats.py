@@ -66,9 +66,14 @@ class Bootstrap:
         )
 
     def quotients(self, part: Values, whole: Values, scale: float = 1.0) -> Any:
-        """(draws,) `scale` × the sum of `part` over the sum of `whole`; NaN where that is 0 / 0."""
+        """(draws,) `scale` × the sum of `part` over the sum of `whole`; NaN where that is 0 / 0.
+
+        All NaN for one image: every draw is that image, which says nothing of how they vary.
+        """
         import numpy as np
 
+        if self._images == 1:
+            return np.full(len(self._counts), np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             return scale * self.sums(part) / self.sums(whole)
 
@@ -108,8 +113,8 @@ def compare(
     before, after = np.asarray(base_right, dtype=bool), np.asarray(tuned_right, dtype=bool)
     change = after.astype(float) - before.astype(float)
     bootstrap = Bootstrap(image_of, draws=draws, seed=seed)
-    interval = bootstrap.interval(bootstrap.quotients(change, np.ones(len(change)), 100))
-    assert interval is not None, "every draw has questions"
+    drawn = bootstrap.interval(bootstrap.quotients(change, np.ones(len(change)), 100))
+    interval = (-100.0, 100.0) if drawn is None else drawn  # one image: anything is possible
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
     p = float(binomtest(fixed, fixed + broken, 0.5).pvalue) if fixed + broken else 1.0
     return Comparison(100 * float(change.mean()), interval, p, fixed, broken)

@@ -155,8 +155,9 @@ def _identity_before_loading(config: EvalAmberConfig, whole: Benchmark) -> dict[
         "image_splitting": config.image_splitting,
         "max_new_tokens": config.max_new_tokens,
         "max_description_tokens": config.max_description_tokens,
+        # A file of one's own is known by its content: its path may be spelled otherwise.
         **(
-            {name: getattr(config, name) for name in ("benchmark", "suffix", "prompt")}
+            {"benchmark": config.kind, "suffix": config.suffix, "prompt": config.prompt}
             if isinstance(config, EvalConfig)
             else {}
         ),

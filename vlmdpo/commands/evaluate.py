@@ -45,7 +45,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
         )
     if config.output_dir is not None:
         # Said before an hour of asking.
-        evaluations.read_all(config.output_dir, config.include, model_of(config))
+        replaced = _in_its_folder(config).output_dir if config.overwrite else None
+        evaluations.read_all(config.output_dir, config.include, model_of(config), replaced)
     if config.kind == "lmms":
         from vlmdpo.commands import evaluate_lmms
 
@@ -71,7 +72,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     if config.answers is None:
         return ask_and_report(placed, whole, asked, report_on, write)
     identity = {"answers": str(config.answers), "data_digest": whole.digest}
-    identity["benchmark"] = config.benchmark
+    identity["benchmark"] = config.kind
     return score_file(placed, whole.read_answers(config.answers), identity, report_on, write)
 
 
@@ -80,7 +81,7 @@ def _in_its_folder(config: EvalConfig) -> EvalConfig:
     if config.output_dir is None:
         return config
     own = Path(config.benchmark).stem if config.kind == "a file" else config.benchmark
-    name = re.sub(r"[^\w.-]+", "-", own).strip("-.")
+    name = re.sub(r"[^\w.-]+", "-", own).strip("-.") or "questions"
     if len(name) > _MAX_NAME:  # lmms-eval may be given many tasks
         name = f"{name[:_MAX_NAME]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
     return dataclasses.replace(config, output_dir=config.output_dir / name)

@@ -38,7 +38,7 @@ def _show_figures(report: dict[str, Any]) -> None:
     if report["part"]:
         ui.result(part_in_words(report["part"]))
     for row in report["published"]:
-        figures = ", ".join(f"{name} {value}" for name, value in row["figures"].items())
+        figures = figure_rows.published_in_words(report, row)
         ui.result(f"Published: {row['model']}: {figures} ({row['source']})")
     for note in report["notes"]:
         ui.result(f"Note: {note}.")

@@ -23,6 +23,7 @@ _FILES = {
 # Options that only some benchmarks know.
 _ONLY = {
     **dict.fromkeys(("task", "dimension", "extractor", "strict"), ("amber",)),
+    "data": ("amber", "pope", "repope", "chair"),
     "split": ("pope", "repope"),
     **dict.fromkeys(("scorer", "sample", "seed", "ids", "prompt"), ("chair",)),
     "suffix": ("pope", "repope", "a file"),
@@ -148,6 +149,8 @@ class EvalConfig(EvalAmberConfig):
     def _check(self) -> None:
         require_at_least(self, 1, "sample")
         require_choice(self.scorer, SCORERS, "scorer")
+        if not self.prompt.strip():
+            raise ConfigError("--prompt is empty; say what the model is asked for")
         for name in self.split:
             require_choice(name, SPLITS, "split")
         self._check_kind()
@@ -162,8 +165,8 @@ class EvalConfig(EvalAmberConfig):
     def _check_kind(self) -> None:
         if self.kind == "a file" and not Path(self.benchmark).suffix:
             raise ConfigError(
-                f"--benchmark: there is no benchmark '{self.benchmark}'"
-                f"{nearest(self.benchmark, BENCHMARKS)}; choose {', '.join(BENCHMARKS)}, "
+                f"--benchmark: there is no benchmark '{self.benchmark}'."
+                f"{nearest(self.benchmark, BENCHMARKS)} Choose {', '.join(BENCHMARKS)}, "
                 f"{LMMS}TASK, or name a JSONL file of questions"
             )
         if self.kind in ("pope", "repope", "chair") and self.data is None:

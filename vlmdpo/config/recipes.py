@@ -53,7 +53,7 @@ def plain(config: Options, *, without: Collection[str] = ()) -> dict[str, Any]:
 def _plain_value(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain_value(one) for one in value] if isinstance(value, tuple) else value
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _coerce(wanted: Any, value: Any, key: str) -> Any:
         if key in STAGES and isinstance(value, dict):  # a section of a recipe
             items = [f"{name}={json.dumps(one)}" for name, one in value.items()]
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(items)
+            return tuple(Path(item) if Path in typing.get_args(kind) else item for item in items)
     elif kind is Path and isinstance(value, (str, Path)):
         return Path(value)
     elif kind is bool or isinstance(value, bool):

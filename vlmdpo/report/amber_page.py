@@ -5,6 +5,7 @@ All text is escaped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from vlmdpo.errors import DataError
 from vlmdpo.report import html as pages
 
 GALLERY = 24  # answers shown with their images; scores.json has all
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _FIGURES = (
     ("chair", "CHAIR", False),
     ("cover", "Cover", True),
@@ -84,8 +86,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def as_cell(value: Any) -> str:
-    """Text that is safe in a Markdown table: without bars, tags, links and line breaks."""
-    text = " ".join(str(value).split())
+    """Text that is safe in a Markdown table: without bars, tags, links, line breaks, and what
+    moves a terminal's cursor.
+    """
+    text = _CONTROL.sub("\ufffd", " ".join(str(value).split()))
     for mark in "&\\|`*_<>[]":  # & first: it begins what the others become
         text = text.replace(mark, f"&#{ord(mark)};" if mark in "<>&" else f"\\{mark}")
     return text

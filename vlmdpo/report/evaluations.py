@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vlmdpo.benchmarks.answers import write_text
 from vlmdpo.benchmarks.base import Images
 from vlmdpo.benchmarks.image_folder import DrawnImages, ImageFolder
@@ -17,11 +19,16 @@ from vlmdpo.report import html as pages
 from vlmdpo.report.amber_page import as_cell
 
 SCORES, PAGE, MARKDOWN = "scores.json", "report.html", "report.md"
+# What a report raises that is no report.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, TemplateError)
 _GALLERY = 12  # changed answers of a benchmark that are shown; scores.json has all
 
 
 def read_all(
-    folder: Path, include: Sequence[Path], model: tuple[str, str | None]
+    folder: Path,
+    include: Sequence[Path],
+    model: tuple[str, str | None],
+    replaced: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The reports of the benchmarks in a folder, and of other folders, in the common form.
 
@@ -29,12 +36,13 @@ def read_all(
         folder: of one model's evaluations; may be absent.
         include: folders with a scores.json of their own.
         model: (model, adapter) that all of them must be of.
+        replaced: a folder that is left out, because a new evaluation will take its place.
 
     Raises DataError for a damaged report, and for one of another model.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{SCORES}"))
     reports = []
-    for one in (*found, *include):
+    for one in (*(path for path in found if path != replaced), *include):
         report = read(one)
         theirs = (report["model"], report["adapter"])
         if not _is_same(theirs, model):
@@ -54,18 +62,28 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / SCORES
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return figure_rows.in_common_form(report)
+        report = figure_rows.in_common_form(json.loads(path.read_text(encoding="utf-8")))
+        _check(report)
+        return report
     except OSError as problem:
         raise DataError(
             f"'{folder}' holds no results of vlmdpo eval: cannot read '{path}': "
             f"{problem.strerror or problem}"
         ) from problem
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except _DAMAGED as problem:
         raise DataError(
             f"'{path}' is damaged, or not of vlmdpo eval ({type(problem).__name__}: {problem}); "
-            "remove it, or evaluate again"
+            "remove it, or evaluate again with --overwrite"
         ) from problem
+
+
+def _check(report: Mapping[str, Any]) -> None:
+    """Fail, in any way, on a report that no page could be made of."""
+    markdown([report])
+    images_of(report)
+    pages.by_difference(report["settings"], EvalConfig)
+    for flip in (report["comparison"] or {}).get("flips", []):
+        flip["image"], flip["id"], flip["fixed"], flip["base"], flip["tuned"]
 
 
 def _is_same(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
@@ -118,6 +136,9 @@ def _context(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "readings": figure_rows.other_readings(report),
             "roles": list(report["scores"]),
             "baseline": figure_rows.baseline_in_words(report),
+            "published": [
+                (row, figure_rows.published_in_words(report, row)) for row in report["published"]
+            ],
             "part": part_in_words(report["part"]) if report["part"] else "",
             "flips": len((report["comparison"] or {}).get("flips", [])),
         }

@@ -62,18 +62,30 @@ class Row:
 
 def rows(report: Mapping[str, Any]) -> list[Row]:
     """Every figure under the benchmark's own names, in the order of the report."""
-    return [row for row in _all_rows(report) if "/" not in row.group]
+    other = _readings(report)
+    return [row for row in _all_rows(report) if row.group.partition("/")[0] not in other]
 
 
 def other_readings(report: Mapping[str, Any]) -> dict[str, list[Row]]:
     """By what they are, the figures of other readings of the same answers, ours first."""
     found: dict[str, list[Row]] = {}
+    other = _readings(report)
     for row in _all_rows(report):
         reading, _, group = row.group.partition("/")
-        if group:
+        if reading in other:
             shown = replace(row, group=group)
             found.setdefault(_READINGS.get(reading, reading), []).append(shown)
     return found
+
+
+def _readings(report: Mapping[str, Any]) -> set[str]:
+    """The groups that hold groups. Others may have a stroke in their own names: "left/right"."""
+    return {
+        group
+        for groups in report["scores"].values()
+        for group, names in groups.items()
+        if any(isinstance(value, Mapping) for value in names.values())
+    }
 
 
 def _all_rows(report: Mapping[str, Any]) -> Iterator[Row]:
@@ -157,6 +169,16 @@ def changes_in_words(report: Mapping[str, Any], verdict: str) -> list[str]:
         for row in rows(report)
         if row.verdict == verdict and row.change is not None
     ]
+
+
+def published_in_words(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """A published row's figures in the units of the table beside it: "random F1 87.3"."""
+    found = []
+    for place, value in row["figures"].items():
+        group, _, name = place.rpartition("/")
+        shown = number(value, report["figures"][name]["unit"])
+        found.append(f"{group} {_LABELS.get(name, name)} {shown}".strip())
+    return ", ".join(found)
 
 
 def in_common_form(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,10 +190,15 @@ def _ids(config: EvalConfig, known: Coco) -> list[int]:
 
 
 def _notes(config: EvalConfig, known: Coco, ids: Sequence[int]) -> tuple[str, ...]:
-    """What readers must know."""
+    """What readers must know. Raises DataError for answers about none of COCO's images."""
     notes = [f"objects are found by the scorer {config.scorer}, whose figures are not the other's"]
     if config.answers is not None:
         unknown = [i for i in ids if i not in known.names]
+        if len(unknown) == len(ids):
+            raise DataError(
+                f"--answers: no id in '{config.answers}' is of an image in COCO's train2014 or "
+                f"val2014 (such as {unknown[0]}): are these answers to another benchmark?"
+            )
         if unknown:
             notes.append(
                 f"{ui.count(len(unknown), 'image id')} in '{config.answers}' "

@@ -103,8 +103,7 @@ class CocoFiles:
 
 def find(folder: Path) -> CocoFiles:
     """The files of COCO's annotation folder. Raises DataError if one is missing."""
-    if not folder.is_dir():
-        raise DataError(f"--data: folder '{folder}' does not exist; {_GET}")
+    files.require_folder(folder, f"; {_GET}")
     found = {
         kind: {split: folder / f"{kind}_{split}2014.json" for split in _SPLITS}
         for kind in ("instances", "captions")
