@@ -210,6 +210,8 @@ def _write(config: EvalConfig, report: dict[str, Any]) -> None:
             f"the scores are not on the adapter's card: cannot write '{config.adapter}': "
             f"{problem.strerror}"
         )
+    except DataError as problem:
+        ui.warn(f"the scores are not on the adapter's card: {problem}")
 
 
 def _with_page(config: EvalConfig, report: dict[str, Any]) -> dict[str, Any]:
