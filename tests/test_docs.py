@@ -43,7 +43,8 @@ _NOT_HERE = {
     "--gpu",
     "--quantization",
 }
-CHANGED = "outputs/changed"  # an evaluation in which answers changed
+# An adapter and its evaluation, in which answers changed; no command shown replaces them.
+_UNCHANGED = {"--adapter": "outputs/compared", "--amber": "outputs/compared-amber"}
 _SMALLER = {
     "prepare": ["--limit", "40"],
     "train": ["--max-steps", "2"],
@@ -108,8 +109,9 @@ def _small(words):
             made += [word, *_REPLACED[word]] if _REPLACED[word] else []
         elif word == "--dataset" and (value := next(rest)):
             made += [word, "scenes" if value == "rlaif-v" and not plain else value]
-        elif word == "--amber" and next(rest):  # others write there too, with fewer answers
-            made += [word, CHANGED]
+        elif word in _UNCHANGED and command == "compare" and "--amber" in words:
+            next(rest)  # other commands train and evaluate there too
+            made += [word, _UNCHANGED[word]]
         elif word in _NOT_HERE and not plain:
             next(rest)
         else:
@@ -232,9 +234,11 @@ def runs(place):
         for name in ("outputs/idefics2-8b-rlaif-v-dpo", "outputs/mine", "outputs/run", "DIR"):
             shutil.copytree(first, name)
         # Two steps change no answer, and `compare` shows those that changed.
-        shutil.copy(compare.SHIPPED / "adapter_model.safetensors", first)
-        few = ["--dimension", "existence", "--limit", "40", "-q", "--output-dir", CHANGED]
-        assert cli.run(["eval-amber", "--adapter", first, *few]) == 0
+        adapter, evaluated = _UNCHANGED["--adapter"], _UNCHANGED["--amber"]
+        shutil.copytree(first, adapter)
+        shutil.copy(compare.SHIPPED / "adapter_model.safetensors", adapter)
+        few = ["--dimension", "existence", "--limit", "40", "-q", "--output-dir", evaluated]
+        assert cli.run(["eval-amber", "--adapter", adapter, *few]) == 0
     finally:
         os.chdir(here)
 

@@ -47,7 +47,9 @@ _UPLOADED = [
     *("README.md", "learning_curves.png"),
 ]
 # These name paths of this machine, or are not the model. The card has what is useful to others.
-_NOT_UPLOADED = ["checkpoint-*", "train_report.json", "amber.json", "lineage.json"]
+_NOT_UPLOADED = [
+    *("checkpoint-*", "train_report.json", "amber.json", "evaluations.json", "lineage.json"),
+]
 
 
 def model(folder: Path, repo: str, *, private: bool) -> str | None:

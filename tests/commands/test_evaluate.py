@@ -292,6 +292,30 @@ def test_a_damaged_report_is_named_before_anything_is_asked(damage, vlmdpo):
     score_own(vlmdpo, asked_of("a.png"), "--output-dir", "out", "--overwrite")
 
 
+def test_what_the_card_keeps_holds_no_answers_and_no_path(vlmdpo):
+    report, _ = score_own(vlmdpo, [*asked_of("a.png"), {**asked_of("a.png")[0], "question": "B?"}])
+    facts = report["models"]["base"]
+    facts["unread_examples"] = [{"id": 1, "answer": "a private matter"}]
+    folder = Path("trained")
+    folder.mkdir()
+    made = {
+        **{"model": "tiny", "dataset": "scenes", "steps": 1, "loss": 0.5, "engine": "shared"},
+        **{"rewards/accuracies": 0.5, "rewards/margins": 0.1, "learning_rate": 1e-5},
+        **{"curves": "", "versions": {}},
+    }
+    (folder / model_card.REPORT).write_text(json.dumps(made))
+    (folder / model_card.RECIPE).write_text("model: tiny\nlora: true\n")
+    for path in ("own.jsonl", "/home/me/own.jsonl"):
+        assert model_card.keep_evaluation(folder, {**report, "benchmark": path})
+    kept = (folder / model_card.EVALUATIONS).read_text()
+    assert "private" not in kept
+    assert "/home/me" not in kept
+    assert (folder / model_card.CARD).read_text().count("### own") == 1
+    (folder / model_card.EVALUATIONS).write_text("{")
+    with pytest.raises(DataError, match=r"evaluations.json' is damaged; remove it"):
+        model_card.keep_evaluation(folder, report)
+
+
 def test_a_full_disk_is_named_when_answers_are_closed(tmp_path):
     store = AnswerStore(tmp_path / "out", {})
     store.close()

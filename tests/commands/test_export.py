@@ -111,14 +111,14 @@ def test_the_card_has_data_settings_versions_and_amber(adapter, few_questions, v
     card = (adapter / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "peft"
-    assert "Not evaluated yet" in card
+    assert "Not evaluated on AMBER yet" in card
     assert "![Learning curves](learning_curves.png)" in card
     assert "| learning_rate | 0.003 |" in card
     assert "transformers 5." in card
     assert (
         vlmdpo("eval-amber", "--adapter", adapter, "--limit", "4", "--output-dir", "part")[0] == 0
     )
-    assert "Not evaluated yet" in (adapter / "README.md").read_text(), (
+    assert "Not evaluated on AMBER yet" in (adapter / "README.md").read_text(), (
         "a part of the questions is no score"
     )
     code, _, err = vlmdpo(
@@ -135,8 +135,15 @@ def test_the_card_has_data_settings_versions_and_amber(adapter, few_questions, v
     assert f"| Discriminative | {row} |" in card
     assert "Questions in AMBER's form (scenes), not AMBER's own" in card
     assert "points of accuracy, 95% interval" in card
+    own = {
+        **{"title": "own", "rule": "ours", "scores": {"base": {"all": {"accuracy": 0.5}}}},
+        **{"intervals": {}, "comparison": None, "coverage": 1.0, "notes": []},
+        "figures": {"accuracy": {"unit": "share", "more_is_better": True}},
+    }
+    (adapter / "evaluations.json").write_text(json.dumps({"own": own}))
     assert vlmdpo("export", "--adapter", adapter, "--merge")[0] == 0
     merged = Path("run-merged/README.md").read_text()
+    assert "| all | accuracy ↑ | 50.0 (-) |" in merged
     assert "A standalone model" in merged
     assert f"| Discriminative | {row} |" in merged
 
@@ -167,6 +174,7 @@ def test_nothing_is_uploaded_unless_asked_and_then_no_checkpoint(adapter, vlmdpo
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     (adapter / "checkpoint-4").mkdir(exist_ok=True)
     (adapter / "checkpoint-4" / "model.safetensors").write_bytes(b"x")
+    (adapter / "evaluations.json").write_text("{}")
     code, out, err = vlmdpo("export", "--adapter", adapter, "--push-to-hub", "me/tuned")
     assert code == 0, err
     assert "https://huggingface.co/me/tuned" in out
@@ -177,10 +185,8 @@ def test_nothing_is_uploaded_unless_asked_and_then_no_checkpoint(adapter, vlmdpo
         "README.md",
         "tokenizer.json",
     } <= sent["files"]
-    assert not any(
-        "checkpoint" in name or name.endswith((".bin", ".jsonl", "_report.json", ".yaml"))
-        for name in sent["files"]
-    )
+    kept_here = (".bin", ".jsonl", "_report.json", "evaluations.json", ".yaml")
+    assert not any("checkpoint" in name or name.endswith(kept_here) for name in sent["files"])
     assert str(Path.cwd()) not in (adapter / "README.md").read_text()
 
 

@@ -5,6 +5,7 @@ The command that evaluates says what is asked, and makes a report of the answers
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.benchmarks.answers import AnswerStore
 from vlmdpo.benchmarks.base import Benchmark, Id, Responses, everything_asked, image_names
 from vlmdpo.config import EvalAmberConfig, EvalConfig
+from vlmdpo.data.folder_lock import locked
 from vlmdpo.errors import DataError
 from vlmdpo.models.configured import configured_model, configured_processor
 from vlmdpo.models.registry import short_name
@@ -70,6 +72,21 @@ def ask_and_report(
     if processes.index:
         ui.mute()
     config = dataclasses.replace(config, device=processes.device)
+    with contextlib.ExitStack() as stack:
+        if processes.index == 0:
+            stack.enter_context(locked(output_folder(config), "evaluating into"))
+        return _ask_and_report(config, whole, asked, report_on, write, processes)
+
+
+def _ask_and_report(
+    config: Config,
+    whole: Benchmark,
+    asked: Benchmark,
+    report_on: Callable[[Config, Answers], dict[str, Any]],
+    write: Callable[[Config, dict[str, Any], Answers], None],
+    processes: ProcessGroup,
+) -> dict[str, Any]:
+    """See `ask_and_report`."""
     missing = _missing_images(config, asked)
     if processes.index == 0:
         check_output(config)

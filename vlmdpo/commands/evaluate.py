@@ -108,6 +108,7 @@ def _extended_amber(report: dict[str, Any], answers: Answers) -> dict[str, Any]:
         **report,
         **{name: common[name] for name in ("benchmark", "title", "rule", "unread", "notes")},
         "models": {role: {**facts, **told[role]} for role, facts in report["models"].items()},
+        "image_folder": evaluations.image_folder(evaluations.images_of(common)),
     }
 
 
@@ -137,6 +138,7 @@ def _report(
         "part": part_of(asked, whole),
         **summary.summarize(asked, answers.responses, answers.in_own_words),
         "main": list(asked.main),
+        "image_folder": evaluations.image_folder(asked.images),
         **how_obtained(config, answers, drawn="images"),
     }
     if report["part"] or report["coverage"] < 1:

@@ -88,8 +88,8 @@ def _merge(config: ExportConfig, adapter: Path, folder: Path) -> dict[str, Any]:
             config, model=str(part.absolute()), revision=None, trust_remote_code=False
         )
         agreement = _agreement(before, _respond(configured_model(saved), processor))
-        copied = (model_card.REPORT, model_card.RECIPE, model_card.AMBER, "learning_curves.png")
-        for name in copied:
+        figures = (model_card.AMBER, model_card.EVALUATIONS, "learning_curves.png")
+        for name in (model_card.REPORT, model_card.RECIPE, *figures):
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, part / name)
         if (part / model_card.REPORT).is_file():

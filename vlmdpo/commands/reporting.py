@@ -99,10 +99,10 @@ def score_file(
 
 
 def put_on_card(config: EvalAmberConfig, keep: Callable[[Path], object]) -> None:
-    """Put figures on the adapter's card. A folder that cannot be written gets a warning.
+    """Put figures on the adapter's card. One that cannot be written or read gets a warning.
 
     Args:
-        keep: called with the adapter's folder; may raise OSError.
+        keep: called with the adapter's folder; may raise OSError, and DataError for a damaged card.
     """
     if config.adapter is None or config.limit is not None:
         return  # a part of the questions says too little for a card
@@ -113,3 +113,5 @@ def put_on_card(config: EvalAmberConfig, keep: Callable[[Path], object]) -> None
             f"the scores are not on the adapter's card: cannot write '{config.adapter}': "
             f"{problem.strerror}"
         )
+    except DataError as problem:
+        ui.warn(f"the scores are not on the adapter's card: {problem}")

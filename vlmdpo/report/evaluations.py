@@ -186,9 +186,18 @@ def _with_pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**flip, "picture": thumbnail(flip["image"])} for flip in flips]
 
 
+def image_folder(images: Images) -> str | None:
+    """A folder of images by its full path, so that a report finds it from anywhere; None for images
+    that are drawn.
+    """
+    return str(images.path.absolute()) if isinstance(images, ImageFolder) else None
+
+
 def images_of(report: Mapping[str, Any]) -> Images:
     """Where the images of an evaluation lie, or lay."""
     settings = report["settings"]
+    if report.get("image_folder"):
+        return ImageFolder(Path(report["image_folder"]), report["title"])
     if settings.get("images"):
         return ImageFolder(Path(settings["images"]), report["title"])
     if report["benchmark"] == "amber" and not settings["data"]:

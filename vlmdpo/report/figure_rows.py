@@ -137,6 +137,8 @@ def number(value: float | None, unit: str, *, sign: bool = False) -> str:
         return "-"
     shown = 100 * value if unit == SHARE else value
     digits = 1 if unit in (SHARE, PER_CENT, "words") else 3
+    if sign and shown and abs(shown) < 0.05:  # "+0.0" would hide on which side of zero it is
+        digits = 3
     return f"{shown:+.{digits}f}" if sign else f"{shown:.{digits}f}"
 
 

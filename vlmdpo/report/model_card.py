@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vlmdpo.errors import DataError
 from vlmdpo.models.registry import hub_id
 from vlmdpo.report import figure_rows
 from vlmdpo.report.amber_page import as_cell, span
@@ -17,8 +18,8 @@ from vlmdpo.report.html import environment
 CARD, REPORT, RECIPE, AMBER = "README.md", "train_report.json", "recipe.yaml", "amber.json"
 EVALUATIONS = "evaluations.json"  # beside it: the reports of other benchmarks, without answers
 _KEPT = (
-    *("benchmark", "title", "rule", "scores", "intervals", "figures", "comparison", "models"),
-    *("coverage", "notes", "versions"),
+    *("title", "rule", "scores", "intervals", "figures", "comparison", "models"),
+    *("coverage", "notes", "versions"),  # not `benchmark`: it may be a path on this machine
 )
 _FIGURES = ("Discriminative", "Existence", "Attribute", "State", "Number", "Action", "Relation")
 
@@ -76,10 +77,16 @@ def text(folder: Path, *, merged: bool) -> str:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What `keep_evaluation` has put into a folder."""
+    """What `keep_evaluation` has put into a folder. Raises DataError for a damaged file."""
     path = folder / EVALUATIONS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return list(kept.values())
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = list(kept.values())
+        for one in found:
+            figure_rows.rows(one)
+    except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise DataError(f"'{path}' is damaged; remove it, then evaluate again") from problem
+    return found
 
 
 def _public(name: str) -> str:
@@ -105,26 +112,31 @@ def keep_amber(folder: Path, report: Mapping[str, Any]) -> bool:
     Returns False if the folder was not written by `vlmdpo train`. Raises OSError.
     """
     names = ("data", "is_amber", "scores", "comparison", "coverage", "versions")
-    return _keep(folder, AMBER, _without_flips(report, names))
+    return _keep(folder, AMBER, _without_answers(report, names))
 
 
 def keep_evaluation(folder: Path, report: Mapping[str, Any]) -> bool:
     """Put the figures of a benchmark into an adapter's folder, in the place of earlier ones of the
-    same benchmark, and rewrite its card.
+    same title, and rewrite its card.
 
-    Returns False if the folder was not written by `vlmdpo train`. Raises OSError.
+    Returns False if the folder was not written by `vlmdpo train`. Raises OSError, DataError.
     """
-    kept = {one["benchmark"]: one for one in _evaluations(folder)}
-    kept[report["benchmark"]] = _without_flips(report, _KEPT)
+    kept = {one["title"]: one for one in _evaluations(folder)}
+    kept[report["title"]] = _without_answers(report, _KEPT)
     return _keep(folder, EVALUATIONS, kept)
 
 
-def _without_flips(report: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _without_answers(report: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """These parts of a report; the card has no answers."""
     kept = {name: report[name] for name in names}
     if kept["comparison"]:
         kept["comparison"] = {
             name: value for name, value in kept["comparison"].items() if name != "flips"
+        }
+    if "models" in kept:
+        kept["models"] = {
+            role: {name: value for name, value in facts.items() if name != "unread_examples"}
+            for role, facts in kept["models"].items()
         }
     return kept
 
