@@ -36,9 +36,14 @@ def _write(folder, changed, *, weights=b"weights", **report):
     settings = report.pop("settings", {})
     if isinstance(settings, dict):
         settings = {"data": None, "images": None, **settings}
+    facts = {"coverage": 1.0, "unread": 0, "words": 1.0, "repetition": 0.0}
     whole = {
-        **{"title": "POPE", "benchmark": "pope", "adapter": "outputs/mine", "figures": {}},
-        **{"scores": {"base": {}, "tuned": {}}, "settings": settings},
+        **{"title": "POPE", "benchmark": "pope", "model": "tiny", "adapter": "outputs/mine"},
+        **{"figures": {}, "scores": {"base": {}, "tuned": {}}, "intervals": {}, "published": []},
+        **{"rule": "ours", "questions": 1, "descriptions": 0, "part": None, "notes": []},
+        **{"models": {"base": facts, "tuned": facts}, "engine": None, "fallback_reason": None},
+        **{"bad_pictures": {}, "bad_questions": {}, "bootstrap": {"draws": 1, "over": "images"}},
+        **{"versions": {}, "settings": settings},
         **{"comparison": {"flips": changed}, **report},
     }
     (folder / "scores.json").write_text(json.dumps(whole))
@@ -46,7 +51,8 @@ def _write(folder, changed, *, weights=b"weights", **report):
 
 
 def _flip(image, question="Is there a dog?"):
-    return {"id": 1, "image": image, "question": question, "base": "Yes", "tuned": "No"}
+    said = {"base": "Yes", "tuned": "No", "fixed": True}
+    return {"id": 1, "image": image, "question": question, **said}
 
 
 def _picture(path):
@@ -80,12 +86,14 @@ def test_images_are_where_each_benchmark_has_them(benchmark, settings, picture, 
 
 
 def test_eval_ambers_own_reports_are_read_descriptions_with_its_prompt(adapter):
-    described = {"image": "SCENE_2.png", "base": "a dog", "tuned": "a cat"}
+    described = {"id": 2, "image": "SCENE_2.png", "base": "a dog", "tuned": "a cat", "fixed": True}
     changed = {**_flip("SCENE_1.png"), "dimension": "Existence"}
     _write("e", [])
     report = {
         **{"data": "scenes", "is_amber": False, "questions": {"Discriminative": 2}, "unparsed": 0},
         **{"scores": {"base": {}, "tuned": {}}, "models": {}, "adapter": "outputs/mine"},
+        **json.loads(Path("e/scores.json").read_text()),
+        "questions": {"Discriminative": 2},
         "settings": {"data": None, "images": None},
         "comparison": {
             **{"delta_accuracy": 1, "ci95": [0, 2], "verdict": "no difference shown"},
@@ -93,7 +101,8 @@ def test_eval_ambers_own_reports_are_read_descriptions_with_its_prompt(adapter):
         },
         "generative_comparison": {"figures": {}, "flips": [described]},
     }
-    Path("e/scores.json").write_text(json.dumps(report))
+    report = {name: value for name, value in report.items() if name != "figures"}
+    Path("e/scores.json").write_text(json.dumps({**report, "models": {}, "scores": {}}))
     found = _found(Path("e"), adapter)
     assert [example.question for example in found] == ["Is there a dog?", "Describe this image."]
     assert {example.source for example in found} == {"changed in eval-amber"}
