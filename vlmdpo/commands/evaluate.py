@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlmdpo import ui
 from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.benchmarks import registry, summary
-from vlmdpo.benchmarks.base import Benchmark
+from vlmdpo.benchmarks.base import Benchmark, image_names
 from vlmdpo.benchmarks.sampling import stratified
 from vlmdpo.commands import eval_amber
 from vlmdpo.commands.ask_benchmark import Answers, ask_and_report, asked_model, output_folder
@@ -31,6 +32,7 @@ from vlmdpo.report import evaluations, figure_rows, model_card
 
 __all__ = ["run", "show"]
 
+_FEW_IMAGES = 30  # below, a bootstrap over images is not to be relied on
 _MAX_NAME = 80  # characters of a folder's name
 
 
@@ -143,6 +145,11 @@ def _report(
     }
     if report["part"] or report["coverage"] < 1:
         report["published"] = []  # they are of whole runs
+    count = len(image_names(asked))
+    if count < _FEW_IMAGES:
+        report["notes"].append(
+            f"{ui.count(count, 'image')} only: intervals over so few are too narrow"
+        )
     return report
 
 
