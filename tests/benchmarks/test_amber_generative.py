@@ -317,7 +317,7 @@ def official(tmp_path, monkeypatch):
 
 def test_the_official_extractor_is_nltk_and_spacy(official):
     extractor = nouns.make("official", {"dog", "cat", "run"})
-    # A verb is no noun, and boat is not in the vocabulary.
+    # A verb is not a noun, and boat is not in the vocabulary.
     assert extractor.nouns("dog cats run boats") == ["dog", "cat"]
     assert extractor.similar("dog") == {"dog", "cat"}
     assert extractor.name == "official"

@@ -104,7 +104,7 @@ def change(path, **lists):
             "lacks caption",
         ),
         ("captions_train2014.json", {"annotations": []}, "it lists no annotations"),
-        ("instances_val2014.json", {"images": [7]}, r"entry 0 .* of images is no object"),
+        ("instances_val2014.json", {"images": [7]}, r"entry 0 .* of images is not an object"),
         (
             "instances_val2014.json",
             {"images": [{"id": "1", "file_name": "a"}]},

@@ -274,7 +274,7 @@ def test_other_results_are_shown_on_the_same_page(vlmdpo):
     report, _ = score_own(vlmdpo, rows, "--output-dir", "two", "--include", "elsewhere")
     assert report["settings"]["include"] == ["elsewhere"]
     assert Path("two/report.html").read_text().count("<h2>own</h2>") == 2
-    # The same file by another path is no other run.
+    # The same file by another path is the same run.
     again = ("--benchmark", Path("own.jsonl").resolve(), "--answers", "answers.json")
     run(vlmdpo, *again, "--output-dir", "two")
 

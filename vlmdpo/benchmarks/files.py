@@ -63,7 +63,7 @@ def require(entry: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> 
 
 
 def require_folder(path: Path, hint: str = "") -> None:
-    """Raise DataError, with this hint, where `--data` is no folder."""
+    """Raise DataError, with this hint, unless `--data` is a folder."""
     if path.is_file():
         raise DataError(f"--data: '{path}' is a file; name its folder{hint}")
     if not path.is_dir():

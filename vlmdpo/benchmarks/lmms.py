@@ -33,7 +33,7 @@ class TaskFigure:
 
     Attributes:
         more_is_better: None where lmms-eval does not say.
-        scores: by document, what the figure is the mean of; empty where it is no such mean.
+        scores: by document, what the figure is the mean of; empty where it is not such a mean.
         scale: the figure is this many times the mean: 1, or 100 for per cent.
     """
 
@@ -69,7 +69,9 @@ class TaskResult:
     documents: Mapping[int, Document]
     asked: int  # documents
     of: int  # documents that the task has
-    unnumbered: Sequence[str] = ()  # figures that are no numbers, as a file to submit elsewhere
+    unnumbered: Sequence[
+        str
+    ] = ()  # figures that are not numbers
 
 
 def results_file(folder: Path) -> Path | None:
@@ -203,9 +205,9 @@ def _scores(
 
 
 def _scale(value: float, scores: Mapping[int, float]) -> int | None:
-    """How many times the mean of the scores a figure is; None where it is no mean of them.
+    """How many times the mean of the scores a figure is; None where it is not their mean.
 
-    Precision, or a sum over pairs of questions, is none: its documents' scores say nothing of how
+    Precision, or a sum over pairs of questions, is not: its documents' scores say nothing of how
     certain it is.
     """
     if not scores:
@@ -219,7 +221,7 @@ def _stderr(
 ) -> float | None:
     """lmms-eval's standard error, clustered where it gives that; None where it has none.
 
-    It also gives standard errors of the mean of scores for figures that are no such mean: those
+    It also gives standard errors of the mean of scores for figures that are not such a mean: those
     are not used.
     """
     clustered = entry.get(f"{metric}_stderr_clustered,{filtered}")

@@ -40,13 +40,13 @@ def run(config: EvalAmberConfig) -> dict[str, Any]:
 
     Raises ConfigError, DataError, ModelError, MissingDependencyError.
     """
-    return evaluate(config, extend=lambda report, _: report, also_write=lambda report: report)
+    return evaluate(config, extend=lambda report, _: report, also_write=lambda report: None)
 
 
 def evaluate(
     config: EvalAmberConfig,
     extend: Callable[[dict[str, Any], Answers], dict[str, Any]],
-    also_write: Callable[[dict[str, Any]], dict[str, Any]],
+    also_write: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
     """See `run`.
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmdpo import __version__, ui
+from vlmdpo import ui
 from vlmdpo.benchmarks import answers as answer_files
 from vlmdpo.benchmarks import lmms, lmms_process
 from vlmdpo.benchmarks.lmms import TaskResult
@@ -30,10 +28,10 @@ from vlmdpo.benchmarks.lmms_arguments import (
     model_class,
     parse,
 )
-from vlmdpo.benchmarks.stats import DRAWS
 from vlmdpo.benchmarks.summary import repetition
-from vlmdpo.commands.ask_benchmark import output_folder
-from vlmdpo.config import PER_CALL, EvalConfig, ExportConfig, flag_name, recipes
+from vlmdpo.commands.ask_benchmark import Answers, output_folder
+from vlmdpo.commands.reporting import how_obtained, model_of
+from vlmdpo.config import EvalConfig, ExportConfig, flag_name
 from vlmdpo.config.evaluate import LMMS
 from vlmdpo.errors import ConfigError, DataError
 
@@ -46,7 +44,7 @@ _NOT_READ = (
 
 
 _UNIT = "as lmms-eval gives it"
-# A figure's own interval is no bootstrap.
+# A figure's own interval does not come from a bootstrap.
 _OVER = "images, of changes; of figures ± 1.96 of lmms-eval's standard errors"
 
 
@@ -197,13 +195,16 @@ def _report(
     first = next(iter(results.values()))
     compared = lmms.compare(*results.values()) if len(results) == 2 else None
     asked = sum(task.asked for task in first.values() if task.documents)
+    model, adapter = model_of(config)
+    facts = {"engine": f"lmms-eval ({plan.model_class})", "identity": dict(plan.identity)}
+    obtained = how_obtained(config, Answers({}, {}, facts), drawn=_OVER)
     return {
         "benchmark": config.benchmark,
         "title": f"lmms-eval: {', '.join(plan.tasks)}",
         "rule": "lmms-eval",
         "data_digest": _data_digest(first),
-        "model": config.model,
-        "adapter": str(config.adapter) if config.adapter else None,
+        "model": model,
+        "adapter": adapter,
         "questions": asked,
         "descriptions": 0,
         "scores": _by_figure(results, lambda figure: figure.value),
@@ -218,20 +219,8 @@ def _report(
         "published": [],
         "part": _part(first, asked),
         "main": [next(iter(first), ""), next(iter(_about_figures(first)), "")],
-        "engine": f"lmms-eval ({plan.model_class})",
-        "fallback_reason": None,
-        "bad_pictures": {},
-        "bad_questions": {},
-        "identity": dict(plan.identity),
-        "settings": recipes.plain(config, without=(*PER_CALL, "overwrite")),
-        "bootstrap": {"draws": DRAWS, "seed": 0, "over": _OVER},
-        "versions": {
-            "python": platform.python_version(),
-            "vlmdpo": __version__,
-            "lmms-eval": plan.identity["lmms_eval"],
-            **{name: version(name) for name in ("torch", "transformers", "peft")},
-        },
-        "output_dir": str(plan.folder),
+        **obtained,
+        "versions": {**obtained["versions"], "lmms-eval": plan.identity["lmms_eval"]},
     }
 
 
@@ -308,7 +297,7 @@ def _notes(
         alone = [figure for figure in task.figures if figure not in changes]
         if len(results) == 2 and task.documents and alone:
             notes.append(
-                f"{name}: tuned is not compared with base by {', '.join(alone)}, no mean of "
+                f"{name}: tuned is not compared with base by {', '.join(alone)}, not a mean of "
                 "documents' scores"
             )
         if task.unnumbered:

@@ -19,7 +19,7 @@ from vlmdpo.report import html as pages
 from vlmdpo.report.amber_page import as_cell
 
 SCORES, PAGE, MARKDOWN = "scores.json", "report.html", "report.md"
-# What a report raises that is no report.
+# What reading raises on a file that is not a report.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, TemplateError)
 _GALLERY = 12  # changed answers of a benchmark that are shown; scores.json has all
 

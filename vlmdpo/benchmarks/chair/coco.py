@@ -142,5 +142,5 @@ def _check(path: Path, name: str, number: int, entry: object, kinds: Mapping[str
         return
     where = f"'{path}' is not in COCO's layout: entry {number} (counted from 0) of {name}"
     if not isinstance(entry, dict):
-        raise DataError(f"{where} is no object")
+        raise DataError(f"{where} is not an object")
     files.require(entry, kinds, where)

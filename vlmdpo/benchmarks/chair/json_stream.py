@@ -13,7 +13,7 @@ def entries(path: Path, names: Iterable[str]) -> Iterator[tuple[str, int, Any]]:
     """(name of its list, its number counted from 0, the entry) of the named lists of an object.
 
     The file is read once for each list; only one entry is in memory at a time. Raises DataError for
-    a file that cannot be read, or is no JSON.
+    a file that cannot be read or is not valid JSON.
     """
     import ijson
 

@@ -34,7 +34,7 @@ def key(facts: Mapping[str, Any]) -> str:
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """The content of a kept file; None if there is none that can be used."""
+    """The content of a kept file; None if it is missing or cannot be used."""
     path = cache_folder() / name
     try:
         text = path.read_text(encoding="utf-8")

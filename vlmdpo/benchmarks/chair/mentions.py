@@ -20,7 +20,7 @@ class Scorer:
         name: as in `--scorer`.
         rule: whose rule it is, in words.
         words: of a caption, its tokens in order, punctuation included, each in the singular or as a
-            lemma; "" for one that is none of CHAIR's words.
+            lemma; "" for one that is not among CHAIR's words.
         word_list: what counts.
         facts: everything else that its figures depend on.
     """
@@ -44,7 +44,7 @@ def read(caption: str, scorer: Scorer) -> Caption:
     """The mentions of a caption; one that is repeated is there again."""
     words = _join_pairs(scorer.words(caption), scorer.word_list.pairs)
     length = len(words)
-    if "toilet" in words and "seat" in words:  # "the seat of the toilet" is no chair
+    if "toilet" in words and "seat" in words:  # "the seat of the toilet" is not a chair
         words = [word for word in words if word != "seat"]
     categories = scorer.word_list.category_of
     return Caption(length, tuple((word, categories[word]) for word in words if word in categories))
