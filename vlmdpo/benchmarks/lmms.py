@@ -69,9 +69,7 @@ class TaskResult:
     documents: Mapping[int, Document]
     asked: int  # documents
     of: int  # documents that the task has
-    unnumbered: Sequence[
-        str
-    ] = ()  # figures that are not numbers
+    unnumbered: Sequence[str] = ()  # figures that are not numbers
 
 
 def results_file(folder: Path) -> Path | None:
